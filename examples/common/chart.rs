@@ -1,0 +1,192 @@
+//! The two pictures that examples and benches draw, as PNG files.
+//!
+//! The typeface is compiled in (DejaVu Sans, from the `dejavu` crate), so that the pictures come out the same on a machine
+//! without fonts.
+#![allow(dead_code, reason = "each example and bench that includes this file draws one of the two")]
+
+use std::{error::Error, ops::Range, path::Path};
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use plotters::style::{FontStyle, register_font};
+
+type Canvas<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// The colours of Okabe and Ito: they can be told apart with any kind of colour vision.
+const PALETTE: [RGBColor; 6] = [
+    RGBColor(0, 114, 178),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(230, 159, 0),
+    RGBColor(86, 180, 233),
+];
+const FAMILY: &str = "sans-serif";
+const TITLE_SIZE: i32 = 24;
+const TEXT_SIZE: i32 = 16;
+const MARGIN: i32 = 16;
+
+/// One line of a line chart.
+pub struct Series {
+    pub name: String,
+    pub points: Vec<(f64, f64)>,
+}
+
+/// Draws every series as a line over common axes, with a legend at the top right.
+pub fn line_chart(
+    path: &Path,
+    title: &str,
+    x_label: &str,
+    y_label: &str,
+    series: &[Series],
+) -> Result<()> {
+    let canvas = canvas(path, (960, 600))?;
+    let x_range = span(series, |&(x, _)| x)?;
+    let y_range = span(series, |&(_, y)| y)?;
+    let y_padding = 0.04 * (y_range.end - y_range.start);
+
+    let mut chart = ChartBuilder::on(&canvas)
+        .caption(title, (FAMILY, TITLE_SIZE))
+        .margin(MARGIN)
+        .x_label_area_size(48)
+        .y_label_area_size(64)
+        .build_cartesian_2d(x_range, y_range.start - y_padding..y_range.end + y_padding)?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(BLACK.mix(0.12))
+        .axis_style(BLACK.mix(0.5))
+        .label_style((FAMILY, TEXT_SIZE))
+        .x_label_formatter(&short_number)
+        .y_label_formatter(&short_number)
+        .x_desc(x_label)
+        .y_desc(y_label)
+        .draw()?;
+    for (line, color) in series.iter().zip(PALETTE.iter().cycle()) {
+        let style = color.stroke_width(2);
+        chart
+            .draw_series(LineSeries::new(line.points.iter().copied(), style))?
+            .label(&line.name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .margin(12)
+        .label_font((FAMILY, TEXT_SIZE))
+        .background_style(WHITE.mix(0.9))
+        .border_style(BLACK.mix(0.2))
+        .draw()?;
+    Ok(canvas.present()?)
+}
+
+/// Draws one group of horizontal bars for each `(label, bars)`, where a bar is a series' name and its value in `unit`.
+///
+/// Bars start at zero. A series keeps its colour through all groups and need not be in every one.
+pub fn bar_chart(
+    path: &Path,
+    title: &str,
+    unit: &str,
+    groups: &[(String, Vec<(String, f64)>)],
+) -> Result<()> {
+    const BAR: i32 = 22;
+    const GROUP_GAP: i32 = 14;
+    const WIDTH: i32 = 960;
+
+    let bars = || groups.iter().flat_map(|(_, bars)| bars);
+    let largest = bars().map(|&(_, value)| value).fold(0.0, f64::max);
+    if !(largest > 0.0 && largest.is_finite()) {
+        return Err(format!("the bar chart {title:?} has no positive finite value").into());
+    }
+    let mut names: Vec<&str> = Vec::new();
+    for (name, _) in bars() {
+        if !names.contains(&name.as_str()) {
+            names.push(name);
+        }
+    }
+
+    let top = MARGIN + TITLE_SIZE + 2 * TEXT_SIZE + MARGIN;
+    let height = top + BAR * bars().count() as i32 + GROUP_GAP * groups.len() as i32 + MARGIN;
+    let canvas = canvas(path, (WIDTH as u32, height as u32))?;
+    let text = text_style(TEXT_SIZE, HPos::Left);
+    let text_width =
+        |label: &str| -> Result<i32> { Ok(canvas.estimate_text_size(label, &text)?.0 as i32) };
+
+    canvas.draw_text(
+        title,
+        &text_style(TITLE_SIZE, HPos::Left),
+        (MARGIN, MARGIN + TITLE_SIZE / 2),
+    )?;
+    let legend_y = MARGIN + TITLE_SIZE + TEXT_SIZE;
+    let mut x = MARGIN;
+    for (name, color) in names.iter().zip(PALETTE.iter().cycle()) {
+        canvas
+            .draw(&Rectangle::new([(x, legend_y - 6), (x + 12, legend_y + 6)], color.filled()))?;
+        canvas.draw_text(name, &text, (x + 18, legend_y))?;
+        x += 18 + text_width(name)? + 24;
+    }
+    canvas.draw_text(unit, &text_style(TEXT_SIZE, HPos::Right), (WIDTH - MARGIN, legend_y))?;
+
+    let mut left = 0;
+    for (label, _) in groups {
+        left = left.max(text_width(label)?);
+    }
+    let left = MARGIN + left + 12;
+    let room_for_value = text_width(&short_number(&largest))? + 16;
+    let pixels_per_unit = f64::from(WIDTH - left - room_for_value - MARGIN) / largest;
+
+    let mut y = top;
+    for (label, bars) in groups {
+        let middle = y + BAR * bars.len() as i32 / 2;
+        canvas.draw_text(label, &text_style(TEXT_SIZE, HPos::Right), (left - 12, middle))?;
+        for (name, value) in bars {
+            let series = names.iter().position(|known| known == name).unwrap_or_default();
+            let end = left + (value * pixels_per_unit) as i32;
+            let color = PALETTE[series % PALETTE.len()];
+            canvas.draw(&Rectangle::new([(left, y + 1), (end, y + BAR - 2)], color.filled()))?;
+            canvas.draw_text(&short_number(value), &text, (end + 8, y + BAR / 2))?;
+            y += BAR;
+        }
+        y += GROUP_GAP;
+    }
+    canvas.draw(&PathElement::new([(left, top - 4), (left, y - GROUP_GAP + 4)], BLACK.mix(0.5)))?;
+    Ok(canvas.present()?)
+}
+
+fn canvas(path: &Path, size: (u32, u32)) -> Result<Canvas<'_>> {
+    register_font(FAMILY, FontStyle::Normal, dejavu::sans::regular())
+        .map_err(|_| "the compiled-in typeface cannot be read")?;
+    let canvas = BitMapBackend::new(path, size).into_drawing_area();
+    canvas.fill(&WHITE)?;
+    Ok(canvas)
+}
+
+/// Text anchored at the middle of its height.
+fn text_style(size: i32, anchor: HPos) -> TextStyle<'static> {
+    TextStyle::from((FAMILY, size)).pos(Pos::new(anchor, VPos::Center))
+}
+
+/// The range that one coordinate of all points covers; plotters cannot scale an axis to a range that is empty or not finite.
+fn span(series: &[Series], coordinate: impl Fn(&(f64, f64)) -> f64) -> Result<Range<f64>> {
+    let values = || series.iter().flat_map(|line| &line.points).map(&coordinate);
+    let (low, high) = values().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
+        (low.min(value), high.max(value))
+    });
+    if values().any(|value| !value.is_finite()) || !(low < high) {
+        return Err(format!("cannot draw an axis from {low} to {high}").into());
+    }
+    Ok(low..high)
+}
+
+/// About three significant digits, without an exponent.
+fn short_number(value: &f64) -> String {
+    let decimals = match value.abs() {
+        v if v >= 100.0 || v.fract() == 0.0 => 0,
+        v if v >= 10.0 => 1,
+        v if v >= 1.0 => 2,
+        _ => 3,
+    };
+    format!("{value:.decimals$}")
+}

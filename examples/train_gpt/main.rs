@@ -1,0 +1,133 @@
+//! Trains a small byte-level GPT through this crate's operations: matmul and flash attention, forward and backward.
+//!
+//! ```text
+//! cargo run --release --example train_gpt
+//! cargo run --release --example train_gpt -- --reference
+//! cargo run --release --features cuda --example train_gpt -- --device cuda:0 --dim 512 --layers 8 --heads 8 --steps 3000
+//! cargo run --release --example train_gpt -- --help
+//! ```
+//!
+//! The text is this crate's own source and documentation. The run ends with the loss on text that it has not seen beside the
+//! entropy of single bytes, a sample, a picture of the loss, and a checkpoint. With `--reference` the same model (weights,
+//! batches, schedule) is trained on candle's own f32 operations as well, and the two curves are compared.
+
+mod args;
+#[path = "../common/chart.rs"]
+mod chart;
+mod checkpoint;
+mod data;
+mod model;
+mod ops;
+mod optim;
+mod rng;
+mod sample;
+mod train;
+
+use std::error::Error;
+use std::fs;
+use std::process::ExitCode;
+
+use args::Args;
+use chart::Series;
+use data::Corpus;
+use model::Gpt;
+use ops::Arithmetic;
+use rng::Rng;
+use train::{SMOOTHING, Trained, train};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let Some(args) = Args::parse()? else {
+        return Ok(());
+    };
+    let corpus = match &args.text {
+        Some(path) => Corpus::from_file(path)?,
+        None => Corpus::of_this_crate()?,
+    };
+    fs::create_dir_all(&args.out)?;
+
+    let trained = train(&args, Arithmetic::Kaio, &corpus)?;
+    let reference =
+        args.reference.then(|| train(&args, Arithmetic::Reference, &corpus)).transpose()?;
+
+    let entropy = corpus.unigram_entropy();
+    println!("text: {} bytes; the entropy of single bytes is {entropy:.3} nats/byte", corpus.len());
+    for (arithmetic, run) in
+        [(Arithmetic::Kaio, Some(&trained)), (Arithmetic::Reference, reference.as_ref())]
+    {
+        if let Some(run) = run {
+            let loss = validation_loss(&run.model, &corpus, &args)?;
+            println!("validation loss, {}: {loss:.3} nats/byte", arithmetic.name());
+        }
+    }
+    if let Some(reference) = &reference {
+        let (step, difference) = largest_difference(&trained, reference);
+        println!(
+            "largest difference of the smoothed training losses: {difference:.4} nats/byte, at step {step}"
+        );
+    }
+
+    let mut rng = Rng::new(args.seed, u64::MAX - 1);
+    let prompt = args.prompt.as_bytes();
+    let text = sample::generate(
+        &trained.model,
+        prompt,
+        args.sample_bytes,
+        args.temperature,
+        &mut rng,
+        &args.device,
+    )?;
+    println!("\n{}\n", String::from_utf8_lossy(&text));
+
+    let picture = args.out.join("train_gpt.png");
+    draw(&picture, &trained, reference.as_ref(), entropy)?;
+    println!("loss curve: {}", picture.display());
+    println!("checkpoint: {}", train::checkpoint_path(&args).display());
+    Ok(())
+}
+
+/// The mean loss, in nats per byte, on text that was not trained on.
+fn validation_loss(model: &Gpt, corpus: &Corpus, args: &Args) -> candle_core::Result<f64> {
+    let (mut sum, mut bytes) = (0.0, 0);
+    for batch in corpus.validation_batches(args.batch, args.model.seq, &args.device)? {
+        let (tokens, targets) = batch?;
+        let loss = model.loss(&tokens, &targets)?.to_scalar::<f32>()?;
+        sum += f64::from(loss) * tokens.elem_count() as f64;
+        bytes += tokens.elem_count();
+    }
+    Ok(sum / bytes as f64)
+}
+
+/// Where the smoothed curves are furthest apart, as the step's number, and by how much.
+fn largest_difference(a: &Trained, b: &Trained) -> (usize, f64) {
+    let differences = a.smoothed().into_iter().zip(b.smoothed()).map(|(a, b)| (a - b).abs());
+    let numbered = (1..).zip(differences);
+    numbered.max_by(|(_, a), (_, b)| a.total_cmp(b)).unwrap_or_default()
+}
+
+fn draw(
+    path: &std::path::Path,
+    trained: &Trained,
+    reference: Option<&Trained>,
+    entropy: f64,
+) -> Result<(), Box<dyn Error>> {
+    let line = |name: &str, losses: Vec<f64>| Series {
+        name: name.to_owned(),
+        points: (1..).map(f64::from).zip(losses).collect(),
+    };
+    let steps = trained.losses.len();
+    let mut series = vec![line(Arithmetic::Kaio.name(), trained.smoothed())];
+    series.extend(reference.map(|run| line(Arithmetic::Reference.name(), run.smoothed())));
+    series.push(line("entropy of single bytes", vec![entropy; steps]));
+    let title = format!("Training loss, mean of {SMOOTHING} steps");
+    chart::line_chart(path, &title, "step", "nats per byte", &series)
+}

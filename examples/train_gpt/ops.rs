@@ -1,0 +1,59 @@
+//! The two operations in which the trained model and its reference differ.
+
+use candle_core::{D, DType, Result, Tensor};
+use candle_nn::ops::softmax;
+use kaio_candle::prelude::*;
+
+/// Who multiplies matrices and attends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// This crate, in bf16. The weights stay f32: casting them is part of the graph, so their gradients are f32 too.
+    Kaio,
+    /// candle's own operations, in f32.
+    Reference,
+}
+
+impl Arithmetic {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kaio => "kaio-candle bf16",
+            Self::Reference => "candle f32",
+        }
+    }
+
+    /// `x · weight` for x `[.., K]` and weight `[K, N]`, as f32.
+    pub fn linear(self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Kaio => x.to_dtype(DType::BF16)?.kaio_matmul_tc(&weight.to_dtype(DType::BF16)?),
+            Self::Reference => {
+                // One product of rank 2: candle would repeat the weight for every batch.
+                let (rows, n) = (x.flatten_to(D::Minus2)?, weight.dim(1)?);
+                let mut shape = x.dims().to_vec();
+                shape[x.rank() - 1] = n;
+                rows.matmul(weight)?.reshape(shape)
+            }
+        }
+    }
+
+    /// Causal self-attention over `[B, H, S, D]`.
+    pub fn attention(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Kaio => {
+                let [q, k, v] = [q, k, v].map(|x| x.to_dtype(DType::BF16));
+                q?.kaio_flash_attn(&k?, &v?, true)
+            }
+            Self::Reference => {
+                let [q, k, v] = [q, k, v].map(|x| x.contiguous());
+                let (q, k, v) = (q?, k?, v?);
+                let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+                let scores = (q.matmul(&k.t()?)? * scale)?;
+                let visible = Tensor::tril2(q.dim(2)?, DType::U8, q.device())?;
+                let hidden = Tensor::new(f32::NEG_INFINITY, q.device())?;
+                let scores = visible
+                    .broadcast_as(scores.shape())?
+                    .where_cond(&scores, &hidden.broadcast_as(scores.shape())?)?;
+                softmax(&scores, D::Minus1)?.matmul(&v)
+            }
+        }
+    }
+}

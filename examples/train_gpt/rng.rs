@@ -1,0 +1,38 @@
+//! Random numbers that a seed decides.
+//!
+//! candle's CPU generator cannot be seeded; a run that can be repeated and resumed needs one that can.
+
+/// SplitMix64 (Steele, Lea and Flood, 2014).
+pub struct Rng(u64);
+
+impl Rng {
+    /// The generator of one use, such as one training step; different streams of one seed are independent.
+    pub fn new(seed: u64, stream: u64) -> Self {
+        let mut rng = Self(seed);
+        Self(rng.next() ^ Self(stream).next().rotate_left(32))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in `[0, 1)`.
+    pub fn uniform(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Uniform in `0..end`.
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.uniform() * end as f64) as usize
+    }
+
+    /// Standard normal, by Box and Muller.
+    pub fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();
+        radius * (std::f64::consts::TAU * self.uniform()).cos()
+    }
+}

@@ -1,0 +1,117 @@
+//! The training loop and its progress.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use candle_core::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::args::Args;
+use crate::checkpoint;
+use crate::data::Corpus;
+use crate::model::Gpt;
+use crate::ops::Arithmetic;
+use crate::optim::Optimizer;
+use crate::rng::Rng;
+
+/// Losses are smoothed by the mean over this many steps.
+pub const SMOOTHING: usize = 20;
+/// How often progress is a line of its own when there is no terminal to draw a bar on.
+const STEPS_PER_LINE: usize = 25;
+
+pub struct Trained {
+    pub model: Gpt,
+    /// The training loss of every step, in nats per byte.
+    pub losses: Vec<f32>,
+}
+
+impl Trained {
+    /// The mean loss of every step and those before it, at most [`SMOOTHING`] in all.
+    pub fn smoothed(&self) -> Vec<f64> {
+        (1..=self.losses.len()).map(|end| recent_mean(&self.losses[..end])).collect()
+    }
+}
+
+/// Trains one model from its initial weights or, for `--resume`, from a checkpoint.
+pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Trained> {
+    let device = &args.device;
+    let model = Gpt::new(args.model, arithmetic, args.seed, device)?;
+    let mut optimizer = Optimizer::new(model.parameters(), args.rate, device)?;
+    let mut losses = match &args.resume {
+        Some(path) => checkpoint::load(path, &model, &mut optimizer, device)?,
+        None => Vec::new(),
+    };
+    let checkpoint = match arithmetic {
+        Arithmetic::Kaio => Some(checkpoint_path(args)),
+        Arithmetic::Reference => None,
+    };
+
+    let progress = Progress::new(arithmetic, losses.len(), args);
+    for step in losses.len()..args.steps {
+        // The batch follows from the seed and the step alone, so a resumed run sees the same ones.
+        let mut rng = Rng::new(args.seed, step as u64);
+        let (tokens, targets) =
+            corpus.training_batch(&mut rng, args.batch, args.model.seq, device)?;
+        let loss = model.loss(&tokens, &targets)?;
+        optimizer.backward_step(&loss, args.steps)?;
+        losses.push(loss.to_scalar()?);
+        progress.step(&losses);
+
+        let due = args.checkpoint_every.is_some_and(|every| losses.len() % every == 0);
+        if let Some(path) = &checkpoint
+            && (due || losses.len() == args.steps)
+        {
+            checkpoint::save(path, &model, &mut optimizer, &losses, device)?;
+        }
+    }
+    progress.finish();
+    Ok(Trained { model, losses })
+}
+
+pub fn checkpoint_path(args: &Args) -> PathBuf {
+    args.checkpoint.clone().unwrap_or_else(|| args.out.join("train_gpt.safetensors"))
+}
+
+fn recent_mean(losses: &[f32]) -> f64 {
+    let recent = &losses[losses.len().saturating_sub(SMOOTHING)..];
+    recent.iter().copied().map(f64::from).sum::<f64>() / recent.len() as f64
+}
+
+/// A bar on a terminal, now and then a line elsewhere.
+struct Progress {
+    bar: ProgressBar,
+    name: &'static str,
+    tokens_per_step: usize,
+    first_step: usize,
+    started: Instant,
+}
+
+impl Progress {
+    fn new(arithmetic: Arithmetic, first_step: usize, args: &Args) -> Self {
+        let style =
+            ProgressStyle::with_template("{prefix} {bar:40} {pos}/{len} steps, {msg}, {eta} left");
+        let bar = ProgressBar::new(args.steps as u64)
+            .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+            .with_prefix(arithmetic.name())
+            .with_position(first_step as u64);
+        bar.reset_eta();
+        let tokens_per_step = args.batch * args.model.seq;
+        Self { bar, name: arithmetic.name(), tokens_per_step, first_step, started: Instant::now() }
+    }
+
+    fn step(&self, losses: &[f32]) {
+        let steps = losses.len();
+        let tokens = (steps - self.first_step) * self.tokens_per_step;
+        let rate = tokens as f64 / self.started.elapsed().as_secs_f64();
+        let message = format!("loss {:.3}, {rate:.0} tokens/s", recent_mean(losses));
+        if self.bar.is_hidden() && steps.is_multiple_of(STEPS_PER_LINE) {
+            eprintln!("{}: step {steps}, {message}", self.name);
+        }
+        self.bar.set_message(message);
+        self.bar.inc(1);
+    }
+
+    fn finish(&self) {
+        self.bar.finish();
+    }
+}

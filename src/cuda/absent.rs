@@ -1,0 +1,31 @@
+//! The engine in a build without the feature `cuda`. No CUDA tensor exists there, so that none of
+//! these functions is ever reached.
+
+use candle_core::{CudaStorage, Error, Result};
+
+use super::Operand;
+use crate::op::{AttentionProblem, MatmulProblem, Pipeline, View};
+
+/// Defines functions with the engine's signatures that report the missing feature.
+macro_rules! absent {
+    ($(fn $name:ident($($arg:ty),*) -> $result:ty;)*) => {$(
+        pub(crate) fn $name($(_: $arg),*) -> Result<$result> {
+            Err(Error::NotCompiledWithCudaSupport)
+        }
+    )*};
+}
+
+type Name = &'static str;
+
+absent! {
+    fn matmul(Name, &MatmulProblem, Pipeline, &CudaStorage, &CudaStorage) -> CudaStorage;
+    fn matmul_int8(Name, Operand, Operand, f32) -> CudaStorage;
+    fn matmul_int4(Name, Operand, Operand, Operand) -> CudaStorage;
+    fn qkv_int8(Name, Operand, &[Operand], [f32; 3]) -> CudaStorage;
+    fn qkv_int4(Name, Operand, &[Operand], &[Operand]) -> CudaStorage;
+    fn attention_tc(Name, &AttentionProblem, [&CudaStorage; 3]) -> CudaStorage;
+    fn flash_attn(Name, &AttentionProblem, bool, [&CudaStorage; 3]) -> (CudaStorage, Option<CudaStorage>);
+    fn flash_attn_backward(
+        Name, &AttentionProblem, [&CudaStorage; 3], View<CudaStorage>, View<CudaStorage>, &CudaStorage
+    ) -> CudaStorage;
+}

@@ -1,0 +1,187 @@
+//! Every way a call can be wrong, as a type.
+
+use candle_core::{DType, Shape};
+
+/// What went wrong in a call to this crate.
+///
+/// All methods return [`candle_core::Result`], so that `?` works in candle code. The error inside is
+/// this type; [`Error::of`] finds it again:
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use kaio_candle::{Error, prelude::*};
+///
+/// let a = Tensor::zeros((4, 8), DType::F16, &Device::Cpu)?;
+/// let b = Tensor::zeros((9, 4), DType::F16, &Device::Cpu)?;
+/// let error = a.kaio_matmul_tc(&b).unwrap_err();
+/// assert!(matches!(Error::of(&error), Some(Error::Dimension { got: 9, .. })));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// Messages name the op, the argument, what came, what was wanted and what to do. They are the same
+/// for CPU and CUDA tensors, and come before any allocation or launch.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An argument has too few or too many dimensions.
+    #[error("{op}: `{arg}` has shape {got:?} (rank {}), wanted {want}; {fix}", got.rank())]
+    Rank {
+        /// The method that was called.
+        op: &'static str,
+        /// The argument's name.
+        arg: &'static str,
+        /// Its shape.
+        got: Shape,
+        /// The shapes that the op takes.
+        want: &'static str,
+        /// What to do.
+        fix: &'static str,
+    },
+    /// An argument has a dtype that the op does not take.
+    #[error("{op}: `{arg}` is {}, wanted {want}; {fix}", got.as_str())]
+    DType {
+        /// The method that was called.
+        op: &'static str,
+        /// The argument's name.
+        arg: &'static str,
+        /// Its dtype.
+        got: DType,
+        /// The dtypes that the op takes.
+        want: String,
+        /// What to do.
+        fix: String,
+    },
+    /// One dimension of an argument does not fit the other arguments or the format.
+    #[error("{op}: `{arg}` has {dim} = {got}, wanted {want}; {fix}")]
+    Dimension {
+        /// The method that was called.
+        op: &'static str,
+        /// The argument's name.
+        arg: &'static str,
+        /// The dimension's name in the op's documentation.
+        dim: &'static str,
+        /// Its size.
+        got: usize,
+        /// The sizes that fit.
+        want: String,
+        /// What to do.
+        fix: String,
+    },
+    /// The batch dimensions of two arguments cannot be broadcast together.
+    #[error("{op}: batch dimensions {got:?} of `{arg}` do not broadcast with {want:?} of `{with}`; make them equal or 1")]
+    Batch {
+        /// The method that was called.
+        op: &'static str,
+        /// The argument's name.
+        arg: &'static str,
+        /// Its batch dimensions.
+        got: Vec<usize>,
+        /// The argument that it was to be combined with.
+        with: &'static str,
+        /// That argument's batch dimensions.
+        want: Vec<usize>,
+    },
+    /// Two arguments live on different devices.
+    #[error("{op}: `{arg}` is on {got}, but `{with}` is on {want}; move one with `.to_device(..)?`")]
+    Device {
+        /// The method that was called.
+        op: &'static str,
+        /// The argument's name.
+        arg: &'static str,
+        /// Its device, with the CUDA ordinal.
+        got: String,
+        /// The argument that it was to be combined with.
+        with: &'static str,
+        /// That argument's device.
+        want: String,
+    },
+    /// An input tracks a gradient, and the op has none.
+    #[error("{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if its weights may stay as they are")]
+    Tracked {
+        /// The method that was called.
+        op: &'static str,
+        /// The argument's name.
+        arg: &'static str,
+    },
+    /// An option or a number passed by value is out of range.
+    #[error("{op}: {name} is {got}, wanted {want}")]
+    Value {
+        /// The method that was called.
+        op: &'static str,
+        /// The option's name.
+        name: &'static str,
+        /// What came.
+        got: String,
+        /// What was wanted.
+        want: String,
+    },
+    /// The engine, or the kind of device, cannot do this.
+    #[error("{op}: {what} cannot take {limit}; {fix}")]
+    Unsupported {
+        /// The method that was called.
+        op: &'static str,
+        /// The engine (`Engine::KaioOps`) or the device (`a Metal tensor`) that has the limit.
+        what: String,
+        /// The limit, with the number that broke it.
+        limit: String,
+        /// What to do instead.
+        fix: String,
+    },
+    /// There is no usable NVIDIA GPU at this ordinal.
+    #[error("no CUDA device at ordinal {ordinal}: {reason}; `nvidia-smi -L` lists what the driver sees")]
+    NoDevice {
+        /// The ordinal that was asked for.
+        ordinal: usize,
+        /// The driver's own words.
+        reason: String,
+    },
+    /// A CUDA tensor was wanted.
+    #[error("{op}: wanted a CUDA tensor, got one on {got}; move it with `.to_device(&Device::new_cuda(0)?)?`")]
+    NotCuda {
+        /// The function that was called.
+        op: &'static str,
+        /// The device of the tensor that came.
+        got: String,
+    },
+    /// The CUDA driver or a kernel library refused.
+    #[error("{op}: {message}")]
+    Driver {
+        /// The method that was called.
+        op: &'static str,
+        /// The driver's own words.
+        message: String,
+    },
+}
+
+impl Error {
+    /// The `kaio_candle` error inside a candle error, if that is what it carries.
+    ///
+    /// Looks through the context and backtrace layers that candle may have put around it.
+    pub fn of(error: &candle_core::Error) -> Option<&Error> {
+        use candle_core::Error as E;
+        match error {
+            E::Cuda(inner) => inner.downcast_ref(),
+            E::WithBacktrace { inner, .. } | E::Context { inner, .. } => Self::of(inner),
+            E::WithPath { inner, .. } => Self::of(inner),
+            E::WrappedContext { wrapped, .. } => {
+                let wrapped: &(dyn std::error::Error + 'static) = wrapped.as_ref();
+                match wrapped.downcast_ref::<candle_core::Error>() {
+                    Some(inner) => Self::of(inner),
+                    None => wrapped.downcast_ref(),
+                }
+            }
+            _ => None,
+        }
+    }
+}
+
+/// candle has one variant that carries a boxed `std::error::Error` unchanged and shows its text as it
+/// is: `Cuda`. (`Wrapped` holds a `dyn Display`, out of which nothing can be downcast.)
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        candle_core::Error::Cuda(Box::new(error))
+    }
+}
+
+/// The `Result` inside the crate; it becomes [`candle_core::Result`] with `?`.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

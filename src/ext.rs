@@ -1,0 +1,374 @@
+//! The methods.
+
+use candle_core::{Result, Tensor};
+
+use crate::op::{self, Pipeline, QkvWeights};
+use crate::{FlashAttnOptions, MatmulOptions};
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for candle_core::Tensor {}
+}
+
+/// Fast tensor operations as methods of [`candle_core::Tensor`].
+///
+/// On a CPU tensor each method runs this crate's CPU path, on a CUDA tensor the kernels of an
+/// [`Engine`](crate::Engine), on the tensor's own device; nothing is moved. `..` stands for any
+/// number of batch dimensions, broadcast as NumPy does. Views (transposed, narrowed, broadcast,
+/// strided) are taken as they are. A dimension of size zero gives an empty result, a sum over
+/// nothing gives zeros. Inputs are never modified.
+///
+/// The trait is sealed: only `Tensor` has these methods.
+///
+/// # Errors
+///
+/// Each method checks its arguments before it allocates or launches anything; what it returns then
+/// is a [`kaio_candle::Error`](crate::Error), which [`Error::of`](crate::Error::of) takes out of the
+/// candle error. The sections below name what each method refuses.
+pub trait KaioTensorExt: sealed::Sealed {
+    /// Matrix product `A·B` with f32 sums and an f32 result.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` | `[.., M, K]` | f16 or bf16 |
+    /// | `rhs` | `[.., K, N]` | the same |
+    /// | result | `[.., M, N]` | f32 |
+    ///
+    /// A `rhs` without batch dimensions is shared by all batches of `self`: one product, no copy.
+    ///
+    /// # Gradient
+    ///
+    /// Both inputs, in their dtype, summed in f32. f16 gradients too large or too small for f16 on
+    /// the way through the kernel are scaled, not lost.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes, rank under 2, unequal K, batch dimensions that do not broadcast, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use kaio_candle::prelude::*;
+    ///
+    /// let a = Tensor::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// let c = a.kaio_matmul_tc(&a.t()?)?;
+    /// assert_eq!(c.to_vec2::<f32>()?, [[5., 11.], [11., 25.]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_matmul_tc(&self, rhs: &Tensor) -> Result<Tensor>;
+
+    /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) through the kernel that loads with `cp.async` while
+    /// it computes, where the engine has both kernels.
+    ///
+    /// Arguments, result, gradient and errors are the same.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let a = Tensor::ones((3, 16), DType::F16, &Device::Cpu)?;
+    /// let c = a.kaio_matmul_tc_async(&a.t()?)?;
+    /// assert_eq!(c.sum_all()?.to_scalar::<f32>()?, 9. * 16.);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_matmul_tc_async(&self, rhs: &Tensor) -> Result<Tensor>;
+
+    /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) with a choice of result dtype and engine.
+    ///
+    /// # Errors
+    ///
+    /// Also an `out_dtype` other than f32, f16 and bf16, and an engine that cannot take the problem.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let a = Tensor::ones((2, 5, 8), DType::BF16, &Device::Cpu)?;
+    /// let w = Tensor::ones((8, 4), DType::BF16, &Device::Cpu)?;
+    /// let c = a.kaio_matmul_with(&w, &MatmulOptions::default().out_dtype(DType::BF16))?;
+    /// assert_eq!((c.dims(), c.dtype()), ([2, 5, 4].as_slice(), DType::BF16));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_matmul_with(&self, rhs: &Tensor, opts: &MatmulOptions) -> Result<Tensor>;
+
+    /// Product of int8 matrices, `scale · Σ a·b`, summed exactly in i32.
+    ///
+    /// candle has no i8, so u8 tensors carry the bytes of two's-complement int8;
+    /// [`quant::quantize_int8`](crate::quant::quantize_int8) makes them.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` | `[.., M, K]` | u8, read as int8 |
+    /// | `rhs` | `[K, N]` | u8, read as int8 |
+    /// | `scale` | | the product of both quantisation steps |
+    /// | result | `[.., M, N]` | f32 |
+    ///
+    /// # Gradient
+    ///
+    /// None: a tracked input is an error.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or ranks, unequal K, K over 131071 (the sum could leave i32), a scale that is
+    /// not finite, a tracked input, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kaio_candle::{prelude::*, quant};
+    /// let a = Tensor::new(&[[1f32, -2., 3.]], &Device::Cpu)?;
+    /// let w = Tensor::new(&[[1f32], [1.], [-1.]], &Device::Cpu)?;
+    /// let ((a, a_scale), (w, w_scale)) = (quant::quantize_int8(&a)?, quant::quantize_int8(&w)?);
+    /// let c = a.kaio_matmul_int8(&w, a_scale * w_scale)?;
+    /// assert!((c.to_vec2::<f32>()?[0][0] + 4.).abs() < 0.05);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_matmul_int8(&self, rhs: &Tensor, scale: f32) -> Result<Tensor>;
+
+    /// Product with a weight in int4, eight values a `u32`, one scale for 128 rows and a column.
+    ///
+    /// The lowest nibble of a word is the lowest k; a nibble is two's complement, −8 to 7; the weight
+    /// is nibble · scale. [`quant::quantize_int4`](crate::quant::quantize_int4) makes this form.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` | `[.., M, K]`, K a multiple of 128 | f16 |
+    /// | `packed` | `[K/8, N]` | u32 |
+    /// | `scales` | `[K/128, N]` | f16 |
+    /// | result | `[.., M, N]` | f32 |
+    ///
+    /// # Gradient
+    ///
+    /// None: a tracked input is an error.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or ranks, K not a multiple of 128, rows of `packed` or `scales` that do not
+    /// belong to K, unequal N, a tracked input, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::{prelude::*, quant};
+    /// let w = Tensor::randn(0f32, 1., (256, 8), &Device::Cpu)?;
+    /// let (packed, scales) = quant::quantize_int4(&w)?;
+    /// let a = Tensor::ones((3, 256), DType::F16, &Device::Cpu)?;
+    /// assert_eq!(a.kaio_matmul_int4(&packed, &scales)?.dims(), [3, 8]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_matmul_int4(&self, packed: &Tensor, scales: &Tensor) -> Result<Tensor>;
+
+    /// Attention `softmax(q·kᵀ/√D + mask)·v` from f16 to f32, over any batch dimensions.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` | `[.., Sq, D]` | f16 |
+    /// | `k` | `[.., Sk, D]` | f16 |
+    /// | `v` | `[.., Sk, Dv]` | f16 |
+    /// | result | `[.., Sq, Dv]` | f32 |
+    ///
+    /// With `causal` the last query sees all keys, the one before all but the last, and so on; a row
+    /// that sees no key is zero.
+    ///
+    /// # Gradient
+    ///
+    /// None: a tracked input is an error. [`kaio_flash_attn`](Self::kaio_flash_attn) has one.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes, rank under 2, unequal D or Sk, D = 0, batch dimensions that do not broadcast, a
+    /// tracked input, two devices; on CUDA, head dimensions over what the engine takes (256).
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let q = Tensor::zeros((2, 4, 16), DType::F16, &Device::Cpu)?;
+    /// let v = Tensor::ones((2, 9, 8), DType::F16, &Device::Cpu)?;
+    /// let k = Tensor::zeros((2, 9, 16), DType::F16, &Device::Cpu)?;
+    /// let o = q.kaio_attention_tc(&k, &v, true)?;
+    /// assert_eq!((o.dims(), o.sum_all()?.to_scalar::<f32>()?), ([2, 4, 8].as_slice(), 64.));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_attention_tc(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor>;
+
+    /// Flash attention `softmax(q·kᵀ/√D + mask)·v` in O(S·D) memory, with gradients.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` | `[Sq, D]`, `[Hq, Sq, D]` or `[B, Hq, Sq, D]` | f16, bf16 or f32 |
+    /// | `k` | the same with `Hkv`, `Sk`; Hq a multiple of Hkv | the same |
+    /// | `v` | like `k`, with head dimension Dv | the same |
+    /// | result | like `self`, with Dv | the same |
+    ///
+    /// Query heads `h·Hq/Hkv` and the `Hq/Hkv − 1` that follow it share the key head `h`. With
+    /// `causal` the last query sees all keys; a row that sees no key is zero.
+    ///
+    /// # Gradient
+    ///
+    /// q, k and v, in O(S·D) memory: probabilities are rebuilt block by block from the log-sum-exp
+    /// that the forward pass kept (FlashAttention-2, Dao 2023).
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or ranks, unequal D, Sk, B or heads, D = 0, two devices; on CUDA, head
+    /// dimensions over what the engine takes (256).
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use kaio_candle::prelude::*;
+    ///
+    /// let q = Var::randn(0f32, 1., (1, 4, 10, 16), &Device::Cpu)?;
+    /// let k = Var::randn(0f32, 1., (1, 2, 12, 16), &Device::Cpu)?;
+    /// let v = Var::randn(0f32, 1., (1, 2, 12, 16), &Device::Cpu)?;
+    /// let loss = q.kaio_flash_attn(&k, &v, true)?.sqr()?.sum_all()?;
+    /// let grads = loss.backward()?;
+    /// assert_eq!(grads.get(&k).unwrap().dims(), [1, 2, 12, 16]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_flash_attn(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor>;
+
+    /// [`kaio_flash_attn`](Self::kaio_flash_attn) with a choice of scale and engine.
+    ///
+    /// # Errors
+    ///
+    /// Also a scale that is not finite, and an engine that cannot take the problem.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let x = Tensor::ones((6, 16), DType::F32, &Device::Cpu)?;
+    /// let o = x.kaio_flash_attn_with(&x, &x, &FlashAttnOptions::default().softmax_scale(0.))?;
+    /// assert_eq!(o.to_vec2::<f32>()?, x.to_vec2::<f32>()?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_flash_attn_with(&self, k: &Tensor, v: &Tensor, opts: &FlashAttnOptions) -> Result<Tensor>;
+
+    /// Query, key and value projections of one input with int8 weights: `scales[i] · x·weights[i]`.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` | `[.., M, K]` | f16 |
+    /// | `weights` | three `[K, N]` | u8, read as int8 |
+    /// | `scales` | | one step a weight |
+    /// | result | three `[.., M, N]` | f16 |
+    ///
+    /// # Gradient
+    ///
+    /// None: a tracked input is an error.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or ranks, unequal K or N, a scale that is not finite, a tracked input, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::{prelude::*, quant};
+    /// let (w, scale) = quant::quantize_int8(&Tensor::randn(0f32, 1., (32, 16), &Device::Cpu)?)?;
+    /// let x = Tensor::ones((2, 5, 32), DType::F16, &Device::Cpu)?;
+    /// let (q, k, v) = x.kaio_qkv_project_int8([&w, &w, &w], [scale; 3])?;
+    /// assert_eq!(q.dims(), [2, 5, 16]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_qkv_project_int8(
+        &self,
+        weights: [&Tensor; 3],
+        scales: [f32; 3],
+    ) -> Result<(Tensor, Tensor, Tensor)>;
+
+    /// Query, key and value projections of one input with int4 weights in the form of
+    /// [`kaio_matmul_int4`](Self::kaio_matmul_int4).
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` | `[.., M, K]`, K a multiple of 128 | f16 |
+    /// | `weights` | three `[K/8, N]` | u32 |
+    /// | `scales` | three `[K/128, N]` | f16 |
+    /// | result | three `[.., M, N]` | f16 |
+    ///
+    /// # Gradient
+    ///
+    /// None: a tracked input is an error.
+    ///
+    /// # Errors
+    ///
+    /// As for `kaio_matmul_int4`, and unequal N.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::{prelude::*, quant};
+    /// let (w, s) = quant::quantize_int4(&Tensor::randn(0f32, 1., (128, 16), &Device::Cpu)?)?;
+    /// let x = Tensor::ones((5, 128), DType::F16, &Device::Cpu)?;
+    /// let (q, k, v) = x.kaio_qkv_project_int4([&w, &w, &w], [&s, &s, &s])?;
+    /// assert_eq!(v.dims(), [5, 16]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_qkv_project_int4(
+        &self,
+        weights: [&Tensor; 3],
+        scales: [&Tensor; 3],
+    ) -> Result<(Tensor, Tensor, Tensor)>;
+}
+
+impl KaioTensorExt for Tensor {
+    fn kaio_matmul_tc(&self, rhs: &Tensor) -> Result<Tensor> {
+        op::matmul("kaio_matmul_tc", self, rhs, &MatmulOptions::default(), Pipeline::Sync)
+    }
+
+    fn kaio_matmul_tc_async(&self, rhs: &Tensor) -> Result<Tensor> {
+        op::matmul("kaio_matmul_tc_async", self, rhs, &MatmulOptions::default(), Pipeline::Async)
+    }
+
+    fn kaio_matmul_with(&self, rhs: &Tensor, opts: &MatmulOptions) -> Result<Tensor> {
+        op::matmul("kaio_matmul_with", self, rhs, opts, Pipeline::Async)
+    }
+
+    fn kaio_matmul_int8(&self, rhs: &Tensor, scale: f32) -> Result<Tensor> {
+        op::matmul_int8(self, rhs, scale)
+    }
+
+    fn kaio_matmul_int4(&self, packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
+        op::matmul_int4(self, packed, scales)
+    }
+
+    fn kaio_attention_tc(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
+        op::attention_tc(self, k, v, causal)
+    }
+
+    fn kaio_flash_attn(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
+        let opts = FlashAttnOptions::default().causal(causal);
+        op::flash_attn("kaio_flash_attn", self, k, v, &opts)
+    }
+
+    fn kaio_flash_attn_with(&self, k: &Tensor, v: &Tensor, opts: &FlashAttnOptions) -> Result<Tensor> {
+        op::flash_attn("kaio_flash_attn_with", self, k, v, opts)
+    }
+
+    fn kaio_qkv_project_int8(
+        &self,
+        weights: [&Tensor; 3],
+        scales: [f32; 3],
+    ) -> Result<(Tensor, Tensor, Tensor)> {
+        op::qkv_project(self, QkvWeights::Int8 { weights, scales })
+    }
+
+    fn kaio_qkv_project_int4(
+        &self,
+        weights: [&Tensor; 3],
+        scales: [&Tensor; 3],
+    ) -> Result<(Tensor, Tensor, Tensor)> {
+        op::qkv_project(self, QkvWeights::Int4 { packed: weights, scales })
+    }
+}

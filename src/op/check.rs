@@ -1,0 +1,211 @@
+//! Argument checks shared by the ops. Each runs before any allocation or launch.
+
+use candle_core::{DType, DeviceLocation, Tensor};
+
+use crate::{
+    Engine,
+    error::{Error, Result},
+    stack::{batch_dims, broadcast_batch},
+};
+
+/// A named argument.
+pub(crate) type Arg<'a> = (&'static str, &'a Tensor);
+
+/// A device as messages show it.
+pub(crate) fn place(location: DeviceLocation) -> String {
+    match location {
+        DeviceLocation::Cpu => "the CPU".into(),
+        DeviceLocation::Cuda { gpu_id } => format!("CUDA device {gpu_id}"),
+        DeviceLocation::Metal { gpu_id } => format!("Metal device {gpu_id}"),
+    }
+}
+
+/// All arguments are on the CPU, or on the GPU of one ordinal.
+pub(crate) fn one_device(op: &'static str, args: &[Arg]) -> Result<()> {
+    let (with, first) = args[0];
+    let want = first.device().location();
+    if matches!(want, DeviceLocation::Metal { .. }) {
+        return Err(Error::Unsupported {
+            op,
+            what: "this crate".into(),
+            limit: format!("a tensor on {}", place(want)),
+            fix: "it has a CPU path and CUDA kernels; move the tensor with `.to_device(..)?`".into(),
+        });
+    }
+    for &(arg, t) in &args[1..] {
+        let got = t.device().location();
+        if got != want {
+            let (got, want) = (place(got), place(want));
+            return Err(Error::Device { op, arg, got, with, want });
+        }
+    }
+    Ok(())
+}
+
+/// The argument has one of the dtypes `want`.
+pub(crate) fn dtype(op: &'static str, (arg, t): Arg, want: &[DType]) -> Result<()> {
+    if want.contains(&t.dtype()) {
+        return Ok(());
+    }
+    let names: Vec<_> = want.iter().map(DType::as_str).collect();
+    Err(Error::DType {
+        op,
+        arg,
+        got: t.dtype(),
+        want: names.join(" or "),
+        fix: cast_to(want[0]),
+    })
+}
+
+/// Both arguments have the same dtype.
+pub(crate) fn same_dtype(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
+    if t.dtype() == first.dtype() {
+        return Ok(());
+    }
+    Err(Error::DType {
+        op,
+        arg,
+        got: t.dtype(),
+        want: format!("{}, the dtype of `{with}`", first.dtype().as_str()),
+        fix: cast_to(first.dtype()),
+    })
+}
+
+fn cast_to(dtype: DType) -> String {
+    match dtype {
+        DType::F16 | DType::BF16 | DType::F32 => {
+            format!("cast it with `.to_dtype(DType::{dtype:?})?`")
+        }
+        DType::U8 => "quantise it with `quant::quantize_int8`".into(),
+        _ => "quantise it with `quant::quantize_int4`".into(),
+    }
+}
+
+/// The argument's rank lies in `ranks`.
+pub(crate) fn rank(
+    op: &'static str,
+    (arg, t): Arg,
+    ranks: std::ops::RangeInclusive<usize>,
+    want: &'static str,
+    fix: &'static str,
+) -> Result<()> {
+    if ranks.contains(&t.rank()) {
+        return Ok(());
+    }
+    Err(Error::Rank { op, arg, got: t.shape().clone(), want, fix })
+}
+
+/// One dimension has the size that the others demand.
+pub(crate) fn dim(
+    op: &'static str,
+    arg: &'static str,
+    (name, got): (&'static str, usize),
+    (want, why): (usize, &str),
+    fix: &str,
+) -> Result<()> {
+    if got == want {
+        return Ok(());
+    }
+    Err(Error::Dimension {
+        op,
+        arg,
+        dim: name,
+        got,
+        want: format!("{want}, {why}"),
+        fix: fix.into(),
+    })
+}
+
+/// No argument tracks a gradient: neither a `Var` nor anything computed from one.
+pub(crate) fn untracked(op: &'static str, args: &[Arg]) -> Result<()> {
+    match args.iter().find(|(_, t)| t.track_op()) {
+        Some(&(arg, _)) => Err(Error::Tracked { op, arg }),
+        None => Ok(()),
+    }
+}
+
+/// The batch dimensions of two arguments broadcast together; gives what they broadcast to.
+pub(crate) fn batch(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<Vec<usize>> {
+    let (got, want) = (batch_dims(t.dims()), batch_dims(first.dims()));
+    broadcast_batch(want, got).ok_or_else(|| Error::Batch {
+        op,
+        arg,
+        got: got.to_vec(),
+        with,
+        want: want.to_vec(),
+    })
+}
+
+/// The engine exists in this release.
+pub(crate) fn engine(op: &'static str, engine: Engine) -> Result<()> {
+    match engine {
+        Engine::Auto | Engine::KaioOps => Ok(()),
+        Engine::Native => Err(Error::Unsupported {
+            op,
+            what: format!("{engine:?}"),
+            limit: "any problem yet: its kernels come with a later release".into(),
+            fix: "use Engine::Auto or Engine::KaioOps".into(),
+        }),
+    }
+}
+
+/// Rows of an int4 weight that share one scale.
+pub(crate) const INT4_GROUP: usize = 128;
+
+/// Checks `[.., M, K]` and gives K.
+pub(crate) fn activations(op: &'static str, (arg, t): Arg) -> Result<usize> {
+    let fix = "add a dimension with `.unsqueeze(0)?`";
+    rank(op, (arg, t), 2..=usize::MAX, "[.., M, K]", fix)?;
+    Ok(t.dims()[t.rank() - 1])
+}
+
+/// Checks an int8 weight `[K, N]`.
+pub(crate) fn int8_weight(
+    op: &'static str,
+    (arg, t): Arg,
+    lhs: &Tensor,
+    k: usize,
+) -> Result<()> {
+    rank(op, (arg, t), 2..=2, "[K, N]", "a weight has no batch dimensions")?;
+    let why = format!("the K of the activations {:?}", lhs.dims());
+    dim(op, arg, ("K", t.dims()[0]), (k, &why), "transpose the weight with `.t()?`")?;
+    Ok(())
+}
+
+/// Checks a packed int4 weight `[K/8, N]` and its scales `[K/128, N]`.
+pub(crate) fn int4_weight(
+    op: &'static str,
+    (arg, packed): Arg,
+    (s_arg, scales): Arg,
+    k: usize,
+) -> Result<()> {
+    rank(op, (arg, packed), 2..=2, "[K/8, N]", "a weight has no batch dimensions")?;
+    rank(op, (s_arg, scales), 2..=2, "[K/128, N]", "one scale a group and column")?;
+    if !k.is_multiple_of(INT4_GROUP) {
+        return Err(Error::Dimension {
+            op,
+            arg: "lhs",
+            dim: "K",
+            got: k,
+            want: format!("a multiple of {INT4_GROUP}, the rows that share a scale"),
+            fix: "pad K with zeros before quantising".into(),
+        });
+    }
+    let fix = "eight nibbles along K make a u32; see `quant::quantize_int4`";
+    let why = format!("K/8 of K = {k}");
+    dim(op, arg, ("rows", packed.dims()[0]), (k / 8, &why), fix)?;
+    let why = format!("K/{INT4_GROUP} of K = {k}");
+    dim(op, s_arg, ("rows", scales.dims()[0]), (k / INT4_GROUP, &why), fix)?;
+    let why = format!("the N of `{arg}`");
+    dim(op, s_arg, ("N", scales.dims()[1]), (packed.dims()[1], &why), fix)?;
+    Ok(())
+}
+
+/// A number passed by value is finite.
+pub(crate) fn finite(op: &'static str, name: &'static str, value: f32) -> Result<()> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    let (got, want) = (value.to_string(), "a finite number".into());
+    Err(Error::Value { op, name, got, want })
+}

@@ -1,0 +1,124 @@
+//! Three projections of one input: `q = x·Wq`, `k = x·Wk`, `v = x·Wv` with quantised weights.
+
+use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
+use half::f16;
+
+use super::quantized::rows;
+use super::{Op, View, check, eval};
+use crate::{cpu, cuda, stack::Stack};
+
+/// The weights of the three projections.
+pub(crate) enum QkvWeights<'a> {
+    Int8 { weights: [&'a Tensor; 3], scales: [f32; 3] },
+    Int4 { packed: [&'a Tensor; 3], scales: [&'a Tensor; 3] },
+}
+
+const NAMES: [&str; 3] = ["weights[0]", "weights[1]", "weights[2]"];
+const SCALE_NAMES: [&str; 3] = ["scales[0]", "scales[1]", "scales[2]"];
+
+/// Three f16 `[.., M, N]`.
+pub(crate) fn qkv_project(x: &Tensor, weights: QkvWeights) -> Result<(Tensor, Tensor, Tensor)> {
+    let (op, kind, inputs) = match weights {
+        QkvWeights::Int8 { weights, scales } => {
+            let op = "kaio_qkv_project_int8";
+            let args = check_common(op, x, weights, DType::U8)?;
+            let k = check::activations(op, ("x", x))?;
+            for i in 0..3 {
+                check::int8_weight(op, (NAMES[i], weights[i]), x, k)?;
+                check::finite(op, SCALE_NAMES[i], scales[i])?;
+            }
+            check_same_n(op, weights)?;
+            check::untracked(op, &args)?;
+            (op, Kind::Int8(scales), args.map(|(_, t)| t).to_vec())
+        }
+        QkvWeights::Int4 { packed, scales } => {
+            let op = "kaio_qkv_project_int4";
+            let args = check_common(op, x, packed, DType::U32)?;
+            let k = check::activations(op, ("x", x))?;
+            let scale_args = std::array::from_fn::<_, 3, _>(|i| (SCALE_NAMES[i], scales[i]));
+            check::one_device(op, &[[("x", x)].as_slice(), &scale_args].concat())?;
+            for i in 0..3 {
+                check::dtype(op, scale_args[i], &[DType::F16])?;
+                check::int4_weight(op, (NAMES[i], packed[i]), scale_args[i], k)?;
+            }
+            check_same_n(op, packed)?;
+            check::untracked(op, &[args.as_slice(), &scale_args].concat())?;
+            (op, Kind::Int4, [[x].as_slice(), &packed, &scales].concat())
+        }
+    };
+    let qkv = eval(&Qkv { op, kind }, &inputs)?;
+    Ok((qkv.get(0)?, qkv.get(1)?, qkv.get(2)?))
+}
+
+fn check_common<'a>(
+    op: &'static str,
+    x: &'a Tensor,
+    weights: [&'a Tensor; 3],
+    dtype: DType,
+) -> Result<[check::Arg<'a>; 4]> {
+    let args = [("x", x), (NAMES[0], weights[0]), (NAMES[1], weights[1]), (NAMES[2], weights[2])];
+    check::one_device(op, &args)?;
+    check::dtype(op, args[0], &[DType::F16])?;
+    for arg in &args[1..] {
+        check::dtype(op, *arg, &[dtype])?;
+    }
+    Ok(args)
+}
+
+fn check_same_n(op: &'static str, weights: [&Tensor; 3]) -> Result<()> {
+    let n = weights[0].dims()[1];
+    for i in 1..3 {
+        let fix = "project grouped heads with one `kaio_matmul_int4` or `kaio_matmul_tc` a weight";
+        check::dim(op, NAMES[i], ("N", weights[i].dims()[1]), (n, "the N of `weights[0]`"), fix)?;
+    }
+    Ok(())
+}
+
+enum Kind {
+    Int8([f32; 3]),
+    Int4,
+}
+
+/// Inputs: x, three weights and, for int4, three scales. Result: f16 `[3, .., M, N]`.
+struct Qkv {
+    op: &'static str,
+    kind: Kind,
+}
+
+impl Op for Qkv {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+        let (x, lx) = inputs[0];
+        let (lhs, shape) = rows(lx, inputs[1].1.dims()[1]);
+        let mut out = Vec::with_capacity(3 * shape.elem_count());
+        for i in 0..3 {
+            let (weight, scale) = match &self.kind {
+                Kind::Int8(scales) => (cpu::widen_int8(inputs[1 + i])?, scales[i]),
+                Kind::Int4 => (cpu::dequantize_int4(inputs[1 + i], inputs[4 + i])?, 1.0),
+            };
+            let sums = cpu::matmul_dense(&lhs, x, &weight)?;
+            out.extend(sums.into_iter().map(|sum| f16::from_f32(sum * scale)));
+        }
+        Ok((CpuStorage::F16(out), tripled(&shape)))
+    }
+
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+        let (x, lx) = inputs[0];
+        let (lhs, shape) = rows(lx, inputs[1].1.dims()[1]);
+        let stacks: Vec<_> = inputs.iter().map(|(_, layout)| Stack::new(layout)).collect();
+        let operands: Vec<_> = inputs.iter().map(|&(s, _)| s).zip(&stacks).collect();
+        let x = (x, &lhs);
+        let out = match &self.kind {
+            Kind::Int8(scales) => cuda::qkv_int8(self.op, x, &operands[1..4], *scales)?,
+            Kind::Int4 => cuda::qkv_int4(self.op, x, &operands[1..4], &operands[4..7])?,
+        };
+        Ok((out, tripled(&shape)))
+    }
+}
+
+fn tripled(shape: &Shape) -> Shape {
+    Shape::from([[3].as_slice(), shape.dims()].concat())
+}

@@ -1,0 +1,105 @@
+//! Products with int8 and int4 weights. No gradient: see [`check::untracked`].
+
+use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
+
+use super::{Op, View, check, eval};
+use crate::{cpu, cuda, error::Error, stack::Stack};
+
+/// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`.
+const INT8_MAX_K: usize = (i32::MAX / (128 * 128)) as usize;
+
+/// f32 `[.., M, N]` = `scale · Σ a·b`.
+pub(crate) fn matmul_int8(lhs: &Tensor, rhs: &Tensor, scale: f32) -> Result<Tensor> {
+    const OP: &str = "kaio_matmul_int8";
+    let (a, b) = (("lhs", lhs), ("rhs", rhs));
+    check::one_device(OP, &[a, b])?;
+    check::dtype(OP, a, &[DType::U8])?;
+    check::dtype(OP, b, &[DType::U8])?;
+    let k = check::activations(OP, a)?;
+    check::int8_weight(OP, b, lhs, k)?;
+    if k > INT8_MAX_K {
+        return Err(Error::Dimension {
+            op: OP,
+            arg: "lhs",
+            dim: "K",
+            got: k,
+            want: format!("at most {INT8_MAX_K}, so that the i32 sum cannot overflow"),
+            fix: "split K and add the products".into(),
+        }
+        .into());
+    }
+    check::finite(OP, "scale", scale)?;
+    check::untracked(OP, &[a, b])?;
+    eval(&MatmulInt8 { scale }, &[lhs, rhs])
+}
+
+/// f32 `[.., M, N]` = `a · dequantised weight`.
+pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
+    const OP: &str = "kaio_matmul_int4";
+    let (a, b, s) = (("lhs", lhs), ("packed", packed), ("scales", scales));
+    check::one_device(OP, &[a, b, s])?;
+    check::dtype(OP, a, &[DType::F16])?;
+    check::dtype(OP, b, &[DType::U32])?;
+    check::dtype(OP, s, &[DType::F16])?;
+    let k = check::activations(OP, a)?;
+    check::int4_weight(OP, b, s, k)?;
+    check::untracked(OP, &[a, b, s])?;
+    eval(&MatmulInt4, &[lhs, packed, scales])
+}
+
+/// The result's shape and the activations as one matrix or, if strides forbid that, as a stack.
+pub(super) fn rows(lhs: &candle_core::Layout, n: usize) -> (Stack, Shape) {
+    let mut dims = lhs.dims().to_vec();
+    *dims.last_mut().expect("rank checked") = n;
+    let stack = Stack::new(lhs);
+    (stack.fold_rows().unwrap_or(stack), Shape::from(dims))
+}
+
+struct MatmulInt8 {
+    scale: f32,
+}
+
+impl Op for MatmulInt8 {
+    fn name(&self) -> &'static str {
+        "kaio_matmul_int8"
+    }
+
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+        let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
+        let (lhs, shape) = rows(la, lb.dims()[1]);
+        let out = cpu::matmul_int8(&lhs, &Stack::new(lb), self.scale, a.as_slice()?, b.as_slice()?);
+        Ok((CpuStorage::F32(out), shape))
+    }
+
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+        let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
+        let (lhs, shape) = rows(la, lb.dims()[1]);
+        let rhs = Stack::new(lb);
+        let out = cuda::matmul_int8(self.name(), (a, &lhs), (b, &rhs), self.scale)?;
+        Ok((out, shape))
+    }
+}
+
+struct MatmulInt4;
+
+impl Op for MatmulInt4 {
+    fn name(&self) -> &'static str {
+        "kaio_matmul_int4"
+    }
+
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+        let [(a, la), packed, scales] = *inputs else { unreachable!("three operands") };
+        let (lhs, shape) = rows(la, packed.1.dims()[1]);
+        let weight = cpu::dequantize_int4(packed, scales)?;
+        let out = cpu::matmul_dense(&lhs, a, &weight)?;
+        Ok((CpuStorage::F32(out), shape))
+    }
+
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+        let [(a, la), (b, lb), (s, ls)] = *inputs else { unreachable!("three operands") };
+        let (lhs, shape) = rows(la, lb.dims()[1]);
+        let (words, steps) = (Stack::new(lb), Stack::new(ls));
+        let out = cuda::matmul_int4(self.name(), (a, &lhs), (b, &words), (s, &steps))?;
+        Ok((out, shape))
+    }
+}
