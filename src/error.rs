@@ -68,7 +68,9 @@ pub enum Error {
         fix: String,
     },
     /// The batch dimensions of two arguments cannot be broadcast together.
-    #[error("{op}: batch dimensions {got:?} of `{arg}` do not broadcast with {want:?} of `{with}`; make them equal or 1")]
+    #[error(
+        "{op}: batch dimensions {got:?} of `{arg}` do not broadcast with {want:?} of `{with}`; make them equal or 1"
+    )]
     Batch {
         /// The method that was called.
         op: &'static str,
@@ -82,7 +84,9 @@ pub enum Error {
         want: Vec<usize>,
     },
     /// Two arguments live on different devices.
-    #[error("{op}: `{arg}` is on {got}, but `{with}` is on {want}; move one with `.to_device(..)?`")]
+    #[error(
+        "{op}: `{arg}` is on {got}, but `{with}` is on {want}; move one with `.to_device(..)?`"
+    )]
     Device {
         /// The method that was called.
         op: &'static str,
@@ -96,7 +100,9 @@ pub enum Error {
         want: String,
     },
     /// An input tracks a gradient, and the op has none.
-    #[error("{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if its weights may stay as they are")]
+    #[error(
+        "{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if its weights may stay as they are"
+    )]
     Tracked {
         /// The method that was called.
         op: &'static str,
@@ -128,7 +134,9 @@ pub enum Error {
         fix: String,
     },
     /// There is no usable NVIDIA GPU at this ordinal.
-    #[error("no CUDA device at ordinal {ordinal}: {reason}; `nvidia-smi -L` lists what the driver sees")]
+    #[error(
+        "no CUDA device at ordinal {ordinal}: {reason}; `nvidia-smi -L` lists what the driver sees"
+    )]
     NoDevice {
         /// The ordinal that was asked for.
         ordinal: usize,
@@ -136,7 +144,9 @@ pub enum Error {
         reason: String,
     },
     /// A CUDA tensor was wanted.
-    #[error("{op}: wanted a CUDA tensor, got one on {got}; move it with `.to_device(&Device::new_cuda(0)?)?`")]
+    #[error(
+        "{op}: wanted a CUDA tensor, got one on {got}; move it with `.to_device(&Device::new_cuda(0)?)?`"
+    )]
     NotCuda {
         /// The function that was called.
         op: &'static str,

@@ -250,7 +250,12 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(o.to_vec2::<f32>()?, x.to_vec2::<f32>()?);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_flash_attn_with(&self, k: &Tensor, v: &Tensor, opts: &FlashAttnOptions) -> Result<Tensor>;
+    fn kaio_flash_attn_with(
+        &self,
+        k: &Tensor,
+        v: &Tensor,
+        opts: &FlashAttnOptions,
+    ) -> Result<Tensor>;
 
     /// Query, key and value projections of one input with int8 weights: `scales[i] · x·weights[i]`.
     ///
@@ -352,7 +357,12 @@ impl KaioTensorExt for Tensor {
         op::flash_attn("kaio_flash_attn", self, k, v, &opts)
     }
 
-    fn kaio_flash_attn_with(&self, k: &Tensor, v: &Tensor, opts: &FlashAttnOptions) -> Result<Tensor> {
+    fn kaio_flash_attn_with(
+        &self,
+        k: &Tensor,
+        v: &Tensor,
+        opts: &FlashAttnOptions,
+    ) -> Result<Tensor> {
         op::flash_attn("kaio_flash_attn_with", self, k, v, opts)
     }
 

@@ -23,9 +23,7 @@ impl Stack {
         let (b, r) = (dims.len() - 2, dims.len() - 1);
         Self {
             offset: layout.start_offset(),
-            batch: std::iter::zip(&dims[..b], &strides[..b])
-                .map(|(&d, &s)| (d, s))
-                .collect(),
+            batch: std::iter::zip(&dims[..b], &strides[..b]).map(|(&d, &s)| (d, s)).collect(),
             rows: dims[b],
             cols: dims[r],
             row_stride: strides[b],
@@ -55,11 +53,6 @@ impl Stack {
         self.count() * self.rows * self.cols
     }
 
-    /// Where each matrix begins, in row-major order of the batch dimensions.
-    pub fn offsets(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.count()).map(|i| self.matrix_offset(i))
-    }
-
     /// Where matrix `i` begins.
     pub fn matrix_offset(&self, mut i: usize) -> usize {
         let mut offset = self.offset;
@@ -75,23 +68,12 @@ impl Stack {
         let mut dims = self.batch.clone();
         dims.push((self.rows, self.row_stride));
         let (rows, row_stride) = merge(&dims)?;
-        Some(Self {
-            offset: self.offset,
-            batch: Vec::new(),
-            rows,
-            row_stride,
-            ..*self
-        })
+        Some(Self { offset: self.offset, batch: Vec::new(), rows, row_stride, ..*self })
     }
 
     /// Whether each matrix is row-major without gaps.
     pub fn is_row_major(&self) -> bool {
         (self.cols <= 1 || self.col_stride == 1) && (self.rows <= 1 || self.row_stride == self.cols)
-    }
-
-    /// Whether each matrix is column-major without gaps.
-    pub fn is_col_major(&self) -> bool {
-        (self.rows <= 1 || self.row_stride == 1) && (self.cols <= 1 || self.col_stride == self.rows)
     }
 
     /// Whether all elements lie in row-major order without gaps, beginning at the returned offset.
@@ -122,13 +104,14 @@ impl Stack {
 
     /// The stack that the same elements make once they are packed row-major, without gaps.
     pub fn packed(&self) -> Self {
-        let mut stride = self.rows * self.cols;
+        let (rows, cols) = (self.rows, self.cols);
+        let mut stride = rows * cols;
         let mut batch: Vec<_> = self.batch.iter().map(|&(len, _)| (len, 0)).collect();
         for (len, s) in batch.iter_mut().rev() {
             *s = stride;
             stride *= *len;
         }
-        Self { batch, ..Self::row_major(self.rows, self.cols) }
+        Self { batch, ..Self::row_major(rows, cols) }
     }
 
     /// The same matrices with storage offset `offset` for the span's first element.
@@ -169,6 +152,61 @@ fn merge(dims: &[(usize, usize)]) -> Option<(usize, usize)> {
     })
 }
 
+/// What the GPU's engines ask besides.
+#[cfg(feature = "cuda")]
+impl Stack {
+    /// The transposed matrices.
+    pub fn t(&self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self.clone()
+        }
+    }
+
+    /// The last rows of each matrix, from `first` on.
+    pub fn from_row(&self, first: usize) -> Self {
+        Self {
+            offset: self.offset + first * self.row_stride,
+            rows: self.rows - first,
+            ..self.clone()
+        }
+    }
+
+    /// The layout that shows the same elements to candle.
+    pub fn layout(&self) -> Layout {
+        let batch = self.batch.iter().copied();
+        let matrix = [(self.rows, self.row_stride), (self.cols, self.col_stride)];
+        let (dims, strides): (Vec<_>, Vec<_>) = batch.chain(matrix).unzip();
+        Layout::new(dims.into(), strides, self.offset)
+    }
+
+    /// Each matrix of a broadcast stack once.
+    pub fn without_repeats(&self) -> Self {
+        let once =
+            |&(len, stride): &(usize, usize)| (if stride == 0 { len.min(1) } else { len }, stride);
+        Self { batch: self.batch.iter().map(once).collect(), ..self.clone() }
+    }
+
+    /// The stack after each of its matrices was packed once, with new sizes, and is repeated as before.
+    pub fn packed_once(&self, rows: usize, cols: usize) -> Self {
+        let packed = Self { rows, cols, ..self.without_repeats() }.packed();
+        let repeated = |(&(len, stride), &(_, packed)): (&(usize, usize), &(usize, usize))| {
+            (len, if stride == 0 { 0 } else { packed })
+        };
+        let batch = self.batch.iter().zip(&packed.batch).map(repeated).collect();
+        Self { batch, ..packed }
+    }
+
+    /// Numbers that all share an alignment exactly if all matrices begin at multiples of it.
+    pub fn origins(&self) -> impl Iterator<Item = usize> + '_ {
+        let strides = self.batch.iter().filter(|&&(len, _)| len > 1).map(|&(_, stride)| stride);
+        std::iter::once(self.offset).chain(strides)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,10 +216,14 @@ mod tests {
         Stack::new(&Layout::new(Shape::from_dims(dims), strides.to_vec(), offset))
     }
 
+    fn offsets(s: &Stack) -> Vec<usize> {
+        (0..s.count()).map(|i| s.matrix_offset(i)).collect()
+    }
+
     #[test]
     fn offsets_walk_the_batch_in_row_major_order() {
         let s = stack(&[2, 3, 4, 5], &[60, 20, 5, 1], 7);
-        assert_eq!(s.offsets().collect::<Vec<_>>(), [7, 27, 47, 67, 87, 107]);
+        assert_eq!(offsets(&s), [7, 27, 47, 67, 87, 107]);
         assert_eq!(s.span(), 7..127);
         assert_eq!(s.contiguous(), Some(7));
     }
@@ -189,7 +231,7 @@ mod tests {
     #[test]
     fn broadcast_repeats_by_stride_zero() {
         let s = stack(&[1, 4, 5], &[99, 5, 1], 0).broadcast(&[2, 3]);
-        assert_eq!(s.offsets().collect::<Vec<_>>(), [0; 6]);
+        assert_eq!(offsets(&s), [0; 6]);
         assert_eq!(s.span(), 0..20);
         assert_eq!(s.contiguous(), None);
     }
@@ -221,7 +263,6 @@ mod tests {
     fn strides_of_single_rows_are_not_trusted() {
         assert!(stack(&[1, 5], &[99, 1], 0).is_row_major());
         assert!(stack(&[5, 1], &[1, 99], 0).is_row_major());
-        assert!(stack(&[5, 3], &[1, 5], 0).is_col_major());
         assert!(!stack(&[5, 3], &[1, 5], 0).is_row_major());
         assert_eq!(stack(&[2, 0, 5], &[0, 5, 1], 4).span(), 4..4);
     }

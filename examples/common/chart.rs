@@ -1,7 +1,7 @@
-//! The two pictures that examples and benches draw, as PNG files.
+//! The two kinds of picture that examples and benches draw, as PNG files.
 //!
-//! The typeface is compiled in (DejaVu Sans, from the `dejavu` crate), so that the pictures come out the same on a machine
-//! without fonts.
+//! The typeface is compiled in (DejaVu Sans, from the `dejavu` crate), so that the pictures come out
+//! the same on a machine without fonts.
 #![allow(dead_code, reason = "each example and bench that includes this file draws one of the two")]
 
 use std::{error::Error, ops::Range, path::Path};
@@ -24,9 +24,10 @@ const PALETTE: [RGBColor; 6] = [
     RGBColor(86, 180, 233),
 ];
 const FAMILY: &str = "sans-serif";
-const TITLE_SIZE: i32 = 24;
-const TEXT_SIZE: i32 = 16;
-const MARGIN: i32 = 16;
+const WIDTH: i32 = 1200;
+const TITLE_SIZE: i32 = 28;
+const TEXT_SIZE: i32 = 19;
+const MARGIN: i32 = 20;
 
 /// One line of a line chart.
 pub struct Series {
@@ -35,6 +36,8 @@ pub struct Series {
 }
 
 /// Draws every series as a line over common axes, with a legend at the top right.
+///
+/// The first line is broad, so that it still shows where another covers it.
 pub fn line_chart(
     path: &Path,
     title: &str,
@@ -42,7 +45,7 @@ pub fn line_chart(
     y_label: &str,
     series: &[Series],
 ) -> Result<()> {
-    let canvas = canvas(path, (960, 600))?;
+    let canvas = canvas(path, 740)?;
     let x_range = span(series, |&(x, _)| x)?;
     let y_range = span(series, |&(_, y)| y)?;
     let y_padding = 0.04 * (y_range.end - y_range.start);
@@ -50,8 +53,8 @@ pub fn line_chart(
     let mut chart = ChartBuilder::on(&canvas)
         .caption(title, (FAMILY, TITLE_SIZE))
         .margin(MARGIN)
-        .x_label_area_size(48)
-        .y_label_area_size(64)
+        .x_label_area_size(56)
+        .y_label_area_size(76)
         .build_cartesian_2d(x_range, y_range.start - y_padding..y_range.end + y_padding)?;
     chart
         .configure_mesh()
@@ -64,12 +67,12 @@ pub fn line_chart(
         .x_desc(x_label)
         .y_desc(y_label)
         .draw()?;
-    for (line, color) in series.iter().zip(PALETTE.iter().cycle()) {
-        let style = color.stroke_width(2);
+    for (index, line) in series.iter().enumerate() {
+        let style = PALETTE[index % PALETTE.len()].stroke_width(if index == 0 { 5 } else { 2 });
         chart
             .draw_series(LineSeries::new(line.points.iter().copied(), style))?
             .label(&line.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
     }
     chart
         .configure_series_labels()
@@ -82,7 +85,8 @@ pub fn line_chart(
     Ok(canvas.present()?)
 }
 
-/// Draws one group of horizontal bars for each `(label, bars)`, where a bar is a series' name and its value in `unit`.
+/// Draws one group of horizontal bars for each `(label, bars)`, where a bar is a series' name and
+/// its value in `unit`.
 ///
 /// Bars start at zero. A series keeps its colour through all groups and need not be in every one.
 pub fn bar_chart(
@@ -91,9 +95,8 @@ pub fn bar_chart(
     unit: &str,
     groups: &[(String, Vec<(String, f64)>)],
 ) -> Result<()> {
-    const BAR: i32 = 22;
-    const GROUP_GAP: i32 = 14;
-    const WIDTH: i32 = 960;
+    const BAR: i32 = 28;
+    const GROUP_GAP: i32 = 18;
 
     let bars = || groups.iter().flat_map(|(_, bars)| bars);
     let largest = bars().map(|&(_, value)| value).fold(0.0, f64::max);
@@ -109,7 +112,7 @@ pub fn bar_chart(
 
     let top = MARGIN + TITLE_SIZE + 2 * TEXT_SIZE + MARGIN;
     let height = top + BAR * bars().count() as i32 + GROUP_GAP * groups.len() as i32 + MARGIN;
-    let canvas = canvas(path, (WIDTH as u32, height as u32))?;
+    let canvas = canvas(path, height)?;
     let text = text_style(TEXT_SIZE, HPos::Left);
     let text_width =
         |label: &str| -> Result<i32> { Ok(canvas.estimate_text_size(label, &text)?.0 as i32) };
@@ -155,10 +158,10 @@ pub fn bar_chart(
     Ok(canvas.present()?)
 }
 
-fn canvas(path: &Path, size: (u32, u32)) -> Result<Canvas<'_>> {
+fn canvas(path: &Path, height: i32) -> Result<Canvas<'_>> {
     register_font(FAMILY, FontStyle::Normal, dejavu::sans::regular())
         .map_err(|_| "the compiled-in typeface cannot be read")?;
-    let canvas = BitMapBackend::new(path, size).into_drawing_area();
+    let canvas = BitMapBackend::new(path, (WIDTH as u32, height as u32)).into_drawing_area();
     canvas.fill(&WHITE)?;
     Ok(canvas)
 }
@@ -168,25 +171,26 @@ fn text_style(size: i32, anchor: HPos) -> TextStyle<'static> {
     TextStyle::from((FAMILY, size)).pos(Pos::new(anchor, VPos::Center))
 }
 
-/// The range that one coordinate of all points covers; plotters cannot scale an axis to a range that is empty or not finite.
+/// The range that one coordinate of all points covers; an axis cannot be scaled to a range that is
+/// empty or not finite.
 fn span(series: &[Series], coordinate: impl Fn(&(f64, f64)) -> f64) -> Result<Range<f64>> {
     let values = || series.iter().flat_map(|line| &line.points).map(&coordinate);
-    let (low, high) = values().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
-        (low.min(value), high.max(value))
-    });
-    if values().any(|value| !value.is_finite()) || !(low < high) {
+    let low = values().fold(f64::INFINITY, f64::min);
+    let high = values().fold(f64::NEG_INFINITY, f64::max);
+    if low >= high || values().any(|value| !value.is_finite()) {
         return Err(format!("cannot draw an axis from {low} to {high}").into());
     }
     Ok(low..high)
 }
 
-/// About three significant digits, without an exponent.
+/// About three significant digits, without an exponent or zeros that say nothing.
 fn short_number(value: &f64) -> String {
     let decimals = match value.abs() {
-        v if v >= 100.0 || v.fract() == 0.0 => 0,
+        v if v >= 100.0 => return format!("{value:.0}"),
         v if v >= 10.0 => 1,
         v if v >= 1.0 => 2,
         _ => 3,
     };
-    format!("{value:.decimals$}")
+    let text = format!("{value:.decimals$}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

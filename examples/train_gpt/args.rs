@@ -8,7 +8,8 @@ use lexopt::prelude::*;
 use crate::model::GptConfig;
 
 const HELP: &str = "\
-Trains a small byte-level GPT with kaio-candle: bf16 tensor-core matmul and flash attention, f32 weights, candle-nn's AdamW.
+Trains a small byte-level GPT with kaio-candle: bf16 matmul and flash attention, f32 weights,
+candle-nn's AdamW.
 
 Usage: cargo run --release --example train_gpt -- [OPTIONS]
 
@@ -16,25 +17,25 @@ Text and machine:
   --text FILE            train on FILE [default: the sources and documents of this crate]
   --device DEVICE        cpu, or cuda:N when built with --features cuda [default: cpu]
   --seed N               decides the initial weights, the batches and the sample [default: 0]
-  --reference            train the same model on candle's own f32 operations as well, and compare
+  --reference            also train the same model on candle's own f32 operations, and compare
 
 Model:
   --seq N                bytes of context [default: 128]
-  --layers N             transformer blocks [default: 4]
+  --layers N             transformer blocks [default: 3]
   --heads N              attention heads [default: 4]
   --dim N                width, a multiple of the heads [default: 128]
 
 Training:
-  --steps N              steps in all, those before a checkpoint included [default: 300]
-  --batch N              windows in a step [default: 16]
-  --rate X               peak learning rate [default: 0.003]
+  --steps N              steps in all, those before a checkpoint included [default: 600]
+  --batch N              windows in a step [default: 8]
+  --rate X               peak learning rate [default: 0.002]
 
 Results:
   --out DIR              where the pictures and the checkpoint go [default: out]
   --checkpoint FILE      the checkpoint [default: train_gpt.safetensors in the output directory]
-  --checkpoint-every N   write it every N steps as well as at the end, N at least 2
-  --resume FILE          go on from a checkpoint; with the same text and options the run ends in the same bits as
-                         one that was never interrupted
+  --checkpoint-every N   write it every N steps (at least 2) as well as at the end
+  --resume FILE          go on from a checkpoint; with the same text and options the run ends in
+                         the same bits as one that was never interrupted
   --sample-bytes N       length of the generated text [default: 400]
   --temperature X        of the sampling [default: 0.8]
   --prompt TEXT          what the sample continues [default: \"pub fn \"]
@@ -52,7 +53,7 @@ pub struct Args {
     pub batch: usize,
     pub rate: f64,
     pub out: PathBuf,
-    pub checkpoint: Option<PathBuf>,
+    pub checkpoint: PathBuf,
     pub checkpoint_every: Option<usize>,
     pub resume: Option<PathBuf>,
     pub sample_bytes: usize,
@@ -68,18 +69,19 @@ impl Args {
             device: Device::Cpu,
             seed: 0,
             reference: false,
-            model: GptConfig { seq: 128, layers: 4, heads: 4, dim: 128 },
-            steps: 300,
-            batch: 16,
-            rate: 3e-3,
+            model: GptConfig { seq: 128, layers: 3, heads: 4, dim: 128 },
+            steps: 600,
+            batch: 8,
+            rate: 2e-3,
             out: "out".into(),
-            checkpoint: None,
+            checkpoint: PathBuf::new(),
             checkpoint_every: None,
             resume: None,
             sample_bytes: 400,
             temperature: 0.8,
             prompt: "pub fn ".into(),
         };
+        let mut checkpoint = None;
         let mut parser = lexopt::Parser::from_env();
         while let Some(arg) = parser.next()? {
             match arg {
@@ -91,12 +93,12 @@ impl Args {
                 Long("layers") => args.model.layers = parser.value()?.parse_with(at_least::<1>)?,
                 Long("heads") => args.model.heads = parser.value()?.parse_with(at_least::<1>)?,
                 Long("dim") => args.model.dim = parser.value()?.parse_with(at_least::<1>)?,
-                // Two steps at least: the smallest state that a checkpoint can hold, and a curve that can be drawn.
+                // Two make the shortest curve, and the earliest state that a checkpoint can hold.
                 Long("steps") => args.steps = parser.value()?.parse_with(at_least::<2>)?,
                 Long("batch") => args.batch = parser.value()?.parse_with(at_least::<1>)?,
                 Long("rate") => args.rate = parser.value()?.parse_with(positive)?,
                 Long("out") => args.out = parser.value()?.into(),
-                Long("checkpoint") => args.checkpoint = Some(parser.value()?.into()),
+                Long("checkpoint") => checkpoint = Some(parser.value()?.into()),
                 Long("checkpoint-every") => {
                     args.checkpoint_every = Some(parser.value()?.parse_with(at_least::<2>)?);
                 }
@@ -111,6 +113,7 @@ impl Args {
                 _ => return Err(arg.unexpected()),
             }
         }
+        args.checkpoint = checkpoint.unwrap_or_else(|| args.out.join("train_gpt.safetensors"));
         if args.prompt.is_empty() {
             return Err("--prompt must not be empty".into());
         }

@@ -1,4 +1,5 @@
-//! A training run in a safetensors file: the weights, the state of the optimizer, and the losses so far.
+//! A training run in a safetensors file: the weights, the state of the optimizer, and the losses so
+//! far.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -46,7 +47,7 @@ pub fn load(
     let config = tensor(&tensors, CONFIG)?.to_vec1::<i64>()?;
     if config != numbers(model.config()) {
         bail!(
-            "the checkpoint {} is of a model with --seq, --layers, --heads, --dim {config:?}, not {:?}",
+            "the checkpoint {} is of a model whose --seq, --layers, --heads, --dim are {config:?}, not {:?}",
             path.display(),
             numbers(model.config())
         )

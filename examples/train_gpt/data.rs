@@ -7,7 +7,7 @@ use candle_core::{Device, Result, Tensor, bail};
 
 use crate::rng::Rng;
 
-/// The last tenth of the text is never trained on.
+/// The part of the text, at its end, that is never trained on.
 const HELD_OUT: f64 = 0.1;
 /// Bounds the time that validation takes on a long text.
 const MAX_VALIDATION_WINDOWS: usize = 256;
@@ -29,7 +29,7 @@ impl Corpus {
     pub fn of_this_crate() -> Result<Self> {
         let Some(root) = env::var_os("CARGO_MANIFEST_DIR") else {
             bail!(
-                "the crate's own sources are found only under `cargo run`; give a text with --text FILE"
+                "the crate's sources are found only under `cargo run`; give a text with --text FILE"
             )
         };
         let mut files = Vec::new();
@@ -52,7 +52,8 @@ impl Corpus {
         self.training.len() + self.validation.len()
     }
 
-    /// The entropy of single bytes, in nats: the loss of a model that knows how common each byte is and nothing else.
+    /// The entropy of single bytes, in nats: the loss of a model that knows how common each byte is
+    /// and nothing else.
     pub fn unigram_entropy(&self) -> f64 {
         let mut counts = [0usize; 256];
         for &byte in self.training.iter().chain(&self.validation) {
@@ -80,7 +81,8 @@ impl Corpus {
         inputs_and_targets(&windows, device)
     }
 
-    /// The held-out text in windows that do not overlap, at most [`MAX_VALIDATION_WINDOWS`] of them spread over it.
+    /// The held-out text in windows that do not overlap, at most [`MAX_VALIDATION_WINDOWS`] of them
+    /// spread over it.
     pub fn validation_batches(
         &self,
         batch: usize,

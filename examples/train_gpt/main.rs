@@ -1,15 +1,18 @@
-//! Trains a small byte-level GPT through this crate's operations: matmul and flash attention, forward and backward.
+//! Trains a small byte-level GPT through this crate's operations: matmul and flash attention,
+//! forward and backward.
 //!
 //! ```text
 //! cargo run --release --example train_gpt
 //! cargo run --release --example train_gpt -- --reference
-//! cargo run --release --features cuda --example train_gpt -- --device cuda:0 --dim 512 --layers 8 --heads 8 --steps 3000
 //! cargo run --release --example train_gpt -- --help
+//! cargo run --release --features cuda --example train_gpt -- \
+//!     --device cuda:0 --dim 512 --layers 8 --heads 8 --seq 512 --steps 3000 --rate 0.001
 //! ```
 //!
-//! The text is this crate's own source and documentation. The run ends with the loss on text that it has not seen beside the
-//! entropy of single bytes, a sample, a picture of the loss, and a checkpoint. With `--reference` the same model (weights,
-//! batches, schedule) is trained on candle's own f32 operations as well, and the two curves are compared.
+//! The text is this crate's own source and documentation. The run ends with the loss on text that it
+//! has not seen beside the entropy of single bytes, a sample, a picture of the loss, and a checkpoint.
+//! With `--reference` the same model (weights, batches, schedule) is trained on candle's own f32
+//! operations as well, and the two curves are compared.
 
 mod args;
 #[path = "../common/chart.rs"]
@@ -25,6 +28,7 @@ mod train;
 
 use std::error::Error;
 use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
 
 use args::Args;
@@ -32,7 +36,6 @@ use chart::Series;
 use data::Corpus;
 use model::Gpt;
 use ops::Arithmetic;
-use rng::Rng;
 use train::{SMOOTHING, Trained, train};
 
 fn main() -> ExitCode {
@@ -53,7 +56,11 @@ fn run() -> Result<(), Box<dyn Error>> {
         Some(path) => Corpus::from_file(path)?,
         None => Corpus::of_this_crate()?,
     };
+    // Now, so that a path that cannot be written does not cost a whole run.
     fs::create_dir_all(&args.out)?;
+    if let Some(directory) = args.checkpoint.parent() {
+        fs::create_dir_all(directory)?;
+    }
 
     let trained = train(&args, Arithmetic::Kaio, &corpus)?;
     let reference =
@@ -76,22 +83,13 @@ fn run() -> Result<(), Box<dyn Error>> {
         );
     }
 
-    let mut rng = Rng::new(args.seed, u64::MAX - 1);
-    let prompt = args.prompt.as_bytes();
-    let text = sample::generate(
-        &trained.model,
-        prompt,
-        args.sample_bytes,
-        args.temperature,
-        &mut rng,
-        &args.device,
-    )?;
+    let text = sample::generate(&trained.model, &args)?;
     println!("\n{}\n", String::from_utf8_lossy(&text));
 
     let picture = args.out.join("train_gpt.png");
     draw(&picture, &trained, reference.as_ref(), entropy)?;
     println!("loss curve: {}", picture.display());
-    println!("checkpoint: {}", train::checkpoint_path(&args).display());
+    println!("checkpoint: {}", args.checkpoint.display());
     Ok(())
 }
 
@@ -115,7 +113,7 @@ fn largest_difference(a: &Trained, b: &Trained) -> (usize, f64) {
 }
 
 fn draw(
-    path: &std::path::Path,
+    path: &Path,
     trained: &Trained,
     reference: Option<&Trained>,
     entropy: f64,

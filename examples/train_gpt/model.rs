@@ -1,13 +1,14 @@
-//! A byte-level GPT: pre-norm blocks, learned positions, no biases, the output layer tied to the embedding.
+//! A byte-level GPT: pre-norm blocks, squared ReLU, learned positions, no biases, and the embedding
+//! for output layer.
 
-use candle_core::{D, Device, Result, Tensor, Var, bail};
+use candle_core::{D, DType, Device, Result, Tensor, Var, bail};
 
 use crate::ops::Arithmetic;
 use crate::rng::Rng;
 
 /// A token is a byte.
 const VOCABULARY: usize = 256;
-const INITIAL_STD: f64 = 0.02;
+const INITIAL_STD: f64 = 0.05;
 const NORM_EPSILON: f64 = 1e-5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +30,8 @@ pub struct Gpt {
 }
 
 impl Gpt {
-    /// The weights depend on the configuration and the seed alone, so models of either arithmetic start alike.
+    /// The weights depend on the configuration and the seed alone: models of either arithmetic start
+    /// alike.
     pub fn new(
         config: GptConfig,
         arithmetic: Arithmetic,
@@ -40,7 +42,7 @@ impl Gpt {
         if !dim.is_multiple_of(heads) {
             bail!("--dim {dim} does not divide into --heads {heads}")
         }
-        let mut init = Init { rng: Rng::new(seed, u64::MAX), device, parameters: Vec::new() };
+        let mut init = Init { rng: Rng::new(seed, Rng::WEIGHTS), device, parameters: Vec::new() };
         Ok(Self {
             config,
             arithmetic,
@@ -99,7 +101,8 @@ struct Block {
 impl Block {
     fn new(init: &mut Init, name: &str, config: GptConfig, arithmetic: Arithmetic) -> Result<Self> {
         let GptConfig { layers, heads, dim, .. } = config;
-        // Each block adds twice to the residual stream; scaled so, the sum's variance does not grow with the depth (GPT-2).
+        // Each block adds twice to the residual stream; scaled so, as in GPT-2, the variance of the
+        // sum does not grow with the depth.
         let residual_std = INITIAL_STD / (2.0 * layers as f64).sqrt();
         Ok(Self {
             heads,
@@ -119,7 +122,8 @@ impl Block {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let x = (x + self.attend(&self.attention_norm.forward(x)?)?)?;
-        let hidden = self.arithmetic.linear(&self.mlp_norm.forward(&x)?, &self.mlp_in)?.relu()?.sqr()?;
+        let hidden =
+            self.arithmetic.linear(&self.mlp_norm.forward(&x)?, &self.mlp_in)?.relu()?.sqr()?;
         &x + self.arithmetic.linear(&hidden, &self.mlp_out)?
     }
 
@@ -140,15 +144,15 @@ impl Block {
     }
 }
 
-/// Layer norm with a gain, in plain tensor operations: the fused kernel behind `candle_nn::LayerNorm` has no gradient.
+/// Layer norm with a gain, in plain tensor operations: the fused one behind `candle_nn::LayerNorm`
+/// has no gradient.
 struct Norm {
     gain: Tensor,
 }
 
 impl Norm {
     fn new(init: &mut Init, name: &str, dim: usize) -> Result<Self> {
-        let gain =
-            init.parameter(name, Tensor::ones(dim, candle_core::DType::F32, init.device)?)?;
+        let gain = init.parameter(name, Tensor::ones(dim, DType::F32, init.device)?)?;
         Ok(Self { gain })
     }
 

@@ -7,7 +7,8 @@ use kaio_candle::prelude::*;
 /// Who multiplies matrices and attends.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Arithmetic {
-    /// This crate, in bf16. The weights stay f32: casting them is part of the graph, so their gradients are f32 too.
+    /// This crate, in bf16. The weights stay f32: casting them is part of the graph, so their
+    /// gradients are f32 too.
     Kaio,
     /// candle's own operations, in f32.
     Reference,

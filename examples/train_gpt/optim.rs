@@ -1,11 +1,12 @@
 //! candle-nn's AdamW, its schedule, and a state that a checkpoint can hold.
 //!
-//! [`AdamW`] keeps its moments to itself: they can be neither read nor set. Resuming without them would repeat the rough
-//! first steps of a run, so this wrapper reaches them through what is public:
+//! [`AdamW`] keeps its moments to itself: they can be neither read nor set. Resuming without them
+//! would repeat the rough first steps of a run, so this wrapper reaches them through what is public:
 //!
-//! * *read*: the moments are running averages of gradients that pass through here as well; a second copy is kept beside them.
-//! * *set*: a step whose betas are 0 or 1 and whose gradient is chosen writes what is wanted into one moment and leaves the
-//!   other (see [`Optimizer::set_state`]).
+//! * *Read*: the moments are running averages of gradients that pass through here as well, so a
+//!   second copy is kept beside them.
+//! * *Set*: a step whose betas are 0 or 1 and whose gradient is chosen writes what is wanted into one
+//!   moment and leaves the other; see [`Optimizer::set_state`].
 
 use std::collections::HashMap;
 
@@ -85,8 +86,9 @@ impl Optimizer {
 
     /// Goes on as the optimizer did whose [`Optimizer::state`] this is.
     ///
-    /// A gradient enters the second moment as a square, hence the root in the state. Squaring the root rounds; a run that
-    /// saves its state therefore sets it as well, so that it and a run resumed from it stay equal to the last bit.
+    /// A gradient enters the second moment as a square, hence the root in the state. Squaring the
+    /// root rounds; a run that saves its state therefore sets it as well, so that it and a run
+    /// resumed from it stay equal to the last bit.
     pub fn set_state(&mut self, state: &HashMap<String, Tensor>, steps_done: usize) -> Result<()> {
         if steps_done < 2 {
             bail!(
@@ -103,8 +105,9 @@ impl Optimizer {
             roots.insert(var, root.clone());
             firsts.insert(var, moments.first.clone());
         }
-        // first = second_root, second = second_root²; then first = first, and the second moment stays: this beta is 1 in f32,
-        // where 1 itself would make the bias correction divide by zero. A learning rate of zero keeps the weights.
+        // The first step writes both moments, the second one overwrites the first moment alone: its
+        // beta2 rounds to 1 in f32, where 1 itself would make the bias correction divide by zero.
+        // A learning rate of zero keeps the weights.
         self.inner =
             AdamW::new(self.moments.iter().map(|m| m.var.clone()).collect(), self.params.clone())?;
         for (beta2, grads) in [(0.0, roots), (1.0 - f64::EPSILON, firsts)] {
@@ -117,7 +120,7 @@ impl Optimizer {
             self.inner.step(&grads)?;
         }
         self.inner.set_params(self.params.clone());
-        // AdamW counts its steps for the bias correction; without gradients a step only counts.
+        // The bias correction goes by the number of steps; one without gradients only counts.
         let none = self.no_gradients()?;
         for _ in 2..steps_done {
             self.inner.step(&none)?;

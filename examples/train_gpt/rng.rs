@@ -1,12 +1,18 @@
 //! Random numbers that a seed decides.
 //!
-//! candle's CPU generator cannot be seeded; a run that can be repeated and resumed needs one that can.
+//! candle's CPU generator cannot be seeded; a run that can be repeated and resumed needs one that
+//! can.
 
 /// SplitMix64 (Steele, Lea and Flood, 2014).
 pub struct Rng(u64);
 
 impl Rng {
-    /// The generator of one use, such as one training step; different streams of one seed are independent.
+    /// The stream of the initial weights; a training step's is its number.
+    pub const WEIGHTS: u64 = u64::MAX;
+    /// The stream of the generated text.
+    pub const SAMPLE: u64 = u64::MAX - 1;
+
+    /// One of the independent streams of a seed.
     pub fn new(seed: u64, stream: u64) -> Self {
         let mut rng = Self(seed);
         Self(rng.next() ^ Self(stream).next().rotate_left(32))

@@ -1,6 +1,5 @@
 //! The training loop and its progress.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::Result;
@@ -42,7 +41,7 @@ pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Tra
         None => Vec::new(),
     };
     let checkpoint = match arithmetic {
-        Arithmetic::Kaio => Some(checkpoint_path(args)),
+        Arithmetic::Kaio => Some(&args.checkpoint),
         Arithmetic::Reference => None,
     };
 
@@ -57,8 +56,8 @@ pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Tra
         losses.push(loss.to_scalar()?);
         progress.step(&losses);
 
-        let due = args.checkpoint_every.is_some_and(|every| losses.len() % every == 0);
-        if let Some(path) = &checkpoint
+        let due = args.checkpoint_every.is_some_and(|every| losses.len().is_multiple_of(every));
+        if let Some(path) = checkpoint
             && (due || losses.len() == args.steps)
         {
             checkpoint::save(path, &model, &mut optimizer, &losses, device)?;
@@ -66,10 +65,6 @@ pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Tra
     }
     progress.finish();
     Ok(Trained { model, losses })
-}
-
-pub fn checkpoint_path(args: &Args) -> PathBuf {
-    args.checkpoint.clone().unwrap_or_else(|| args.out.join("train_gpt.safetensors"))
 }
 
 fn recent_mean(losses: &[f32]) -> f64 {

@@ -125,10 +125,8 @@ pub(crate) fn attention(
     if p.is_empty() {
         return Ok((out, lse));
     }
-    out.par_chunks_mut(heads.sq * heads.dv)
-        .zip(lse.par_chunks_mut(heads.sq))
-        .enumerate()
-        .for_each(|(h, (out, lse))| {
+    out.par_chunks_mut(heads.sq * heads.dv).zip(lse.par_chunks_mut(heads.sq)).enumerate().for_each(
+        |(h, (out, lse))| {
             let q = head(&q, h, heads.sq * heads.d);
             let k = head(&k, h / heads.group, heads.sk * heads.d);
             let v = head(&v, h / heads.group, heads.sk * heads.dv);
@@ -136,7 +134,8 @@ pub(crate) fn attention(
                 .zip(lse.par_chunks_mut(BLOCK_Q))
                 .enumerate()
                 .for_each(|(i, (out, lse))| forward_rows(&heads, i * BLOCK_Q, q, k, v, out, lse));
-        });
+        },
+    );
     Ok((out, lse))
 }
 

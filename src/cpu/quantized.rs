@@ -44,7 +44,10 @@ pub(crate) fn widen_int8((storage, layout): View<CpuStorage>) -> Result<Vec<f32>
 }
 
 /// An int4 weight as row-major f32 `[K, N]`.
-pub(crate) fn dequantize_int4(packed: View<CpuStorage>, scales: View<CpuStorage>) -> Result<Vec<f32>> {
+pub(crate) fn dequantize_int4(
+    packed: View<CpuStorage>,
+    scales: View<CpuStorage>,
+) -> Result<Vec<f32>> {
     let (words, steps) = (Stack::new(packed.1), Stack::new(scales.1));
     let words = dense(&words, packed.0.as_slice::<u32>()?);
     let steps = dense(&steps, scales.0.as_slice::<f16>()?);

@@ -3,10 +3,10 @@
 //! The ops call the functions of [`kaio_ops`]; without the feature `cuda` they are an error that says
 //! so, which keeps `cfg` out of the ops.
 
-#[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
-mod kaio_ops;
 #[cfg(feature = "cuda")]
 mod fit;
+#[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
+mod kaio_ops;
 #[cfg(feature = "cuda")]
 pub mod registry;
 #[cfg(feature = "cuda")]

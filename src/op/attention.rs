@@ -30,19 +30,37 @@ pub(crate) fn flash_attn(
         check::rank(op, arg, 2..=4, "[S, D], [H, S, D] or [B, H, S, D]", fix)?;
     }
     for arg in &args[1..] {
-        check::dim(op, arg.0, ("rank", arg.1.rank()), (q.rank(), "the rank of `q`"), "use `.unsqueeze(..)?`")?;
+        check::dim(
+            op,
+            arg.0,
+            ("rank", arg.1.rank()),
+            (q.rank(), "the rank of `q`"),
+            "use `.unsqueeze(..)?`",
+        )?;
     }
     check_matrices(op, args)?;
     if q.rank() == 4 {
         for (arg, t) in &args[1..] {
             let why = "the batch of `q`";
-            check::dim(op, arg, ("B", t.dims()[0]), (q.dims()[0], why), "expand it with `.broadcast_as(..)?`")?;
+            check::dim(
+                op,
+                arg,
+                ("B", t.dims()[0]),
+                (q.dims()[0], why),
+                "expand it with `.broadcast_as(..)?`",
+            )?;
         }
     }
     if q.rank() > 2 {
         let heads = |t: &Tensor| t.dims()[t.rank() - 3];
         let (hq, hkv) = (heads(q), heads(k));
-        check::dim(op, "v", ("heads", heads(v)), (hkv, "the heads of `k`"), "k and v come in pairs")?;
+        check::dim(
+            op,
+            "v",
+            ("heads", heads(v)),
+            (hkv, "the heads of `k`"),
+            "k and v come in pairs",
+        )?;
         if hq != 0 && (hkv == 0 || hq % hkv != 0) {
             return Err(Error::Dimension {
                 op,
@@ -76,7 +94,13 @@ pub(crate) fn attention_tc(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> 
     check::one_device(OP, &args)?;
     for arg in args {
         check::dtype(OP, arg, &[DType::F16])?;
-        check::rank(OP, arg, 2..=usize::MAX, "[.., S, D]", "add a dimension with `.unsqueeze(0)?`")?;
+        check::rank(
+            OP,
+            arg,
+            2..=usize::MAX,
+            "[.., S, D]",
+            "add a dimension with `.unsqueeze(0)?`",
+        )?;
     }
     check_matrices(OP, args)?;
     check::batch(OP, args[1], args[0])?;
@@ -140,14 +164,12 @@ impl AttentionProblem {
     /// The same over batch dimensions that are broadcast.
     fn broadcast(q: &Layout, k: &Layout, v: &Layout, causal: bool) -> Self {
         let batch = [k, v].iter().fold(batch_dims(q.dims()).to_vec(), |batch, layout| {
-            broadcast_batch(&batch, batch_dims(layout.dims())).expect("checked before the op was made")
+            broadcast_batch(&batch, batch_dims(layout.dims()))
+                .expect("checked before the op was made")
         });
         let problem = Self::new(q, k, v, causal, None);
-        let (q, k, v) = (
-            problem.q.broadcast(&batch),
-            problem.k.broadcast(&batch),
-            problem.v.broadcast(&batch),
-        );
+        let (q, k, v) =
+            (problem.q.broadcast(&batch), problem.k.broadcast(&batch), problem.v.broadcast(&batch));
         let out = Shape::from([batch.as_slice(), &[q.rows, v.cols]].concat());
         Self { q, k, v, out, group: 1, ..problem }
     }
@@ -227,11 +249,8 @@ impl Differentiable for FlashAttention {
     fn grad(&self, inputs: &[&Tensor], out: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let [q, k, v] = *inputs else { unreachable!("q, k, v") };
         let lse = self.lse.get().expect("kept because an input is tracked");
-        let backward = FlashAttentionBackward {
-            name: self.name,
-            causal: self.causal,
-            scale: self.scale,
-        };
+        let backward =
+            FlashAttentionBackward { name: self.name, causal: self.causal, scale: self.scale };
         // One flat result holds the three gradients in turn.
         let flat = eval(&backward, &[q, k, v, out, grad, lse])?;
         let mut start = 0;
@@ -259,7 +278,9 @@ impl Op for FlashAttentionBackward {
     }
 
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
-        let [(q, lq), (k, lk), (v, lv), out, grad, (lse, _)] = *inputs else { unreachable!("six inputs") };
+        let [(q, lq), (k, lk), (v, lv), out, grad, (lse, _)] = *inputs else {
+            unreachable!("six inputs")
+        };
         let problem = AttentionProblem::new(lq, lk, lv, self.causal, self.scale);
         let grads = cpu::attention_backward(&problem, [q, k, v], out, grad, lse.as_slice()?)?;
         let shape = Shape::from(grads.len());
@@ -267,10 +288,14 @@ impl Op for FlashAttentionBackward {
     }
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
-        let [(q, lq), (k, lk), (v, lv), out, grad, (lse, _)] = *inputs else { unreachable!("six inputs") };
+        let [(q, lq), (k, lk), (v, lv), out, grad, (lse, _)] = *inputs else {
+            unreachable!("six inputs")
+        };
         let problem = AttentionProblem::new(lq, lk, lv, self.causal, self.scale);
         let grads = cuda::flash_attn_backward(self.name, &problem, [q, k, v], out, grad, lse)?;
-        let shape = Shape::from(lq.shape().elem_count() + lk.shape().elem_count() + lv.shape().elem_count());
+        let shape = Shape::from(
+            lq.shape().elem_count() + lk.shape().elem_count() + lv.shape().elem_count(),
+        );
         Ok((grads, shape))
     }
 }

@@ -29,7 +29,8 @@ pub(crate) fn one_device(op: &'static str, args: &[Arg]) -> Result<()> {
             op,
             what: "this crate".into(),
             limit: format!("a tensor on {}", place(want)),
-            fix: "it has a CPU path and CUDA kernels; move the tensor with `.to_device(..)?`".into(),
+            fix: "it has a CPU path and CUDA kernels; move the tensor with `.to_device(..)?`"
+                .into(),
         });
     }
     for &(arg, t) in &args[1..] {
@@ -48,13 +49,7 @@ pub(crate) fn dtype(op: &'static str, (arg, t): Arg, want: &[DType]) -> Result<(
         return Ok(());
     }
     let names: Vec<_> = want.iter().map(DType::as_str).collect();
-    Err(Error::DType {
-        op,
-        arg,
-        got: t.dtype(),
-        want: names.join(" or "),
-        fix: cast_to(want[0]),
-    })
+    Err(Error::DType { op, arg, got: t.dtype(), want: names.join(" or "), fix: cast_to(want[0]) })
 }
 
 /// Both arguments have the same dtype.
@@ -160,12 +155,7 @@ pub(crate) fn activations(op: &'static str, (arg, t): Arg) -> Result<usize> {
 }
 
 /// Checks an int8 weight `[K, N]`.
-pub(crate) fn int8_weight(
-    op: &'static str,
-    (arg, t): Arg,
-    lhs: &Tensor,
-    k: usize,
-) -> Result<()> {
+pub(crate) fn int8_weight(op: &'static str, (arg, t): Arg, lhs: &Tensor, k: usize) -> Result<()> {
     rank(op, (arg, t), 2..=2, "[K, N]", "a weight has no batch dimensions")?;
     let why = format!("the K of the activations {:?}", lhs.dims());
     dim(op, arg, ("K", t.dims()[0]), (k, &why), "transpose the weight with `.t()?`")?;

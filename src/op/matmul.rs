@@ -3,7 +3,11 @@
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
 use super::{Differentiable, Node, Op, View, check, eval};
-use crate::{MatmulOptions, cpu, cuda, error::Error, stack::{Stack, batch_dims, broadcast_batch}};
+use crate::{
+    MatmulOptions, cpu, cuda,
+    error::Error,
+    stack::{Stack, batch_dims, broadcast_batch},
+};
 
 /// Which of an engine's kernels multiplies, where it has both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +35,13 @@ pub(crate) fn matmul(
     check::rank(op, b, 2..=usize::MAX, want, fix)?;
     let (k, got) = (lhs.dims()[lhs.rank() - 1], rhs.dims()[rhs.rank() - 2]);
     let why = format!("the K of `lhs` {:?}", lhs.dims());
-    check::dim(op, "rhs", ("K", got), (k, &why), "transpose one with `.t()?` or swap the operands")?;
+    check::dim(
+        op,
+        "rhs",
+        ("K", got),
+        (k, &why),
+        "transpose one with `.t()?` or swap the operands",
+    )?;
     check::batch(op, b, a)?;
     let out_dtype = opts.out_dtype.unwrap_or(DType::F32);
     if !matches!(out_dtype, DType::F32 | DType::F16 | DType::BF16) {
@@ -100,7 +110,12 @@ impl Op for Matmul {
 
 impl Differentiable for Matmul {
     /// `dA = dC·Bᵀ` and `dB = Aᵀ·dC`, on transposed views, summed over broadcast batch dimensions.
-    fn grad(&self, inputs: &[&Tensor], _out: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+    fn grad(
+        &self,
+        inputs: &[&Tensor],
+        _out: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Vec<Option<Tensor>>> {
         let (a, b) = (inputs[0], inputs[1]);
         let da = || {
             let scaled = Scaled::new(grad, a.dtype(), grad.rank() - 1)?;
@@ -110,17 +125,16 @@ impl Differentiable for Matmul {
         let db = || {
             // A shared B takes its gradient from all rows of all batches: one product, no sum after.
             let (a, grad) = match b.rank() {
-                2 if grad.rank() > 2 => (a.flatten_to(a.rank() - 2)?, grad.flatten_to(grad.rank() - 2)?),
+                2 if grad.rank() > 2 => {
+                    (a.flatten_to(a.rank() - 2)?, grad.flatten_to(grad.rank() - 2)?)
+                }
                 _ => (a.clone(), grad.clone()),
             };
             let scaled = Scaled::new(&grad, b.dtype(), grad.rank() - 2)?;
             let db = eval(self, &[&a.t()?, &scaled.grad])?;
             sum_to(&scaled.restore(db)?, b.shape())?.to_dtype(b.dtype())
         };
-        Ok(vec![
-            a.track_op().then(da).transpose()?,
-            b.track_op().then(db).transpose()?,
-        ])
+        Ok(vec![a.track_op().then(da).transpose()?, b.track_op().then(db).transpose()?])
     }
 }
 

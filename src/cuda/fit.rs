@@ -1,0 +1,126 @@
+//! Making an operand fit a kernel: row-major, aligned, padded, cast. What fits already is taken as it
+//! is; otherwise one copy is made on candle's stream, with candle's own kernels.
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
+
+use crate::stack::Stack;
+
+/// What a kernel wants of an operand. `Want::default()` is row-major.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Want {
+    /// Bytes of the kernel's widest load, if more than an element: each matrix begins at a multiple.
+    pub align: usize,
+    /// Cast to this dtype.
+    pub dtype: Option<DType>,
+    /// Multiply by this.
+    pub factor: Option<f32>,
+    /// Zero rows before the first.
+    pub rows_before: usize,
+    /// Zero rows up to this number in all, if more than there are.
+    pub rows: usize,
+    /// Zero columns up to this number in all, if more than there are.
+    pub cols: usize,
+    /// One matrix: a stack that does not fold is packed.
+    pub folded: bool,
+}
+
+enum Held<'a> {
+    View(&'a CudaStorage),
+    Copy(CudaStorage),
+}
+
+/// An operand that fits.
+pub(super) struct Fitted<'a> {
+    held: Held<'a>,
+    pub stack: Stack,
+}
+
+impl Fitted<'_> {
+    pub fn storage(&self) -> &CudaStorage {
+        match &self.held {
+            Held::View(storage) => storage,
+            Held::Copy(storage) => storage,
+        }
+    }
+
+    /// Elements of one matrix.
+    pub fn matrix_len(&self) -> usize {
+        self.stack.rows * self.stack.cols
+    }
+
+    /// Where matrix `i` begins; a single matrix serves all.
+    pub fn offset(&self, i: usize) -> usize {
+        self.stack.matrix_offset(if self.stack.count() == 1 { 0 } else { i })
+    }
+}
+
+/// The operand as the kernel wants it. Repeated (broadcast) matrices are never copied twice.
+pub(super) fn fit<'a>(storage: &'a CudaStorage, stack: &Stack, want: Want) -> Result<Fitted<'a>> {
+    let stack = match want.folded {
+        true => stack.fold_rows().unwrap_or_else(|| stack.clone()),
+        false => stack.clone(),
+    };
+    let dtype = want.dtype.unwrap_or(storage.dtype());
+    let (rows, cols) = (want.rows.max(stack.rows + want.rows_before), want.cols.max(stack.cols));
+    let same_size = (rows, cols) == (stack.rows, stack.cols);
+    let fits = stack.is_row_major()
+        && is_aligned(&stack, storage.dtype(), want.align)
+        && !(want.folded && stack.count() != 1);
+    if fits && same_size && dtype == storage.dtype() && want.factor.is_none() {
+        return Ok(Fitted { held: Held::View(storage), stack });
+    }
+    let once = stack.without_repeats();
+    let layout = once.layout();
+    let mut copy = match (dtype == storage.dtype(), want.factor) {
+        (true, Some(factor)) => storage.affine(&layout, f64::from(factor), 0.0)?,
+        (true, None) => pack(storage, &layout)?,
+        (false, None) => storage.to_dtype(&layout, dtype)?,
+        (false, Some(factor)) => {
+            let cast = storage.to_dtype(&layout, dtype)?;
+            cast.affine(&Layout::contiguous(layout.shape()), f64::from(factor), 0.0)?
+        }
+    };
+    let count = once.count();
+    if cols != stack.cols {
+        copy = pad(&copy, count * stack.rows, stack.cols, 0, cols)?;
+    }
+    if rows != stack.rows {
+        copy = pad(&copy, count, stack.rows * cols, want.rows_before * cols, rows * cols)?;
+    }
+    let stack = stack.packed_once(rows, cols);
+    let stack = if want.folded { stack.fold_rows().unwrap_or(stack) } else { stack };
+    Ok(Fitted { held: Held::Copy(copy), stack })
+}
+
+fn is_aligned(stack: &Stack, dtype: DType, align: usize) -> bool {
+    let size = dtype.size_in_bytes();
+    align <= size || stack.origins().all(|elements| (elements * size).is_multiple_of(align))
+}
+
+/// A contiguous copy of a view.
+pub(super) fn pack(storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+    let mut out = uninit(storage.device(), layout.shape(), storage.dtype())?;
+    storage.copy_strided_src(&mut out, 0, layout)?;
+    Ok(out)
+}
+
+/// Storage that the caller writes whole before anyone reads it.
+#[allow(unsafe_code)]
+pub(super) fn uninit(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<CudaStorage> {
+    // SAFETY: see above; the element types have no invalid bit patterns.
+    unsafe { device.alloc_uninit(shape, dtype) }
+}
+
+/// `lines` contiguous lines of `len` elements, each put at `before` of a line of `to` zeros.
+pub(super) fn pad(
+    src: &CudaStorage,
+    lines: usize,
+    len: usize,
+    before: usize,
+    to: usize,
+) -> Result<CudaStorage> {
+    let mut out = src.device().zeros_impl(&Shape::from((lines, to)), src.dtype())?;
+    src.copy2d(&mut out, lines, len, len, to, 0, before)?;
+    Ok(out)
+}

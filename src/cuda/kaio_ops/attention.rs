@@ -1,0 +1,346 @@
+//! Attention: the f32 flash kernels with their backward, and the f16 tensor-core kernel.
+//!
+//! The flash kernels take one square head: as many queries as keys, D ≤ 256, scale 1/√D, top-left
+//! causal. Everything else is cut and padded to that, with rows and columns of zeros that change no
+//! number (see [`Square`]).
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDType;
+use candle_core::op::ReduceOp;
+use candle_core::{CudaStorage, DType, Layout, Result, Shape};
+use half::f16;
+
+use super::fit::{self, Fitted, Want, fit};
+use super::session::Session;
+use super::{crop, indexable, unsupported, zeros};
+use crate::op::{AttentionProblem, View};
+use crate::stack::Stack;
+
+/// The flash kernels give each column of the result a thread of a block of 256.
+const MAX_HEAD_DIM: usize = 256;
+
+/// How the rows of a problem become squares of `sk` queries by `sk` keys.
+///
+/// - Causal, Sq ≤ Sk: rows of zeros before the first query align the last query with the last key.
+/// - Causal, Sq > Sk: the first Sq − Sk queries see no key; the others are a square.
+/// - Not causal: squares of Sk queries each, the last filled up with rows of zeros.
+///
+/// Rows of zeros are queries whose results are thrown away and whose upstream gradient is zero.
+struct Square {
+    /// Queries that see no key.
+    unseen: usize,
+    /// Rows of zeros before the first query.
+    before: usize,
+    /// Number of squares.
+    pieces: usize,
+    /// Keys, and queries of a square.
+    side: usize,
+    /// Columns: D or Dv, whichever is more.
+    width: usize,
+    /// What q is multiplied by, so that the kernels' 1/√width becomes the problem's scale.
+    factor: Option<f32>,
+}
+
+impl Square {
+    fn new(op: &'static str, p: &AttentionProblem) -> Result<Self> {
+        let (sq, side) = (p.seq_q(), p.seq_k());
+        let width = p.head_dim().max(p.value_dim());
+        if width > MAX_HEAD_DIM {
+            let limit = format!("a head dimension of {width} (at most {MAX_HEAD_DIM})");
+            return Err(unsupported(op, limit, "run it on the CPU, or split the heads").into());
+        }
+        let pieces = if p.causal { 1 } else { sq.div_ceil(side) };
+        indexable(op, "q", pieces * side, width)?;
+        let kernel_scale = 1.0 / (width as f32).sqrt();
+        Ok(Self {
+            unseen: if p.causal { sq.saturating_sub(side) } else { 0 },
+            before: if p.causal { side.saturating_sub(sq) } else { 0 },
+            pieces,
+            side,
+            width,
+            factor: (p.scale != kernel_scale).then(|| p.scale * (width as f32).sqrt()),
+        })
+    }
+
+    /// Rows of all squares of a head.
+    fn rows(&self) -> usize {
+        self.pieces * self.side
+    }
+
+    /// Elements of one square operand.
+    fn len(&self) -> usize {
+        self.side * self.width
+    }
+
+    /// A matrix with a row for each query, as squares.
+    fn queries<'a>(
+        &self,
+        (storage, stack): (&'a CudaStorage, &Stack),
+        cols: usize,
+        factor: Option<f32>,
+    ) -> Result<Fitted<'a>> {
+        let want = Want {
+            dtype: Some(DType::F32),
+            factor,
+            rows_before: self.before,
+            rows: self.rows(),
+            cols,
+            ..Want::default()
+        };
+        fit(storage, &stack.from_row(self.unseen), want)
+    }
+
+    /// A matrix with a row for each key.
+    fn keys<'a>(&self, storage: &'a CudaStorage, stack: &Stack) -> Result<Fitted<'a>> {
+        let want = Want { dtype: Some(DType::F32), cols: self.width, ..Want::default() };
+        fit(storage, stack, want)
+    }
+
+    /// The way back from squares to `[heads, sq, cols]`; queries that saw no key become zero.
+    fn restore(
+        &self,
+        squares: CudaStorage,
+        heads: usize,
+        width: usize,
+        (sq, cols): (usize, usize),
+    ) -> Result<CudaStorage> {
+        let seen = sq - self.unseen;
+        let out = crop(squares, heads, (self.rows(), width), self.before, (seen, cols))?;
+        match self.unseen {
+            0 => Ok(out),
+            unseen => fit::pad(&out, heads, seen * cols, unseen * cols, sq * cols),
+        }
+    }
+}
+
+/// The result in the inputs' dtype and, if wanted, the log-sum-exp `[heads, Sq]` in f32.
+pub(crate) fn flash_attn(
+    op: &'static str,
+    p: &AttentionProblem,
+    keep_lse: bool,
+    [q, k, v]: [&CudaStorage; 3],
+) -> Result<(CudaStorage, Option<CudaStorage>)> {
+    let (out, lse) = flash_f32(op, p, keep_lse, [q, k, v])?;
+    match q.dtype() {
+        DType::F32 => Ok((out, lse)),
+        dtype => Ok((out.to_dtype(&Layout::contiguous(&p.out), dtype)?, lse)),
+    }
+}
+
+fn flash_f32(
+    op: &'static str,
+    p: &AttentionProblem,
+    keep_lse: bool,
+    [q, k, v]: [&CudaStorage; 3],
+) -> Result<(CudaStorage, Option<CudaStorage>)> {
+    let (heads, sq) = (p.q.count(), p.seq_q());
+    if p.is_empty() {
+        // No gradient reads the log-sum-exp of a problem without results or without keys.
+        let lse = keep_lse.then(|| zeros(q, heads * sq, DType::F32)).transpose()?;
+        return Ok((zeros(q, p.out.elem_count(), DType::F32)?, lse));
+    }
+    let square = Square::new(op, p)?;
+    let (side, width, len) = (square.side, square.width, square.len());
+    let q = square.queries((q, &p.q), width, square.factor)?;
+    let (k, v) = (square.keys(k, &p.k)?, square.keys(v, &p.v)?);
+
+    let session = Session::new(op, &[q.storage(), k.storage(), v.storage()])?;
+    let mut out = session.alloc::<f32>(heads * square.pieces * len)?;
+    let mut lse = session.alloc::<f32>(if keep_lse { heads * square.rows() } else { 0 })?;
+    {
+        let (pq, pk, pv) =
+            (session.input(q.storage())?, session.input(k.storage())?, session.input(v.storage())?);
+        let (po, pl) = (session.output(&mut out)?, session.output(&mut lse)?);
+        let (s, d) = (side as u32, width as u32);
+        session.run(|device| {
+            for i in 0..heads * square.pieces {
+                let (head, piece) = (i / square.pieces, i % square.pieces);
+                let kv = head / p.group;
+                let q = pq.view(q.offset(head) + piece * len, len);
+                let (k, v) = (pk.view(k.offset(kv), len), pv.view(v.offset(kv), len));
+                let mut out = po.view(i * len, len);
+                if keep_lse {
+                    let mut lse = pl.view(i * side, side);
+                    match p.causal {
+                        false => kaio_ops::attention_flash_with_stats(
+                            device, &q, &k, &v, &mut out, &mut lse, s, d,
+                        ),
+                        true => kaio_ops::attention_flash_causal_with_stats(
+                            device, &q, &k, &v, &mut out, &mut lse, s, d,
+                        ),
+                    }?;
+                } else {
+                    match p.causal {
+                        false => kaio_ops::attention_flash(device, &q, &k, &v, &mut out, s, d),
+                        true => {
+                            kaio_ops::attention_flash_causal(device, &q, &k, &v, &mut out, s, d)
+                        }
+                    }?;
+                }
+            }
+            Ok(())
+        })?;
+    }
+    let (out, lse) = (wrap(&session, out), wrap(&session, lse));
+    let out = square.restore(out, heads, width, (sq, p.value_dim()))?;
+    let lse = keep_lse.then(|| square.restore(lse, heads, 1, (sq, 1))).transpose()?;
+    Ok((out, lse))
+}
+
+fn wrap(session: &Session, slice: cudarc::driver::CudaSlice<f32>) -> CudaStorage {
+    CudaDType::wrap_cuda_slice(slice, session.device.clone())
+}
+
+/// dq, dk and dv in a row, packed, in the inputs' dtype.
+pub(crate) fn flash_attn_backward(
+    op: &'static str,
+    p: &AttentionProblem,
+    [q, k, v]: [&CudaStorage; 3],
+    out: View<CudaStorage>,
+    grad: View<CudaStorage>,
+    lse: &CudaStorage,
+) -> Result<CudaStorage> {
+    let lens = [&p.q, &p.k, &p.v].map(Stack::elements);
+    let total: usize = lens.iter().sum();
+    let dtype = q.dtype();
+    if p.is_empty() {
+        return zeros(q, total, dtype);
+    }
+    let square = Square::new(op, p)?;
+    let (side, width, len) = (square.side, square.width, square.len());
+    let (heads, sq) = (p.q.count(), p.seq_q());
+    let q = square.queries((q, &p.q), width, square.factor)?;
+    let (k, v) = (square.keys(k, &p.k)?, square.keys(v, &p.v)?);
+    let out = square.queries((out.0, &Stack::new(out.1)), width, None)?;
+    let grad = square.queries((grad.0, &Stack::new(grad.1)), width, None)?;
+    let rows = Stack::new(&Layout::contiguous((heads, sq, 1)));
+    let lse = square.queries((lse, &rows), 1, None)?;
+
+    let fitted = [&q, &k, &v, &out, &grad, &lse];
+    let session = Session::new(op, &fitted.map(Fitted::storage))?;
+    let count = heads * square.pieces;
+    let mut dq = session.alloc::<f32>(count * len)?;
+    // One dk and dv for each square; those that share a key head are summed after.
+    let mut dk = session.alloc::<f32>(count * len)?;
+    let mut dv = session.alloc::<f32>(count * len)?;
+    {
+        let [pq, pk, pv, po, pg, pl] = fitted.map(|f| session.input(f.storage()));
+        let (pq, pk, pv, po, pg, pl) = (pq?, pk?, pv?, po?, pg?, pl?);
+        let (pdq, pdk, pdv) =
+            (session.output(&mut dq)?, session.output(&mut dk)?, session.output(&mut dv)?);
+        let kernel = match p.causal {
+            false => kaio_ops::attention_flash_bwd,
+            true => kaio_ops::attention_flash_bwd_causal,
+        };
+        session.run(|device| {
+            for i in 0..count {
+                let (head, at) = (i / square.pieces, i % square.pieces * len);
+                let kv = head / p.group;
+                kernel(
+                    device,
+                    &pg.view(grad.offset(head) + at, len),
+                    &pq.view(q.offset(head) + at, len),
+                    &pk.view(k.offset(kv), len),
+                    &pv.view(v.offset(kv), len),
+                    &po.view(out.offset(head) + at, len),
+                    &pl.view(lse.offset(head) + at / width, side),
+                    &mut pdq.view(i * len, len),
+                    &mut pdk.view(i * len, len),
+                    &mut pdv.view(i * len, len),
+                    side as u32,
+                    width as u32,
+                )?;
+            }
+            Ok(())
+        })?;
+    }
+    let (d, v_dim) = (p.head_dim(), p.value_dim());
+    let dq = square.restore(wrap(&session, dq), heads, width, (sq, d))?;
+    let dq = match square.factor {
+        Some(factor) => dq.affine(&Layout::contiguous(lens[0]), f64::from(factor), 0.0)?,
+        None => dq,
+    };
+    let shared = p.group * square.pieces;
+    let shared_sum = |grads: CudaStorage, cols: usize| {
+        let kv = count / shared;
+        let sum = match shared {
+            1 => grads,
+            _ => grads.reduce_op(ReduceOp::Sum, &Layout::contiguous((kv, shared, len)), &[1])?,
+        };
+        crop(sum, kv, (side, width), 0, (side, cols))
+    };
+    let dk = shared_sum(wrap(&session, dk), d)?;
+    let dv = shared_sum(wrap(&session, dv), v_dim)?;
+    let mut flat = fit::uninit(&session.device, &Shape::from(total), DType::F32)?;
+    let mut start = 0;
+    for (part, len) in [&dq, &dk, &dv].into_iter().zip(lens) {
+        part.copy_strided_src(&mut flat, start, &Layout::contiguous(len))?;
+        start += len;
+    }
+    match dtype {
+        DType::F32 => Ok(flat),
+        _ => flat.to_dtype(&Layout::contiguous(total), dtype),
+    }
+}
+
+/// The limits of the tensor-core kernel: its scores live in shared memory.
+mod tc {
+    pub const SEQ_TILE: usize = 16;
+    pub const D_TILE: usize = 16;
+    pub const DV_TILE: usize = 8;
+    pub const MAX_SEQ_K: usize = 384;
+    pub const MAX_DIM: usize = 128;
+}
+
+/// f32 `[.., Sq, Dv]`: the tensor-core kernel where it fits, else the f32 flash kernel.
+pub(crate) fn attention_tc(
+    op: &'static str,
+    p: &AttentionProblem,
+    inputs: [&CudaStorage; 3],
+) -> Result<CudaStorage> {
+    let (sq, sk, d, dv) = (p.seq_q(), p.seq_k(), p.head_dim(), p.value_dim());
+    // Keys of zeros have weight unless the causal mask hides them from every query.
+    let keys_fit = if p.causal { sq == sk } else { sk.is_multiple_of(tc::SEQ_TILE) };
+    let dims_fit = d.is_multiple_of(tc::D_TILE) && d.max(dv) <= tc::MAX_DIM;
+    if p.is_empty() || !keys_fit || !dims_fit || sk > tc::MAX_SEQ_K {
+        return Ok(flash_f32(op, p, false, inputs)?.0);
+    }
+    let rows_q = sq.next_multiple_of(tc::SEQ_TILE);
+    let rows_k = sk.next_multiple_of(tc::SEQ_TILE);
+    let width = dv.next_multiple_of(tc::DV_TILE);
+    indexable(op, "q", rows_q, d.max(width))?;
+    let want = |rows, cols| Want { rows, cols, align: 4, ..Want::default() };
+    let q = fit(inputs[0], &p.q, want(rows_q, d))?;
+    let k = fit(inputs[1], &p.k, want(rows_k, d))?;
+    let v = fit(inputs[2], &p.v, want(rows_k, width))?;
+
+    let heads = p.q.count();
+    let session = Session::new(op, &[q.storage(), k.storage(), v.storage()])?;
+    let mut out = session.alloc::<f32>(heads * rows_q * width)?;
+    {
+        let (pq, pk, pv) =
+            (session.input(q.storage())?, session.input(k.storage())?, session.input(v.storage())?);
+        let po = session.output(&mut out)?;
+        let kernel = match p.causal {
+            false => kaio_ops::attention_tc,
+            true => kaio_ops::attention_tc_causal,
+        };
+        session.run(|device| {
+            for i in 0..heads {
+                kernel(
+                    device,
+                    &pq.view::<f16>(q.offset(i), q.matrix_len()),
+                    &pk.view::<f16>(k.offset(i), k.matrix_len()),
+                    &pv.view::<f16>(v.offset(i), v.matrix_len()),
+                    &mut po.view(i * rows_q * width, rows_q * width),
+                    rows_q as u32,
+                    rows_k as u32,
+                    d as u32,
+                    width as u32,
+                )?;
+            }
+            Ok(())
+        })?;
+    }
+    crop(wrap(&session, out), heads, (rows_q, width), 0, (sq, dv))
+}

@@ -1,0 +1,80 @@
+//! f16 and bf16 products.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDType;
+use candle_core::{CudaStorage, DType, Result};
+use half::{bf16, f16};
+use kaio::prelude::{GpuBuffer, KaioDevice};
+
+use super::fit::{Want, fit};
+use super::session::{KaioResult, Session};
+use super::{indexable, slabs, zeros};
+use crate::op::{MatmulProblem, Pipeline};
+
+/// The depth of one `mma.sync`: the kernels do not pad K.
+const K_TILE: usize = 16;
+
+/// `c [m, n] = a [m, k] · b [k, n]`, all row-major.
+type Kernel<T> = fn(
+    &KaioDevice,
+    &GpuBuffer<T>,
+    &GpuBuffer<T>,
+    &mut GpuBuffer<f32>,
+    u32,
+    u32,
+    u32,
+) -> KaioResult;
+
+pub(crate) fn matmul(
+    op: &'static str,
+    problem: &MatmulProblem,
+    pipeline: Pipeline,
+    a: &CudaStorage,
+    b: &CudaStorage,
+) -> Result<CudaStorage> {
+    match (a.dtype(), pipeline) {
+        (DType::F16, Pipeline::Sync) => run::<f16>(op, problem, kaio_ops::matmul_tc, a, b),
+        (DType::F16, Pipeline::Async) => run::<f16>(op, problem, kaio_ops::matmul_tc_async, a, b),
+        (DType::BF16, Pipeline::Sync) => run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16, a, b),
+        (_, _) => run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16_async, a, b),
+    }
+}
+
+fn run<T: CudaDType>(
+    op: &'static str,
+    problem: &MatmulProblem,
+    kernel: Kernel<T>,
+    a: &CudaStorage,
+    b: &CudaStorage,
+) -> Result<CudaStorage> {
+    let (count, m, n) = (problem.lhs.count(), problem.lhs.rows, problem.rhs.cols);
+    let k = problem.lhs.cols.next_multiple_of(K_TILE);
+    if count * m * n == 0 || k == 0 {
+        return zeros(a, count * m * n, DType::F32);
+    }
+    indexable(op, "lhs", m.min(super::MAX_ROWS), k)?;
+    indexable(op, "rhs", k, n)?;
+    indexable(op, "result", m.min(super::MAX_ROWS), n)?;
+    // `cp.async` moves 16 bytes of the left-hand side; the right-hand side goes element by element.
+    let a = fit(a, &problem.lhs, Want { cols: k, align: 16, ..Want::default() })?;
+    let b = fit(b, &problem.rhs, Want { rows: k, ..Want::default() })?;
+
+    let session = Session::new(op, &[a.storage(), b.storage()])?;
+    let mut out = session.alloc::<f32>(count * m * n)?;
+    {
+        let (pa, pb) = (session.input(a.storage())?, session.input(b.storage())?);
+        let pc = session.output(&mut out)?;
+        session.run(|device| {
+            for i in 0..count {
+                let rhs = pb.view::<T>(b.offset(i), k * n);
+                for (start, rows) in slabs(m) {
+                    let lhs = pa.view::<T>(a.offset(i) + start * k, rows * k);
+                    let mut c = pc.view(i * m * n + start * n, rows * n);
+                    kernel(device, &lhs, &rhs, &mut c, rows as u32, n as u32, k as u32)?;
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(CudaDType::wrap_cuda_slice(out, session.device.clone()))
+}

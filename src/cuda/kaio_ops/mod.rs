@@ -1,0 +1,61 @@
+//! The engine `Engine::KaioOps`: problems cut and padded to what the kernels of the `kaio-ops` crate
+//! take. README lists their limits.
+
+mod attention;
+mod matmul;
+mod quantized;
+
+pub(crate) use attention::{attention_tc, flash_attn, flash_attn_backward};
+pub(crate) use matmul::matmul;
+pub(crate) use quantized::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
+
+use candle_core::backend::BackendDevice;
+use candle_core::{CudaStorage, DType, Result, Shape};
+
+use super::fit::{self, Fitted};
+use super::{Operand, session};
+use crate::error::Error;
+
+/// The kernels index with u32; this keeps every element index and byte offset of a matrix inside it.
+const MAX_ELEMENTS: usize = 1 << 30;
+
+/// A grid has 65535 rows of tiles, and a tile 64 rows of the result: taller problems go in slabs.
+const MAX_ROWS: usize = 65_535 * 64;
+
+fn unsupported(op: &'static str, limit: String, fix: &str) -> Error {
+    Error::Unsupported { op, what: "Engine::KaioOps".into(), limit, fix: fix.into() }
+}
+
+/// A matrix that the kernels can index.
+fn indexable(op: &'static str, name: &str, rows: usize, cols: usize) -> Result<()> {
+    if rows.saturating_mul(cols) <= MAX_ELEMENTS {
+        return Ok(());
+    }
+    let limit = format!("a matrix `{name}` of {rows} x {cols} elements (at most {MAX_ELEMENTS})");
+    Err(unsupported(op, limit, "split it and join the results with `Tensor::cat`").into())
+}
+
+/// Zeros, for a result that no kernel writes.
+fn zeros(like: &CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
+    like.device.zeros_impl(&Shape::from(len), dtype)
+}
+
+/// The first `rows`, from row `first` on, and `cols` of each of `count` packed `[height, width]`.
+fn crop(
+    src: CudaStorage,
+    count: usize,
+    (height, width): (usize, usize),
+    first: usize,
+    (rows, cols): (usize, usize),
+) -> Result<CudaStorage> {
+    if (first, rows, cols) == (0, height, width) {
+        return Ok(src);
+    }
+    let strides = vec![height * width, width, 1];
+    fit::pack(&src, &candle_core::Layout::new((count, rows, cols).into(), strides, first * width))
+}
+
+/// The height of each slab of a `rows` tall problem and where it begins.
+fn slabs(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..rows).step_by(MAX_ROWS).map(move |start| (start, MAX_ROWS.min(rows - start)))
+}

@@ -1,0 +1,217 @@
+//! int8 and int4 products and the three projections of an attention layer.
+
+use candle_core::cuda_backend::CudaDType;
+use candle_core::{CudaStorage, DType, Result};
+use half::f16;
+use kaio::prelude::{GpuBuffer, KaioDevice};
+
+use super::fit::{Want, fit};
+use super::session::{KaioResult, Pointer, Session};
+use super::{Fitted, Operand, crop, indexable, slabs, zeros};
+use crate::op::check::INT4_GROUP;
+
+/// The depth of one int8 `mma.sync`.
+const INT8_K_TILE: usize = 32;
+/// The depth of one f16 `mma.sync`.
+const F16_K_TILE: usize = 16;
+/// Columns that the kernels read or write with one access: two f16 scales or results, four bytes of
+/// an int8 weight.
+const PAIR: usize = 2;
+const QUAD: usize = 4;
+
+/// Words hold eight rows of a weight.
+fn words(k: usize) -> usize {
+    k / 8
+}
+
+/// The kernels read activations row-major, as one matrix, with loads of 4 bytes.
+fn activations<'a>((x, stack): Operand<'a>, k: usize) -> Result<Fitted<'a>> {
+    fit(x, stack, Want { cols: k, align: 4, folded: true, ..Want::default() })
+}
+
+/// The kernels read the words of a column side by side: `[N, K/8]` row-major.
+fn packed<'a>((storage, stack): Operand<'a>, n: usize) -> Result<Fitted<'a>> {
+    fit(storage, &stack.t(), Want { rows: n, ..Want::default() })
+}
+
+/// The kernels read f16 scales `[K/128, N]` row-major, two at a time.
+fn scales<'a>((storage, stack): Operand<'a>, n: usize) -> Result<Fitted<'a>> {
+    fit(storage, stack, Want { cols: n, align: 4, ..Want::default() })
+}
+
+pub(crate) fn matmul_int8(
+    op: &'static str,
+    x: Operand,
+    w: Operand,
+    scale: f32,
+) -> Result<CudaStorage> {
+    let (m, n, k) = (x.1.count() * x.1.rows, w.1.cols, x.1.cols.next_multiple_of(INT8_K_TILE));
+    if m * n == 0 || k == 0 {
+        return zeros(x.0, m * n, DType::F32);
+    }
+    indexable(op, "rhs", k, n)?;
+    let x = activations(x, k)?;
+    let w = fit(w.0, w.1, Want { rows: k, ..Want::default() })?;
+    single(op, (m, n), k, &x, &[&w], |device, x, inputs, c, rows| {
+        let w = inputs[0].view::<i8>(w.offset(0), k * n);
+        kaio_ops::matmul_int8(device, x, &w, c, scale, rows, n as u32, k as u32)
+    })
+}
+
+pub(crate) fn matmul_int4(
+    op: &'static str,
+    x: Operand,
+    w: Operand,
+    s: Operand,
+) -> Result<CudaStorage> {
+    let (m, n, k) = (x.1.count() * x.1.rows, w.1.cols, x.1.cols);
+    if m * n == 0 || k == 0 {
+        return zeros(x.0, m * n, DType::F32);
+    }
+    let width = n.next_multiple_of(PAIR);
+    indexable(op, "weight", k, width)?;
+    let x = activations(x, k)?;
+    let (w, s) = (packed(w, width)?, scales(s, width)?);
+    let out = single(op, (m, width), k, &x, &[&w, &s], |device, x, inputs, c, rows| {
+        let w_view = inputs[0].view::<u32>(w.offset(0), words(k) * width);
+        let s_view = inputs[1].view::<f16>(s.offset(0), k / INT4_GROUP * width);
+        let (n, k, group) = (width as u32, k as u32, INT4_GROUP as u32);
+        kaio_ops::matmul_int4(device, x, &w_view, &s_view, c, rows, n, k, group)
+    })?;
+    crop(out, 1, (m, width), 0, (m, n))
+}
+
+/// One f32 result `[m, n]` of activations `[m, k]` and some weight, in slabs of rows.
+fn single<T>(
+    op: &'static str,
+    (m, n): (usize, usize),
+    k: usize,
+    x: &Fitted,
+    weights: &[&Fitted],
+    kernel: impl Fn(
+        &KaioDevice,
+        &GpuBuffer<T>,
+        &[Pointer],
+        &mut GpuBuffer<f32>,
+        u32,
+    ) -> KaioResult,
+) -> Result<CudaStorage> {
+    indexable(op, "activations", m.min(super::MAX_ROWS), k)?;
+    indexable(op, "result", m.min(super::MAX_ROWS), n)?;
+    let session = Session::new(op, &storages(x, weights))?;
+    let mut out = session.alloc::<f32>(m * n)?;
+    {
+        let px = session.input(x.storage())?;
+        let pw = pointers(&session, weights)?;
+        let pc = session.output(&mut out)?;
+        session.run(|device| {
+            for (start, rows) in slabs(m) {
+                let x = px.view(x.offset(0) + start * k, rows * k);
+                kernel(device, &x, &pw, &mut pc.view(start * n, rows * n), rows as u32)?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(CudaDType::wrap_cuda_slice(out, session.device.clone()))
+}
+
+fn storages<'a>(x: &'a Fitted, weights: &[&'a Fitted]) -> Vec<&'a CudaStorage> {
+    std::iter::once(x.storage()).chain(weights.iter().map(|w| w.storage())).collect()
+}
+
+fn pointers<'a>(session: &'a Session, weights: &[&'a Fitted]) -> Result<Vec<Pointer<'a>>> {
+    weights.iter().map(|w| session.input(w.storage())).collect()
+}
+
+pub(crate) fn qkv_int8(
+    op: &'static str,
+    x: Operand,
+    weights: &[Operand],
+    s: [f32; 3],
+) -> Result<CudaStorage> {
+    let (m, n) = (x.1.count() * x.1.rows, weights[0].1.cols);
+    let (width, k) = (n.next_multiple_of(QUAD), x.1.cols.next_multiple_of(F16_K_TILE));
+    if m * n == 0 || k == 0 {
+        return zeros(x.0, 3 * m * n, DType::F16);
+    }
+    indexable(op, "weights[0]", k, width)?;
+    let x = activations(x, k)?;
+    let want = Want { rows: k, cols: width, align: 4, ..Want::default() };
+    let w = weights.iter().map(|w| fit(w.0, w.1, want)).collect::<Result<Vec<_>>>()?;
+    let w: Vec<_> = w.iter().collect();
+    let out = triple(op, (m, width), k, &x, &w, |device, x, inputs, [q, key, v], rows| {
+        let view = |i: usize| inputs[i].view::<i8>(w[i].offset(0), k * width);
+        let (n, k) = (width as u32, k as u32);
+        let (w0, w1, w2) = (view(0), view(1), view(2));
+        kaio_ops::qkv_project_int8(
+            device, x, &w0, &w1, &w2, s[0], s[1], s[2], q, key, v, rows, n, k,
+        )
+    })?;
+    crop(out, 3, (m, width), 0, (m, n))
+}
+
+pub(crate) fn qkv_int4(
+    op: &'static str,
+    x: Operand,
+    weights: &[Operand],
+    steps: &[Operand],
+) -> Result<CudaStorage> {
+    let (m, n, k) = (x.1.count() * x.1.rows, weights[0].1.cols, x.1.cols);
+    if m * n == 0 || k == 0 {
+        return zeros(x.0, 3 * m * n, DType::F16);
+    }
+    let width = n.next_multiple_of(PAIR);
+    indexable(op, "weights[0]", k, width)?;
+    let x = activations(x, k)?;
+    let w = weights.iter().map(|&w| packed(w, width));
+    let s = steps.iter().map(|&s| scales(s, width));
+    let inputs = w.chain(s).collect::<Result<Vec<_>>>()?;
+    let inputs: Vec<_> = inputs.iter().collect();
+    let out = triple(op, (m, width), k, &x, &inputs, |device, x, pointers, [q, key, v], rows| {
+        let w = |i: usize| pointers[i].view::<u32>(inputs[i].offset(0), words(k) * width);
+        let s =
+            |i: usize| pointers[3 + i].view::<f16>(inputs[3 + i].offset(0), k / INT4_GROUP * width);
+        let (n, k, group) = (width as u32, k as u32, INT4_GROUP as u32);
+        let (w0, w1, w2, s0, s1, s2) = (w(0), w(1), w(2), s(0), s(1), s(2));
+        kaio_ops::qkv_project_int4(
+            device, x, &w0, &w1, &w2, &s0, &s1, &s2, q, key, v, rows, n, k, group,
+        )
+    })?;
+    crop(out, 3, (m, width), 0, (m, n))
+}
+
+/// Three f16 results `[3, m, n]` of activations `[m, k]`, in slabs of rows.
+fn triple(
+    op: &'static str,
+    (m, n): (usize, usize),
+    k: usize,
+    x: &Fitted,
+    weights: &[&Fitted],
+    kernel: impl Fn(
+        &KaioDevice,
+        &GpuBuffer<f16>,
+        &[Pointer],
+        [&mut GpuBuffer<f16>; 3],
+        u32,
+    ) -> KaioResult,
+) -> Result<CudaStorage> {
+    indexable(op, "activations", m.min(super::MAX_ROWS), k)?;
+    indexable(op, "result", m.min(super::MAX_ROWS), n)?;
+    let session = Session::new(op, &storages(x, weights))?;
+    let mut out = session.alloc::<f16>(3 * m * n)?;
+    {
+        let px = session.input(x.storage())?;
+        let pw = pointers(&session, weights)?;
+        let pc = session.output(&mut out)?;
+        session.run(|device| {
+            for (start, rows) in slabs(m) {
+                let x = px.view(x.offset(0) + start * k, rows * k);
+                let part = |i: usize| pc.view((i * m + start) * n, rows * n);
+                let (mut q, mut key, mut v) = (part(0), part(1), part(2));
+                kernel(device, &x, &pw, [&mut q, &mut key, &mut v], rows as u32)?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(CudaDType::wrap_cuda_slice(out, session.device.clone()))
+}

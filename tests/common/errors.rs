@@ -1,0 +1,380 @@
+//! What a user reads after each kind of mistake: the whole text, and the variant behind it.
+
+use candle_core::DType::{self, F16, F32, U8, U32};
+use candle_core::{Context, Device, DeviceLocation, Result, Tensor, Var, bail};
+use kaio_candle::{Error, prelude::*};
+
+use crate::common::Tally;
+
+/// Runs `call => Variant, "text"` rows.
+macro_rules! refused {
+    ($tally:expr; $($call:expr => $variant:ident, $($text:expr),+;)+) => {$({
+        let text = format!($($text),+);
+        $tally.case(&text, || match $call {
+            Ok(_) => bail!("accepted: {}", stringify!($call)),
+            Err(error) => {
+                assert_eq!(error.to_string(), text);
+                let found = Error::of(&error);
+                assert!(matches!(found, Some(Error::$variant { .. })), "is {found:?}");
+                Ok(())
+            }
+        });
+    })+};
+}
+
+/// Zeros on one device.
+#[derive(Clone, Copy)]
+struct On<'a>(&'a Device);
+
+impl On<'_> {
+    fn zeros<const R: usize>(self, dtype: DType, dims: [usize; R]) -> Tensor {
+        Tensor::zeros(dims.as_slice(), dtype, self.0).expect("zeros")
+    }
+
+    fn f16<const R: usize>(self, dims: [usize; R]) -> Tensor {
+        self.zeros(DType::F16, dims)
+    }
+
+    fn bf16<const R: usize>(self, dims: [usize; R]) -> Tensor {
+        self.zeros(DType::BF16, dims)
+    }
+
+    fn f32<const R: usize>(self, dims: [usize; R]) -> Tensor {
+        self.zeros(DType::F32, dims)
+    }
+
+    fn u8<const R: usize>(self, dims: [usize; R]) -> Tensor {
+        self.zeros(DType::U8, dims)
+    }
+
+    fn u32<const R: usize>(self, dims: [usize; R]) -> Tensor {
+        self.zeros(DType::U32, dims)
+    }
+}
+
+const ADD: &str = "add a dimension with `.unsqueeze(0)?`";
+
+pub fn matmul(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of matmul", device);
+    let with = |a: &Tensor, b: &Tensor| a.kaio_matmul_with(b, &MatmulOptions::default());
+    type Method<'a> = (&'a str, &'a dyn Fn(&Tensor, &Tensor) -> Result<Tensor>);
+    let methods: [Method; 3] = [
+        ("kaio_matmul_tc", &Tensor::kaio_matmul_tc),
+        ("kaio_matmul_tc_async", &Tensor::kaio_matmul_tc_async),
+        ("kaio_matmul_with", &with),
+    ];
+    let (a, b) = (on.f16([4, 8]), on.f16([8, 6]));
+    for (op, mul) in methods {
+        refused! { tally;
+            mul(&on.f16([8]), &b) => Rank, "{op}: `lhs` has shape [8] (rank 1), wanted [.., rows, columns]; {ADD}";
+            mul(&a, &on.f16([])) => Rank, "{op}: `rhs` has shape [] (rank 0), wanted [.., rows, columns]; {ADD}";
+            mul(&on.f32([4, 8]), &b) => DType, "{op}: `lhs` is f32, wanted f16 or bf16; cast it with `.to_dtype(DType::F16)?`";
+            mul(&on.u8([4, 8]), &b) => DType, "{op}: `lhs` is u8, wanted f16 or bf16; cast it with `.to_dtype(DType::F16)?`";
+            mul(&a, &on.bf16([8, 6])) => DType, "{op}: `rhs` is bf16, wanted f16, the dtype of `lhs`; cast it with `.to_dtype(DType::F16)?`";
+            mul(&on.bf16([4, 8]), &b) => DType, "{op}: `rhs` is f16, wanted bf16, the dtype of `lhs`; cast it with `.to_dtype(DType::BF16)?`";
+            mul(&a, &a) => Dimension, "{op}: `rhs` has K = 4, wanted 8, the K of `lhs` [4, 8]; transpose one with `.t()?` or swap the operands";
+            mul(&on.f16([2, 4, 8]), &on.f16([3, 8, 6])) => Batch, "{op}: batch dimensions [3] of `rhs` do not broadcast with [2] of `lhs`; make them equal or 1";
+            mul(&on.f16([5, 1, 4, 8]), &on.f16([0, 2, 8, 6])) => Batch, "{op}: batch dimensions [0, 2] of `rhs` do not broadcast with [5, 1] of `lhs`; make them equal or 1";
+        }
+    }
+    let out = |dtype| a.kaio_matmul_with(&b, &MatmulOptions::default().out_dtype(dtype));
+    let native = MatmulOptions::default().engine(Engine::Native);
+    refused! { tally;
+        out(DType::U8) => Value, "kaio_matmul_with: out_dtype is u8, wanted f32, f16 or bf16";
+        out(DType::F64) => Value, "kaio_matmul_with: out_dtype is f64, wanted f32, f16 or bf16";
+        a.kaio_matmul_with(&b, &native) => Unsupported, "kaio_matmul_with: Native cannot take any problem yet: its kernels come with a later release; use Engine::Auto or Engine::KaioOps";
+    }
+    tally.finish();
+}
+
+pub fn int8(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of int8", device);
+    let (a, b) = (on.u8([4, 8]), on.u8([8, 6]));
+    let long = (on.u8([1, 131_072]), on.u8([131_072, 1]));
+    refused! { tally;
+        on.u8([8]).kaio_matmul_int8(&b, 1.0) => Rank, "kaio_matmul_int8: `lhs` has shape [8] (rank 1), wanted [.., M, K]; {ADD}";
+        a.kaio_matmul_int8(&on.u8([2, 8, 6]), 1.0) => Rank, "kaio_matmul_int8: `rhs` has shape [2, 8, 6] (rank 3), wanted [K, N]; a weight has no batch dimensions";
+        on.f16([4, 8]).kaio_matmul_int8(&b, 1.0) => DType, "kaio_matmul_int8: `lhs` is f16, wanted u8; quantise it with `quant::quantize_int8`";
+        a.kaio_matmul_int8(&on.u32([8, 6]), 1.0) => DType, "kaio_matmul_int8: `rhs` is u32, wanted u8; quantise it with `quant::quantize_int8`";
+        a.kaio_matmul_int8(&a, 1.0) => Dimension, "kaio_matmul_int8: `rhs` has K = 4, wanted 8, the K of the activations [4, 8]; transpose the weight with `.t()?`";
+        long.0.kaio_matmul_int8(&long.1, 1.0) => Dimension, "kaio_matmul_int8: `lhs` has K = 131072, wanted at most 131071, so that the i32 sum cannot overflow; split K and add the products";
+        a.kaio_matmul_int8(&b, f32::NAN) => Value, "kaio_matmul_int8: scale is NaN, wanted a finite number";
+        a.kaio_matmul_int8(&b, f32::NEG_INFINITY) => Value, "kaio_matmul_int8: scale is -inf, wanted a finite number";
+    }
+    tally.finish();
+}
+
+pub fn int4(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of int4", device);
+    let (a, w, s) = (on.f16([4, 256]), on.u32([32, 6]), on.f16([2, 6]));
+    let see = "eight nibbles along K make a u32; see `quant::quantize_int4`";
+    refused! { tally;
+        on.f16([256]).kaio_matmul_int4(&w, &s) => Rank, "kaio_matmul_int4: `lhs` has shape [256] (rank 1), wanted [.., M, K]; {ADD}";
+        a.kaio_matmul_int4(&on.u32([1, 32, 6]), &s) => Rank, "kaio_matmul_int4: `packed` has shape [1, 32, 6] (rank 3), wanted [K/8, N]; a weight has no batch dimensions";
+        a.kaio_matmul_int4(&w, &on.f16([6])) => Rank, "kaio_matmul_int4: `scales` has shape [6] (rank 1), wanted [K/128, N]; one scale a group and column";
+        on.bf16([4, 256]).kaio_matmul_int4(&w, &s) => DType, "kaio_matmul_int4: `lhs` is bf16, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        a.kaio_matmul_int4(&on.f32([256, 6]), &s) => DType, "kaio_matmul_int4: `packed` is f32, wanted u32; quantise it with `quant::quantize_int4`";
+        a.kaio_matmul_int4(&w, &on.f32([2, 6])) => DType, "kaio_matmul_int4: `scales` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        on.f16([4, 200]).kaio_matmul_int4(&w, &s) => Dimension, "kaio_matmul_int4: `lhs` has K = 200, wanted a multiple of 128, the rows that share a scale; pad K with zeros before quantising";
+        a.kaio_matmul_int4(&on.u32([256, 6]), &s) => Dimension, "kaio_matmul_int4: `packed` has rows = 256, wanted 32, K/8 of K = 256; {see}";
+        a.kaio_matmul_int4(&w, &on.f16([1, 6])) => Dimension, "kaio_matmul_int4: `scales` has rows = 1, wanted 2, K/128 of K = 256; {see}";
+        a.kaio_matmul_int4(&w, &on.f16([2, 5])) => Dimension, "kaio_matmul_int4: `scales` has N = 5, wanted 6, the N of `packed`; {see}";
+    }
+    tally.finish();
+}
+
+pub fn qkv(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of qkv", device);
+    let wide = "project grouped heads with one `kaio_matmul_int4` or `kaio_matmul_tc` a weight";
+
+    let op = "kaio_qkv_project_int8";
+    let (x, w) = (&on.f16([4, 8]), &on.u8([8, 6]));
+    let int8 = |x: &Tensor, w: [&Tensor; 3]| x.kaio_qkv_project_int8(w, [1.0; 3]);
+    let scales = |s| x.kaio_qkv_project_int8([w; 3], s);
+    refused! { tally;
+        int8(&on.f16([8]), [w; 3]) => Rank, "{op}: `x` has shape [8] (rank 1), wanted [.., M, K]; {ADD}";
+        int8(x, [w, w, &on.u8([8])]) => Rank, "{op}: `weights[2]` has shape [8] (rank 1), wanted [K, N]; a weight has no batch dimensions";
+        int8(&on.u8([4, 8]), [w; 3]) => DType, "{op}: `x` is u8, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        int8(x, [w, &on.u32([8, 6]), w]) => DType, "{op}: `weights[1]` is u32, wanted u8; quantise it with `quant::quantize_int8`";
+        int8(x, [w, w, &on.u8([6, 8])]) => Dimension, "{op}: `weights[2]` has K = 6, wanted 8, the K of the activations [4, 8]; transpose the weight with `.t()?`";
+        int8(x, [w, &on.u8([8, 2]), w]) => Dimension, "{op}: `weights[1]` has N = 2, wanted 6, the N of `weights[0]`; {wide}";
+        scales([1.0, f32::INFINITY, 1.0]) => Value, "{op}: scales[1] is inf, wanted a finite number";
+        scales([1.0, 1.0, f32::NAN]) => Value, "{op}: scales[2] is NaN, wanted a finite number";
+    }
+
+    let op = "kaio_qkv_project_int4";
+    let see = "eight nibbles along K make a u32; see `quant::quantize_int4`";
+    let (x, w, s) = (&on.f16([4, 256]), &on.u32([32, 6]), &on.f16([2, 6]));
+    let int4 = |x: &Tensor, w: [&Tensor; 3], s: [&Tensor; 3]| x.kaio_qkv_project_int4(w, s);
+    let narrow = (&on.u32([32, 2]), &on.f16([2, 2]));
+    refused! { tally;
+        int4(&on.f16([256]), [w; 3], [s; 3]) => Rank, "{op}: `x` has shape [256] (rank 1), wanted [.., M, K]; {ADD}";
+        int4(x, [w, &on.u32([32]), w], [s; 3]) => Rank, "{op}: `weights[1]` has shape [32] (rank 1), wanted [K/8, N]; a weight has no batch dimensions";
+        int4(x, [w; 3], [s, s, &on.f16([1, 2, 6])]) => Rank, "{op}: `scales[2]` has shape [1, 2, 6] (rank 3), wanted [K/128, N]; one scale a group and column";
+        int4(&on.f32([4, 256]), [w; 3], [s; 3]) => DType, "{op}: `x` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        int4(x, [w, w, &on.u8([32, 6])], [s; 3]) => DType, "{op}: `weights[2]` is u8, wanted u32; quantise it with `quant::quantize_int4`";
+        int4(x, [w; 3], [s, &on.bf16([2, 6]), s]) => DType, "{op}: `scales[1]` is bf16, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        int4(&on.f16([4, 64]), [w; 3], [s; 3]) => Dimension, "{op}: `x` has K = 64, wanted a multiple of 128, the rows that share a scale; pad K with zeros before quantising";
+        int4(x, [w, w, &on.u32([16, 6])], [s; 3]) => Dimension, "{op}: `weights[2]` has rows = 16, wanted 32, K/8 of K = 256; {see}";
+        int4(x, [w; 3], [s, &on.f16([4, 6]), s]) => Dimension, "{op}: `scales[1]` has rows = 4, wanted 2, K/128 of K = 256; {see}";
+        int4(x, [w; 3], [s, narrow.1, s]) => Dimension, "{op}: `scales[1]` has N = 2, wanted 6, the N of `weights[1]`; {see}";
+        int4(x, [w, w, narrow.0], [s, s, narrow.1]) => Dimension, "{op}: `weights[2]` has N = 2, wanted 6, the N of `weights[0]`; {wide}";
+    }
+    tally.finish();
+}
+
+const HEADS: &str = "heads are separate dimensions: `.reshape(..)?` then `.transpose(..)?`";
+
+pub fn attention_tc(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of attention_tc", device);
+    let op = "kaio_attention_tc";
+    let (q, k, v) = (&on.f16([4, 8]), &on.f16([5, 8]), &on.f16([5, 6]));
+    let run = |q: &Tensor, k: &Tensor, v: &Tensor| q.kaio_attention_tc(k, v, false);
+    let f16 = |batch, rows, cols| on.f16([batch, rows, cols]);
+    refused! { tally;
+        run(&on.f16([8]), k, v) => Rank, "{op}: `q` has shape [8] (rank 1), wanted [.., S, D]; {ADD}";
+        run(q, &on.f16([8]), v) => Rank, "{op}: `k` has shape [8] (rank 1), wanted [.., S, D]; {ADD}";
+        run(q, k, &on.f16([])) => Rank, "{op}: `v` has shape [] (rank 0), wanted [.., S, D]; {ADD}";
+        run(&on.f32([4, 8]), k, v) => DType, "{op}: `q` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        run(q, &on.bf16([5, 8]), v) => DType, "{op}: `k` is bf16, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        run(q, k, &on.f32([5, 6])) => DType, "{op}: `v` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        run(q, &on.f16([5, 9]), v) => Dimension, "{op}: `k` has D = 9, wanted 8, the head dimension of `q`; {HEADS}";
+        run(q, k, q) => Dimension, "{op}: `v` has Sk = 4, wanted 5, the keys of `k`; each key has one value row";
+        run(&on.f16([4, 0]), &on.f16([5, 0]), v) => Dimension, "{op}: `q` has D = 0, wanted at least 1; a score needs a head dimension";
+        run(&f16(2, 4, 8), &f16(3, 5, 8), v) => Batch, "{op}: batch dimensions [3] of `k` do not broadcast with [2] of `q`; make them equal or 1";
+        run(q, &f16(2, 5, 8), &f16(3, 5, 6)) => Batch, "{op}: batch dimensions [3] of `v` do not broadcast with [2] of `k`; make them equal or 1";
+        run(&f16(2, 4, 8), k, &f16(3, 5, 6)) => Batch, "{op}: batch dimensions [3] of `v` do not broadcast with [2] of `q`; make them equal or 1";
+    }
+    tally.finish();
+}
+
+pub fn flash_attn(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of flash_attn", device);
+    let with = |q: &Tensor, k: &Tensor, v: &Tensor| {
+        q.kaio_flash_attn_with(k, v, &FlashAttnOptions::default())
+    };
+    let plain = |q: &Tensor, k: &Tensor, v: &Tensor| q.kaio_flash_attn(k, v, true);
+    type Method<'a> = (&'a str, &'a dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>);
+    let methods: [Method; 2] = [("kaio_flash_attn", &plain), ("kaio_flash_attn_with", &with)];
+
+    let (shapes, fix) = ("[S, D], [H, S, D] or [B, H, S, D]", "reshape it, or use `.unsqueeze(..)?`");
+    let (group, pair) =
+        ("grouped heads share a key head among equally many query heads", "k and v come in pairs");
+    let (q, k, v) = (&on.f32([2, 4, 3, 8]), &on.f32([2, 2, 5, 8]), &on.f32([2, 2, 5, 6]));
+    let f32 = |heads, rows, cols| on.f32([2, heads, rows, cols]);
+    for (op, run) in methods {
+        refused! { tally;
+            run(&on.f32([8]), k, v) => Rank, "{op}: `q` has shape [8] (rank 1), wanted {shapes}; {fix}";
+            run(q, &on.f32([1, 2, 2, 5, 8]), v) => Rank, "{op}: `k` has shape [1, 2, 2, 5, 8] (rank 5), wanted {shapes}; {fix}";
+            run(q, k, &on.f32([])) => Rank, "{op}: `v` has shape [] (rank 0), wanted {shapes}; {fix}";
+            run(q, &on.f32([2, 5, 8]), v) => Dimension, "{op}: `k` has rank = 3, wanted 4, the rank of `q`; use `.unsqueeze(..)?`";
+            run(q, k, &on.f32([5, 6])) => Dimension, "{op}: `v` has rank = 2, wanted 4, the rank of `q`; use `.unsqueeze(..)?`";
+            run(&on.zeros(DType::F64, [2, 4, 3, 8]), k, v) => DType, "{op}: `q` is f64, wanted f16 or bf16 or f32; cast it with `.to_dtype(DType::F16)?`";
+            run(q, &on.f16([2, 2, 5, 8]), v) => DType, "{op}: `k` is f16, wanted f32, the dtype of `q`; cast it with `.to_dtype(DType::F32)?`";
+            run(q, k, &on.bf16([2, 2, 5, 6])) => DType, "{op}: `v` is bf16, wanted f32, the dtype of `q`; cast it with `.to_dtype(DType::F32)?`";
+            run(q, &f32(2, 5, 4), v) => Dimension, "{op}: `k` has D = 4, wanted 8, the head dimension of `q`; {HEADS}";
+            run(q, k, &f32(2, 3, 6)) => Dimension, "{op}: `v` has Sk = 3, wanted 5, the keys of `k`; each key has one value row";
+            run(&f32(4, 3, 0), &f32(2, 5, 0), v) => Dimension, "{op}: `q` has D = 0, wanted at least 1; a score needs a head dimension";
+            run(&on.f32([1, 4, 3, 8]), k, v) => Dimension, "{op}: `k` has B = 2, wanted 1, the batch of `q`; expand it with `.broadcast_as(..)?`";
+            run(q, k, &on.f32([1, 2, 5, 6])) => Dimension, "{op}: `v` has B = 1, wanted 2, the batch of `q`; expand it with `.broadcast_as(..)?`";
+            run(q, k, &f32(4, 5, 6)) => Dimension, "{op}: `v` has heads = 4, wanted 2, the heads of `k`; {pair}";
+            run(q, &f32(3, 5, 8), &f32(3, 5, 6)) => Dimension, "{op}: `k` has heads = 3, wanted a divisor of 4, the heads of `q`; {group}";
+            run(q, &f32(0, 5, 8), &f32(0, 5, 6)) => Dimension, "{op}: `k` has heads = 0, wanted a divisor of 4, the heads of `q`; {group}";
+        }
+    }
+    let scale = |s| q.kaio_flash_attn_with(k, v, &FlashAttnOptions::default().softmax_scale(s));
+    let native = FlashAttnOptions::default().engine(Engine::Native);
+    refused! { tally;
+        scale(f32::NAN) => Value, "kaio_flash_attn_with: softmax_scale is NaN, wanted a finite number";
+        scale(f32::INFINITY) => Value, "kaio_flash_attn_with: softmax_scale is inf, wanted a finite number";
+        q.kaio_flash_attn_with(k, v, &native) => Unsupported, "kaio_flash_attn_with: Native cannot take any problem yet: its kernels come with a later release; use Engine::Auto or Engine::KaioOps";
+    }
+    tally.finish();
+}
+
+/// A method, its arguments, and a call with one tensor for each.
+type Method = (&'static str, &'static [(&'static str, DType, [usize; 2])], fn(&[Tensor]) -> Result<()>);
+
+const LHS: (&str, DType, [usize; 2]) = ("lhs", F16, [4, 128]);
+const X: (&str, DType, [usize; 2]) = ("x", F16, [4, 128]);
+const W8: [(&str, DType, [usize; 2]); 3] =
+    [("weights[0]", U8, [128, 6]), ("weights[1]", U8, [128, 6]), ("weights[2]", U8, [128, 6])];
+const W4: [(&str, DType, [usize; 2]); 3] =
+    [("weights[0]", U32, [16, 6]), ("weights[1]", U32, [16, 6]), ("weights[2]", U32, [16, 6])];
+const S4: [(&str, DType, [usize; 2]); 3] =
+    [("scales[0]", F16, [1, 6]), ("scales[1]", F16, [1, 6]), ("scales[2]", F16, [1, 6])];
+
+const WITH_GRADIENT: [Method; 5] = [
+    ("kaio_matmul_tc", &[LHS, ("rhs", F16, [128, 6])], |t| t[0].kaio_matmul_tc(&t[1]).map(drop)),
+    ("kaio_matmul_tc_async", &[LHS, ("rhs", F16, [128, 6])], |t| {
+        t[0].kaio_matmul_tc_async(&t[1]).map(drop)
+    }),
+    ("kaio_matmul_with", &[LHS, ("rhs", F16, [128, 6])], |t| {
+        t[0].kaio_matmul_with(&t[1], &MatmulOptions::default()).map(drop)
+    }),
+    ("kaio_flash_attn", &[("q", F32, [4, 8]), ("k", F32, [5, 8]), ("v", F32, [5, 6])], |t| {
+        t[0].kaio_flash_attn(&t[1], &t[2], false).map(drop)
+    }),
+    ("kaio_flash_attn_with", &[("q", F16, [4, 8]), ("k", F16, [5, 8]), ("v", F16, [5, 6])], |t| {
+        t[0].kaio_flash_attn_with(&t[1], &t[2], &FlashAttnOptions::default()).map(drop)
+    }),
+];
+
+const WITHOUT_GRADIENT: [Method; 5] = [
+    ("kaio_attention_tc", &[("q", F16, [4, 8]), ("k", F16, [5, 8]), ("v", F16, [5, 6])], |t| {
+        t[0].kaio_attention_tc(&t[1], &t[2], false).map(drop)
+    }),
+    ("kaio_matmul_int8", &[("lhs", U8, [4, 128]), ("rhs", U8, [128, 6])], |t| {
+        t[0].kaio_matmul_int8(&t[1], 1.0).map(drop)
+    }),
+    ("kaio_matmul_int4", &[LHS, ("packed", U32, [16, 6]), ("scales", F16, [1, 6])], |t| {
+        t[0].kaio_matmul_int4(&t[1], &t[2]).map(drop)
+    }),
+    ("kaio_qkv_project_int8", &[X, W8[0], W8[1], W8[2]], |t| {
+        t[0].kaio_qkv_project_int8([&t[1], &t[2], &t[3]], [1.0; 3]).map(drop)
+    }),
+    ("kaio_qkv_project_int4", &[X, W4[0], W4[1], W4[2], S4[0], S4[1], S4[2]], |t| {
+        t[0].kaio_qkv_project_int4([&t[1], &t[2], &t[3]], [&t[4], &t[5], &t[6]]).map(drop)
+    }),
+];
+
+fn zeros(args: &[(&str, DType, [usize; 2])], device: &Device) -> Result<Vec<Tensor>> {
+    args.iter().map(|&(_, dtype, dims)| Tensor::zeros(&dims, dtype, device)).collect()
+}
+
+/// An input that tracks a gradient, as a `Var` and as what was computed from one.
+pub fn tracked(device: &Device) {
+    let mut tally = Tally::new("errors of tracked inputs", device);
+    for (op, args, call) in WITHOUT_GRADIENT {
+        for (i, (arg, ..)) in args.iter().enumerate() {
+            let text = format!("{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if its weights may stay as they are");
+            let run = |change: fn(&Tensor) -> Result<Tensor>| {
+                let mut inputs = zeros(args, device)?;
+                inputs[i] = change(&inputs[i])?;
+                call(&inputs)
+            };
+            refused! { tally;
+                run(|t| Ok(Var::from_tensor(t)?.into_inner())) => Tracked, "{text}";
+                run(|t| Var::from_tensor(t)?.t()?.t()) => Tracked, "{text}";
+            }
+            tally.case(format!("{op}: detached `{arg}`"), || {
+                run(|t| Ok(Var::from_tensor(t)?.t()?.t()?.detach()))
+            });
+        }
+    }
+    tally.finish();
+}
+
+/// Each argument in turn on each of `others`: the CPU or another ordinal.
+pub fn devices(device: &Device, others: &[Device]) {
+    let mut tally = Tally::new("errors of mixed devices", device);
+    for (op, args, call) in WITH_GRADIENT.iter().chain(&WITHOUT_GRADIENT) {
+        tally.case(format!("{op}: one device"), || call(&zeros(args, device)?));
+        for other in others {
+            for i in 0..args.len() {
+                // Every argument is held against the first.
+                let (arg, got, want) = match i {
+                    0 => (args[1].0, device, other),
+                    _ => (args[i].0, other, device),
+                };
+                let (with, got, want) = (args[0].0, place(got), place(want));
+                let run = || {
+                    let mut inputs = zeros(args, device)?;
+                    inputs[i] = inputs[i].to_device(other)?;
+                    call(&inputs)
+                };
+                refused! { tally;
+                    run() => Device, "{op}: `{arg}` is on {got}, but `{with}` is on {want}; move one with `.to_device(..)?`";
+                }
+            }
+        }
+    }
+    if others.is_empty() {
+        eprintln!("mixed devices do not apply: there is one device");
+    }
+    tally.finish();
+}
+
+fn place(device: &Device) -> String {
+    match device.location() {
+        DeviceLocation::Cpu => "the CPU".into(),
+        DeviceLocation::Cuda { gpu_id } => format!("CUDA device {gpu_id}"),
+        DeviceLocation::Metal { gpu_id } => format!("Metal device {gpu_id}"),
+    }
+}
+
+/// The error is found under every layer that candle puts around one.
+pub fn layers(device: &Device) {
+    let mut tally = Tally::new("errors under layers", device);
+    let call = || {
+        let a = Tensor::zeros((4, 8), F32, device)?;
+        a.kaio_matmul_tc(&a)
+    };
+    let layers: [(&str, fn(Result<Tensor>) -> Result<Tensor>); 6] = [
+        ("bare", |r| r),
+        ("bt", |r| r.map_err(candle_core::Error::bt)),
+        ("Error::context", |r| r.map_err(|e| e.context("block 3"))),
+        ("Context::context", |r| r.context("block 3")),
+        ("with_path", |r| r.map_err(|e| e.with_path("model.safetensors"))),
+        ("all", |r| r.map_err(|e| e.bt().context("a").with_path("b")).with_context(|| "c")),
+    ];
+    for (name, wrap) in layers {
+        tally.case(name, || match Error::of(&wrap(call()).expect_err("f32 is refused")) {
+            Some(Error::DType { op: "kaio_matmul_tc", arg: "lhs", got: F32, .. }) => Ok(()),
+            other => bail!("found {other:?}"),
+        });
+    }
+    tally.case("an error of candle's own", || {
+        match Error::of(&call()?.matmul(&call()?).expect_err("shapes differ")) {
+            None => Ok(()),
+            Some(other) => bail!("found {other:?}"),
+        }
+    });
+    tally.finish();
+}
