@@ -1,8 +1,6 @@
 //! Attention on the CPU.
 
 mod common;
-#[path = "common/attention.rs"]
-mod suites;
 
 use candle_core::Device::Cpu;
 
@@ -11,7 +9,7 @@ macro_rules! on_cpu {
     ($($suite:ident)*) => {$(
         #[test]
         fn $suite() {
-            suites::$suite(&Cpu);
+            common::attention::$suite(&Cpu);
         }
     )*};
 }

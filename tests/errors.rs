@@ -1,8 +1,6 @@
 //! The wording and the types of errors on the CPU.
 
 mod common;
-#[path = "common/errors.rs"]
-mod suites;
 
 use candle_core::Device::Cpu;
 
@@ -11,7 +9,7 @@ macro_rules! on_cpu {
     ($($suite:ident)*) => {$(
         #[test]
         fn $suite() {
-            suites::$suite(&Cpu);
+            common::errors::$suite(&Cpu);
         }
     )*};
 }
@@ -20,5 +18,5 @@ on_cpu! { matmul int8 int4 qkv attention_tc flash_attn tracked layers }
 
 #[test]
 fn devices() {
-    suites::devices(&Cpu, &[]);
+    common::errors::devices(&Cpu, &[]);
 }

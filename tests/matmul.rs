@@ -1,17 +1,9 @@
-//! f16 and bf16 products on the CPU; the tables are in `common/matmul.rs`.
+//! Products of f16 and bf16 on the CPU.
 
 mod common;
 
-use candle_core::Device;
+use candle_core::Device::Cpu;
 
-/// One test for each suite.
-macro_rules! suites {
-    ($($suite:ident)*) => {$(
-        #[test]
-        fn $suite() {
-            common::matmul::$suite(&Device::Cpu);
-        }
-    )*};
+common::tests_on! {
+    Cpu, matmul: sizes empty layouts specials random gradients scaled_gradients training
 }
-
-suites! { sizes empty layouts specials random gradients scaled_gradients training }

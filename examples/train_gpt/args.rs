@@ -28,7 +28,7 @@ Model:
 Training:
   --steps N              steps in all, those before a checkpoint included [default: 600]
   --batch N              windows in a step [default: 8]
-  --rate X               peak learning rate [default: 0.002]
+  --rate X               peak learning rate [default: 0.003]
 
 Results:
   --out DIR              where the pictures and the checkpoint go [default: out]
@@ -72,7 +72,7 @@ impl Args {
             model: GptConfig { seq: 128, layers: 3, heads: 4, dim: 128 },
             steps: 600,
             batch: 8,
-            rate: 2e-3,
+            rate: 3e-3,
             out: "out".into(),
             checkpoint: PathBuf::new(),
             checkpoint_every: None,

@@ -1,5 +1,7 @@
 //! Tables of attention and its gradients.
 
+use std::ops::Range;
+
 use candle_core::DType::{self, BF16, F16, F32, F64};
 use candle_core::{D, Device, Error, Result, Tensor, Var, bail};
 use candle_nn::ops::softmax;
@@ -60,7 +62,11 @@ pub fn sizes(device: &Device) {
 }
 
 pub fn empty(device: &Device) {
-    run("flash_attn empty", device, grid(&EMPTY));
+    let layouts = [Plain, Narrowed, Rows, Columns, Expanded].map(|l| Leaves::Each([l; 3]));
+    let problems = layouts.into_iter().flat_map(|leaves| {
+        grid(&EMPTY).map(move |problem| Problem { leaves, ..problem })
+    });
+    run("flash_attn empty", device, problems);
 }
 
 /// Views of all kinds, also of one tensor as q, k and v.
@@ -134,26 +140,31 @@ pub fn specials(device: &Device) {
         let clean = problem.inputs(&mut source).expect("inputs");
         let allowed = problem.reference(&clean).and_then(|want| problem.allowed(&clean, &want));
         let allowed = allowed.expect("plain formula");
-        for (which, name) in ["q", "k", "v", "upstream"].into_iter().enumerate() {
-            let mut dims = clean[which].dims().to_vec();
-            let rows = dims.remove(dims.len() - 2);
-            for row in [0, rows / 2, rows - 1] {
-                for special in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-                    tally.case(format!("{special} in row {row} of {name}, {problem:?}"), || {
-                        let mut inputs = clean.clone();
-                        inputs[which] = replace(&clean[which], row..row + 1, special)?;
-                        problem.compare(&inputs, &problem.reference(&inputs)?, &allowed)
-                    });
-                }
-            }
-        }
-        // A whole block of keys without a usable score, before and behind usable ones.
-        for keys in [0..problem.dims[1][problem.dims[1].len() - 2] - 2, 5..6] {
-            tally.case(format!("NaN in keys {keys:?}, {problem:?}"), || {
+        let mut case = |which: usize, rows: Range<usize>, special: f64| {
+            let name = ["q", "k", "v", "upstream"][which];
+            tally.case(format!("{special} in rows {rows:?} of {name}, {problem:?}"), || {
                 let mut inputs = clean.clone();
-                inputs[1] = replace(&clean[1], keys, f64::NAN)?;
+                inputs[which] = replace(&clean[which], rows, special)?;
                 problem.compare(&inputs, &problem.reference(&inputs)?, &allowed)
             });
+        };
+        let ([sq, _], [sk, _]) = (matrix(&problem.dims[0]), matrix(&problem.dims[1]));
+        for (which, rows) in [sq, sk, sk].into_iter().enumerate() {
+            for row in [0, rows / 2, rows - 1] {
+                case(which, row..row + 1, f64::NAN);
+                case(which, row..row + 1, f64::INFINITY);
+                case(which, row..row + 1, f64::NEG_INFINITY);
+            }
+        }
+        // An infinite one would give NaN or infinities, as sums are ordered.
+        case(3, 0..1, f64::NAN);
+        case(3, sq - 1..sq, f64::NAN);
+        // Whole blocks of keys without a score that is a number, before and behind such that have one.
+        for block in [4, 16, 32, 64, 128, 256].into_iter().filter(|&len| len < sk) {
+            case(1, 0..block, f64::NAN);
+            case(1, sk - block..sk, f64::NAN);
+            case(1, 0..block, f64::NEG_INFINITY);
+            case(1, sk - block..sk, f64::NEG_INFINITY);
         }
     }
     tally.finish();
@@ -168,7 +179,7 @@ pub fn all_minus_infinity(device: &Device) {
             let clean = problem.inputs(&mut source)?;
             let allowed = problem.allowed(&clean, &problem.reference(&clean)?)?;
             let mut inputs = clean.clone();
-            let [sq, sk] = [0, 1].map(|i| problem.dims[i][problem.dims[i].len() - 2]);
+            let ([sq, _], [sk, _]) = (matrix(&problem.dims[0]), matrix(&problem.dims[1]));
             inputs[0] = replace(&clean[0], 0..sq, 1.0)?;
             for keys in [0..sk, 0..sk - 2, 0..sk - sq] {
                 inputs[1] = replace(&clean[1], keys, f64::NEG_INFINITY)?;
@@ -181,9 +192,9 @@ pub fn all_minus_infinity(device: &Device) {
 }
 
 /// A copy whose first column holds `value` in `rows`, in every head.
-fn replace(t: &Tensor, rows: std::ops::Range<usize>, value: f64) -> Result<Tensor> {
+fn replace(t: &Tensor, rows: Range<usize>, value: f64) -> Result<Tensor> {
     let mut nd = Nd::of(t)?;
-    let (len, cols) = (nd.dims[nd.dims.len() - 2], nd.dims[nd.dims.len() - 1]);
+    let [len, cols] = matrix(&nd.dims);
     for (i, row) in nd.data.chunks_mut(cols).enumerate() {
         if rows.contains(&(i % len)) {
             row[0] = value;
@@ -206,18 +217,17 @@ pub fn finite_differences(device: &Device) {
             let mut source = Source::new(&format!("{problem:?}"), device);
             let inputs = problem.inputs(&mut source)?;
             let mut want = problem.reference(&inputs)?;
-            let mut loops = Loops::new(&problem.qkv(&inputs)?, problem.causal, None)?;
+            let x = nds(&problem.qkv(&inputs)?)?;
             let weights = Nd::of(&inputs[3])?.data;
             for leaf in 0..3 {
-                for i in 0..loops.x[leaf].data.len() {
-                    let mut slope = 0.0;
-                    for step in [-1e-5, 1e-5] {
-                        let kept = loops.x[leaf].data[i];
-                        loops.x[leaf].data[i] += step;
-                        slope += dot(&loops.forward().data, &weights) / (2.0 * step);
-                        loops.x[leaf].data[i] = kept;
-                    }
-                    let closed = std::mem::replace(&mut want[1 + leaf].data[i], slope);
+                for i in 0..x[leaf].data.len() {
+                    let moved = |by: f64| {
+                        let mut x = x.clone();
+                        x[leaf].data[i] += by;
+                        dot(&Loops::new(x, problem.causal, None).forward().data, &weights)
+                    };
+                    let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+                    let closed = std::mem::replace(&mut want[1 + leaf].value.data[i], slope);
                     if (slope - closed).abs() > 1e-9 {
                         bail!("the loops' gradient {leaf} at {i} is {closed}, wanted {slope}");
                     }
@@ -264,7 +274,7 @@ pub fn attention_tc(device: &Device) {
                     let mut source = Source::new(&case, device);
                     let mut input = |i: usize| source.tensor(F16, &dims[i], layouts[i]);
                     let inputs = [input(0)?, input(1)?, input(2)?];
-                    let before = [Nd::of(&inputs[0])?, Nd::of(&inputs[1])?, Nd::of(&inputs[2])?];
+                    let before = nds(&inputs)?;
                     let out = inputs[0].kaio_attention_tc(&inputs[1], &inputs[2], causal)?;
                     if out.dtype() != F32 {
                         bail!("the result is {:?}", out.dtype());
@@ -274,7 +284,7 @@ pub fn attention_tc(device: &Device) {
                         inputs[i].broadcast_as([batch, matrix].concat())
                     };
                     let wide = [wide(0)?, wide(1)?, wide(2)?];
-                    let want = Loops::new(&wide, causal, None)?.forward();
+                    let want = Loops::new(nds(&wide)?, causal, None).forward();
                     let allowed = match want.data.is_empty() || sk == 0 {
                         true => 0.0,
                         false => 2.0 * want.max_error(&plain(&wide, causal, None)?)?,
@@ -337,6 +347,13 @@ impl Loss {
     }
 }
 
+/// An exact result.
+struct Want {
+    value: Nd,
+    /// The sum of the magnitudes of its terms.
+    size: Nd,
+}
+
 #[derive(Clone, Debug)]
 struct Problem {
     dtype: DType,
@@ -370,6 +387,11 @@ impl Problem {
         self.compare(&inputs, &want, &self.allowed(&inputs, &want)?)
     }
 
+    /// Whether a dimension is zero: then all gradients are.
+    fn is_empty(&self) -> bool {
+        self.dims.iter().flatten().any(|&len| len == 0)
+    }
+
     /// The leaves, NaN where no view shows them, and behind them the loss's weights.
     fn inputs(&self, source: &mut Source) -> Result<Vec<Tensor>> {
         let (q, v) = (&self.dims[0], &self.dims[2]);
@@ -383,7 +405,7 @@ impl Problem {
         let leaf = |(dims, shown): (Vec<_>, Nd)| {
             let mut shown = shown.data.into_iter();
             source.tensor_of(self.dtype, &dims, Plain, |source| match shown.next() {
-                Some(0.0) => f64::NAN,
+                Some(0.0) if !self.is_empty() => f64::NAN,
                 _ => source.unit(),
             })
         };
@@ -418,20 +440,36 @@ impl Problem {
     }
 
     /// What [`run`](Self::run) gives, by loops in f64.
-    fn reference(&self, inputs: &[Tensor]) -> Result<Vec<Nd>> {
+    fn reference(&self, inputs: &[Tensor]) -> Result<Vec<Want>> {
         let exact = inputs.iter().map(Nd::of).collect::<Result<Vec<_>>>()?;
         let (weights, leaves) = exact.split_last().expect("the weights come last");
+        if self.is_empty() {
+            let zeros = std::iter::once(weights).chain(leaves).map(|nd| Nd::full(&nd.dims, 0.0));
+            return Ok(zeros.map(|zero| Want { size: zero.clone(), value: zero }).collect());
+        }
         let tensors = leaves.iter().map(|leaf| leaf.tensor(F64)).collect::<Result<Vec<_>>>()?;
-        let loops = Loops::new(&self.qkv(&tensors)?, self.causal, self.scale)?;
-        let out = loops.forward();
-        let leaf = Var::from_tensor(&out.tensor(F64)?)?;
-        let grads = self.loss.of(&leaf, &weights.tensor(F64)?)?.backward()?;
-        let grads = loops.backward(&Nd::of(grads.get(&leaf).expect("the loss depends on it"))?);
-        Ok(std::iter::once(out).chain(self.pull(leaves, &grads)?).collect())
+        let loops = Loops::new(nds(&self.qkv(&tensors)?)?, self.causal, self.scale);
+        let value = loops.forward();
+        let out = Var::from_tensor(&value.tensor(F64)?)?;
+        let grads = self.loss.of(&out, &weights.tensor(F64)?)?.backward()?;
+        let grad = Nd::of(grads.get(&out).expect("the loss depends on it"))?;
+        let grads = self.pull(leaves, &loops.backward(&grad, &value, -1.0))?;
+
+        let sizes = loops.sizes();
+        let size = sizes.forward();
+        // The gradients start from a result that was rounded to the dtype.
+        let mut rounded = value.map(|x| x.abs() * ulp(self.dtype, 1.0) / ulp(F32, 1.0));
+        rounded.data.iter_mut().zip(&size.data).for_each(|(x, size)| *x += size);
+        let grad_sizes = self.pull(leaves, &sizes.backward(&grad.map(f64::abs), &rounded, 1.0))?;
+        let grads = grads.into_iter().zip(grad_sizes).map(|(value, size)| Want { value, size });
+        Ok(std::iter::once(Want { value, size }).chain(grads).collect())
     }
 
     /// The leaves' gradients, given those of q, k and v: sums over what the views repeat.
     fn pull(&self, leaves: &[Nd], grads: &[Nd; 3]) -> Result<Vec<Nd>> {
+        if self.is_empty() {
+            return Ok(leaves.iter().map(|leaf| Nd::full(&leaf.dims, 0.0)).collect());
+        }
         let var = |leaf: &Nd| Ok(Var::from_tensor(&leaf.tensor(F64)?)?.into_inner());
         let vars = leaves.iter().map(var).collect::<Result<Vec<_>>>()?;
         let mut sum = Tensor::zeros((), F64, &Device::Cpu)?;
@@ -442,23 +480,20 @@ impl Problem {
         vars.iter().map(|var| Nd::of(store.get(var).expect("the sum depends on it"))).collect()
     }
 
-    /// Twice the largest error of the plain formula in the same dtype, and f32's rounding of terms
-    /// that cancel: all inputs are within ±1.
-    fn allowed(&self, inputs: &[Tensor], want: &[Nd]) -> Result<Vec<f64>> {
-        if self.dims.iter().flatten().any(|&len| len == 0) {
+    /// Twice the largest error of the plain formula in the same dtype.
+    fn allowed(&self, inputs: &[Tensor], want: &[Want]) -> Result<Vec<f64>> {
+        if self.is_empty() {
             return Ok(vec![0.0; want.len()]);
         }
         let got = self.run(inputs, |qkv| plain(qkv, self.causal, self.scale))?;
-        let scale = self.scale.map_or(1.0, |s| f64::from(s).abs().max(1.0));
-        let unit = ulp(F32, 1.0) * scale * self.dims[2][self.dims[2].len() - 1] as f64;
-        let error = |(want, got): (&Nd, &Option<Tensor>)| match got {
-            Some(got) => Ok(2.0 * want.max_error(got)? + unit),
+        let error = |(want, got): (&Want, &Option<Tensor>)| match got {
+            Some(got) => Ok(2.0 * want.value.max_error(got)?),
             None => Ok(0.0),
         };
         want.iter().zip(&got).map(error).collect()
     }
 
-    fn compare(&self, inputs: &[Tensor], want: &[Nd], allowed: &[f64]) -> Result<()> {
+    fn compare(&self, inputs: &[Tensor], want: &[Want], allowed: &[f64]) -> Result<()> {
         let got = self.run(inputs, |[q, k, v]| match self.scale {
             None => q.kaio_flash_attn(k, v, self.causal),
             Some(scale) => {
@@ -471,8 +506,11 @@ impl Problem {
             match (got, i == 0 || self.tracked[i - 1]) {
                 (None, false) => {}
                 (Some(got), true) if got.dtype() == self.dtype => {
-                    let tol = |at: usize| allowed[i] + ulp(self.dtype, want[i].data[at]);
-                    close(name, &got, &want[i], tol)?;
+                    let Want { value, size } = &want[i];
+                    let rounding = |at: usize| {
+                        ulp(self.dtype, value.data[at]) + ulp(F32, 1.0) * size.data[at]
+                    };
+                    close(name, &got, value, |at| allowed[i] + rounding(at))?;
                 }
                 (got, _) => bail!("{name} is {:?}", got.map(|t| t.dtype())),
             }
@@ -484,102 +522,113 @@ impl Problem {
 /// The formula in candle's ops, in the dtype of its inputs. Rows that see no key are left out and
 /// become zeros.
 fn plain([q, k, v]: &[Tensor; 3], causal: bool, scale: Option<f32>) -> Result<Tensor> {
-    let (rows, sq, sk) = (q.rank() - 2, q.dim(D::Minus2)?, k.dim(D::Minus2)?);
-    let repeat = |t: &Tensor| {
-        let (head, matrix) = (rows.saturating_sub(1), &t.dims()[rows..]);
-        let group = q.dims()[head] / t.dims()[head].max(1);
-        match rows {
-            0 => t.contiguous(),
-            _ => {
-                let wide = [&t.dims()[..rows], &[group], matrix].concat();
-                t.unsqueeze(rows)?.broadcast_as(wide)?.reshape([&q.dims()[..rows], matrix].concat())
-            }
-        }
+    let matrices = |t: &Tensor| t.reshape(((), t.dim(D::Minus2)?, t.dim(D::Minus1)?));
+    let (shape, q, k, v) = (q.dims(), matrices(q)?, matrices(k)?, matrices(v)?);
+    let ((heads, sq, d), (kv_heads, sk, dv)) = (q.dims3()?, v.dims3()?);
+    let repeat = |t: Tensor| {
+        let (rows, cols) = (t.dim(1)?, t.dim(2)?);
+        let wide = t.unsqueeze(1)?.broadcast_as((kv_heads, heads / kv_heads, rows, cols))?;
+        wide.reshape((heads, rows, cols))
     };
-    let (k, v) = (repeat(k)?, repeat(v)?);
     let blind = if causal { sq.saturating_sub(sk) } else { 0 };
-    let q = q.narrow(rows, blind, sq - blind)?.contiguous()?;
-    let scale = scale.map_or(1.0 / (q.dim(D::Minus1)? as f64).sqrt(), f64::from);
-    let mut scores = (q.matmul(&k.t()?.contiguous()?)? * scale)?;
+    let q = q.narrow(1, blind, sq - blind)?.contiguous()?;
+    let scale = scale.map_or(1.0 / (d as f64).sqrt(), f64::from);
+    let mut scores = (q.matmul(&repeat(k)?.t()?.contiguous()?)? * scale)?;
     if causal {
         let hidden = |i, j| if j + sq > i + sk { f32::NEG_INFINITY } else { 0.0 };
         let mask = (blind..sq).flat_map(|i| (0..sk).map(move |j| hidden(i, j)));
         let mask = Tensor::from_iter(mask, q.device())?.reshape((sq - blind, sk))?;
         scores = scores.broadcast_add(&mask.to_dtype(q.dtype())?)?;
     }
-    softmax(&scores, D::Minus1)?.matmul(&v)?.pad_with_zeros(rows, blind, 0)
+    let out = softmax(&scores, D::Minus1)?.matmul(&repeat(v)?)?.pad_with_zeros(1, blind, 0)?;
+    out.reshape([&shape[..shape.len() - 1], &[dv]].concat())
 }
 
 /// Attention and its gradients by loops in f64 over the keys that each row sees.
 struct Loops {
     /// q, k and v.
     x: [Nd; 3],
-    group: usize,
-    causal: bool,
     scale: f64,
+    /// For each query row, counted over all heads: the key rows that it sees and their weights.
+    weights: Vec<Vec<(usize, f64)>>,
 }
 
 impl Loops {
-    fn new(qkv: &[Tensor; 3], causal: bool, scale: Option<f32>) -> Result<Self> {
-        let x = [Nd::of(&qkv[0])?, Nd::of(&qkv[1])?, Nd::of(&qkv[2])?];
+    fn new(x: [Nd; 3], causal: bool, scale: Option<f32>) -> Self {
         let heads = |nd: &Nd| nd.dims[..nd.dims.len() - 2].iter().product::<usize>();
+        let ([sq, d], [sk, _]) = (matrix(&x[0].dims), matrix(&x[1].dims));
         let group = heads(&x[0]) / heads(&x[1]).max(1);
-        let d = x[0].dims[x[0].dims.len() - 1] as f64;
-        Ok(Self { x, group, causal, scale: scale.map_or(1.0 / d.sqrt(), f64::from) })
-    }
-
-    /// Row `i` of q, k or v, counted over all heads.
-    fn row(&self, which: usize, i: usize) -> &[f64] {
-        let cols = self.cols(which);
-        &self.x[which].data[i * cols..][..cols]
-    }
-
-    fn cols(&self, which: usize) -> usize {
-        *self.x[which].dims.last().expect("rank 2 and more")
-    }
-
-    /// The query rows over all heads, each with the key rows that it sees and their weights.
-    fn rows(&self) -> impl Iterator<Item = (usize, Vec<(usize, f64)>)> + '_ {
-        let len = |nd: &Nd| nd.dims[nd.dims.len() - 2];
-        let (sq, sk) = (len(&self.x[0]), len(&self.x[1]));
-        let count = self.x[0].dims[..self.x[0].dims.len() - 1].iter().product();
-        (0..count).map(move |i| {
-            let seen = if self.causal { (i % sq + 1 + sk).saturating_sub(sq) } else { sk };
-            let keys = (0..seen).map(|j| i / sq / self.group * sk + j);
-            let score = |j| self.scale * dot(self.row(0, i), self.row(1, j));
-            let scores: Vec<_> = keys.map(|j| (j, score(j))).collect();
+        let scale = scale.map_or(1.0 / (d as f64).sqrt(), f64::from);
+        let weights = |i: usize| {
+            let seen = if causal { (i % sq + 1 + sk).saturating_sub(sq) } else { sk };
+            let keys = (0..seen).map(|j| i / sq / group * sk + j);
+            let scores: Vec<_> =
+                keys.map(|j| (j, scale * dot(x[0].row(i), x[1].row(j)))).collect();
             let max = scores.iter().fold(f64::NEG_INFINITY, |max, &(_, s)| max.max(s));
             let sum: f64 = scores.iter().map(|(_, s)| (s - max).exp()).sum();
-            (i, scores.into_iter().map(|(j, s)| (j, (s - max).exp() / sum)).collect())
-        })
+            scores.into_iter().map(|(j, s)| (j, (s - max).exp() / sum)).collect()
+        };
+        let weights = (0..heads(&x[0]) * sq).map(weights).collect();
+        Self { x, scale, weights }
+    }
+
+    /// The same sums over the magnitudes of their terms, to which rounding errors are in proportion.
+    /// A score that is off by its ulp takes its weight with it.
+    fn sizes(&self) -> Self {
+        let (x, scale) = (self.x.each_ref().map(|nd| nd.map(f64::abs)), self.scale.abs());
+        let size = |i, (j, p)| match p {
+            0.0 => (j, 0.0),
+            _ => (j, p * (1.0 + scale * dot(x[0].row(i), x[1].row(j)))),
+        };
+        let sizes = |(i, weights): (usize, &Vec<_>)| weights.iter().map(|&w| size(i, w)).collect();
+        let weights = self.weights.iter().enumerate().map(sizes).collect();
+        Self { x, scale, weights }
     }
 
     fn forward(&self) -> Nd {
-        let (q, dv) = (&self.x[0].dims, self.cols(2));
+        let (q, [_, dv]) = (&self.x[0].dims, matrix(&self.x[2].dims));
         let mut out = Nd::full(&[&q[..q.len() - 1], &[dv]].concat(), 0.0);
-        for (i, weights) in self.rows() {
-            for (j, p) in weights {
-                add(&mut out.data[i * dv..][..dv], p, self.row(2, j));
+        for (i, weights) in self.weights.iter().enumerate() {
+            for &(j, p) in weights {
+                out.add(i, p, self.x[2].row(j));
             }
         }
         out
     }
 
-    fn backward(&self, grad: &Nd) -> [Nd; 3] {
-        let (d, dv) = (self.cols(0), self.cols(2));
-        let [mut dq, mut dk, mut dval] = self.x.each_ref().map(|nd| Nd::full(&nd.dims, 0.0));
-        for (i, weights) in self.rows() {
-            let grad = &grad.data[i * dv..][..dv];
-            let dp = |j| dot(grad, self.row(2, j));
-            let mean: f64 = weights.iter().map(|&(j, p)| p * dp(j)).sum();
-            for (j, p) in weights {
-                let ds = p * (dp(j) - mean) * self.scale;
-                add(&mut dq.data[i * d..][..d], ds, self.row(1, j));
-                add(&mut dk.data[j * d..][..d], ds, self.row(0, i));
-                add(&mut dval.data[j * dv..][..dv], p, grad);
+    /// `sign` is that of the term which all scores of a row lose: −1, or 1 for sizes.
+    fn backward(&self, grad: &Nd, out: &Nd, sign: f64) -> [Nd; 3] {
+        let [q, k, v] = &self.x;
+        let [mut dq, mut dk, mut dv] = self.x.each_ref().map(|nd| Nd::full(&nd.dims, 0.0));
+        for (i, weights) in self.weights.iter().enumerate() {
+            let (grad, out) = (grad.row(i), out.row(i));
+            let shared = sign * dot(grad, out);
+            for &(j, p) in weights {
+                let ds = p * (dot(grad, v.row(j)) + shared) * self.scale;
+                dq.add(i, ds, k.row(j));
+                dk.add(j, ds, q.row(i));
+                dv.add(j, p, grad);
             }
         }
-        [dq, dk, dval]
+        [dq, dk, dv]
+    }
+}
+
+/// Rows and columns.
+fn matrix(dims: &[usize]) -> [usize; 2] {
+    [dims[dims.len() - 2], dims[dims.len() - 1]]
+}
+
+/// Row `i` of all rows of all matrices.
+impl Nd {
+    fn row(&self, i: usize) -> &[f64] {
+        let [_, cols] = matrix(&self.dims);
+        &self.data[i * cols..][..cols]
+    }
+
+    fn add(&mut self, i: usize, factor: f64, row: &[f64]) {
+        let out = &mut self.data[i * row.len()..][..row.len()];
+        out.iter_mut().zip(row).for_each(|(out, x)| *out += factor * x);
     }
 }
 
@@ -587,6 +636,6 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn add(out: &mut [f64], factor: f64, row: &[f64]) {
-    out.iter_mut().zip(row).for_each(|(out, x)| *out += factor * x);
+fn nds(qkv: &[Tensor; 3]) -> Result<[Nd; 3]> {
+    Ok([Nd::of(&qkv[0])?, Nd::of(&qkv[1])?, Nd::of(&qkv[2])?])
 }

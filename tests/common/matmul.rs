@@ -7,7 +7,8 @@ use proptest::prelude::*;
 
 use super::Layout::{self, *};
 use super::{
-    Nd, Source, Tally, close, identical, pairs, product, product_within, property, ulp,
+    Nd, Source, Tally, close, identical, pairs, plain_product, product, product_within, property,
+    ulp,
 };
 
 const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
@@ -65,7 +66,7 @@ const EMPTY: [[&[usize]; 2]; 12] = [
 ];
 
 /// Batch dimensions: none, equal, missing and broadcast on either side.
-const BATCHES: [[&[usize]; 2]; 13] = [
+const BATCHES: [[&[usize]; 2]; 14] = [
     [&[5, 7], &[7, 3]],
     [&[3, 5, 7], &[7, 4]],
     [&[2, 3, 17, 32], &[32, 5]],
@@ -78,7 +79,9 @@ const BATCHES: [[&[usize]; 2]; 13] = [
     [&[2, 1, 5, 7], &[3, 7, 4]],
     [&[1, 3, 5, 7], &[5, 1, 7, 4]],
     [&[2, 2, 2, 3, 4], &[2, 1, 2, 4, 3]],
+    // Many small products, and a few that are worth threads of their own.
     [&[70, 2, 3], &[70, 3, 2]],
+    [&[2, 80, 65], &[2, 65, 51]],
 ];
 
 pub fn sizes(device: &Device) {
@@ -130,7 +133,7 @@ pub fn specials(device: &Device) {
 pub fn random(device: &Device) {
     let mut tally = Tally::new("matmul random", device);
     let size = 0..40usize;
-    let layout = proptest::sample::select(Layout::ALL.as_slice());
+    let layout = prop::sample::select(Layout::ALL.as_slice());
     let batch = prop::collection::vec((0..4usize, 0..3usize), 0..3);
     let strategy = (
         prop::sample::select(DTYPES.as_slice()),
@@ -140,7 +143,8 @@ pub fn random(device: &Device) {
     );
     property(&mut tally, strategy, |(dtype, batch, (m, k, n), layouts)| {
         // Each batch dimension is whole on both sides, or 1 on the left or on the right.
-        let side = |one: usize| batch.iter().map(move |&(len, who)| if who == one { 1 } else { len });
+        let side =
+            |one: usize| batch.iter().map(move |&(len, who)| if who == one { 1 } else { len });
         let a = side(1).chain([m, k]).collect::<Vec<_>>();
         let b = side(2).chain([k, n]).collect::<Vec<_>>();
         let source = &mut Source::new(&format!("{dtype:?} {a:?} {b:?} {layouts:?}"), device);
@@ -225,7 +229,8 @@ pub fn gradients(device: &Device) {
         for (dims, layouts) in pairs(BATCHES, pairs(UNREPEATED, UNREPEATED)) {
             check(Gradient { dims, layouts: layouts.into(), ..base });
         }
-        for (dims, (repeated, other)) in pairs(BATCHES, pairs([Repeated, Expanded], [Plain, Rows])) {
+        for (dims, (repeated, other)) in pairs(BATCHES, pairs([Repeated, Expanded], [Plain, Rows]))
+        {
             let (lhs, rhs) = ([false, true], [true, false]);
             check(Gradient { dims, layouts: [repeated, other], tracked: lhs, ..base });
             check(Gradient { dims, layouts: [other, repeated], tracked: rhs, ..base });
@@ -314,13 +319,14 @@ impl<'a> Gradient<'a> {
         let dc = {
             let weight = Nd::of(&weight)?.tensor(DType::F64)?;
             let zero = Nd::full(&c.dims, 0.0).tensor(DType::F64)?;
-            let [dc, _] = backward(&[zero.clone(), zero], [true, false], |[c, _]| loss(c, &weight))?;
+            let [dc, _] =
+                backward(&[zero.clone(), zero], [true, false], |[c, _]| loss(c, &weight))?;
             dc.expect("c is tracked")
         };
         let formula = |leaves: &[Tensor; 2], dc: &Tensor| {
             let [da, db] = backward(leaves, [true; 2], |leaves| {
                 let [a, b] = self.operands(leaves)?;
-                (a.contiguous()?.broadcast_matmul(&b.contiguous()?)? * dc)?.sum_all()
+                (plain_product(&a, &b)? * dc)?.sum_all()
             })?;
             Ok::<_, Error>([da.expect("tracked"), db.expect("tracked")])
         };
@@ -349,7 +355,9 @@ impl<'a> Gradient<'a> {
             };
             match &got[side] {
                 Some(got) if got.dtype() != dtype => bail!("{name} is {:?}", got.dtype()),
-                Some(got) => close(name, got, &want, |i| allowed.data[i] + ulp(dtype, want.data[i]))?,
+                Some(got) => {
+                    close(name, got, &want, |i| allowed.data[i] + ulp(dtype, want.data[i]))?
+                }
                 None if self.tracked[side] => bail!("no {name}"),
                 None => {}
             }
@@ -423,7 +431,8 @@ pub fn training(device: &Device) {
                 let vars = [Var::from_tensor(&weights[0])?, Var::from_tensor(&weights[1])?];
                 let mut adam = AdamW::new_lr(vars.to_vec(), 0.01)?;
                 let step = |_| {
-                    let layer = |x: &Tensor, w: &Var| product(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?);
+                    let layer =
+                        |x: &Tensor, w: &Var| product(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?);
                     let out = layer(&layer(&x, &vars[0])?.relu()?, &vars[1])?;
                     let loss = (out - &y)?.sqr()?.mean_all()?;
                     adam.backward_step(&loss)?;
@@ -432,9 +441,8 @@ pub fn training(device: &Device) {
                 (0..40).map(step).collect::<Result<Vec<_>>>()
             };
             let ours = losses(|a, b| a.kaio_matmul_tc(b))?;
-            let plain = losses(|a, b| {
-                a.to_dtype(DType::F32)?.broadcast_matmul(&b.to_dtype(DType::F32)?)
-            })?;
+            let plain =
+                losses(|a, b| plain_product(&a.to_dtype(DType::F32)?, &b.to_dtype(DType::F32)?))?;
             let apart = ours.iter().zip(&plain).any(|(a, b)| (a - b).abs() > 0.02 * b);
             if apart || ours[39] > ours[0] / 2.0 {
                 bail!("losses {ours:?}, with candle's product {plain:?}");

@@ -14,6 +14,8 @@
 //! ```
 #![allow(dead_code)] // Each test binary uses a part.
 
+pub mod attention;
+pub mod errors;
 pub mod matmul;
 pub mod quantized;
 
@@ -27,6 +29,19 @@ use kaio_candle::Error;
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
+/// A test on a device for each suite of a module of this folder.
+#[allow(unused_macros)] // As above.
+macro_rules! tests_on {
+    ($device:expr, $module:ident: $($suite:ident)*) => {$(
+        #[test]
+        fn $suite() {
+            crate::common::$module::$suite(&$device);
+        }
+    )*};
+}
+#[allow(unused_imports)]
+pub(crate) use tests_on;
+
 /// A tensor's elements in f64, row-major, on the host: what references compute on.
 #[derive(Clone, Debug)]
 pub struct Nd {
@@ -36,8 +51,13 @@ pub struct Nd {
 
 impl Nd {
     pub fn of(t: &Tensor) -> Result<Self> {
+        let dims = t.dims().to_vec();
+        if t.elem_count() == 0 {
+            // candle reads an empty view at its offset, which may lie behind its storage.
+            return Ok(Self { dims, data: Vec::new() });
+        }
         let flat = t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
-        Ok(Self { dims: t.dims().to_vec(), data: flat.to_vec1()? })
+        Ok(Self { dims, data: flat.to_vec1()? })
     }
 
     pub fn full(dims: &[usize], value: f64) -> Self {
@@ -87,18 +107,28 @@ impl Nd {
     }
 }
 
-/// `a·b` over `[.., M, K]` and `[.., K, N]`, batch dimensions broadcast.
-pub fn product(a: &Nd, b: &Nd) -> Nd {
-    let ((a_batch, a_matrix), (b_batch, b_matrix)) =
-        (a.dims.split_at(a.dims.len() - 2), b.dims.split_at(b.dims.len() - 2));
+/// The batch dimensions that two stacks of matrices broadcast to, and M, K, N.
+fn sizes(a: &[usize], b: &[usize]) -> (Vec<usize>, [usize; 3]) {
+    let ((a_batch, a), (b_batch, b)) = (a.split_at(a.len() - 2), b.split_at(b.len() - 2));
     let rank = a_batch.len().max(b_batch.len());
     let size = |dims: &[usize], i: usize| (i + dims.len()).checked_sub(rank).map_or(1, |j| dims[j]);
-    let broadcast = |i| match (size(a_batch, i), size(b_batch, i)) {
-        (1, len) => len,
-        (len, _) => len,
-    };
-    let batch: Vec<usize> = (0..rank).map(broadcast).collect();
-    let (m, k, n) = (a_matrix[0], a_matrix[1], b_matrix[1]);
+    let wider = |i| if size(a_batch, i) == 1 { size(b_batch, i) } else { size(a_batch, i) };
+    ((0..rank).map(wider).collect(), [a[0], a[1], b[1]])
+}
+
+/// candle's own product; candle takes any strides only in one batch dimension.
+pub fn plain_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (batch, [m, k, n]) = sizes(a.dims(), b.dims());
+    let full = |matrix: [usize; 2]| [batch.as_slice(), &matrix].concat();
+    let count: usize = batch.iter().product();
+    let a = a.broadcast_as(full([m, k]))?.reshape((count, m, k))?;
+    let b = b.broadcast_as(full([k, n]))?.reshape((count, k, n))?;
+    a.matmul(&b)?.reshape(full([m, n]))
+}
+
+/// `a·b` over `[.., M, K]` and `[.., K, N]`, batch dimensions broadcast.
+pub fn product(a: &Nd, b: &Nd) -> Nd {
+    let (batch, [m, k, n]) = sizes(&a.dims, &b.dims);
     let mut c = Nd::full(&[batch.as_slice(), &[m, n]].concat(), 0.0);
     for (i, (a0, b0)) in a.matrices(&batch).into_iter().zip(b.matrices(&batch)).enumerate() {
         for row in 0..m {
@@ -117,7 +147,7 @@ pub fn product(a: &Nd, b: &Nd) -> Nd {
 /// dtype in which the plain formula multiplies it.
 pub fn product_within(a: &Nd, b: &Nd, plain: &Nd) -> Result<(Nd, f64)> {
     let want = product(a, b);
-    let formula = a.tensor(DType::F32)?.broadcast_matmul(&plain.tensor(DType::F32)?)?;
+    let formula = plain_product(&a.tensor(DType::F32)?, &plain.tensor(DType::F32)?)?;
     let k = b.dims[b.dims.len() - 2] as f64;
     let order = ulp(DType::F32, 1.0) / 2.0 * k * a.peak() * b.peak();
     let allowed = 2.0 * want.max_error(&formula)? + order;
@@ -329,9 +359,10 @@ impl Source {
         let base = layout.base(dims);
         let count = base.iter().product::<usize>();
         let places = Tensor::from_vec((0..count as u32).collect(), base.as_slice(), &Device::Cpu)?;
+        let places = Nd::of(&layout.view(&places, dims)?)?;
         let hidden = if dtype.is_int() { 77.0 } else { f64::NAN };
         let mut data = vec![hidden; count];
-        for place in layout.view(&places, dims)?.flatten_all()?.to_vec1::<u32>()? {
+        for place in places.data {
             data[place as usize] = element(self);
         }
         let base = Tensor::from_vec(data, base.as_slice(), &Device::Cpu)?;
@@ -365,7 +396,12 @@ impl Tally {
             {
                 self.not_applicable += 1;
             }
-            Ok(Err(e)) => self.failed.push(format!("{name}: {e}")),
+            // Without the backtrace that candle may add.
+            Ok(Err(e)) => {
+                let text = e.to_string();
+                let lines: Vec<_> = text.lines().take_while(|l| !l.contains("   0: ")).collect();
+                self.failed.push(format!("{name}: {}", lines.join("\n    ")));
+            }
             Err(_) => self.failed.push(format!("{name}: panicked, see above")),
         }
     }

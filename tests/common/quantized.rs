@@ -29,8 +29,11 @@ fn problems(ks: &[usize]) -> Vec<Problem<'static>> {
     let mut all = Vec::new();
     all.extend(pairs(ks, &COLUMNS).map(|(&k, &n)| Problem { k, n, ..base }));
     all.extend(TILES.map(|rows| Problem { rows, n: 65, ..base }));
-    all.extend(pairs(ROWS, pairs(Layout::ALL, WEIGHTS)).map(|(rows, (x, weight))| {
-        Problem { rows, x, weight: [weight, Plain], ..base }
+    all.extend(pairs(ROWS, pairs(Layout::ALL, WEIGHTS)).map(|(rows, (x, weight))| Problem {
+        rows,
+        x,
+        weight: [weight, Plain],
+        ..base
     }));
     all.extend(pairs(WEIGHTS, WEIGHTS).map(|weight| Problem { weight: weight.into(), ..base }));
     all.extend([[0].as_slice(), &[0, 5], &[3, 0]].map(|rows| Problem { rows, ..base }));
@@ -109,10 +112,11 @@ pub fn int8(device: &Device) {
         check("random", p, 1.0, RANDOM);
     }
     // Sums that f32 cannot hold on the way, and the largest that i32 must.
-    let fills: [(&str, Element); 4] = [
+    let fills: [(&str, Element); 5] = [
         ("random", RANDOM),
         ("all -128", |_| 128.0),
         ("all 127", |_| 127.0),
+        ("positive", |s| (1 + s.bits() % 127) as f64),
         ("extremes", |s| [127.0, 128.0][s.bits() as usize % 2]),
     ];
     for (k, (label, element)) in pairs([1023, 1024, 1025, 2049, 5000, 131071], fills) {
@@ -165,7 +169,8 @@ pub fn int4(device: &Device) {
             let (packed, scales) = p.int4(source)?;
             let before = (Nd::of(&x)?, Nd::of(&packed)?, Nd::of(&scales)?);
             let weight = dequantized(&before.1, &before.2);
-            let (want, allowed) = product_within(&before.0, &weight, &as_multiplied(device, &weight))?;
+            let (want, allowed) =
+                product_within(&before.0, &weight, &as_multiplied(device, &weight))?;
             let got = x.kaio_matmul_int4(&packed, &scales)?;
             close("result", &got, &want, |i| allowed + ulp(DType::F32, want.data[i]))?;
             identical("lhs", &x, &before.0)?;
@@ -178,7 +183,8 @@ pub fn int4(device: &Device) {
         let source = &mut Source::new("identity", device);
         let x = Tensor::eye(256, DType::F16, device)?;
         let packed = source.tensor(DType::U32, &[32, 37], Plain)?;
-        let scales = source.tensor_of(DType::F16, &[2, 37], Plain, |s| [0.5, -4.0][s.bits() as usize % 2])?;
+        let scales = source
+            .tensor_of(DType::F16, &[2, 37], Plain, |s| [0.5, -4.0][s.bits() as usize % 2])?;
         let want = dequantized(&Nd::of(&packed)?, &Nd::of(&scales)?);
         close("result", &x.kaio_matmul_int4(&packed, &scales)?, &want, |_| 0.0)
     });
@@ -197,14 +203,16 @@ pub fn qkv_int8(device: &Device) {
     for ((label, element), p) in pairs(FLOATS, &problems(&[33, 1, 7, 15, 16, 17, 32, 100])) {
         run(&mut tally, device, label, *p, |source| {
             let x = p.activations(source, DType::F16, element)?;
-            let [q, k, v] = [p.int8(source, RANDOM)?, p.int8(source, RANDOM)?, p.int8(source, RANDOM)?];
+            let before = Nd::of(&x)?;
+            let [q, k, v] =
+                [p.int8(source, RANDOM)?, p.int8(source, RANDOM)?, p.int8(source, RANDOM)?];
             let scales = [1.0, -0.03, 0.0007];
             let got = x.kaio_qkv_project_int8([&q, &k, &v], scales)?;
             for (i, (got, weight)) in [got.0, got.1, got.2].iter().zip([&q, &k, &v]).enumerate() {
                 let weight = signed(weight)?.map(|w| w * f64::from(scales[i]));
-                check_projection(i, got, &Nd::of(&x)?, &weight, &weight)?;
+                check_projection(i, got, &before, &weight, &weight)?;
             }
-            Ok(())
+            identical("x", &x, &before)
         });
     }
     tally.finish();
@@ -215,13 +223,14 @@ pub fn qkv_int4(device: &Device) {
     for ((label, element), p) in pairs(FLOATS, &problems(&[128, 256, 384])) {
         run(&mut tally, device, label, *p, |source| {
             let x = p.activations(source, DType::F16, element)?;
+            let before = Nd::of(&x)?;
             let [q, k, v] = [p.int4(source)?, p.int4(source)?, p.int4(source)?];
             let got = x.kaio_qkv_project_int4([&q.0, &k.0, &v.0], [&q.1, &k.1, &v.1])?;
             for (i, (got, weight)) in [got.0, got.1, got.2].iter().zip([q, k, v]).enumerate() {
                 let weight = dequantized(&Nd::of(&weight.0)?, &Nd::of(&weight.1)?);
-                check_projection(i, got, &Nd::of(&x)?, &weight, &as_multiplied(device, &weight))?;
+                check_projection(i, got, &before, &weight, &as_multiplied(device, &weight))?;
             }
-            Ok(())
+            identical("x", &x, &before)
         });
     }
     tally.finish();
@@ -252,7 +261,7 @@ pub fn quantize_int8(device: &Device) {
     let large = [(DType::F32, [1e30, 3e38].as_slice()), (DType::BF16, &[1e30, 3e38])];
     for ((dtype, magnitudes), layout) in pairs(MAGNITUDES.into_iter().chain(large), Layout::ALL) {
         for magnitude in magnitudes {
-            let case = format!("{dtype:?} {magnitude} {layout:?}");
+            let case = format!("{dtype:?} {magnitude:e} {layout:?}");
             tally.case(&case, || {
                 let source = &mut Source::new(&case, device);
                 let t = source.tensor_of(dtype, &[3, 4, 5], layout, |s| s.unit() * magnitude)?;
@@ -292,10 +301,11 @@ pub fn quantize_int4(device: &Device) {
     let mut tally = Tally::new("quantize int4", device);
     for ((dtype, magnitudes), layout) in pairs(MAGNITUDES, WEIGHTS) {
         for magnitude in magnitudes {
-            let case = format!("{dtype:?} {magnitude} {layout:?}");
+            let case = format!("{dtype:?} {magnitude:e} {layout:?}");
             tally.case(&case, || {
                 let source = &mut Source::new(&case, device);
-                let weight = source.tensor_of(dtype, &[256, 5], layout, |s| s.unit() * magnitude)?;
+                let weight =
+                    source.tensor_of(dtype, &[256, 5], layout, |s| s.unit() * magnitude)?;
                 let before = Nd::of(&weight)?;
                 let (packed, scales) = quant::quantize_int4(&weight)?;
                 let steps = steps(&before);
@@ -313,7 +323,8 @@ pub fn quantize_int4(device: &Device) {
     }
     for dims in [[0, 4], [128, 0]] {
         tally.case(format!("{dims:?}"), || {
-            let (packed, scales) = quant::quantize_int4(&Tensor::zeros(&dims, DType::F32, device)?)?;
+            let (packed, scales) =
+                quant::quantize_int4(&Tensor::zeros(&dims, DType::F32, device)?)?;
             close("packed", &packed, &Nd::full(&[dims[0] / 8, dims[1]], 0.0), |_| 0.0)?;
             let back = quant::dequantize_int4(&packed, &scales)?;
             close("back", &back, &Nd::full(&dims, 0.0), |_| 0.0)
@@ -374,7 +385,12 @@ pub fn pack_int4(device: &Device) {
             close("packed", &packed, &want, |_| 0.0)?;
             close("unpacked", &quant::unpack_int4(&packed)?, &nibbles(&want), |_| 0.0)?;
             let words = source.tensor(DType::U32, &dims, layout)?;
-            close("unpacked words", &quant::unpack_int4(&words)?, &nibbles(&Nd::of(&words)?), |_| 0.0)
+            close(
+                "unpacked words",
+                &quant::unpack_int4(&words)?,
+                &nibbles(&Nd::of(&words)?),
+                |_| 0.0,
+            )
         });
     }
     tally.finish();

@@ -1,0 +1,48 @@
+//! The GPU suite: the CPU suites' tables on CUDA, and what only a GPU has.
+//!
+//! Without a GPU it says so and passes; with `KAIO_REQUIRE_GPU=1` it fails.
+#![cfg(feature = "cuda")]
+
+mod common;
+#[path = "gpu/parity.rs"]
+mod parity;
+#[path = "gpu/registry.rs"]
+mod registry;
+#[path = "gpu/streams.rs"]
+mod streams;
+#[path = "gpu/tables.rs"]
+mod tables;
+
+use std::io::Write;
+use std::sync::OnceLock;
+
+use candle_core::Device;
+
+/// Prints past the test harness's capture.
+fn say(text: &str) {
+    writeln!(std::io::stderr(), "{text}").expect("stderr is open");
+}
+
+/// The first GPU, or a loud skip.
+fn gpu() -> Option<Device> {
+    static GPU: OnceLock<Result<Device, String>> = OnceLock::new();
+    let gpu = GPU.get_or_init(|| Device::new_cuda(0).map_err(|e| e.to_string()));
+    match gpu {
+        Ok(device) => Some(device.clone()),
+        Err(why) => {
+            let required = std::env::var("KAIO_REQUIRE_GPU").is_ok_and(|v| v == "1");
+            assert!(!required, "KAIO_REQUIRE_GPU=1, but there is no GPU: {why}");
+            say(&format!("SKIPPED, no GPU: {why}"));
+            None
+        }
+    }
+}
+
+/// The second GPU, where there is one.
+fn second_gpu() -> Option<Device> {
+    let device = Device::new_cuda(1).ok();
+    if device.is_none() {
+        say("does not apply: a test of two GPUs, this machine has one");
+    }
+    device
+}

@@ -1,0 +1,210 @@
+//! Bit for bit what a direct call of kaio-ops gives, with outputs poisoned first.
+//!
+//! This proves nothing about the kernels (the tables do that), but that the bridge hands them the
+//! right memory, and all of it.
+
+use candle_core::{DType, Device, Result, Tensor};
+use half::{bf16, f16};
+use kaio::prelude::{GpuBuffer, KaioDevice};
+use kaio_candle::prelude::*;
+use kaio_candle::quant;
+
+use super::common::{Layout, Source};
+use super::gpu;
+
+/// Leaves NaN in the memory that the next allocations of this size get.
+fn poison(device: &Device, elements: usize) {
+    let nan = |_| Tensor::full(f32::NAN, elements, device).unwrap();
+    drop((0..8).map(nan).collect::<Vec<_>>());
+}
+
+fn buffer<T: candle_core::WithDType + cudarc::driver::DeviceRepr>(
+    kaio: &KaioDevice,
+    t: &Tensor,
+) -> GpuBuffer<T> {
+    kaio.alloc_from(&t.flatten_all().unwrap().to_vec1::<T>().unwrap()).unwrap()
+}
+
+/// The bits of a result of the bridge against those of a direct call.
+fn same(what: &str, got: &Tensor, kaio: &KaioDevice, want: &GpuBuffer<f32>) {
+    let got = got.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let want = want.to_host(kaio).unwrap();
+    assert_eq!(got.len(), want.len(), "{what}");
+    let differs = |(a, b): (&f32, &f32)| a.to_bits() != b.to_bits();
+    if let Some(i) = got.iter().zip(&want).position(differs) {
+        panic!("{what}: element {i} is {} through the bridge, {} directly", got[i], want[i]);
+    }
+}
+
+fn same_f16(what: &str, got: &Tensor, kaio: &KaioDevice, want: &GpuBuffer<f16>) {
+    let got = got.flatten_all().unwrap().to_vec1::<f16>().unwrap();
+    assert_eq!(got, want.to_host(kaio).unwrap(), "{what}");
+}
+
+const M: usize = 65;
+const N: usize = 68;
+const K: usize = 256;
+
+#[test]
+fn matmul_f16() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let kaio = registry::device(0)?;
+    let mut source = Source::new("parity f16", &gpu);
+    let a = source.tensor(DType::F16, &[M, K], Layout::Plain)?;
+    let b = source.tensor(DType::F16, &[K, N], Layout::Plain)?;
+    let (ka, kb) = (buffer::<f16>(&kaio, &a), buffer::<f16>(&kaio, &b));
+    let mut c = kaio.alloc_zeros::<f32>(M * N).unwrap();
+    let (m, n, k) = (M as u32, N as u32, K as u32);
+    kaio_ops::matmul_tc(&kaio, &ka, &kb, &mut c, m, n, k).unwrap();
+    poison(&gpu, M * N);
+    same("matmul_tc", &a.kaio_matmul_tc(&b)?, &kaio, &c);
+    kaio_ops::matmul_tc_async(&kaio, &ka, &kb, &mut c, m, n, k).unwrap();
+    poison(&gpu, M * N);
+    same("matmul_tc_async", &a.kaio_matmul_tc_async(&b)?, &kaio, &c);
+    Ok(())
+}
+
+#[test]
+fn matmul_bf16() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let kaio = registry::device(0)?;
+    let mut source = Source::new("parity bf16", &gpu);
+    let a = source.tensor(DType::BF16, &[M, K], Layout::Plain)?;
+    let b = source.tensor(DType::BF16, &[K, N], Layout::Plain)?;
+    let (ka, kb) = (buffer::<bf16>(&kaio, &a), buffer::<bf16>(&kaio, &b));
+    let mut c = kaio.alloc_zeros::<f32>(M * N).unwrap();
+    let (m, n, k) = (M as u32, N as u32, K as u32);
+    kaio_ops::matmul_tc_bf16(&kaio, &ka, &kb, &mut c, m, n, k).unwrap();
+    poison(&gpu, M * N);
+    same("matmul_tc_bf16", &a.kaio_matmul_tc(&b)?, &kaio, &c);
+    kaio_ops::matmul_tc_bf16_async(&kaio, &ka, &kb, &mut c, m, n, k).unwrap();
+    poison(&gpu, M * N);
+    same("matmul_tc_bf16_async", &a.kaio_matmul_tc_async(&b)?, &kaio, &c);
+    Ok(())
+}
+
+#[test]
+fn quantised() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let kaio = registry::device(0)?;
+    let mut source = Source::new("parity quantised", &gpu);
+    let (m, n, k) = (M as u32, N as u32, K as u32);
+
+    let a = source.tensor(DType::U8, &[M, K], Layout::Plain)?;
+    let b = source.tensor(DType::U8, &[K, N], Layout::Plain)?;
+    let signed = |t: &Tensor| -> GpuBuffer<i8> {
+        let bytes = t.flatten_all().unwrap().to_vec1::<u8>().unwrap();
+        kaio.alloc_from(&bytes.into_iter().map(|x| x as i8).collect::<Vec<_>>()).unwrap()
+    };
+    let mut c = kaio.alloc_zeros::<f32>(M * N).unwrap();
+    kaio_ops::matmul_int8(&kaio, &signed(&a), &signed(&b), &mut c, 0.37, m, n, k).unwrap();
+    poison(&gpu, M * N);
+    same("matmul_int8", &a.kaio_matmul_int8(&b, 0.37)?, &kaio, &c);
+
+    let x = source.tensor(DType::F16, &[M, K], Layout::Plain)?;
+    let kx = buffer::<f16>(&kaio, &x);
+    let quantised = [0, 1, 2].map(|_| {
+        let w = source.tensor(DType::F32, &[K, N], Layout::Plain).unwrap();
+        quant::quantize_int4(&w).unwrap()
+    });
+    let words = [0, 1, 2].map(|i| buffer::<u32>(&kaio, &quantised[i].0.t().unwrap()));
+    let steps = [0, 1, 2].map(|i| buffer::<f16>(&kaio, &quantised[i].1));
+    kaio_ops::matmul_int4(&kaio, &kx, &words[0], &steps[0], &mut c, m, n, k, 128).unwrap();
+    poison(&gpu, M * N);
+    same("matmul_int4", &x.kaio_matmul_int4(&quantised[0].0, &quantised[0].1)?, &kaio, &c);
+
+    let mut out = [0, 1, 2].map(|_| kaio.alloc_zeros::<f16>(M * N).unwrap());
+    let weights = [0, 1, 2].map(|_| source.tensor(DType::U8, &[K, N], Layout::Plain).unwrap());
+    let [w0, w1, w2] = [0, 1, 2].map(|i| signed(&weights[i]));
+    let [q, key, v] = &mut out;
+    let s = [0.01, 0.02, 0.03];
+    kaio_ops::qkv_project_int8(&kaio, &kx, &w0, &w1, &w2, s[0], s[1], s[2], q, key, v, m, n, k)
+        .unwrap();
+    poison(&gpu, 3 * M * N / 2);
+    let got = x.kaio_qkv_project_int8([&weights[0], &weights[1], &weights[2]], s)?;
+    for (got, want) in [got.0, got.1, got.2].iter().zip(&out) {
+        same_f16("qkv_project_int8", got, &kaio, want);
+    }
+    let [q, key, v] = &mut out;
+    let ([w0, w1, w2], [s0, s1, s2]) = (&words, &steps);
+    kaio_ops::qkv_project_int4(&kaio, &kx, w0, w1, w2, s0, s1, s2, q, key, v, m, n, k, 128)
+        .unwrap();
+    poison(&gpu, 3 * M * N / 2);
+    let [(w0, s0), (w1, s1), (w2, s2)] = &quantised;
+    let got = x.kaio_qkv_project_int4([w0, w1, w2], [s0, s1, s2])?;
+    for (got, want) in [got.0, got.1, got.2].iter().zip(&out) {
+        same_f16("qkv_project_int4", got, &kaio, want);
+    }
+    Ok(())
+}
+
+#[test]
+fn attention() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let kaio = registry::device(0)?;
+    let mut source = Source::new("parity attention", &gpu);
+    let (sq, sk, d, dv) = (96, 112, 64, 40);
+    let q = source.tensor(DType::F16, &[sk, d], Layout::Plain)?;
+    let k = source.tensor(DType::F16, &[sk, d], Layout::Plain)?;
+    let v = source.tensor(DType::F16, &[sk, dv], Layout::Plain)?;
+    let [kq, kk, kv] = [&q, &k, &v].map(|t| buffer::<f16>(&kaio, t));
+    let mut cross = kaio.alloc_zeros::<f32>(sq * dv).unwrap();
+    let dims = (sq as u32, sk as u32, d as u32, dv as u32);
+    kaio_ops::attention_tc(&kaio, &kq, &kk, &kv, &mut cross, dims.0, dims.1, dims.2, dims.3)
+        .unwrap();
+    poison(&gpu, sq * dv);
+    same("attention_tc", &q.narrow(0, 0, sq)?.kaio_attention_tc(&k, &v, false)?, &kaio, &cross);
+    let mut square = kaio.alloc_zeros::<f32>(sk * dv).unwrap();
+    kaio_ops::attention_tc_causal(
+        &kaio, &kq, &kk, &kv, &mut square, dims.1, dims.1, dims.2, dims.3,
+    )
+    .unwrap();
+    poison(&gpu, sk * dv);
+    same("attention_tc_causal", &q.kaio_attention_tc(&k, &v, true)?, &kaio, &square);
+    Ok(())
+}
+
+#[test]
+fn flash_attention_and_gradient() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let kaio = registry::device(0)?;
+    let mut source = Source::new("parity flash", &gpu);
+    let (s, d) = (300, 64);
+    let [q, k, v, g] = [0; 4].map(|_| source.tensor(DType::F32, &[s, d], Layout::Plain).unwrap());
+    let [kq, kk, kv, kg] = [&q, &k, &v, &g].map(|t| buffer::<f32>(&kaio, t));
+    let new = || kaio.alloc_zeros::<f32>(s * d).unwrap();
+    let (su, du) = (s as u32, d as u32);
+    for causal in [false, true] {
+        let (mut out, mut lse) = (new(), kaio.alloc_zeros::<f32>(s).unwrap());
+        let forward = match causal {
+            false => kaio_ops::attention_flash,
+            true => kaio_ops::attention_flash_causal,
+        };
+        forward(&kaio, &kq, &kk, &kv, &mut out, su, du).unwrap();
+        poison(&gpu, s * d);
+        let what = format!("attention_flash causal={causal}");
+        same(&what, &q.kaio_flash_attn(&k, &v, causal)?, &kaio, &out);
+
+        let with_stats = match causal {
+            false => kaio_ops::attention_flash_with_stats,
+            true => kaio_ops::attention_flash_causal_with_stats,
+        };
+        with_stats(&kaio, &kq, &kk, &kv, &mut out, &mut lse, su, du).unwrap();
+        let (mut dq, mut dk, mut dv) = (new(), new(), new());
+        let backward = match causal {
+            false => kaio_ops::attention_flash_bwd,
+            true => kaio_ops::attention_flash_bwd_causal,
+        };
+        backward(&kaio, &kg, &kq, &kk, &kv, &out, &lse, &mut dq, &mut dk, &mut dv, su, du)
+            .unwrap();
+        let vars = [&q, &k, &v].map(|t| candle_core::Var::from_tensor(t).unwrap());
+        poison(&gpu, s * d);
+        let loss = (vars[0].kaio_flash_attn(&vars[1], &vars[2], causal)? * &g)?.sum_all()?;
+        poison(&gpu, s * d);
+        let grads = loss.backward()?;
+        for (name, var, want) in [("dq", &vars[0], &dq), ("dk", &vars[1], &dk), ("dv", &vars[2], &dv)] {
+            same(&format!("{what} {name}"), grads.get(var).unwrap(), &kaio, want);
+        }
+    }
+    Ok(())
+}

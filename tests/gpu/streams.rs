@@ -1,0 +1,128 @@
+//! Order: kaio's kernels among candle's work, on its own stream, from many threads, on two GPUs.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use kaio_candle::prelude::*;
+use kaio_candle::quant;
+
+use super::common::{Layout, Source, attention, matmul, quantized};
+use super::{gpu, say, second_gpu};
+
+fn bits(t: &Tensor) -> Vec<u32> {
+    let t = t.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+    t.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+/// A chain in which each step reads what the last one is still writing: candle, kaio, candle, kaio.
+fn chain(device: &Device, seed: &str) -> Result<Vec<u32>> {
+    let mut source = Source::new(seed, device);
+    let n = 768;
+    let x = source.tensor(DType::F32, &[n, n], Layout::Plain)?;
+    let y = source.tensor(DType::F32, &[n, n], Layout::Plain)?;
+    let mut state = x.clone();
+    for _ in 0..4 {
+        // candle writes `h`; kaio reads it at once.
+        let h = (state.matmul(&y)? * (1.0 / n as f64))?.to_dtype(DType::F16)?;
+        let c = h.kaio_matmul_tc_async(&h.t()?)?;
+        // kaio wrote `c`; candle reads it at once, and `h` is freed while kaio may still read it.
+        state = (c.tanh()? + &x)?;
+        let heads = state.reshape((12, n, 64))?;
+        let o = heads.kaio_flash_attn(&heads, &heads, true)?;
+        state = (state + o.reshape((n, n))?)?;
+    }
+    Ok(bits(&state))
+}
+
+#[test]
+fn own_stream_gives_the_same_bits() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let want = chain(&gpu, "chain")?;
+    let own = Device::new_cuda_with_stream(0)?;
+    for _ in 0..8 {
+        assert!(chain(&own, "chain")? == want, "the device with its own stream differs");
+    }
+    Ok(())
+}
+
+#[test]
+fn tables_on_an_own_stream() -> Result<()> {
+    if gpu().is_none() {
+        return Ok(());
+    }
+    let own = Device::new_cuda_with_stream(0)?;
+    matmul::layouts(&own);
+    matmul::gradients(&own);
+    quantized::int8(&own);
+    quantized::int4(&own);
+    quantized::qkv_int8(&own);
+    attention::layouts(&own);
+    attention::attention_tc(&own);
+    Ok(())
+}
+
+#[test]
+fn two_candle_devices_on_one_gpu() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let own = Device::new_cuda_with_stream(0)?;
+    let mut source = Source::new("two devices", &gpu);
+    let (a, b) = (
+        source.tensor(DType::F16, &[256, 512], Layout::Plain)?,
+        source.tensor(DType::F16, &[512, 256], Layout::Plain)?,
+    );
+    let want = bits(&a.kaio_matmul_tc(&b)?);
+    let moved = Tensor::from_vec(b.flatten_all()?.to_vec1::<half::f16>()?, (512, 256), &own)?;
+    for _ in 0..50 {
+        assert!(bits(&a.kaio_matmul_tc(&moved)?) == want);
+    }
+    Ok(())
+}
+
+#[test]
+fn many_threads() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let work = |device: &Device, seed: usize| -> Result<Vec<Vec<u32>>> {
+        let mut source = Source::new(&format!("thread {seed}"), device);
+        let a = source.tensor(DType::F16, &[33 + seed, 256], Layout::Plain)?;
+        let w = source.tensor(DType::F32, &[256, 40], Layout::Plain)?;
+        let (packed, scales) = quant::quantize_int4(&w)?;
+        let (w8, scale) = quant::quantize_int8(&w)?;
+        let (q, _, _) = a.kaio_qkv_project_int8([&w8, &w8, &w8], [scale; 3])?;
+        let x = Var::from_tensor(&source.tensor(DType::F32, &[2, 70, 32], Layout::Plain)?)?;
+        let grads = x.kaio_flash_attn(&x, &x, true)?.sqr()?.sum_all()?.backward()?;
+        Ok(vec![
+            bits(&a.kaio_matmul_tc(&w.to_dtype(DType::F16)?)?),
+            bits(&a.kaio_matmul_int4(&packed, &scales)?),
+            bits(&q),
+            bits(grads.get(&x).unwrap()),
+        ])
+    };
+    let alone: Vec<_> = (0..8).map(|seed| work(&gpu, seed)).collect::<Result<_>>()?;
+    std::thread::scope(|scope| {
+        for (seed, alone) in alone.iter().enumerate() {
+            let gpu = &gpu;
+            scope.spawn(move || {
+                // A device of the thread's own in every second thread.
+                let own = Device::new_cuda_with_stream(0).unwrap();
+                let device = if seed % 2 == 0 { gpu } else { &own };
+                for _ in 0..20 {
+                    assert!(&work(device, seed).unwrap() == alone, "thread {seed} differs");
+                }
+            });
+        }
+    });
+    Ok(())
+}
+
+#[test]
+fn two_gpus() -> Result<()> {
+    let (Some(first), Some(second)) = (gpu(), second_gpu()) else { return Ok(()) };
+    assert!(chain(&first, "two")? == chain(&second, "two")?, "two GPUs of one kind differ");
+    let (a, b) = (registry::device(0)?, registry::device(1)?);
+    assert_eq!((a.ordinal(), b.ordinal()), (0, 1));
+    std::thread::scope(|scope| {
+        for device in [&first, &second] {
+            scope.spawn(move || matmul::sizes(device));
+        }
+    });
+    say("two GPUs: ran");
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! The tables of the CPU suites on the first GPU.
+
+use super::common::{attention, errors, matmul, quantized};
+use super::{gpu, second_gpu};
+use candle_core::Device;
+
+macro_rules! tables {
+    ($($name:ident: $suite:path;)*) => {$(
+        #[test]
+        fn $name() {
+            if let Some(device) = gpu() {
+                $suite(&device);
+            }
+        }
+    )*};
+}
+
+tables! {
+    matmul_sizes: matmul::sizes;
+    matmul_empty: matmul::empty;
+    matmul_layouts: matmul::layouts;
+    matmul_specials: matmul::specials;
+    matmul_random: matmul::random;
+    matmul_gradients: matmul::gradients;
+    matmul_scaled_gradients: matmul::scaled_gradients;
+    matmul_training: matmul::training;
+    int8: quantized::int8;
+    int8_random: quantized::int8_random;
+    int4: quantized::int4;
+    qkv_int8: quantized::qkv_int8;
+    qkv_int4: quantized::qkv_int4;
+    quantize_int8: quantized::quantize_int8;
+    quantize_int4: quantized::quantize_int4;
+    pack_int4: quantized::pack_int4;
+    attention_sizes: attention::sizes;
+    attention_empty: attention::empty;
+    attention_layouts: attention::layouts;
+    attention_upstream: attention::upstream;
+    attention_scales: attention::scales;
+    attention_random: attention::random;
+    attention_specials: attention::specials;
+    attention_finite_differences: attention::finite_differences;
+    attention_tc: attention::attention_tc;
+    errors_matmul: errors::matmul;
+    errors_int8: errors::int8;
+    errors_int4: errors::int4;
+    errors_qkv: errors::qkv;
+    errors_attention_tc: errors::attention_tc;
+    errors_flash_attn: errors::flash_attn;
+    errors_tracked: errors::tracked;
+    errors_layers: errors::layers;
+}
+
+#[test]
+fn errors_devices() {
+    let Some(device) = gpu() else { return };
+    let others: Vec<_> = [Some(Device::Cpu), second_gpu()].into_iter().flatten().collect();
+    errors::devices(&device, &others);
+}
+
+/// A head dimension that no kaio-ops kernel takes: the error names the engine and its limit.
+#[test]
+fn head_dimension_limit() {
+    use candle_core::{DType, Tensor};
+    use kaio_candle::{Error, prelude::*};
+    let Some(device) = gpu() else { return };
+    let x = Tensor::zeros((4, 264), DType::F16, &device).unwrap();
+    for (op, result) in [
+        ("kaio_flash_attn", x.kaio_flash_attn(&x, &x, false)),
+        ("kaio_attention_tc", x.kaio_attention_tc(&x, &x, false)),
+    ] {
+        let error = result.unwrap_err();
+        assert!(matches!(Error::of(&error), Some(Error::Unsupported { .. })));
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "{op}: Engine::KaioOps cannot take a head dimension of 264 (at most 256); run it on \
+                 the CPU, or split the heads"
+            )
+        );
+    }
+}
