@@ -62,10 +62,11 @@ impl Optimizer {
         let mut grads = loss.backward()?;
         self.clip(&mut grads)?;
         for Moments { var, first, second, .. } in &mut self.moments {
+            // A gradient can hold on to the graph that it was computed from; the moments must not.
+            let grad = gradient(&grads, var)?.detach();
             // Written as candle-nn writes it, so that both copies round alike.
             let (beta1, beta2) = (self.params.beta1, self.params.beta2);
-            let grad = gradient(&grads, var)?;
-            *first = ((&*first * beta1)? + (grad * (1.0 - beta1))?)?;
+            *first = ((&*first * beta1)? + (&grad * (1.0 - beta1))?)?;
             *second = ((&*second * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
         }
         self.inner.set_learning_rate(self.params.lr * schedule(self.steps_done, total_steps));

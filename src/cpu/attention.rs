@@ -169,8 +169,10 @@ fn forward_rows(
             }
             let max = seen.iter().copied().fold(maxima[r], f32::max);
             if max == f32::NEG_INFINITY {
-                // Only −∞ so far: no weight yet. If it stays so, 0/0 gives the plain formula's NaN.
-                seen.fill(0.0);
+                // Only −∞ and NaN so far. −∞ has no weight yet; if it stays so, 0/0 gives the plain
+                // formula's NaN.
+                seen.iter_mut().for_each(|x| *x = if x.is_nan() { *x } else { 0.0 });
+                sums[r] += seen.iter().sum::<f32>();
                 continue;
             }
             // exp(−∞) = 0 for the first block.

@@ -17,11 +17,14 @@ pub(crate) fn matmul(problem: &MatmulProblem, a: &CpuStorage, b: &CpuStorage) ->
     Ok(products(count, &a, &b))
 }
 
-/// A product with a row-major `[K, N]` weight that all rows share.
-pub(crate) fn matmul_dense(lhs: &Stack, a: &CpuStorage, weight: &[f32]) -> Result<Vec<f32>> {
-    let n = weight.len().checked_div(lhs.cols).unwrap_or(0);
-    let rhs = Stack::row_major(lhs.cols, n);
-    let weight = Wide { data: weight.into(), stack: rhs };
+/// A product with a row-major `[K, n]` weight that all rows share.
+pub(crate) fn matmul_dense(
+    lhs: &Stack,
+    a: &CpuStorage,
+    weight: &[f32],
+    n: usize,
+) -> Result<Vec<f32>> {
+    let weight = Wide { data: weight.into(), stack: Stack::row_major(lhs.cols, n) };
     Ok(products(lhs.count(), &widen(a, lhs)?, &weight))
 }
 

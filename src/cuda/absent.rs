@@ -1,7 +1,7 @@
 //! The engine in a build without the feature `cuda`. No CUDA tensor exists there, so that none of
 //! these functions is ever reached.
 
-use candle_core::{CudaStorage, Error, Result};
+use candle_core::{CudaStorage, DType, Error, Result};
 
 use super::Operand;
 use crate::op::{AttentionProblem, MatmulProblem, Pipeline, View};
@@ -18,7 +18,7 @@ macro_rules! absent {
 type Name = &'static str;
 
 absent! {
-    fn matmul(Name, &MatmulProblem, Pipeline, &CudaStorage, &CudaStorage) -> CudaStorage;
+    fn matmul(Name, &MatmulProblem, Pipeline, DType, &CudaStorage, &CudaStorage) -> CudaStorage;
     fn matmul_int8(Name, Operand, Operand, f32) -> CudaStorage;
     fn matmul_int4(Name, Operand, Operand, Operand) -> CudaStorage;
     fn qkv_int8(Name, Operand, &[Operand], [f32; 3]) -> CudaStorage;

@@ -62,15 +62,16 @@ pub(super) fn fit<'a>(storage: &'a CudaStorage, stack: &Stack, want: Want) -> Re
         false => stack.clone(),
     };
     let dtype = want.dtype.unwrap_or(storage.dtype());
-    let (rows, cols) = (want.rows.max(stack.rows + want.rows_before), want.cols.max(stack.cols));
-    let same_size = (rows, cols) == (stack.rows, stack.cols);
+    let lines = if want.folded { stack.count() * stack.rows } else { stack.rows };
+    let (rows, cols) = (want.rows.max(lines + want.rows_before), want.cols.max(stack.cols));
+    let same_size = (rows, cols) == (lines, stack.cols);
     let fits = stack.is_row_major()
         && is_aligned(&stack, storage.dtype(), want.align)
         && !(want.folded && stack.count() != 1);
     if fits && same_size && dtype == storage.dtype() && want.factor.is_none() {
         return Ok(Fitted { held: Held::View(storage), stack });
     }
-    let once = stack.without_repeats();
+    let once = if want.folded { stack.clone() } else { stack.without_repeats() };
     let layout = once.layout();
     let mut copy = match (dtype == storage.dtype(), want.factor) {
         (true, Some(factor)) => storage.affine(&layout, f64::from(factor), 0.0)?,
@@ -81,15 +82,17 @@ pub(super) fn fit<'a>(storage: &'a CudaStorage, stack: &Stack, want: Want) -> Re
             cast.affine(&Layout::contiguous(layout.shape()), f64::from(factor), 0.0)?
         }
     };
-    let count = once.count();
+    let count = if want.folded { 1 } else { once.count() };
     if cols != stack.cols {
-        copy = pad(&copy, count * stack.rows, stack.cols, 0, cols)?;
+        copy = pad(&copy, count * lines, stack.cols, 0, cols)?;
     }
     if rows != stack.rows {
-        copy = pad(&copy, count, stack.rows * cols, want.rows_before * cols, rows * cols)?;
+        copy = pad(&copy, count, lines * cols, want.rows_before * cols, rows * cols)?;
     }
-    let stack = stack.packed_once(rows, cols);
-    let stack = if want.folded { stack.fold_rows().unwrap_or(stack) } else { stack };
+    let stack = match want.folded {
+        true => Stack::row_major(rows, cols),
+        false => stack.packed_once(rows, cols),
+    };
     Ok(Fitted { held: Held::Copy(copy), stack })
 }
 

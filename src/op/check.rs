@@ -162,19 +162,19 @@ pub(crate) fn int8_weight(op: &'static str, (arg, t): Arg, lhs: &Tensor, k: usiz
     Ok(())
 }
 
-/// Checks a packed int4 weight `[K/8, N]` and its scales `[K/128, N]`.
+/// Checks a packed int4 weight `[K/8, N]` and its scales `[K/128, N]` against the K of an argument.
 pub(crate) fn int4_weight(
     op: &'static str,
+    (k_arg, k): (&'static str, usize),
     (arg, packed): Arg,
     (s_arg, scales): Arg,
-    k: usize,
 ) -> Result<()> {
     rank(op, (arg, packed), 2..=2, "[K/8, N]", "a weight has no batch dimensions")?;
     rank(op, (s_arg, scales), 2..=2, "[K/128, N]", "one scale a group and column")?;
     if !k.is_multiple_of(INT4_GROUP) {
         return Err(Error::Dimension {
             op,
-            arg: "lhs",
+            arg: k_arg,
             dim: "K",
             got: k,
             want: format!("a multiple of {INT4_GROUP}, the rows that share a scale"),

@@ -54,14 +54,22 @@ pub(crate) fn matmul(
         .into());
     }
     check::engine(op, opts.engine)?;
-    lhs.apply_op2(rhs, Node(Matmul { name: op, pipeline }))?.to_dtype(out_dtype)
+    lhs.apply_op2(rhs, Node(Matmul { name: op, pipeline, out_dtype }))
 }
 
-/// f32 `[.., M, N]` from f16, bf16 or (in a gradient on the CPU) f32 operands.
+/// `[.., M, N]` from f16, bf16 or (in a gradient on the CPU) f32 operands, summed in f32.
 #[derive(Clone, Copy)]
-struct Matmul {
+pub(super) struct Matmul {
     name: &'static str,
     pipeline: Pipeline,
+    out_dtype: DType,
+}
+
+impl Matmul {
+    /// A product to f32.
+    pub fn new(name: &'static str) -> Self {
+        Self { name, pipeline: Pipeline::Async, out_dtype: DType::F32 }
+    }
 }
 
 /// The facts of one product.
@@ -97,13 +105,13 @@ impl Op for Matmul {
         let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
         let problem = MatmulProblem::new(la, lb);
         let out = cpu::matmul(&problem, a, b)?;
-        Ok((CpuStorage::F32(out), problem.out))
+        Ok((cpu::narrow_to(self.out_dtype, out)?, problem.out))
     }
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
         let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
         let problem = MatmulProblem::new(la, lb);
-        let out = cuda::matmul(self.name, &problem, self.pipeline, a, b)?;
+        let out = cuda::matmul(self.name, &problem, self.pipeline, self.out_dtype, a, b)?;
         Ok((out, problem.out))
     }
 }
@@ -117,9 +125,15 @@ impl Differentiable for Matmul {
         grad: &Tensor,
     ) -> Result<Vec<Option<Tensor>>> {
         let (a, b) = (inputs[0], inputs[1]);
+        if [a, b, grad].iter().any(|t| t.elem_count() == 0) {
+            // No products: nothing depends on the inputs.
+            return Ok(vec![Some(a.zeros_like()?), Some(b.zeros_like()?)]);
+        }
+        let product = Self { out_dtype: DType::F32, ..*self };
+        let grad = grad.to_dtype(DType::F32)?;
         let da = || {
-            let scaled = Scaled::new(grad, a.dtype(), grad.rank() - 1)?;
-            let da = eval(self, &[&scaled.grad, &b.t()?])?;
+            let scaled = Scaled::new(&grad, a.dtype(), grad.rank() - 1)?;
+            let da = eval(&product, &[&scaled.grad, &b.t()?])?;
             sum_to(&scaled.restore(da)?, a.shape())?.to_dtype(a.dtype())
         };
         let db = || {
@@ -131,7 +145,7 @@ impl Differentiable for Matmul {
                 _ => (a.clone(), grad.clone()),
             };
             let scaled = Scaled::new(&grad, b.dtype(), grad.rank() - 2)?;
-            let db = eval(self, &[&a.t()?, &scaled.grad])?;
+            let db = eval(&product, &[&a.t()?, &scaled.grad])?;
             sum_to(&scaled.restore(db)?, b.shape())?.to_dtype(b.dtype())
         };
         Ok(vec![a.track_op().then(da).transpose()?, b.track_op().then(db).transpose()?])
@@ -156,12 +170,10 @@ impl Scaled {
 
     fn new(grad: &Tensor, dtype: DType, summed: usize) -> Result<Self> {
         if grad.device().is_cpu() {
-            let grad = grad.to_dtype(DType::F32)?;
-            return Ok(Self { grad, restore: None });
+            return Ok(Self { grad: grad.clone(), restore: None });
         }
-        if dtype != DType::F16 || grad.elem_count() == 0 {
-            let grad = grad.to_dtype(dtype)?;
-            return Ok(Self { grad, restore: None });
+        if dtype != DType::F16 {
+            return Ok(Self { grad: grad.to_dtype(dtype)?, restore: None });
         }
         // Clamped so that an all-zero vector is not divided by zero, nor an infinite one by infinity.
         let peak = grad.abs()?.max_keepdim(summed)?.clamp(1e-30f32, 1e30f32)?;

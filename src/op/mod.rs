@@ -17,7 +17,8 @@ pub(crate) use quantized::{matmul_int4, matmul_int8};
 
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
+    bail,
 };
 
 /// A storage and the view of it that is meant.
@@ -35,6 +36,14 @@ pub(crate) trait Op: Send + Sync + 'static {
 pub(crate) trait Differentiable: Op {
     /// The gradients of the inputs, given the result and its gradient; `None` where no one asks.
     fn grad(&self, inputs: &[&Tensor], out: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>>;
+}
+
+/// A cast that also takes tensors without elements, for which candle's CUDA kernels do not launch.
+pub(crate) fn cast(t: &Tensor, dtype: DType) -> Result<Tensor> {
+    match t.elem_count() {
+        0 => Tensor::zeros(t.shape(), dtype, t.device()),
+        _ => t.to_dtype(dtype),
+    }
 }
 
 /// Runs an op outside candle's graph.

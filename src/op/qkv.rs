@@ -39,7 +39,7 @@ pub(crate) fn qkv_project(x: &Tensor, weights: QkvWeights) -> Result<(Tensor, Te
             check::one_device(op, &[[("x", x)].as_slice(), &scale_args].concat())?;
             for i in 0..3 {
                 check::dtype(op, scale_args[i], &[DType::F16])?;
-                check::int4_weight(op, (NAMES[i], packed[i]), scale_args[i], k)?;
+                check::int4_weight(op, ("x", k), (NAMES[i], packed[i]), scale_args[i])?;
             }
             check_same_n(op, packed)?;
             check::untracked(op, &[args.as_slice(), &scale_args].concat())?;
@@ -92,14 +92,15 @@ impl Op for Qkv {
 
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
         let (x, lx) = inputs[0];
-        let (lhs, shape) = rows(lx, inputs[1].1.dims()[1]);
+        let n = inputs[1].1.dims()[1];
+        let (lhs, shape) = rows(lx, n);
         let mut out = Vec::with_capacity(3 * shape.elem_count());
         for i in 0..3 {
             let (weight, scale) = match &self.kind {
                 Kind::Int8(scales) => (cpu::widen_int8(inputs[1 + i])?, scales[i]),
                 Kind::Int4 => (cpu::dequantize_int4(inputs[1 + i], inputs[4 + i])?, 1.0),
             };
-            let sums = cpu::matmul_dense(&lhs, x, &weight)?;
+            let sums = cpu::matmul_dense(&lhs, x, &weight, n)?;
             out.extend(sums.into_iter().map(|sum| f16::from_f32(sum * scale)));
         }
         Ok((CpuStorage::F16(out), tripled(&shape)))

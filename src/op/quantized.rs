@@ -2,11 +2,17 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
 
-use super::{Op, View, check, eval};
-use crate::{cpu, cuda, error::Error, stack::Stack};
+use super::matmul::Matmul;
+use super::{Op, View, cast, check, eval};
+use crate::{cpu, cuda, error::Error, quant, stack::Stack};
 
 /// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`.
 const INT8_MAX_K: usize = (i32::MAX / (128 * 128)) as usize;
+
+/// The int4 kernel of kaio-ops 0.5 scales every block of 64 columns with the scales of the first one.
+/// Wider weights are dequantised on the GPU to f16, which is what the kernel does with each nibble,
+/// and go through the f16 kernel.
+const KAIO_OPS_INT4_MAX_N: usize = 64;
 
 /// f32 `[.., M, N]` = `scale · Σ a·b`.
 pub(crate) fn matmul_int8(lhs: &Tensor, rhs: &Tensor, scale: f32) -> Result<Tensor> {
@@ -42,8 +48,12 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     check::dtype(OP, b, &[DType::U32])?;
     check::dtype(OP, s, &[DType::F16])?;
     let k = check::activations(OP, a)?;
-    check::int4_weight(OP, b, s, k)?;
+    check::int4_weight(OP, ("lhs", k), b, s)?;
     check::untracked(OP, &[a, b, s])?;
+    if lhs.device().is_cuda() && packed.dims()[1] > KAIO_OPS_INT4_MAX_N {
+        let weight = cast(&quant::dequantize_int4(packed, scales)?, DType::F16)?;
+        return eval(&Matmul::new(OP), &[lhs, &weight]);
+    }
     eval(&MatmulInt4, &[lhs, packed, scales])
 }
 
@@ -89,9 +99,10 @@ impl Op for MatmulInt4 {
 
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
         let [(a, la), packed, scales] = *inputs else { unreachable!("three operands") };
-        let (lhs, shape) = rows(la, packed.1.dims()[1]);
+        let n = packed.1.dims()[1];
+        let (lhs, shape) = rows(la, n);
         let weight = cpu::dequantize_int4(packed, scales)?;
-        let out = cpu::matmul_dense(&lhs, a, &weight)?;
+        let out = cpu::matmul_dense(&lhs, a, &weight, n)?;
         Ok((CpuStorage::F32(out), shape))
     }
 

@@ -127,7 +127,7 @@ pub fn dequantize_int4(packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
     check::rank(OP, args[0], 2..=2, "[K/8, N]", "unpack one matrix at a time")?;
     let (k, n) = (packed.dims()[0] * NIBBLES, packed.dims()[1]);
     multiple(OP, "packed", "rows", k / NIBBLES, INT4_GROUP / NIBBLES, "a group has 128 rows of K")?;
-    check::int4_weight(OP, args[0], args[1], k)?;
+    check::int4_weight(OP, ("packed", k), args[0], args[1])?;
     if packed.elem_count() == 0 {
         return Tensor::zeros((k, n), DType::F32, packed.device());
     }

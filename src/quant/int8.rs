@@ -2,7 +2,10 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use crate::{error::Error, op::check};
+use crate::{
+    error::Error,
+    op::{cast, check},
+};
 
 /// Rounds a tensor to int8: `q = round(t / scale)`, `scale = max|t| / 127`.
 ///
@@ -33,7 +36,7 @@ pub fn quantize_int8(t: &Tensor) -> Result<(Tensor, f32)> {
     check::dtype(OP, ("t", t), &[DType::F32, DType::F16, DType::BF16])?;
     check::untracked(OP, &[("t", t)])?;
     if t.elem_count() == 0 {
-        return Ok((t.to_dtype(DType::U8)?, 1.0));
+        return Ok((cast(t, DType::U8)?, 1.0));
     }
     let t = t.to_dtype(DType::F32)?;
     // A sum of |t|·0 is 0, or NaN if any element is infinite or NaN, which a maximum may pass over.
@@ -61,5 +64,8 @@ pub fn quantize_int8(t: &Tensor) -> Result<(Tensor, f32)> {
 /// Another dtype.
 pub fn dequantize_int8(q: &Tensor, scale: f32) -> Result<Tensor> {
     check::dtype("dequantize_int8", ("q", q), &[DType::U8])?;
+    if q.elem_count() == 0 {
+        return cast(q, DType::F32);
+    }
     super::unwrap(&q.to_dtype(DType::F32)?, 256.0)?.affine(f64::from(scale), 0.0)
 }

@@ -156,7 +156,15 @@ fn attention() -> Result<()> {
     same("attention_tc", &q.narrow(0, 0, sq)?.kaio_attention_tc(&k, &v, false)?, &kaio, &cross);
     let mut square = kaio.alloc_zeros::<f32>(sk * dv).unwrap();
     kaio_ops::attention_tc_causal(
-        &kaio, &kq, &kk, &kv, &mut square, dims.1, dims.1, dims.2, dims.3,
+        &kaio,
+        &kq,
+        &kk,
+        &kv,
+        &mut square,
+        dims.1,
+        dims.1,
+        dims.2,
+        dims.3,
     )
     .unwrap();
     poison(&gpu, sk * dv);
@@ -195,14 +203,15 @@ fn flash_attention_and_gradient() -> Result<()> {
             false => kaio_ops::attention_flash_bwd,
             true => kaio_ops::attention_flash_bwd_causal,
         };
-        backward(&kaio, &kg, &kq, &kk, &kv, &out, &lse, &mut dq, &mut dk, &mut dv, su, du)
-            .unwrap();
+        backward(&kaio, &kg, &kq, &kk, &kv, &out, &lse, &mut dq, &mut dk, &mut dv, su, du).unwrap();
         let vars = [&q, &k, &v].map(|t| candle_core::Var::from_tensor(t).unwrap());
         poison(&gpu, s * d);
         let loss = (vars[0].kaio_flash_attn(&vars[1], &vars[2], causal)? * &g)?.sum_all()?;
         poison(&gpu, s * d);
         let grads = loss.backward()?;
-        for (name, var, want) in [("dq", &vars[0], &dq), ("dk", &vars[1], &dk), ("dv", &vars[2], &dv)] {
+        for (name, var, want) in
+            [("dq", &vars[0], &dq), ("dk", &vars[1], &dk), ("dv", &vars[2], &dv)]
+        {
             same(&format!("{what} {name}"), grads.get(var).unwrap(), &kaio, want);
         }
     }

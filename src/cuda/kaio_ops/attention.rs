@@ -12,7 +12,7 @@ use half::f16;
 
 use super::fit::{self, Fitted, Want, fit};
 use super::session::Session;
-use super::{crop, indexable, unsupported, zeros};
+use super::{cast, crop, indexable, unsupported, zeros};
 use crate::op::{AttentionProblem, View};
 use crate::stack::Stack;
 
@@ -120,11 +120,15 @@ pub(crate) fn flash_attn(
     keep_lse: bool,
     [q, k, v]: [&CudaStorage; 3],
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
-    let (out, lse) = flash_f32(op, p, keep_lse, [q, k, v])?;
-    match q.dtype() {
-        DType::F32 => Ok((out, lse)),
-        dtype => Ok((out.to_dtype(&Layout::contiguous(&p.out), dtype)?, lse)),
+    let (len, dtype) = (p.out.elem_count(), q.dtype());
+    if p.is_empty() {
+        // No gradient reads the log-sum-exp of a problem without results or without keys.
+        let rows = p.q.count() * p.seq_q();
+        let lse = keep_lse.then(|| zeros(q, rows, DType::F32)).transpose()?;
+        return Ok((zeros(q, len, dtype)?, lse));
     }
+    let (out, lse) = flash_f32(op, p, keep_lse, [q, k, v])?;
+    Ok((cast(out, len, dtype)?, lse))
 }
 
 fn flash_f32(
@@ -134,11 +138,6 @@ fn flash_f32(
     [q, k, v]: [&CudaStorage; 3],
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
     let (heads, sq) = (p.q.count(), p.seq_q());
-    if p.is_empty() {
-        // No gradient reads the log-sum-exp of a problem without results or without keys.
-        let lse = keep_lse.then(|| zeros(q, heads * sq, DType::F32)).transpose()?;
-        return Ok((zeros(q, p.out.elem_count(), DType::F32)?, lse));
-    }
     let square = Square::new(op, p)?;
     let (side, width, len) = (square.side, square.width, square.len());
     let q = square.queries((q, &p.q), width, square.factor)?;
@@ -277,10 +276,7 @@ pub(crate) fn flash_attn_backward(
         part.copy_strided_src(&mut flat, start, &Layout::contiguous(len))?;
         start += len;
     }
-    match dtype {
-        DType::F32 => Ok(flat),
-        _ => flat.to_dtype(&Layout::contiguous(total), dtype),
-    }
+    cast(flat, total, dtype)
 }
 
 /// The limits of the tensor-core kernel: its scores live in shared memory.
@@ -302,7 +298,10 @@ pub(crate) fn attention_tc(
     // Keys of zeros have weight unless the causal mask hides them from every query.
     let keys_fit = if p.causal { sq == sk } else { sk.is_multiple_of(tc::SEQ_TILE) };
     let dims_fit = d.is_multiple_of(tc::D_TILE) && d.max(dv) <= tc::MAX_DIM;
-    if p.is_empty() || !keys_fit || !dims_fit || sk > tc::MAX_SEQ_K {
+    if p.is_empty() {
+        return zeros(inputs[0], p.out.elem_count(), DType::F32);
+    }
+    if !keys_fit || !dims_fit || sk > tc::MAX_SEQ_K {
         return Ok(flash_f32(op, p, false, inputs)?.0);
     }
     let rows_q = sq.next_multiple_of(tc::SEQ_TILE);

@@ -15,29 +15,28 @@ use crate::op::{MatmulProblem, Pipeline};
 const K_TILE: usize = 16;
 
 /// `c [m, n] = a [m, k] · b [k, n]`, all row-major.
-type Kernel<T> = fn(
-    &KaioDevice,
-    &GpuBuffer<T>,
-    &GpuBuffer<T>,
-    &mut GpuBuffer<f32>,
-    u32,
-    u32,
-    u32,
-) -> KaioResult;
+type Kernel<T> =
+    fn(&KaioDevice, &GpuBuffer<T>, &GpuBuffer<T>, &mut GpuBuffer<f32>, u32, u32, u32) -> KaioResult;
 
 pub(crate) fn matmul(
     op: &'static str,
     problem: &MatmulProblem,
     pipeline: Pipeline,
+    out_dtype: DType,
     a: &CudaStorage,
     b: &CudaStorage,
 ) -> Result<CudaStorage> {
-    match (a.dtype(), pipeline) {
+    let len = problem.out.elem_count();
+    if len == 0 || problem.lhs.cols == 0 {
+        return zeros(a, len, out_dtype);
+    }
+    let out = match (a.dtype(), pipeline) {
         (DType::F16, Pipeline::Sync) => run::<f16>(op, problem, kaio_ops::matmul_tc, a, b),
         (DType::F16, Pipeline::Async) => run::<f16>(op, problem, kaio_ops::matmul_tc_async, a, b),
         (DType::BF16, Pipeline::Sync) => run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16, a, b),
         (_, _) => run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16_async, a, b),
-    }
+    }?;
+    super::cast(out, len, out_dtype)
 }
 
 fn run<T: CudaDType>(
@@ -49,9 +48,6 @@ fn run<T: CudaDType>(
 ) -> Result<CudaStorage> {
     let (count, m, n) = (problem.lhs.count(), problem.lhs.rows, problem.rhs.cols);
     let k = problem.lhs.cols.next_multiple_of(K_TILE);
-    if count * m * n == 0 || k == 0 {
-        return zeros(a, count * m * n, DType::F32);
-    }
     indexable(op, "lhs", m.min(super::MAX_ROWS), k)?;
     indexable(op, "rhs", k, n)?;
     indexable(op, "result", m.min(super::MAX_ROWS), n)?;

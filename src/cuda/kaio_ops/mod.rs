@@ -9,8 +9,8 @@ pub(crate) use attention::{attention_tc, flash_attn, flash_attn_backward};
 pub(crate) use matmul::matmul;
 pub(crate) use quantized::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
 
-use candle_core::backend::BackendDevice;
-use candle_core::{CudaStorage, DType, Result, Shape};
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CudaStorage, DType, Layout, Result, Shape};
 
 use super::fit::{self, Fitted};
 use super::{Operand, session};
@@ -40,6 +40,14 @@ fn zeros(like: &CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
     like.device.zeros_impl(&Shape::from(len), dtype)
 }
 
+/// A packed f32 result in the dtype that was asked for.
+fn cast(src: CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
+    match dtype {
+        DType::F32 => Ok(src),
+        _ => src.to_dtype(&Layout::contiguous(len), dtype),
+    }
+}
+
 /// The first `rows`, from row `first` on, and `cols` of each of `count` packed `[height, width]`.
 fn crop(
     src: CudaStorage,
@@ -52,7 +60,7 @@ fn crop(
         return Ok(src);
     }
     let strides = vec![height * width, width, 1];
-    fit::pack(&src, &candle_core::Layout::new((count, rows, cols).into(), strides, first * width))
+    fit::pack(&src, &Layout::new((count, rows, cols).into(), strides, first * width))
 }
 
 /// The height of each slab of a `rows` tall problem and where it begins.

@@ -14,10 +14,11 @@ use crate::op::check::INT4_GROUP;
 const INT8_K_TILE: usize = 32;
 /// The depth of one f16 `mma.sync`.
 const F16_K_TILE: usize = 16;
-/// Columns that the kernels read or write with one access: two f16 scales or results, four bytes of
-/// an int8 weight.
+/// Columns of f16 scales that the int4 kernel reads with one access.
 const PAIR: usize = 2;
-const QUAD: usize = 4;
+/// The projection kernels write whole tiles: what hangs over the edge of a result would be written
+/// behind it.
+const QKV_TILE: (usize, usize) = (64, 16);
 
 /// Words hold eight rows of a weight.
 fn words(k: usize) -> usize {
@@ -25,8 +26,8 @@ fn words(k: usize) -> usize {
 }
 
 /// The kernels read activations row-major, as one matrix, with loads of 4 bytes.
-fn activations<'a>((x, stack): Operand<'a>, k: usize) -> Result<Fitted<'a>> {
-    fit(x, stack, Want { cols: k, align: 4, folded: true, ..Want::default() })
+fn activations<'a>((x, stack): Operand<'a>, m: usize, k: usize) -> Result<Fitted<'a>> {
+    fit(x, stack, Want { rows: m, cols: k, align: 4, folded: true, ..Want::default() })
 }
 
 /// The kernels read the words of a column side by side: `[N, K/8]` row-major.
@@ -50,7 +51,7 @@ pub(crate) fn matmul_int8(
         return zeros(x.0, m * n, DType::F32);
     }
     indexable(op, "rhs", k, n)?;
-    let x = activations(x, k)?;
+    let x = activations(x, m, k)?;
     let w = fit(w.0, w.1, Want { rows: k, ..Want::default() })?;
     single(op, (m, n), k, &x, &[&w], |device, x, inputs, c, rows| {
         let w = inputs[0].view::<i8>(w.offset(0), k * n);
@@ -70,7 +71,7 @@ pub(crate) fn matmul_int4(
     }
     let width = n.next_multiple_of(PAIR);
     indexable(op, "weight", k, width)?;
-    let x = activations(x, k)?;
+    let x = activations(x, m, k)?;
     let (w, s) = (packed(w, width)?, scales(s, width)?);
     let out = single(op, (m, width), k, &x, &[&w, &s], |device, x, inputs, c, rows| {
         let w_view = inputs[0].view::<u32>(w.offset(0), words(k) * width);
@@ -88,13 +89,7 @@ fn single<T>(
     k: usize,
     x: &Fitted,
     weights: &[&Fitted],
-    kernel: impl Fn(
-        &KaioDevice,
-        &GpuBuffer<T>,
-        &[Pointer],
-        &mut GpuBuffer<f32>,
-        u32,
-    ) -> KaioResult,
+    kernel: impl Fn(&KaioDevice, &GpuBuffer<T>, &[Pointer], &mut GpuBuffer<f32>, u32) -> KaioResult,
 ) -> Result<CudaStorage> {
     indexable(op, "activations", m.min(super::MAX_ROWS), k)?;
     indexable(op, "result", m.min(super::MAX_ROWS), n)?;
@@ -130,16 +125,17 @@ pub(crate) fn qkv_int8(
     s: [f32; 3],
 ) -> Result<CudaStorage> {
     let (m, n) = (x.1.count() * x.1.rows, weights[0].1.cols);
-    let (width, k) = (n.next_multiple_of(QUAD), x.1.cols.next_multiple_of(F16_K_TILE));
+    let k = x.1.cols.next_multiple_of(F16_K_TILE);
     if m * n == 0 || k == 0 {
         return zeros(x.0, 3 * m * n, DType::F16);
     }
+    let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
     indexable(op, "weights[0]", k, width)?;
-    let x = activations(x, k)?;
+    let x = activations(x, height, k)?;
     let want = Want { rows: k, cols: width, align: 4, ..Want::default() };
     let w = weights.iter().map(|w| fit(w.0, w.1, want)).collect::<Result<Vec<_>>>()?;
     let w: Vec<_> = w.iter().collect();
-    let out = triple(op, (m, width), k, &x, &w, |device, x, inputs, [q, key, v], rows| {
+    let out = triple(op, (height, width), k, &x, &w, |device, x, inputs, [q, key, v], rows| {
         let view = |i: usize| inputs[i].view::<i8>(w[i].offset(0), k * width);
         let (n, k) = (width as u32, k as u32);
         let (w0, w1, w2) = (view(0), view(1), view(2));
@@ -147,7 +143,7 @@ pub(crate) fn qkv_int8(
             device, x, &w0, &w1, &w2, s[0], s[1], s[2], q, key, v, rows, n, k,
         )
     })?;
-    crop(out, 3, (m, width), 0, (m, n))
+    crop(out, 3, (height, width), 0, (m, n))
 }
 
 pub(crate) fn qkv_int4(
@@ -160,24 +156,26 @@ pub(crate) fn qkv_int4(
     if m * n == 0 || k == 0 {
         return zeros(x.0, 3 * m * n, DType::F16);
     }
-    let width = n.next_multiple_of(PAIR);
+    let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
     indexable(op, "weights[0]", k, width)?;
-    let x = activations(x, k)?;
+    let x = activations(x, height, k)?;
     let w = weights.iter().map(|&w| packed(w, width));
     let s = steps.iter().map(|&s| scales(s, width));
     let inputs = w.chain(s).collect::<Result<Vec<_>>>()?;
     let inputs: Vec<_> = inputs.iter().collect();
-    let out = triple(op, (m, width), k, &x, &inputs, |device, x, pointers, [q, key, v], rows| {
-        let w = |i: usize| pointers[i].view::<u32>(inputs[i].offset(0), words(k) * width);
-        let s =
-            |i: usize| pointers[3 + i].view::<f16>(inputs[3 + i].offset(0), k / INT4_GROUP * width);
-        let (n, k, group) = (width as u32, k as u32, INT4_GROUP as u32);
-        let (w0, w1, w2, s0, s1, s2) = (w(0), w(1), w(2), s(0), s(1), s(2));
-        kaio_ops::qkv_project_int4(
-            device, x, &w0, &w1, &w2, &s0, &s1, &s2, q, key, v, rows, n, k, group,
-        )
-    })?;
-    crop(out, 3, (m, width), 0, (m, n))
+    let out =
+        triple(op, (height, width), k, &x, &inputs, |device, x, pointers, [q, key, v], rows| {
+            let w = |i: usize| pointers[i].view::<u32>(inputs[i].offset(0), words(k) * width);
+            let s = |i: usize| {
+                pointers[3 + i].view::<f16>(inputs[3 + i].offset(0), k / INT4_GROUP * width)
+            };
+            let (n, k, group) = (width as u32, k as u32, INT4_GROUP as u32);
+            let (w0, w1, w2, s0, s1, s2) = (w(0), w(1), w(2), s(0), s(1), s(2));
+            kaio_ops::qkv_project_int4(
+                device, x, &w0, &w1, &w2, &s0, &s1, &s2, q, key, v, rows, n, k, group,
+            )
+        })?;
+    crop(out, 3, (height, width), 0, (m, n))
 }
 
 /// Three f16 results `[3, m, n]` of activations `[m, k]`, in slabs of rows.

@@ -1,0 +1,32 @@
+//! Attention needs O(S·D) memory, forward and backward. A binary of its own: the peak is the process's.
+#![cfg(target_os = "linux")]
+
+use candle_core::{Device::Cpu, Result, Var};
+use kaio_candle::prelude::*;
+
+/// `VmHWM` (the peak) or `VmRSS` (now) in MB.
+fn memory(key: &str) -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux has it");
+    let line = status.lines().find_map(|line| line.strip_prefix(key)).expect("Linux has it");
+    let kb: f64 =
+        line.trim_start_matches(':').trim_end_matches("kB").trim().parse().expect("a number");
+    kb / 1024.0
+}
+
+#[test]
+fn attention_over_8192_keys() -> Result<()> {
+    let var = || Var::rand(-1f32, 1.0, (1, 1, 8192, 64), &Cpu);
+    let (q, k, v) = (var()?, var()?, var()?);
+    let before = memory("VmRSS");
+    let out = q.kaio_flash_attn(&k, &v, true)?;
+    let forward = memory("VmHWM") - before;
+    let grads = out.sum_all()?.backward()?;
+    let both = memory("VmHWM") - before;
+    println!(
+        "8192 keys: {forward:.0} MB for the forward pass, {both:.0} MB with the backward pass"
+    );
+    assert!(grads.get(&k).is_some());
+    // The scores alone would be 256 MB.
+    assert!(both < 200.0, "{both:.0} MB");
+    Ok(())
+}
