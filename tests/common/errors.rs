@@ -56,8 +56,8 @@ pub fn matmul(device: &Device) {
     let on = On(device);
     let mut tally = Tally::new("errors of matmul", device);
     let with = |a: &Tensor, b: &Tensor| a.kaio_matmul_with(b, &MatmulOptions::default());
-    type Method<'a> = (&'a str, &'a dyn Fn(&Tensor, &Tensor) -> Result<Tensor>);
-    let methods: [Method; 3] = [
+    type Named<'a> = (&'a str, &'a dyn Fn(&Tensor, &Tensor) -> Result<Tensor>);
+    let methods: [Named; 3] = [
         ("kaio_matmul_tc", &Tensor::kaio_matmul_tc),
         ("kaio_matmul_tc_async", &Tensor::kaio_matmul_tc_async),
         ("kaio_matmul_with", &with),
@@ -101,6 +101,9 @@ pub fn int8(device: &Device) {
         a.kaio_matmul_int8(&b, f32::NAN) => Value, "kaio_matmul_int8: scale is NaN, wanted a finite number";
         a.kaio_matmul_int8(&b, f32::NEG_INFINITY) => Value, "kaio_matmul_int8: scale is -inf, wanted a finite number";
     }
+    tally.case("kaio_matmul_int8: K = 131071", || {
+        on.u8([1, 131_071]).kaio_matmul_int8(&on.u8([131_071, 1]), 1.0).map(drop)
+    });
     tally.finish();
 }
 
@@ -198,8 +201,8 @@ pub fn flash_attn(device: &Device) {
         q.kaio_flash_attn_with(k, v, &FlashAttnOptions::default())
     };
     let plain = |q: &Tensor, k: &Tensor, v: &Tensor| q.kaio_flash_attn(k, v, true);
-    type Method<'a> = (&'a str, &'a dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>);
-    let methods: [Method; 2] = [("kaio_flash_attn", &plain), ("kaio_flash_attn_with", &with)];
+    type Named<'a> = (&'a str, &'a dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>);
+    let methods: [Named; 2] = [("kaio_flash_attn", &plain), ("kaio_flash_attn_with", &with)];
 
     let (shapes, fix) =
         ("[S, D], [H, S, D] or [B, H, S, D]", "reshape it, or use `.unsqueeze(..)?`");
@@ -238,53 +241,60 @@ pub fn flash_attn(device: &Device) {
 }
 
 /// A method, its arguments, and a call with one tensor for each.
-type Method =
-    (&'static str, &'static [(&'static str, DType, [usize; 2])], fn(&[Tensor]) -> Result<()>);
+type Method = (&'static str, &'static [Arg], fn(&[Tensor]) -> Result<()>);
+type Arg = (&'static str, DType, [usize; 2]);
 
-const LHS: (&str, DType, [usize; 2]) = ("lhs", F16, [4, 128]);
-const X: (&str, DType, [usize; 2]) = ("x", F16, [4, 128]);
-const W8: [(&str, DType, [usize; 2]); 3] =
-    [("weights[0]", U8, [128, 6]), ("weights[1]", U8, [128, 6]), ("weights[2]", U8, [128, 6])];
-const W4: [(&str, DType, [usize; 2]); 3] =
-    [("weights[0]", U32, [16, 6]), ("weights[1]", U32, [16, 6]), ("weights[2]", U32, [16, 6])];
-const S4: [(&str, DType, [usize; 2]); 3] =
-    [("scales[0]", F16, [1, 6]), ("scales[1]", F16, [1, 6]), ("scales[2]", F16, [1, 6])];
+const MATMUL: &[Arg] = &[("lhs", F16, [4, 128]), ("rhs", F16, [128, 6])];
+const ATTENTION: &[Arg] = &[("q", F16, [4, 8]), ("k", F16, [5, 8]), ("v", F16, [5, 6])];
 
 const WITH_GRADIENT: [Method; 5] = [
-    ("kaio_matmul_tc", &[LHS, ("rhs", F16, [128, 6])], |t| t[0].kaio_matmul_tc(&t[1]).map(drop)),
-    ("kaio_matmul_tc_async", &[LHS, ("rhs", F16, [128, 6])], |t| {
-        t[0].kaio_matmul_tc_async(&t[1]).map(drop)
-    }),
-    ("kaio_matmul_with", &[LHS, ("rhs", F16, [128, 6])], |t| {
+    ("kaio_matmul_tc", MATMUL, |t| t[0].kaio_matmul_tc(&t[1]).map(drop)),
+    ("kaio_matmul_tc_async", MATMUL, |t| t[0].kaio_matmul_tc_async(&t[1]).map(drop)),
+    ("kaio_matmul_with", MATMUL, |t| {
         t[0].kaio_matmul_with(&t[1], &MatmulOptions::default()).map(drop)
     }),
-    ("kaio_flash_attn", &[("q", F32, [4, 8]), ("k", F32, [5, 8]), ("v", F32, [5, 6])], |t| {
-        t[0].kaio_flash_attn(&t[1], &t[2], false).map(drop)
-    }),
-    ("kaio_flash_attn_with", &[("q", F16, [4, 8]), ("k", F16, [5, 8]), ("v", F16, [5, 6])], |t| {
+    ("kaio_flash_attn", ATTENTION, |t| t[0].kaio_flash_attn(&t[1], &t[2], false).map(drop)),
+    ("kaio_flash_attn_with", ATTENTION, |t| {
         t[0].kaio_flash_attn_with(&t[1], &t[2], &FlashAttnOptions::default()).map(drop)
     }),
 ];
 
 const WITHOUT_GRADIENT: [Method; 5] = [
-    ("kaio_attention_tc", &[("q", F16, [4, 8]), ("k", F16, [5, 8]), ("v", F16, [5, 6])], |t| {
-        t[0].kaio_attention_tc(&t[1], &t[2], false).map(drop)
-    }),
+    ("kaio_attention_tc", ATTENTION, |t| t[0].kaio_attention_tc(&t[1], &t[2], false).map(drop)),
     ("kaio_matmul_int8", &[("lhs", U8, [4, 128]), ("rhs", U8, [128, 6])], |t| {
         t[0].kaio_matmul_int8(&t[1], 1.0).map(drop)
     }),
-    ("kaio_matmul_int4", &[LHS, ("packed", U32, [16, 6]), ("scales", F16, [1, 6])], |t| {
-        t[0].kaio_matmul_int4(&t[1], &t[2]).map(drop)
-    }),
-    ("kaio_qkv_project_int8", &[X, W8[0], W8[1], W8[2]], |t| {
-        t[0].kaio_qkv_project_int8([&t[1], &t[2], &t[3]], [1.0; 3]).map(drop)
-    }),
-    ("kaio_qkv_project_int4", &[X, W4[0], W4[1], W4[2], S4[0], S4[1], S4[2]], |t| {
-        t[0].kaio_qkv_project_int4([&t[1], &t[2], &t[3]], [&t[4], &t[5], &t[6]]).map(drop)
-    }),
+    (
+        "kaio_matmul_int4",
+        &[("lhs", F16, [4, 128]), ("packed", U32, [16, 6]), ("scales", F16, [1, 6])],
+        |t| t[0].kaio_matmul_int4(&t[1], &t[2]).map(drop),
+    ),
+    (
+        "kaio_qkv_project_int8",
+        &[
+            ("x", F16, [4, 128]),
+            ("weights[0]", U8, [128, 6]),
+            ("weights[1]", U8, [128, 6]),
+            ("weights[2]", U8, [128, 6]),
+        ],
+        |t| t[0].kaio_qkv_project_int8([&t[1], &t[2], &t[3]], [1.0; 3]).map(drop),
+    ),
+    (
+        "kaio_qkv_project_int4",
+        &[
+            ("x", F16, [4, 128]),
+            ("weights[0]", U32, [16, 6]),
+            ("weights[1]", U32, [16, 6]),
+            ("weights[2]", U32, [16, 6]),
+            ("scales[0]", F16, [1, 6]),
+            ("scales[1]", F16, [1, 6]),
+            ("scales[2]", F16, [1, 6]),
+        ],
+        |t| t[0].kaio_qkv_project_int4([&t[1], &t[2], &t[3]], [&t[4], &t[5], &t[6]]).map(drop),
+    ),
 ];
 
-fn zeros(args: &[(&str, DType, [usize; 2])], device: &Device) -> Result<Vec<Tensor>> {
+fn zeros(args: &[Arg], device: &Device) -> Result<Vec<Tensor>> {
     args.iter().map(|&(_, dtype, dims)| Tensor::zeros(&dims, dtype, device)).collect()
 }
 
@@ -359,7 +369,8 @@ pub fn layers(device: &Device) {
         let a = Tensor::zeros((4, 8), F32, device)?;
         a.kaio_matmul_tc(&a)
     };
-    let layers: [(&str, fn(Result<Tensor>) -> Result<Tensor>); 6] = [
+    type Wrap = fn(Result<Tensor>) -> Result<Tensor>;
+    let layers: [(&str, Wrap); 6] = [
         ("bare", |r| r),
         ("bt", |r| r.map_err(candle_core::Error::bt)),
         ("Error::context", |r| r.map_err(|e| e.context("block 3"))),

@@ -1,9 +1,6 @@
-use kaio_candle::{Engine, FlashAttnOptions, MatmulOptions};
+use kaio_candle::prelude::*;
 
 fn main() {
     let _ = FlashAttnOptions { causal: true, softmax_scale: None, engine: Engine::Auto };
     let _ = MatmulOptions { out_dtype: None, ..Default::default() };
-    match Engine::Auto {
-        Engine::Auto | Engine::KaioOps | Engine::Native => {}
-    }
 }

@@ -1,7 +1,27 @@
-use kaio_candle::KaioTensorExt;
+use candle_core::{Result, Tensor};
+use kaio_candle::prelude::*;
 
 struct Mine;
 
-impl KaioTensorExt for Mine {}
+macro_rules! stubs {
+    ($($name:ident($($arg:ty),*) -> $result:ty;)*) => {
+        $(fn $name(&self, $(_: $arg),*) -> Result<$result> { todo!() })*
+    };
+}
+
+impl KaioTensorExt for Mine {
+    stubs! {
+        kaio_matmul_tc(&Tensor) -> Tensor;
+        kaio_matmul_tc_async(&Tensor) -> Tensor;
+        kaio_matmul_with(&Tensor, &MatmulOptions) -> Tensor;
+        kaio_matmul_int8(&Tensor, f32) -> Tensor;
+        kaio_matmul_int4(&Tensor, &Tensor) -> Tensor;
+        kaio_attention_tc(&Tensor, &Tensor, bool) -> Tensor;
+        kaio_flash_attn(&Tensor, &Tensor, bool) -> Tensor;
+        kaio_flash_attn_with(&Tensor, &Tensor, &FlashAttnOptions) -> Tensor;
+        kaio_qkv_project_int8([&Tensor; 3], [f32; 3]) -> (Tensor, Tensor, Tensor);
+        kaio_qkv_project_int4([&Tensor; 3], [&Tensor; 3]) -> (Tensor, Tensor, Tensor);
+    }
+}
 
 fn main() {}

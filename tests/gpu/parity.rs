@@ -44,6 +44,9 @@ fn same_f16(what: &str, got: &Tensor, kaio: &KaioDevice, want: &GpuBuffer<f16>) 
 const M: usize = 65;
 const N: usize = 68;
 const K: usize = 256;
+/// What the quantised kernels of kaio-ops compute right: the projections write whole tiles of 64 rows
+/// by 16 columns, also past the end, and the int4 product has the scales of 64 columns.
+const TILE: usize = 64;
 
 #[test]
 fn matmul_f16() -> Result<()> {
@@ -101,26 +104,28 @@ fn quantised() -> Result<()> {
     poison(&gpu, M * N);
     same("matmul_int8", &a.kaio_matmul_int8(&b, 0.37)?, &kaio, &c);
 
-    let x = source.tensor(DType::F16, &[M, K], Layout::Plain)?;
+    let (m, n) = (TILE as u32, TILE as u32);
+    let x = source.tensor(DType::F16, &[TILE, K], Layout::Plain)?;
     let kx = buffer::<f16>(&kaio, &x);
     let quantised = [0, 1, 2].map(|_| {
-        let w = source.tensor(DType::F32, &[K, N], Layout::Plain).unwrap();
+        let w = source.tensor(DType::F32, &[K, TILE], Layout::Plain).unwrap();
         quant::quantize_int4(&w).unwrap()
     });
     let words = [0, 1, 2].map(|i| buffer::<u32>(&kaio, &quantised[i].0.t().unwrap()));
     let steps = [0, 1, 2].map(|i| buffer::<f16>(&kaio, &quantised[i].1));
+    let mut c = kaio.alloc_zeros::<f32>(TILE * TILE).unwrap();
     kaio_ops::matmul_int4(&kaio, &kx, &words[0], &steps[0], &mut c, m, n, k, 128).unwrap();
-    poison(&gpu, M * N);
+    poison(&gpu, TILE * TILE);
     same("matmul_int4", &x.kaio_matmul_int4(&quantised[0].0, &quantised[0].1)?, &kaio, &c);
 
-    let mut out = [0, 1, 2].map(|_| kaio.alloc_zeros::<f16>(M * N).unwrap());
-    let weights = [0, 1, 2].map(|_| source.tensor(DType::U8, &[K, N], Layout::Plain).unwrap());
+    let mut out = [0, 1, 2].map(|_| kaio.alloc_zeros::<f16>(TILE * TILE).unwrap());
+    let weights = [0, 1, 2].map(|_| source.tensor(DType::U8, &[K, TILE], Layout::Plain).unwrap());
     let [w0, w1, w2] = [0, 1, 2].map(|i| signed(&weights[i]));
     let [q, key, v] = &mut out;
     let s = [0.01, 0.02, 0.03];
     kaio_ops::qkv_project_int8(&kaio, &kx, &w0, &w1, &w2, s[0], s[1], s[2], q, key, v, m, n, k)
         .unwrap();
-    poison(&gpu, 3 * M * N / 2);
+    poison(&gpu, 3 * TILE * TILE / 2);
     let got = x.kaio_qkv_project_int8([&weights[0], &weights[1], &weights[2]], s)?;
     for (got, want) in [got.0, got.1, got.2].iter().zip(&out) {
         same_f16("qkv_project_int8", got, &kaio, want);
@@ -129,7 +134,7 @@ fn quantised() -> Result<()> {
     let ([w0, w1, w2], [s0, s1, s2]) = (&words, &steps);
     kaio_ops::qkv_project_int4(&kaio, &kx, w0, w1, w2, s0, s1, s2, q, key, v, m, n, k, 128)
         .unwrap();
-    poison(&gpu, 3 * M * N / 2);
+    poison(&gpu, 3 * TILE * TILE / 2);
     let [(w0, s0), (w1, s1), (w2, s2)] = &quantised;
     let got = x.kaio_qkv_project_int4([w0, w1, w2], [s0, s1, s2])?;
     for (got, want) in [got.0, got.1, got.2].iter().zip(&out) {

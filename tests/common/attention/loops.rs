@@ -58,12 +58,16 @@ impl Loops {
     }
 
     /// The same sums over the magnitudes of their terms, to which rounding errors are in proportion.
-    /// A score that is off by its ulp takes its weight with it.
-    pub fn sizes(&self) -> Self {
+    /// A score that is off by its ulp takes its weight with it. So does, where weights are rebuilt from
+    /// it for the gradient, the log-sum-exp in f32: score − ln(weight).
+    pub fn sizes(&self, rebuilt: bool) -> Self {
         let (x, scale) = (self.x.each_ref().map(|nd| nd.map(f64::abs)), self.scale.abs());
-        let size = |i, (j, p)| match p {
+        let size = |i, (j, p): (usize, f64)| match p {
             0.0 => (j, 0.0),
-            _ => (j, p * (1.0 + scale * dot(x[0].row(i), x[1].row(j)))),
+            _ => {
+                let lse = if rebuilt { -p.ln() } else { 0.0 };
+                (j, p * (1.0 + scale * dot(x[0].row(i), x[1].row(j)) + lse))
+            }
         };
         let sizes = |(i, weights): (usize, &Vec<_>)| weights.iter().map(|&w| size(i, w)).collect();
         let weights = self.weights.iter().enumerate().map(sizes).collect();

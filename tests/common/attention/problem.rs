@@ -6,7 +6,7 @@ use kaio_candle::prelude::*;
 
 use super::Sizes;
 use super::loops::{Loops, nds, plain};
-use crate::common::Layout::{self, Plain};
+use crate::common::Layout::{self, Expanded, Plain, Repeated};
 use crate::common::{Nd, Source, close, identical, ulp};
 
 /// How q, k and v are views of the tensors that track gradients.
@@ -83,6 +83,17 @@ impl Problem {
     }
 
     pub fn check(&self, device: &Device) -> Result<()> {
+        let repeats =
+            |layouts: [Layout; 3]| layouts.iter().any(|l| [Repeated, Expanded].contains(l));
+        if let Leaves::Each(layouts) = self.leaves
+            && (device.is_cuda()
+                && self.is_empty()
+                && repeats(layouts)
+                && self.tracked != [false; 3])
+        {
+            // candle's own backward of a broadcast view divides by zero on CUDA.
+            return Self { tracked: [false; 3], ..self.clone() }.check(device);
+        }
         let inputs = self.inputs(&mut Source::new(&format!("{self:?}"), device))?;
         let want = self.reference(&inputs)?;
         self.compare(&inputs, &want, &self.allowed(&inputs, &want)?)
@@ -161,11 +172,11 @@ impl Problem {
         let grad = Nd::of(grads.get(&out).expect("the loss depends on it"))?;
         let grads = self.pull(leaves, &loops.backward(&grad, &value, -1.0))?;
 
-        let sizes = loops.sizes();
-        let size = sizes.forward();
+        let size = loops.sizes(false).forward();
         // The gradients start from a result that was rounded to the dtype.
         let mut rounded = value.map(|x| x.abs() * ulp(self.dtype, 1.0) / ulp(F32, 1.0));
         rounded.data.iter_mut().zip(&size.data).for_each(|(x, size)| *x += size);
+        let sizes = loops.sizes(true);
         let grad_sizes = self.pull(leaves, &sizes.backward(&grad.map(f64::abs), &rounded, 1.0))?;
         let grads = grads.into_iter().zip(grad_sizes).map(|(value, size)| Want { value, size });
         Ok(std::iter::once(Want { value, size }).chain(grads).collect())
