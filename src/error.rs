@@ -101,7 +101,7 @@ pub enum Error {
     },
     /// An input tracks a gradient, and the op has none.
     #[error(
-        "{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if its weights may stay as they are"
+        "{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if nothing that it was computed from is to be trained"
     )]
     Tracked {
         /// The method that was called.
@@ -109,26 +109,29 @@ pub enum Error {
         /// The argument's name.
         arg: &'static str,
     },
-    /// An option or a number passed by value is out of range.
-    #[error("{op}: {name} is {got}, wanted {want}")]
+    /// An option, a number passed by value or an element of a tensor is out of range.
+    #[error("{op}: `{name}` is {got}, wanted {want}; {fix}")]
     Value {
         /// The method that was called.
         op: &'static str,
-        /// The option's name.
+        /// The option's or argument's name.
         name: &'static str,
         /// What came.
         got: String,
         /// What was wanted.
         want: String,
+        /// What to do.
+        fix: &'static str,
     },
-    /// The engine, or the kind of device, cannot do this.
-    #[error("{op}: {what} cannot take {limit}; {fix}")]
+    /// The engine, or this crate on the kind of device, cannot do this.
+    #[error("{op}: {what} {limit}; {fix}")]
     Unsupported {
         /// The method that was called.
         op: &'static str,
-        /// The engine (`Engine::KaioOps`) or the device (`a Metal tensor`) that has the limit.
+        /// What has the limit: an engine (`Engine::KaioOps`) or `this crate`.
         what: String,
-        /// The limit, with the number that broke it.
+        /// What it cannot do, as a predicate, with the number that broke the limit
+        /// (`cannot take a head dimension of 264 (at most 256)`).
         limit: String,
         /// What to do instead.
         fix: String,
@@ -154,11 +157,11 @@ pub enum Error {
         got: String,
     },
     /// The CUDA driver or a kernel library refused.
-    #[error("{op}: {message}")]
+    #[error("{op}: the GPU call failed: {message}")]
     Driver {
         /// The method that was called.
         op: &'static str,
-        /// The driver's own words.
+        /// The driver's or the library's own words.
         message: String,
     },
 }

@@ -26,7 +26,7 @@ Model:
   --dim N                width, a multiple of the heads [default: 128]
 
 Training:
-  --steps N              steps in all, those before a checkpoint included [default: 600]
+  --steps N              steps in all, those before a checkpoint included [default: 500]
   --batch N              windows in a step [default: 8]
   --rate X               peak learning rate [default: 0.003]
 
@@ -70,7 +70,7 @@ impl Args {
             seed: 0,
             reference: false,
             model: GptConfig { seq: 128, layers: 3, heads: 4, dim: 128 },
-            steps: 600,
+            steps: 500,
             batch: 8,
             rate: 3e-3,
             out: "out".into(),

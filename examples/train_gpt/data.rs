@@ -12,21 +12,23 @@ const HELD_OUT: f64 = 0.1;
 /// Bounds the time that validation takes on a long text.
 const MAX_VALIDATION_WINDOWS: usize = 256;
 
+/// A text whose two parts both have windows of `seq` bytes and one more.
 pub struct Corpus {
     training: Vec<u8>,
     validation: Vec<u8>,
+    seq: usize,
 }
 
 impl Corpus {
-    pub fn from_file(path: &Path) -> Result<Self> {
+    pub fn from_file(path: &Path, seq: usize) -> Result<Self> {
         match fs::read(path) {
-            Ok(text) => Ok(Self::new(text)),
+            Ok(text) => Self::new(text, seq),
             Err(error) => bail!("cannot read the text {}: {error}", path.display()),
         }
     }
 
     /// Every Rust, Markdown and TOML file of this crate, in the order of their paths.
-    pub fn of_this_crate() -> Result<Self> {
+    pub fn of_this_crate(seq: usize) -> Result<Self> {
         let Some(root) = env::var_os("CARGO_MANIFEST_DIR") else {
             bail!(
                 "the crate's sources are found only under `cargo run`; give a text with --text FILE"
@@ -39,13 +41,19 @@ impl Corpus {
         for file in files {
             text.extend(fs::read(file)?);
         }
-        Ok(Self::new(text))
+        Self::new(text, seq)
     }
 
-    fn new(mut text: Vec<u8>) -> Self {
+    fn new(mut text: Vec<u8>, seq: usize) -> Result<Self> {
         let held_out = (text.len() as f64 * HELD_OUT) as usize;
+        if held_out <= seq {
+            bail!(
+                "{held_out} bytes are held out of a text of {}: too few for --seq {seq}",
+                text.len()
+            )
+        }
         let validation = text.split_off(text.len() - held_out);
-        Self { training: text, validation }
+        Ok(Self { training: text, validation, seq })
     }
 
     pub fn len(&self) -> usize {
@@ -70,15 +78,11 @@ impl Corpus {
         &self,
         rng: &mut Rng,
         batch: usize,
-        seq: usize,
         device: &Device,
     ) -> Result<(Tensor, Tensor)> {
-        let Some(starts) = self.training.len().checked_sub(seq).filter(|&starts| starts > 0) else {
-            bail!("a training text of {} bytes has no window of --seq {seq}", self.training.len())
-        };
-        let windows: Vec<_> =
-            (0..batch).map(|_| &self.training[rng.below(starts)..][..=seq]).collect();
-        inputs_and_targets(&windows, device)
+        let starts = self.training.len() - self.seq;
+        let window = |_| &self.training[rng.below(starts)..][..=self.seq];
+        inputs_and_targets(&(0..batch).map(window).collect::<Vec<_>>(), device)
     }
 
     /// The held-out text in windows that do not overlap, at most [`MAX_VALIDATION_WINDOWS`] of them
@@ -86,19 +90,15 @@ impl Corpus {
     pub fn validation_batches(
         &self,
         batch: usize,
-        seq: usize,
         device: &Device,
-    ) -> Result<impl Iterator<Item = Result<(Tensor, Tensor)>>> {
-        let windows: Vec<_> = self.validation.windows(seq + 1).step_by(seq).collect();
-        if windows.is_empty() {
-            bail!("a held-out text of {} bytes has no window of --seq {seq}", self.validation.len())
-        }
+    ) -> impl Iterator<Item = Result<(Tensor, Tensor)>> {
+        let windows = self.validation.windows(self.seq + 1).step_by(self.seq);
         let stride = windows.len().div_ceil(MAX_VALIDATION_WINDOWS);
-        let windows: Vec<_> = windows.into_iter().step_by(stride).collect();
-        Ok((0..windows.len()).step_by(batch).map(move |start| {
+        let windows: Vec<_> = windows.step_by(stride).collect();
+        (0..windows.len()).step_by(batch).map(move |start| {
             let end = windows.len().min(start + batch);
             inputs_and_targets(&windows[start..end], device)
-        }))
+        })
     }
 }
 

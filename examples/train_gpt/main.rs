@@ -53,8 +53,8 @@ fn run() -> Result<(), Box<dyn Error>> {
         return Ok(());
     };
     let corpus = match &args.text {
-        Some(path) => Corpus::from_file(path)?,
-        None => Corpus::of_this_crate()?,
+        Some(path) => Corpus::from_file(path, args.model.seq)?,
+        None => Corpus::of_this_crate(args.model.seq)?,
     };
     // Now, so that a path that cannot be written does not cost a whole run.
     fs::create_dir_all(&args.out)?;
@@ -79,12 +79,14 @@ fn run() -> Result<(), Box<dyn Error>> {
     if let Some(reference) = &reference {
         let (step, difference) = largest_difference(&trained, reference);
         println!(
-            "largest difference of the smoothed training losses: {difference:.4} nats/byte, at step {step}"
+            "largest difference of the smoothed training losses: {difference:.4}, at step {step}"
         );
     }
 
-    let text = sample::generate(&trained.model, &args)?;
-    println!("\n{}\n", String::from_utf8_lossy(&text));
+    if args.sample_bytes > 0 {
+        let text = sample::generate(&trained.model, &args)?;
+        println!("\n{}\n", String::from_utf8_lossy(&text));
+    }
 
     let picture = args.out.join("train_gpt.png");
     draw(&picture, &trained, reference.as_ref(), entropy)?;
@@ -96,7 +98,7 @@ fn run() -> Result<(), Box<dyn Error>> {
 /// The mean loss, in nats per byte, on text that was not trained on.
 fn validation_loss(model: &Gpt, corpus: &Corpus, args: &Args) -> candle_core::Result<f64> {
     let (mut sum, mut bytes) = (0.0, 0);
-    for batch in corpus.validation_batches(args.batch, args.model.seq, &args.device)? {
+    for batch in corpus.validation_batches(args.batch, &args.device) {
         let (tokens, targets) = batch?;
         let loss = model.loss(&tokens, &targets)?.to_scalar::<f32>()?;
         sum += f64::from(loss) * tokens.elem_count() as f64;

@@ -93,7 +93,7 @@ impl Optimizer {
     pub fn set_state(&mut self, state: &HashMap<String, Tensor>, steps_done: usize) -> Result<()> {
         if steps_done < 2 {
             bail!(
-                "moments are set by two steps of AdamW, but the state is that of step {steps_done}"
+                "AdamW's moments are set by two steps, but the state is that of step {steps_done}"
             )
         }
         let mut roots = self.no_gradients()?;
@@ -109,8 +109,8 @@ impl Optimizer {
         // The first step writes both moments, the second one overwrites the first moment alone: its
         // beta2 rounds to 1 in f32, where 1 itself would make the bias correction divide by zero.
         // A learning rate of zero keeps the weights.
-        self.inner =
-            AdamW::new(self.moments.iter().map(|m| m.var.clone()).collect(), self.params.clone())?;
+        let vars = self.moments.iter().map(|moments| moments.var.clone()).collect();
+        self.inner = AdamW::new(vars, self.params.clone())?;
         for (beta2, grads) in [(0.0, roots), (1.0 - f64::EPSILON, firsts)] {
             self.inner.set_params(ParamsAdamW {
                 lr: 0.0,

@@ -49,8 +49,7 @@ pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Tra
     for step in losses.len()..args.steps {
         // The batch follows from the seed and the step alone, so a resumed run sees the same ones.
         let mut rng = Rng::new(args.seed, step as u64);
-        let (tokens, targets) =
-            corpus.training_batch(&mut rng, args.batch, args.model.seq, device)?;
+        let (tokens, targets) = corpus.training_batch(&mut rng, args.batch, device)?;
         let loss = model.loss(&tokens, &targets)?;
         optimizer.backward_step(&loss, args.steps)?;
         losses.push(loss.to_scalar()?);

@@ -35,7 +35,7 @@ pub(crate) fn flash_attn(
             arg.0,
             ("rank", arg.1.rank()),
             (q.rank(), "the rank of `q`"),
-            "use `.unsqueeze(..)?`",
+            "add the missing dimensions with `.unsqueeze(..)?`",
         )?;
     }
     check_matrices(op, args)?;
@@ -47,7 +47,7 @@ pub(crate) fn flash_attn(
                 arg,
                 ("B", t.dims()[0]),
                 (q.dims()[0], why),
-                "expand it with `.broadcast_as(..)?`",
+                "expand a batch of 1 with `.broadcast_as(..)?`",
             )?;
         }
     }
@@ -59,7 +59,7 @@ pub(crate) fn flash_attn(
             "v",
             ("heads", heads(v)),
             (hkv, "the heads of `k`"),
-            "k and v come in pairs",
+            "give `v` as many heads as `k`",
         )?;
         if hq != 0 && (hkv == 0 || hq % hkv != 0) {
             return Err(Error::Dimension {
@@ -68,7 +68,7 @@ pub(crate) fn flash_attn(
                 dim: "heads",
                 got: hkv,
                 want: format!("a divisor of {hq}, the heads of `q`"),
-                fix: "grouped heads share a key head among equally many query heads".into(),
+                fix: "equally many query heads share a key head: repeat or drop key heads".into(),
             }
             .into());
         }
@@ -114,9 +114,9 @@ pub(crate) fn attention_tc(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> 
 fn check_matrices(op: &'static str, [q, k, v]: [check::Arg; 3]) -> Result<()> {
     let dims = |(_, t): check::Arg| (t.dims()[t.rank() - 2], t.dims()[t.rank() - 1]);
     let ((_, d), (sk, dk), (sv, _)) = (dims(q), dims(k), dims(v));
-    let fix = "heads are separate dimensions: `.reshape(..)?` then `.transpose(..)?`";
+    let fix = "give heads a dimension of their own with `.reshape(..)?` and `.transpose(..)?`";
     check::dim(op, "k", ("D", dk), (d, "the head dimension of `q`"), fix)?;
-    check::dim(op, "v", ("Sk", sv), (sk, "the keys of `k`"), "each key has one value row")?;
+    check::dim(op, "v", ("Sk", sv), (sk, "the keys of `k`"), "give `v` one row for each key")?;
     if d == 0 {
         return Err(Error::Dimension {
             op,
@@ -124,7 +124,7 @@ fn check_matrices(op: &'static str, [q, k, v]: [check::Arg; 3]) -> Result<()> {
             dim: "D",
             got: 0,
             want: "at least 1".into(),
-            fix: "a score needs a head dimension".into(),
+            fix: "give `q` and `k` at least one column".into(),
         }
         .into());
     }

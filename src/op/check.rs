@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// A named argument.
-pub(crate) type Arg<'a> = (&'static str, &'a Tensor);
+pub(super) type Arg<'a> = (&'static str, &'a Tensor);
 
 /// A device as messages show it.
 pub(crate) fn place(location: DeviceLocation) -> String {
@@ -28,9 +28,8 @@ pub(crate) fn one_device(op: &'static str, args: &[Arg]) -> Result<()> {
         return Err(Error::Unsupported {
             op,
             what: "this crate".into(),
-            limit: format!("a tensor on {}", place(want)),
-            fix: "it has a CPU path and CUDA kernels; move the tensor with `.to_device(..)?`"
-                .into(),
+            limit: format!("cannot take `{with}` on {}", place(want)),
+            fix: "move it to the CPU or a CUDA device with `.to_device(..)?`".into(),
         });
     }
     for &(arg, t) in &args[1..] {
@@ -48,12 +47,20 @@ pub(crate) fn dtype(op: &'static str, (arg, t): Arg, want: &[DType]) -> Result<(
     if want.contains(&t.dtype()) {
         return Ok(());
     }
-    let names: Vec<_> = want.iter().map(DType::as_str).collect();
-    Err(Error::DType { op, arg, got: t.dtype(), want: names.join(" or "), fix: cast_to(want[0]) })
+    Err(Error::DType { op, arg, got: t.dtype(), want: one_of(want), fix: cast_to(want[0]) })
+}
+
+/// `f16`, `f16 or bf16`, `f16, bf16 or f32`.
+fn one_of(dtypes: &[DType]) -> String {
+    let names: Vec<_> = dtypes.iter().map(DType::as_str).collect();
+    match names.as_slice() {
+        [first @ .., last] if !first.is_empty() => format!("{} or {last}", first.join(", ")),
+        _ => names.concat(),
+    }
 }
 
 /// Both arguments have the same dtype.
-pub(crate) fn same_dtype(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
+pub(super) fn same_dtype(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
     if t.dtype() == first.dtype() {
         return Ok(());
     }
@@ -91,7 +98,7 @@ pub(crate) fn rank(
 }
 
 /// One dimension has the size that the others demand.
-pub(crate) fn dim(
+pub(super) fn dim(
     op: &'static str,
     arg: &'static str,
     (name, got): (&'static str, usize),
@@ -119,47 +126,49 @@ pub(crate) fn untracked(op: &'static str, args: &[Arg]) -> Result<()> {
     }
 }
 
-/// The batch dimensions of two arguments broadcast together; gives what they broadcast to.
-pub(crate) fn batch(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<Vec<usize>> {
+/// The batch dimensions of two arguments broadcast together.
+pub(super) fn batch(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
     let (got, want) = (batch_dims(t.dims()), batch_dims(first.dims()));
-    broadcast_batch(want, got).ok_or_else(|| Error::Batch {
-        op,
-        arg,
-        got: got.to_vec(),
-        with,
-        want: want.to_vec(),
-    })
+    if broadcast_batch(want, got).is_some() {
+        return Ok(());
+    }
+    Err(Error::Batch { op, arg, got: got.to_vec(), with, want: want.to_vec() })
 }
 
 /// The engine exists in this release.
-pub(crate) fn engine(op: &'static str, engine: Engine) -> Result<()> {
+pub(super) fn engine(op: &'static str, engine: Engine) -> Result<()> {
     match engine {
         Engine::Auto | Engine::KaioOps => Ok(()),
         Engine::Native => Err(Error::Unsupported {
             op,
-            what: format!("{engine:?}"),
-            limit: "any problem yet: its kernels come with a later release".into(),
+            what: format!("Engine::{engine:?}"),
+            limit: "has no kernels in this release".into(),
             fix: "use Engine::Auto or Engine::KaioOps".into(),
         }),
     }
 }
 
+const ONE_MATRIX: &str = "a weight is one matrix";
+
 /// Rows of an int4 weight that share one scale.
 pub(crate) const INT4_GROUP: usize = 128;
 
 /// Checks `[.., M, K]` and gives K.
-pub(crate) fn activations(op: &'static str, (arg, t): Arg) -> Result<usize> {
+pub(super) fn activations(op: &'static str, (arg, t): Arg) -> Result<usize> {
     let fix = "add a dimension with `.unsqueeze(0)?`";
     rank(op, (arg, t), 2..=usize::MAX, "[.., M, K]", fix)?;
     Ok(t.dims()[t.rank() - 1])
 }
 
-/// Checks an int8 weight `[K, N]`.
-pub(crate) fn int8_weight(op: &'static str, (arg, t): Arg, lhs: &Tensor, k: usize) -> Result<()> {
-    rank(op, (arg, t), 2..=2, "[K, N]", "a weight has no batch dimensions")?;
-    let why = format!("the K of the activations {:?}", lhs.dims());
-    dim(op, arg, ("K", t.dims()[0]), (k, &why), "transpose the weight with `.t()?`")?;
-    Ok(())
+/// Checks an int8 weight `[K, N]` against the K of the activations.
+pub(super) fn int8_weight(
+    op: &'static str,
+    (x_arg, x, k): (&'static str, &Tensor, usize),
+    (arg, t): Arg,
+) -> Result<()> {
+    rank(op, (arg, t), 2..=2, "[K, N]", ONE_MATRIX)?;
+    let why = format!("the K of `{x_arg}` {:?}", x.dims());
+    dim(op, arg, ("K", t.dims()[0]), (k, &why), "transpose the weight with `.t()?`")
 }
 
 /// Checks a packed int4 weight `[K/8, N]` and its scales `[K/128, N]` against the K of an argument.
@@ -169,8 +178,9 @@ pub(crate) fn int4_weight(
     (arg, packed): Arg,
     (s_arg, scales): Arg,
 ) -> Result<()> {
-    rank(op, (arg, packed), 2..=2, "[K/8, N]", "a weight has no batch dimensions")?;
-    rank(op, (s_arg, scales), 2..=2, "[K/128, N]", "one scale a group and column")?;
+    rank(op, (arg, packed), 2..=2, "[K/8, N]", ONE_MATRIX)?;
+    let each = "one scale for each group of 128 rows and each column";
+    rank(op, (s_arg, scales), 2..=2, "[K/128, N]", each)?;
     if !k.is_multiple_of(INT4_GROUP) {
         return Err(Error::Dimension {
             op,
@@ -178,24 +188,24 @@ pub(crate) fn int4_weight(
             dim: "K",
             got: k,
             want: format!("a multiple of {INT4_GROUP}, the rows that share a scale"),
-            fix: "pad K with zeros before quantising".into(),
+            fix: "pad it with zeros, and the weight too before it is quantised".into(),
         });
     }
     let fix = "eight nibbles along K make a u32; see `quant::quantize_int4`";
-    let why = format!("K/8 of K = {k}");
+    let why = format!("K/8 for the K = {k} of `{k_arg}`");
     dim(op, arg, ("rows", packed.dims()[0]), (k / 8, &why), fix)?;
-    let why = format!("K/{INT4_GROUP} of K = {k}");
-    dim(op, s_arg, ("rows", scales.dims()[0]), (k / INT4_GROUP, &why), fix)?;
+    let fix = format!("{each}; see `quant::quantize_int4`");
+    let why = format!("K/{INT4_GROUP} for the K = {k} of `{k_arg}`");
+    dim(op, s_arg, ("rows", scales.dims()[0]), (k / INT4_GROUP, &why), &fix)?;
     let why = format!("the N of `{arg}`");
-    dim(op, s_arg, ("N", scales.dims()[1]), (packed.dims()[1], &why), fix)?;
-    Ok(())
+    dim(op, s_arg, ("N", scales.dims()[1]), (packed.dims()[1], &why), &fix)
 }
 
 /// A number passed by value is finite.
-pub(crate) fn finite(op: &'static str, name: &'static str, value: f32) -> Result<()> {
+pub(super) fn finite(op: &'static str, name: &'static str, value: f32) -> Result<()> {
     if value.is_finite() {
         return Ok(());
     }
     let (got, want) = (value.to_string(), "a finite number".into());
-    Err(Error::Value { op, name, got, want })
+    Err(Error::Value { op, name, got, want, fix: "check how it was computed" })
 }

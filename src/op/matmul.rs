@@ -30,10 +30,10 @@ pub(crate) fn matmul(
     check::one_device(op, &[a, b])?;
     check::dtype(op, a, &[DType::F16, DType::BF16])?;
     check::same_dtype(op, b, a)?;
-    let (want, fix) = ("[.., rows, columns]", "add a dimension with `.unsqueeze(0)?`");
-    check::rank(op, a, 2..=usize::MAX, want, fix)?;
-    check::rank(op, b, 2..=usize::MAX, want, fix)?;
-    let (k, got) = (lhs.dims()[lhs.rank() - 1], rhs.dims()[rhs.rank() - 2]);
+    let k = check::activations(op, a)?;
+    let fix = "add a dimension with `.unsqueeze(0)?`";
+    check::rank(op, b, 2..=usize::MAX, "[.., K, N]", fix)?;
+    let got = rhs.dims()[rhs.rank() - 2];
     let why = format!("the K of `lhs` {:?}", lhs.dims());
     check::dim(
         op,
@@ -50,6 +50,7 @@ pub(crate) fn matmul(
             name: "out_dtype",
             got: out_dtype.as_str().into(),
             want: "f32, f16 or bf16".into(),
+            fix: "leave it out for f32",
         }
         .into());
     }

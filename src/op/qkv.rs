@@ -24,7 +24,7 @@ pub(crate) fn qkv_project(x: &Tensor, weights: QkvWeights) -> Result<(Tensor, Te
             let args = check_common(op, x, weights, DType::U8)?;
             let k = check::activations(op, ("x", x))?;
             for i in 0..3 {
-                check::int8_weight(op, (NAMES[i], weights[i]), x, k)?;
+                check::int8_weight(op, ("x", x, k), (NAMES[i], weights[i]))?;
                 check::finite(op, SCALE_NAMES[i], scales[i])?;
             }
             check_same_n(op, weights)?;
@@ -67,8 +67,8 @@ fn check_common<'a>(
 
 fn check_same_n(op: &'static str, weights: [&Tensor; 3]) -> Result<()> {
     let n = weights[0].dims()[1];
+    let fix = "for grouped heads call `kaio_matmul_int4` or `kaio_matmul_tc` once for each weight";
     for i in 1..3 {
-        let fix = "project grouped heads with one `kaio_matmul_int4` or `kaio_matmul_tc` a weight";
         check::dim(op, NAMES[i], ("N", weights[i].dims()[1]), (n, "the N of `weights[0]`"), fix)?;
     }
     Ok(())

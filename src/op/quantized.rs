@@ -22,7 +22,7 @@ pub(crate) fn matmul_int8(lhs: &Tensor, rhs: &Tensor, scale: f32) -> Result<Tens
     check::dtype(OP, a, &[DType::U8])?;
     check::dtype(OP, b, &[DType::U8])?;
     let k = check::activations(OP, a)?;
-    check::int8_weight(OP, b, lhs, k)?;
+    check::int8_weight(OP, (a.0, lhs, k), b)?;
     if k > INT8_MAX_K {
         return Err(Error::Dimension {
             op: OP,

@@ -50,7 +50,8 @@ pub fn quantize_int4(weight: &Tensor) -> Result<(Tensor, Tensor)> {
     check::dtype(OP, arg, &[DType::F32, DType::F16, DType::BF16])?;
     check::rank(OP, arg, 2..=2, "[K, N]", "quantise one matrix at a time")?;
     let (k, n) = weight.dims2()?;
-    multiple(OP, "weight", "K", k, INT4_GROUP, "pad K with zeros")?;
+    let why = "the rows that share a scale";
+    multiple(OP, "weight", ("K", k), (INT4_GROUP, why), "pad K with zeros")?;
     check::untracked(OP, &[arg])?;
     let groups = weight.to_dtype(DType::F32)?.reshape((k / INT4_GROUP, INT4_GROUP, n))?;
     if groups.elem_count() == 0 {
@@ -66,8 +67,9 @@ pub fn quantize_int4(weight: &Tensor) -> Result<(Tensor, Tensor)> {
         return Err(Error::Value {
             op: OP,
             name: "weight",
-            got: "a tensor with an element that is NaN or over 458528 in size".into(),
-            want: "elements whose seventh part f16 can hold".into(),
+            got: "a tensor with an element that is NaN or over 458528 in magnitude".into(),
+            want: "at most 458528, a seventh of which f16 can hold as the scale".into(),
+            fix: "check how it was computed, or scale it down and the products up",
         }
         .into());
     }
@@ -82,10 +84,20 @@ pub fn quantize_int4(weight: &Tensor) -> Result<(Tensor, Tensor)> {
 /// Another dtype or rank, K not a multiple of 8.
 pub fn pack_int4(values: &Tensor) -> Result<Tensor> {
     const OP: &str = "pack_int4";
-    check::dtype(OP, ("values", values), &[DType::U8])?;
+    if values.dtype() != DType::U8 {
+        return Err(Error::DType {
+            op: OP,
+            arg: "values",
+            got: values.dtype(),
+            want: "u8".into(),
+            fix: "cast integers with `.to_dtype(DType::U8)?`; `quant::quantize_int4` takes floats"
+                .into(),
+        }
+        .into());
+    }
     check::rank(OP, ("values", values), 2..=2, "[K, N]", "pack one matrix at a time")?;
     let (k, n) = values.dims2()?;
-    multiple(OP, "values", "K", k, NIBBLES, "pad K with zeros")?;
+    multiple(OP, "values", ("K", k), (NIBBLES, "the values in a u32"), "pad K with zeros")?;
     if values.elem_count() == 0 {
         return Tensor::zeros((k / NIBBLES, n), DType::U32, values.device());
     }
@@ -126,7 +138,8 @@ pub fn dequantize_int4(packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
     check::dtype(OP, args[1], &[DType::F16])?;
     check::rank(OP, args[0], 2..=2, "[K/8, N]", "unpack one matrix at a time")?;
     let (k, n) = (packed.dims()[0] * NIBBLES, packed.dims()[1]);
-    multiple(OP, "packed", "rows", k / NIBBLES, INT4_GROUP / NIBBLES, "a group has 128 rows of K")?;
+    let of = (INT4_GROUP / NIBBLES, "the words of 128 values that share a scale");
+    multiple(OP, "packed", ("rows", packed.dims()[0]), of, "pad K with zeros before packing")?;
     check::int4_weight(OP, ("packed", k), args[0], args[1])?;
     if packed.elem_count() == 0 {
         return Tensor::zeros((k, n), DType::F32, packed.device());
@@ -149,14 +162,13 @@ fn low_nibble(words: &Tensor) -> Result<Tensor> {
 fn multiple(
     op: &'static str,
     arg: &'static str,
-    dim: &'static str,
-    got: usize,
-    of: usize,
+    (dim, got): (&'static str, usize),
+    (of, why): (usize, &str),
     fix: &str,
 ) -> Result<()> {
     if got.is_multiple_of(of) {
         return Ok(());
     }
-    let (want, fix) = (format!("a multiple of {of}"), fix.into());
+    let (want, fix) = (format!("a multiple of {of}, {why}"), fix.into());
     Err(Error::Dimension { op, arg, dim, got, want, fix }.into())
 }

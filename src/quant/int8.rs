@@ -47,7 +47,8 @@ pub fn quantize_int8(t: &Tensor) -> Result<(Tensor, f32)> {
             op: OP,
             name: "t",
             got: "a tensor with an infinite or NaN element".into(),
-            want: "finite numbers".into(),
+            want: "finite elements".into(),
+            fix: "check how it was computed",
         }
         .into());
     }

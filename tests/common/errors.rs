@@ -2,7 +2,7 @@
 
 use candle_core::DType::{self, F16, F32, U8, U32};
 use candle_core::{Context, Device, DeviceLocation, Result, Tensor, Var, bail};
-use kaio_candle::{Error, prelude::*};
+use kaio_candle::{Error, prelude::*, quant};
 
 use super::Tally;
 
@@ -51,6 +51,7 @@ impl On<'_> {
 }
 
 const ADD: &str = "add a dimension with `.unsqueeze(0)?`";
+const EACH: &str = "one scale for each group of 128 rows and each column";
 
 pub fn matmul(device: &Device) {
     let on = On(device);
@@ -65,8 +66,8 @@ pub fn matmul(device: &Device) {
     let (a, b) = (on.f16([4, 8]), on.f16([8, 6]));
     for (op, mul) in methods {
         refused! { tally;
-            mul(&on.f16([8]), &b) => Rank, "{op}: `lhs` has shape [8] (rank 1), wanted [.., rows, columns]; {ADD}";
-            mul(&a, &on.f16([])) => Rank, "{op}: `rhs` has shape [] (rank 0), wanted [.., rows, columns]; {ADD}";
+            mul(&on.f16([8]), &b) => Rank, "{op}: `lhs` has shape [8] (rank 1), wanted [.., M, K]; {ADD}";
+            mul(&a, &on.f16([])) => Rank, "{op}: `rhs` has shape [] (rank 0), wanted [.., K, N]; {ADD}";
             mul(&on.f32([4, 8]), &b) => DType, "{op}: `lhs` is f32, wanted f16 or bf16; cast it with `.to_dtype(DType::F16)?`";
             mul(&on.u8([4, 8]), &b) => DType, "{op}: `lhs` is u8, wanted f16 or bf16; cast it with `.to_dtype(DType::F16)?`";
             mul(&a, &on.bf16([8, 6])) => DType, "{op}: `rhs` is bf16, wanted f16, the dtype of `lhs`; cast it with `.to_dtype(DType::F16)?`";
@@ -79,9 +80,9 @@ pub fn matmul(device: &Device) {
     let out = |dtype| a.kaio_matmul_with(&b, &MatmulOptions::default().out_dtype(dtype));
     let native = MatmulOptions::default().engine(Engine::Native);
     refused! { tally;
-        out(DType::U8) => Value, "kaio_matmul_with: out_dtype is u8, wanted f32, f16 or bf16";
-        out(DType::F64) => Value, "kaio_matmul_with: out_dtype is f64, wanted f32, f16 or bf16";
-        a.kaio_matmul_with(&b, &native) => Unsupported, "kaio_matmul_with: Native cannot take any problem yet: its kernels come with a later release; use Engine::Auto or Engine::KaioOps";
+        out(DType::U8) => Value, "kaio_matmul_with: `out_dtype` is u8, wanted f32, f16 or bf16; leave it out for f32";
+        out(DType::F64) => Value, "kaio_matmul_with: `out_dtype` is f64, wanted f32, f16 or bf16; leave it out for f32";
+        a.kaio_matmul_with(&b, &native) => Unsupported, "kaio_matmul_with: Engine::Native has no kernels in this release; use Engine::Auto or Engine::KaioOps";
     }
     tally.finish();
 }
@@ -93,13 +94,19 @@ pub fn int8(device: &Device) {
     let long = (on.u8([1, 131_072]), on.u8([131_072, 1]));
     refused! { tally;
         on.u8([8]).kaio_matmul_int8(&b, 1.0) => Rank, "kaio_matmul_int8: `lhs` has shape [8] (rank 1), wanted [.., M, K]; {ADD}";
-        a.kaio_matmul_int8(&on.u8([2, 8, 6]), 1.0) => Rank, "kaio_matmul_int8: `rhs` has shape [2, 8, 6] (rank 3), wanted [K, N]; a weight has no batch dimensions";
+        a.kaio_matmul_int8(&on.u8([2, 8, 6]), 1.0) => Rank, "kaio_matmul_int8: `rhs` has shape [2, 8, 6] (rank 3), wanted [K, N]; a weight is one matrix";
         on.f16([4, 8]).kaio_matmul_int8(&b, 1.0) => DType, "kaio_matmul_int8: `lhs` is f16, wanted u8; quantise it with `quant::quantize_int8`";
         a.kaio_matmul_int8(&on.u32([8, 6]), 1.0) => DType, "kaio_matmul_int8: `rhs` is u32, wanted u8; quantise it with `quant::quantize_int8`";
-        a.kaio_matmul_int8(&a, 1.0) => Dimension, "kaio_matmul_int8: `rhs` has K = 4, wanted 8, the K of the activations [4, 8]; transpose the weight with `.t()?`";
+        a.kaio_matmul_int8(&a, 1.0) => Dimension, "kaio_matmul_int8: `rhs` has K = 4, wanted 8, the K of `lhs` [4, 8]; transpose the weight with `.t()?`";
         long.0.kaio_matmul_int8(&long.1, 1.0) => Dimension, "kaio_matmul_int8: `lhs` has K = 131072, wanted at most 131071, so that the i32 sum cannot overflow; split K and add the products";
-        a.kaio_matmul_int8(&b, f32::NAN) => Value, "kaio_matmul_int8: scale is NaN, wanted a finite number";
-        a.kaio_matmul_int8(&b, f32::NEG_INFINITY) => Value, "kaio_matmul_int8: scale is -inf, wanted a finite number";
+        a.kaio_matmul_int8(&b, f32::NAN) => Value, "kaio_matmul_int8: `scale` is NaN, wanted a finite number; check how it was computed";
+        a.kaio_matmul_int8(&b, f32::NEG_INFINITY) => Value, "kaio_matmul_int8: `scale` is -inf, wanted a finite number; check how it was computed";
+    }
+    let nan = Tensor::full(f32::NAN, (1, 2), device).expect("full");
+    refused! { tally;
+        quant::quantize_int8(&b) => DType, "quantize_int8: `t` is u8, wanted f32, f16 or bf16; cast it with `.to_dtype(DType::F32)?`";
+        quant::quantize_int8(&nan) => Value, "quantize_int8: `t` is a tensor with an infinite or NaN element, wanted finite elements; check how it was computed";
+        quant::dequantize_int8(&nan, 1.0) => DType, "dequantize_int8: `q` is f32, wanted u8; quantise it with `quant::quantize_int8`";
     }
     tally.case("kaio_matmul_int8: K = 131071", || {
         on.u8([1, 131_071]).kaio_matmul_int8(&on.u8([131_071, 1]), 1.0).map(drop)
@@ -114,15 +121,29 @@ pub fn int4(device: &Device) {
     let see = "eight nibbles along K make a u32; see `quant::quantize_int4`";
     refused! { tally;
         on.f16([256]).kaio_matmul_int4(&w, &s) => Rank, "kaio_matmul_int4: `lhs` has shape [256] (rank 1), wanted [.., M, K]; {ADD}";
-        a.kaio_matmul_int4(&on.u32([1, 32, 6]), &s) => Rank, "kaio_matmul_int4: `packed` has shape [1, 32, 6] (rank 3), wanted [K/8, N]; a weight has no batch dimensions";
-        a.kaio_matmul_int4(&w, &on.f16([6])) => Rank, "kaio_matmul_int4: `scales` has shape [6] (rank 1), wanted [K/128, N]; one scale a group and column";
+        a.kaio_matmul_int4(&on.u32([1, 32, 6]), &s) => Rank, "kaio_matmul_int4: `packed` has shape [1, 32, 6] (rank 3), wanted [K/8, N]; a weight is one matrix";
+        a.kaio_matmul_int4(&w, &on.f16([6])) => Rank, "kaio_matmul_int4: `scales` has shape [6] (rank 1), wanted [K/128, N]; {EACH}";
         on.bf16([4, 256]).kaio_matmul_int4(&w, &s) => DType, "kaio_matmul_int4: `lhs` is bf16, wanted f16; cast it with `.to_dtype(DType::F16)?`";
         a.kaio_matmul_int4(&on.f32([256, 6]), &s) => DType, "kaio_matmul_int4: `packed` is f32, wanted u32; quantise it with `quant::quantize_int4`";
         a.kaio_matmul_int4(&w, &on.f32([2, 6])) => DType, "kaio_matmul_int4: `scales` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
-        on.f16([4, 200]).kaio_matmul_int4(&w, &s) => Dimension, "kaio_matmul_int4: `lhs` has K = 200, wanted a multiple of 128, the rows that share a scale; pad K with zeros before quantising";
-        a.kaio_matmul_int4(&on.u32([256, 6]), &s) => Dimension, "kaio_matmul_int4: `packed` has rows = 256, wanted 32, K/8 of K = 256; {see}";
-        a.kaio_matmul_int4(&w, &on.f16([1, 6])) => Dimension, "kaio_matmul_int4: `scales` has rows = 1, wanted 2, K/128 of K = 256; {see}";
-        a.kaio_matmul_int4(&w, &on.f16([2, 5])) => Dimension, "kaio_matmul_int4: `scales` has N = 5, wanted 6, the N of `packed`; {see}";
+        on.f16([4, 200]).kaio_matmul_int4(&w, &s) => Dimension, "kaio_matmul_int4: `lhs` has K = 200, wanted a multiple of 128, the rows that share a scale; pad it with zeros, and the weight too before it is quantised";
+        a.kaio_matmul_int4(&on.u32([256, 6]), &s) => Dimension, "kaio_matmul_int4: `packed` has rows = 256, wanted 32, K/8 for the K = 256 of `lhs`; {see}";
+        a.kaio_matmul_int4(&w, &on.f16([1, 6])) => Dimension, "kaio_matmul_int4: `scales` has rows = 1, wanted 2, K/128 for the K = 256 of `lhs`; {EACH}; see `quant::quantize_int4`";
+        a.kaio_matmul_int4(&w, &on.f16([2, 5])) => Dimension, "kaio_matmul_int4: `scales` has N = 5, wanted 6, the N of `packed`; {EACH}; see `quant::quantize_int4`";
+    }
+    let nan = Tensor::full(f32::NAN, (128, 2), device).expect("full");
+    refused! { tally;
+        quant::quantize_int4(&w) => DType, "quantize_int4: `weight` is u32, wanted f32, f16 or bf16; cast it with `.to_dtype(DType::F32)?`";
+        quant::quantize_int4(&on.f32([1, 128, 2])) => Rank, "quantize_int4: `weight` has shape [1, 128, 2] (rank 3), wanted [K, N]; quantise one matrix at a time";
+        quant::quantize_int4(&on.f32([100, 2])) => Dimension, "quantize_int4: `weight` has K = 100, wanted a multiple of 128, the rows that share a scale; pad K with zeros";
+        quant::quantize_int4(&nan) => Value, "quantize_int4: `weight` is a tensor with an element that is NaN or over 458528 in magnitude, wanted at most 458528, a seventh of which f16 can hold as the scale; check how it was computed, or scale it down and the products up";
+        quant::pack_int4(&nan) => DType, "pack_int4: `values` is f32, wanted u8; cast integers with `.to_dtype(DType::U8)?`; `quant::quantize_int4` takes floats";
+        quant::pack_int4(&on.u8([8])) => Rank, "pack_int4: `values` has shape [8] (rank 1), wanted [K, N]; pack one matrix at a time";
+        quant::pack_int4(&on.u8([9, 2])) => Dimension, "pack_int4: `values` has K = 9, wanted a multiple of 8, the values in a u32; pad K with zeros";
+        quant::unpack_int4(&on.u32([8])) => Rank, "unpack_int4: `packed` has shape [8] (rank 1), wanted [K/8, N]; unpack one matrix at a time";
+        quant::unpack_int4(&nan) => DType, "unpack_int4: `packed` is f32, wanted u32; quantise it with `quant::quantize_int4`";
+        quant::dequantize_int4(&on.u32([3, 6]), &s) => Dimension, "dequantize_int4: `packed` has rows = 3, wanted a multiple of 16, the words of 128 values that share a scale; pad K with zeros before packing";
+        quant::dequantize_int4(&w, &on.f16([1, 6])) => Dimension, "dequantize_int4: `scales` has rows = 1, wanted 2, K/128 for the K = 256 of `packed`; {EACH}; see `quant::quantize_int4`";
     }
     tally.finish();
 }
@@ -130,7 +151,7 @@ pub fn int4(device: &Device) {
 pub fn qkv(device: &Device) {
     let on = On(device);
     let mut tally = Tally::new("errors of qkv", device);
-    let wide = "project grouped heads with one `kaio_matmul_int4` or `kaio_matmul_tc` a weight";
+    let wide = "for grouped heads call `kaio_matmul_int4` or `kaio_matmul_tc` once for each weight";
 
     let op = "kaio_qkv_project_int8";
     let (x, w) = (&on.f16([4, 8]), &on.u8([8, 6]));
@@ -138,13 +159,13 @@ pub fn qkv(device: &Device) {
     let scales = |s| x.kaio_qkv_project_int8([w; 3], s);
     refused! { tally;
         int8(&on.f16([8]), [w; 3]) => Rank, "{op}: `x` has shape [8] (rank 1), wanted [.., M, K]; {ADD}";
-        int8(x, [w, w, &on.u8([8])]) => Rank, "{op}: `weights[2]` has shape [8] (rank 1), wanted [K, N]; a weight has no batch dimensions";
+        int8(x, [w, w, &on.u8([8])]) => Rank, "{op}: `weights[2]` has shape [8] (rank 1), wanted [K, N]; a weight is one matrix";
         int8(&on.u8([4, 8]), [w; 3]) => DType, "{op}: `x` is u8, wanted f16; cast it with `.to_dtype(DType::F16)?`";
         int8(x, [w, &on.u32([8, 6]), w]) => DType, "{op}: `weights[1]` is u32, wanted u8; quantise it with `quant::quantize_int8`";
-        int8(x, [w, w, &on.u8([6, 8])]) => Dimension, "{op}: `weights[2]` has K = 6, wanted 8, the K of the activations [4, 8]; transpose the weight with `.t()?`";
+        int8(x, [w, w, &on.u8([6, 8])]) => Dimension, "{op}: `weights[2]` has K = 6, wanted 8, the K of `x` [4, 8]; transpose the weight with `.t()?`";
         int8(x, [w, &on.u8([8, 2]), w]) => Dimension, "{op}: `weights[1]` has N = 2, wanted 6, the N of `weights[0]`; {wide}";
-        scales([1.0, f32::INFINITY, 1.0]) => Value, "{op}: scales[1] is inf, wanted a finite number";
-        scales([1.0, 1.0, f32::NAN]) => Value, "{op}: scales[2] is NaN, wanted a finite number";
+        scales([1.0, f32::INFINITY, 1.0]) => Value, "{op}: `scales[1]` is inf, wanted a finite number; check how it was computed";
+        scales([1.0, 1.0, f32::NAN]) => Value, "{op}: `scales[2]` is NaN, wanted a finite number; check how it was computed";
     }
 
     let op = "kaio_qkv_project_int4";
@@ -154,21 +175,22 @@ pub fn qkv(device: &Device) {
     let narrow = (&on.u32([32, 2]), &on.f16([2, 2]));
     refused! { tally;
         int4(&on.f16([256]), [w; 3], [s; 3]) => Rank, "{op}: `x` has shape [256] (rank 1), wanted [.., M, K]; {ADD}";
-        int4(x, [w, &on.u32([32]), w], [s; 3]) => Rank, "{op}: `weights[1]` has shape [32] (rank 1), wanted [K/8, N]; a weight has no batch dimensions";
-        int4(x, [w; 3], [s, s, &on.f16([1, 2, 6])]) => Rank, "{op}: `scales[2]` has shape [1, 2, 6] (rank 3), wanted [K/128, N]; one scale a group and column";
+        int4(x, [w, &on.u32([32]), w], [s; 3]) => Rank, "{op}: `weights[1]` has shape [32] (rank 1), wanted [K/8, N]; a weight is one matrix";
+        int4(x, [w; 3], [s, s, &on.f16([1, 2, 6])]) => Rank, "{op}: `scales[2]` has shape [1, 2, 6] (rank 3), wanted [K/128, N]; {EACH}";
         int4(&on.f32([4, 256]), [w; 3], [s; 3]) => DType, "{op}: `x` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
         int4(x, [w, w, &on.u8([32, 6])], [s; 3]) => DType, "{op}: `weights[2]` is u8, wanted u32; quantise it with `quant::quantize_int4`";
         int4(x, [w; 3], [s, &on.bf16([2, 6]), s]) => DType, "{op}: `scales[1]` is bf16, wanted f16; cast it with `.to_dtype(DType::F16)?`";
-        int4(&on.f16([4, 64]), [w; 3], [s; 3]) => Dimension, "{op}: `x` has K = 64, wanted a multiple of 128, the rows that share a scale; pad K with zeros before quantising";
-        int4(x, [w, w, &on.u32([16, 6])], [s; 3]) => Dimension, "{op}: `weights[2]` has rows = 16, wanted 32, K/8 of K = 256; {see}";
-        int4(x, [w; 3], [s, &on.f16([4, 6]), s]) => Dimension, "{op}: `scales[1]` has rows = 4, wanted 2, K/128 of K = 256; {see}";
-        int4(x, [w; 3], [s, narrow.1, s]) => Dimension, "{op}: `scales[1]` has N = 2, wanted 6, the N of `weights[1]`; {see}";
+        int4(&on.f16([4, 64]), [w; 3], [s; 3]) => Dimension, "{op}: `x` has K = 64, wanted a multiple of 128, the rows that share a scale; pad it with zeros, and the weight too before it is quantised";
+        int4(x, [w, w, &on.u32([16, 6])], [s; 3]) => Dimension, "{op}: `weights[2]` has rows = 16, wanted 32, K/8 for the K = 256 of `x`; {see}";
+        int4(x, [w; 3], [s, &on.f16([4, 6]), s]) => Dimension, "{op}: `scales[1]` has rows = 4, wanted 2, K/128 for the K = 256 of `x`; {EACH}; see `quant::quantize_int4`";
+        int4(x, [w; 3], [s, narrow.1, s]) => Dimension, "{op}: `scales[1]` has N = 2, wanted 6, the N of `weights[1]`; {EACH}; see `quant::quantize_int4`";
         int4(x, [w, w, narrow.0], [s, s, narrow.1]) => Dimension, "{op}: `weights[2]` has N = 2, wanted 6, the N of `weights[0]`; {wide}";
     }
     tally.finish();
 }
 
-const HEADS: &str = "heads are separate dimensions: `.reshape(..)?` then `.transpose(..)?`";
+const HEADS: &str =
+    "give heads a dimension of their own with `.reshape(..)?` and `.transpose(..)?`";
 
 pub fn attention_tc(device: &Device) {
     let on = On(device);
@@ -185,8 +207,8 @@ pub fn attention_tc(device: &Device) {
         run(q, &on.bf16([5, 8]), v) => DType, "{op}: `k` is bf16, wanted f16; cast it with `.to_dtype(DType::F16)?`";
         run(q, k, &on.f32([5, 6])) => DType, "{op}: `v` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
         run(q, &on.f16([5, 9]), v) => Dimension, "{op}: `k` has D = 9, wanted 8, the head dimension of `q`; {HEADS}";
-        run(q, k, q) => Dimension, "{op}: `v` has Sk = 4, wanted 5, the keys of `k`; each key has one value row";
-        run(&on.f16([4, 0]), &on.f16([5, 0]), v) => Dimension, "{op}: `q` has D = 0, wanted at least 1; a score needs a head dimension";
+        run(q, k, q) => Dimension, "{op}: `v` has Sk = 4, wanted 5, the keys of `k`; give `v` one row for each key";
+        run(&on.f16([4, 0]), &on.f16([5, 0]), v) => Dimension, "{op}: `q` has D = 0, wanted at least 1; give `q` and `k` at least one column";
         run(&f16(2, 4, 8), &f16(3, 5, 8), v) => Batch, "{op}: batch dimensions [3] of `k` do not broadcast with [2] of `q`; make them equal or 1";
         run(q, &f16(2, 5, 8), &f16(3, 5, 6)) => Batch, "{op}: batch dimensions [3] of `v` do not broadcast with [2] of `k`; make them equal or 1";
         run(&f16(2, 4, 8), k, &f16(3, 5, 6)) => Batch, "{op}: batch dimensions [3] of `v` do not broadcast with [2] of `q`; make them equal or 1";
@@ -206,8 +228,10 @@ pub fn flash_attn(device: &Device) {
 
     let (shapes, fix) =
         ("[S, D], [H, S, D] or [B, H, S, D]", "reshape it, or use `.unsqueeze(..)?`");
-    let (group, pair) =
-        ("grouped heads share a key head among equally many query heads", "k and v come in pairs");
+    let (group, pair) = (
+        "equally many query heads share a key head: repeat or drop key heads",
+        "give `v` as many heads as `k`",
+    );
     let (q, k, v) = (&on.f32([2, 4, 3, 8]), &on.f32([2, 2, 5, 8]), &on.f32([2, 2, 5, 6]));
     let f32 = |heads, rows, cols| on.f32([2, heads, rows, cols]);
     for (op, run) in methods {
@@ -215,16 +239,16 @@ pub fn flash_attn(device: &Device) {
             run(&on.f32([8]), k, v) => Rank, "{op}: `q` has shape [8] (rank 1), wanted {shapes}; {fix}";
             run(q, &on.f32([1, 2, 2, 5, 8]), v) => Rank, "{op}: `k` has shape [1, 2, 2, 5, 8] (rank 5), wanted {shapes}; {fix}";
             run(q, k, &on.f32([])) => Rank, "{op}: `v` has shape [] (rank 0), wanted {shapes}; {fix}";
-            run(q, &on.f32([2, 5, 8]), v) => Dimension, "{op}: `k` has rank = 3, wanted 4, the rank of `q`; use `.unsqueeze(..)?`";
-            run(q, k, &on.f32([5, 6])) => Dimension, "{op}: `v` has rank = 2, wanted 4, the rank of `q`; use `.unsqueeze(..)?`";
-            run(&on.zeros(DType::F64, [2, 4, 3, 8]), k, v) => DType, "{op}: `q` is f64, wanted f16 or bf16 or f32; cast it with `.to_dtype(DType::F16)?`";
+            run(q, &on.f32([2, 5, 8]), v) => Dimension, "{op}: `k` has rank = 3, wanted 4, the rank of `q`; add the missing dimensions with `.unsqueeze(..)?`";
+            run(q, k, &on.f32([5, 6])) => Dimension, "{op}: `v` has rank = 2, wanted 4, the rank of `q`; add the missing dimensions with `.unsqueeze(..)?`";
+            run(&on.zeros(DType::F64, [2, 4, 3, 8]), k, v) => DType, "{op}: `q` is f64, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F16)?`";
             run(q, &on.f16([2, 2, 5, 8]), v) => DType, "{op}: `k` is f16, wanted f32, the dtype of `q`; cast it with `.to_dtype(DType::F32)?`";
             run(q, k, &on.bf16([2, 2, 5, 6])) => DType, "{op}: `v` is bf16, wanted f32, the dtype of `q`; cast it with `.to_dtype(DType::F32)?`";
             run(q, &f32(2, 5, 4), v) => Dimension, "{op}: `k` has D = 4, wanted 8, the head dimension of `q`; {HEADS}";
-            run(q, k, &f32(2, 3, 6)) => Dimension, "{op}: `v` has Sk = 3, wanted 5, the keys of `k`; each key has one value row";
-            run(&f32(4, 3, 0), &f32(2, 5, 0), v) => Dimension, "{op}: `q` has D = 0, wanted at least 1; a score needs a head dimension";
-            run(&on.f32([1, 4, 3, 8]), k, v) => Dimension, "{op}: `k` has B = 2, wanted 1, the batch of `q`; expand it with `.broadcast_as(..)?`";
-            run(q, k, &on.f32([1, 2, 5, 6])) => Dimension, "{op}: `v` has B = 1, wanted 2, the batch of `q`; expand it with `.broadcast_as(..)?`";
+            run(q, k, &f32(2, 3, 6)) => Dimension, "{op}: `v` has Sk = 3, wanted 5, the keys of `k`; give `v` one row for each key";
+            run(&f32(4, 3, 0), &f32(2, 5, 0), v) => Dimension, "{op}: `q` has D = 0, wanted at least 1; give `q` and `k` at least one column";
+            run(&on.f32([1, 4, 3, 8]), k, v) => Dimension, "{op}: `k` has B = 2, wanted 1, the batch of `q`; expand a batch of 1 with `.broadcast_as(..)?`";
+            run(q, k, &on.f32([1, 2, 5, 6])) => Dimension, "{op}: `v` has B = 1, wanted 2, the batch of `q`; expand a batch of 1 with `.broadcast_as(..)?`";
             run(q, k, &f32(4, 5, 6)) => Dimension, "{op}: `v` has heads = 4, wanted 2, the heads of `k`; {pair}";
             run(q, &f32(3, 5, 8), &f32(3, 5, 6)) => Dimension, "{op}: `k` has heads = 3, wanted a divisor of 4, the heads of `q`; {group}";
             run(q, &f32(0, 5, 8), &f32(0, 5, 6)) => Dimension, "{op}: `k` has heads = 0, wanted a divisor of 4, the heads of `q`; {group}";
@@ -233,9 +257,9 @@ pub fn flash_attn(device: &Device) {
     let scale = |s| q.kaio_flash_attn_with(k, v, &FlashAttnOptions::default().softmax_scale(s));
     let native = FlashAttnOptions::default().engine(Engine::Native);
     refused! { tally;
-        scale(f32::NAN) => Value, "kaio_flash_attn_with: softmax_scale is NaN, wanted a finite number";
-        scale(f32::INFINITY) => Value, "kaio_flash_attn_with: softmax_scale is inf, wanted a finite number";
-        q.kaio_flash_attn_with(k, v, &native) => Unsupported, "kaio_flash_attn_with: Native cannot take any problem yet: its kernels come with a later release; use Engine::Auto or Engine::KaioOps";
+        scale(f32::NAN) => Value, "kaio_flash_attn_with: `softmax_scale` is NaN, wanted a finite number; check how it was computed";
+        scale(f32::INFINITY) => Value, "kaio_flash_attn_with: `softmax_scale` is inf, wanted a finite number; check how it was computed";
+        q.kaio_flash_attn_with(k, v, &native) => Unsupported, "kaio_flash_attn_with: Engine::Native has no kernels in this release; use Engine::Auto or Engine::KaioOps";
     }
     tally.finish();
 }
@@ -304,7 +328,7 @@ pub fn tracked(device: &Device) {
     for (op, args, call) in WITHOUT_GRADIENT {
         for (i, (arg, ..)) in args.iter().enumerate() {
             let text = format!(
-                "{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if its weights may stay as they are"
+                "{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if nothing that it was computed from is to be trained"
             );
             let run = |change: fn(&Tensor) -> Result<Tensor>| {
                 let mut inputs = zeros(args, device)?;

@@ -75,7 +75,7 @@ fn head_dimension_limit() {
             error.to_string(),
             format!(
                 "{op}: Engine::KaioOps cannot take a head dimension of 264 (at most 256); run it on \
-                 the CPU, or split the heads"
+                 the CPU, or use narrower heads"
             )
         );
     }

@@ -46,8 +46,9 @@ impl Square {
         let (sq, side) = (p.seq_q(), p.seq_k());
         let width = p.head_dim().max(p.value_dim());
         if width > MAX_HEAD_DIM {
-            let limit = format!("a head dimension of {width} (at most {MAX_HEAD_DIM})");
-            return Err(unsupported(op, limit, "run it on the CPU, or split the heads").into());
+            let problem = format!("a head dimension of {width} (at most {MAX_HEAD_DIM})");
+            let fix = "run it on the CPU, or use narrower heads";
+            return Err(unsupported(op, &problem, fix).into());
         }
         let pieces = if p.causal { 1 } else { sq.div_ceil(side) };
         indexable(op, "q", pieces * side, width)?;

@@ -22,8 +22,10 @@ const MAX_ELEMENTS: usize = 1 << 30;
 /// A grid has 65535 rows of tiles, and a tile 64 rows of the result: taller problems go in slabs.
 const MAX_ROWS: usize = 65_535 * 64;
 
-fn unsupported(op: &'static str, limit: String, fix: &str) -> Error {
-    Error::Unsupported { op, what: "Engine::KaioOps".into(), limit, fix: fix.into() }
+/// `problem` is over a limit, which it names.
+fn unsupported(op: &'static str, problem: &str, fix: &str) -> Error {
+    let (what, limit) = ("Engine::KaioOps".into(), format!("cannot take {problem}"));
+    Error::Unsupported { op, what, limit, fix: fix.into() }
 }
 
 /// A matrix that the kernels can index.
@@ -31,8 +33,8 @@ fn indexable(op: &'static str, name: &str, rows: usize, cols: usize) -> Result<(
     if rows.saturating_mul(cols) <= MAX_ELEMENTS {
         return Ok(());
     }
-    let limit = format!("a matrix `{name}` of {rows} x {cols} elements (at most {MAX_ELEMENTS})");
-    Err(unsupported(op, limit, "split it and join the results with `Tensor::cat`").into())
+    let problem = format!("`{name}` with {rows} x {cols} elements (at most {MAX_ELEMENTS})");
+    Err(unsupported(op, &problem, "split it and join the results with `Tensor::cat`").into())
 }
 
 /// Zeros, for a result that no kernel writes.

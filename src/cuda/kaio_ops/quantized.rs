@@ -70,7 +70,7 @@ pub(crate) fn matmul_int4(
         return zeros(x.0, m * n, DType::F32);
     }
     let width = n.next_multiple_of(PAIR);
-    indexable(op, "weight", k, width)?;
+    indexable(op, "packed", k, width)?;
     let x = activations(x, m, k)?;
     let (w, s) = (packed(w, width)?, scales(s, width)?);
     let out = single(op, (m, width), k, &x, &[&w, &s], |device, x, inputs, c, rows| {
@@ -91,7 +91,7 @@ fn single<T>(
     weights: &[&Fitted],
     kernel: impl Fn(&KaioDevice, &GpuBuffer<T>, &[Pointer], &mut GpuBuffer<f32>, u32) -> KaioResult,
 ) -> Result<CudaStorage> {
-    indexable(op, "activations", m.min(super::MAX_ROWS), k)?;
+    indexable(op, "lhs", m.min(super::MAX_ROWS), k)?;
     indexable(op, "result", m.min(super::MAX_ROWS), n)?;
     let session = Session::new(op, &storages(x, weights))?;
     let mut out = session.alloc::<f32>(m * n)?;
@@ -193,7 +193,7 @@ fn triple(
         u32,
     ) -> KaioResult,
 ) -> Result<CudaStorage> {
-    indexable(op, "activations", m.min(super::MAX_ROWS), k)?;
+    indexable(op, "x", m.min(super::MAX_ROWS), k)?;
     indexable(op, "result", m.min(super::MAX_ROWS), n)?;
     let session = Session::new(op, &storages(x, weights))?;
     let mut out = session.alloc::<f16>(3 * m * n)?;

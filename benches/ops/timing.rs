@@ -1,0 +1,70 @@
+//! Medians of contestants that take turns.
+
+use std::time::Instant;
+
+use candle_core::{Device, Result};
+
+/// Something to time.
+pub struct Contestant {
+    pub name: &'static str,
+    pub run: Box<dyn FnMut() -> Result<()>>,
+}
+
+pub struct Timing {
+    /// From start to end of the work: device events on a GPU, the clock on the CPU.
+    pub total_us: f64,
+    /// Until the call returned.
+    pub host_us: f64,
+}
+
+const WARM_UP: usize = 3;
+
+/// Medians over `rounds` rounds.
+pub fn contest(
+    device: &Device,
+    contestants: &mut [Contestant],
+    rounds: usize,
+) -> Result<Vec<Timing>> {
+    let mut samples = vec![(Vec::new(), Vec::new()); contestants.len()];
+    for round in 0..WARM_UP + rounds {
+        for (contestant, (total, host)) in contestants.iter_mut().zip(&mut samples) {
+            let (total_us, host_us) = once(device, &mut contestant.run)?;
+            if round >= WARM_UP {
+                total.push(total_us);
+                host.push(host_us);
+            }
+        }
+    }
+    let timing = |(total, host)| Timing { total_us: median(total), host_us: median(host) };
+    Ok(samples.into_iter().map(timing).collect())
+}
+
+fn median(mut samples: Vec<f64>) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples[samples.len() / 2]
+}
+
+fn once(device: &Device, run: &mut dyn FnMut() -> Result<()>) -> Result<(f64, f64)> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => {
+            use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
+            let stream = cuda.cuda_stream();
+            let event =
+                || stream.record_event(Some(CU_EVENT_DEFAULT)).map_err(candle_core::Error::wrap);
+            device.synchronize()?;
+            let (start, clock) = (event()?, Instant::now());
+            run()?;
+            let (host, end) = (clock.elapsed(), event()?);
+            device.synchronize()?;
+            let total = start.elapsed_ms(&end).map_err(candle_core::Error::wrap)?;
+            Ok((f64::from(total) * 1e3, host.as_secs_f64() * 1e6))
+        }
+        _ => {
+            let clock = Instant::now();
+            run()?;
+            let us = clock.elapsed().as_secs_f64() * 1e6;
+            Ok((us, us))
+        }
+    }
+}
