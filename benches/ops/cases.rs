@@ -5,6 +5,8 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 use kaio_candle::prelude::*;
 use kaio_candle::quant;
 
+#[cfg(feature = "cuda")]
+use super::direct;
 use super::timing::Contestant;
 
 pub struct Case {
@@ -12,8 +14,10 @@ pub struct Case {
     pub shape: String,
     pub flops: f64,
     pub rounds: usize,
-    /// The bridge, then a direct call of kaio-ops, then candle.
+    /// The bridge, then a direct call of kaio-ops into a result that exists, then candle.
     pub contestants: Vec<Contestant>,
+    /// Elements and dtype of the result, which the bridge allocates in each call.
+    pub result: (usize, DType),
 }
 
 /// A case that is built when its turn comes, so that one at a time holds memory.
@@ -26,8 +30,17 @@ fn builder(op: &'static str, build: impl FnOnce(&Device) -> Result<Case> + 'stat
     Builder { op, build: Box::new(build) }
 }
 
-fn contestant(name: &'static str, run: impl FnMut() -> Result<()> + 'static) -> Contestant {
+pub fn contestant(name: &'static str, run: impl FnMut() -> Result<()> + 'static) -> Contestant {
     Contestant { name, run: Box::new(run) }
+}
+
+/// Allocates and frees a result as the bridge does in each call, for the host's time that is not the
+/// bridge's own.
+#[allow(unsafe_code)]
+pub fn allocation(name: &'static str, device: &Device, (len, dtype): (usize, DType)) -> Contestant {
+    let device = device.clone();
+    // SAFETY: nothing reads the elements.
+    contestant(name, move || unsafe { Tensor::empty(len, dtype, &device) }.map(drop))
 }
 
 pub fn all(device: &Device) -> Vec<Builder> {
@@ -99,7 +112,8 @@ fn matmul(
         shape: format!("{n}³"),
         flops: 2.0 * (n as f64).powi(3),
         // The smallest shows the host's part, which needs many rounds.
-        rounds: if n == 64 { 200 } else { 20 },
+        rounds: if n == 64 { 300 } else { 30 },
+        result: (n * n, DType::F32),
         contestants: vec![
             ours,
             #[cfg(feature = "cuda")]
@@ -120,7 +134,8 @@ fn int8(device: &Device, m: usize, n: usize) -> Result<Case> {
         op: "matmul_int8",
         shape: format!("{m}×{n}×{n}"),
         flops: 2.0 * (m * n * n) as f64,
-        rounds: 20,
+        rounds: 30,
+        result: (m * n, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || a.kaio_matmul_int8(&w, scale).map(drop)),
             #[cfg(feature = "cuda")]
@@ -141,7 +156,8 @@ fn int4(device: &Device, m: usize, n: usize) -> Result<Case> {
         op: "matmul_int4",
         shape: format!("{m}×{n}×{n}"),
         flops: 2.0 * (m * n * n) as f64,
-        rounds: 20,
+        rounds: 30,
+        result: (m * n, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || a.kaio_matmul_int4(&w, &s).map(drop)),
             #[cfg(feature = "cuda")]
@@ -170,7 +186,8 @@ fn qkv_int8(device: &Device, m: usize, n: usize) -> Result<Case> {
         op: "qkv_project_int8",
         shape: format!("3·{m}×{n}×{n}"),
         flops: 6.0 * (m * n * n) as f64,
-        rounds: 20,
+        rounds: 30,
+        result: (3 * m * n, DType::F16),
         contestants: vec![
             contestant("kaio-candle", move || {
                 x.kaio_qkv_project_int8([&w, &w, &w], [scale; 3]).map(drop)
@@ -192,7 +209,8 @@ fn qkv_int4(device: &Device, m: usize, n: usize) -> Result<Case> {
         op: "qkv_project_int4",
         shape: format!("3·{m}×{n}×{n}"),
         flops: 6.0 * (m * n * n) as f64,
-        rounds: 20,
+        rounds: 30,
+        result: (3 * m * n, DType::F16),
         contestants: vec![
             contestant("kaio-candle", move || {
                 x.kaio_qkv_project_int4([&w, &w, &w], [&s, &s, &s]).map(drop)
@@ -237,7 +255,8 @@ fn attention_tc(device: &Device, op: &'static str, causal: bool) -> Result<Case>
         op,
         shape: format!("H{heads} S{s} D{d}"),
         flops: attention_flops(heads, s, d, causal),
-        rounds: 40,
+        rounds: 100,
+        result: (heads * s * d, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || q.kaio_attention_tc(&k, &v, causal).map(drop)),
             #[cfg(feature = "cuda")]
@@ -264,7 +283,8 @@ fn flash(
         op,
         shape: format!("f32 H{heads} S{s} D{d}"),
         flops: attention_flops(heads, s, d, causal),
-        rounds: 20,
+        rounds: 30,
+        result: (heads * s * d, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || q.kaio_flash_attn(&k, &v, causal).map(drop)),
             #[cfg(feature = "cuda")]
@@ -296,6 +316,7 @@ fn flash_backward(
         shape: format!("f32 H{heads} S{s} D{d}"),
         flops: 2.5 * attention_flops(heads, s, d, causal),
         rounds: 10,
+        result: (3 * heads * s * d, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || ours.backward().map(drop)),
             #[cfg(feature = "cuda")]
@@ -303,174 +324,4 @@ fn flash_backward(
             contestant("candle unfused f32", move || peer.backward().map(drop)),
         ],
     })
-}
-
-/// kaio-ops called as its own users call it, into outputs that exist.
-#[cfg(feature = "cuda")]
-mod direct {
-    use candle_core::{DType, Error, Result, Tensor, Var, WithDType};
-    use half::{bf16, f16};
-    use kaio::prelude::{GpuBuffer, KaioDevice};
-    use kaio_candle::registry;
-
-    use super::{Contestant, contestant};
-
-    fn buffer<T: WithDType + cudarc::driver::DeviceRepr>(
-        kaio: &KaioDevice,
-        t: &Tensor,
-    ) -> Result<GpuBuffer<T>> {
-        kaio.alloc_from(&t.flatten_all()?.to_vec1::<T>()?).map_err(Error::wrap)
-    }
-
-    fn signed(kaio: &KaioDevice, t: &Tensor) -> Result<GpuBuffer<i8>> {
-        let bytes = t.flatten_all()?.to_vec1::<u8>()?.into_iter().map(|x| x as i8);
-        kaio.alloc_from(&bytes.collect::<Vec<_>>()).map_err(Error::wrap)
-    }
-
-    fn zeros(kaio: &KaioDevice, len: usize) -> Result<GpuBuffer<f32>> {
-        kaio.alloc_zeros(len).map_err(Error::wrap)
-    }
-
-    fn kaio_ops(mut run: impl FnMut() -> kaio::prelude::Result<()> + 'static) -> Contestant {
-        contestant("kaio-ops", move || run().map_err(Error::wrap))
-    }
-
-    pub fn matmul(a: &Tensor, b: &Tensor, pipelined: bool, n: usize) -> Result<Contestant> {
-        let kaio = registry::device(0)?;
-        let (mut c, n32) = (zeros(&kaio, n * n)?, n as u32);
-        if a.dtype() == DType::F16 {
-            let kernel = match pipelined {
-                false => kaio_ops::matmul_tc,
-                true => kaio_ops::matmul_tc_async,
-            };
-            let (a, b) = (buffer::<f16>(&kaio, a)?, buffer::<f16>(&kaio, b)?);
-            return Ok(self::kaio_ops(move || kernel(&kaio, &a, &b, &mut c, n32, n32, n32)));
-        }
-        let kernel = match pipelined {
-            false => kaio_ops::matmul_tc_bf16,
-            true => kaio_ops::matmul_tc_bf16_async,
-        };
-        let (a, b) = (buffer::<bf16>(&kaio, a)?, buffer::<bf16>(&kaio, b)?);
-        Ok(self::kaio_ops(move || kernel(&kaio, &a, &b, &mut c, n32, n32, n32)))
-    }
-
-    pub fn int8(a: &Tensor, w: &Tensor, [m, n]: [usize; 2]) -> Result<Contestant> {
-        let kaio = registry::device(0)?;
-        let (a, w, mut c) = (signed(&kaio, a)?, signed(&kaio, w)?, zeros(&kaio, m * n)?);
-        let (m, n) = (m as u32, n as u32);
-        Ok(kaio_ops(move || kaio_ops::matmul_int8(&kaio, &a, &w, &mut c, 1.0, m, n, n)))
-    }
-
-    pub fn int4(a: &Tensor, w: &Tensor, s: &Tensor, [m, n]: [usize; 2]) -> Result<Contestant> {
-        let kaio = registry::device(0)?;
-        let (a, w) = (buffer::<f16>(&kaio, a)?, buffer::<u32>(&kaio, &w.t()?)?);
-        let (s, mut c) = (buffer::<f16>(&kaio, s)?, zeros(&kaio, m * n)?);
-        let (m, n) = (m as u32, n as u32);
-        Ok(kaio_ops(move || kaio_ops::matmul_int4(&kaio, &a, &w, &s, &mut c, m, n, n, 128)))
-    }
-
-    /// Rows of f16 output, in whole tiles: the kernels write past the end of a result that is not.
-    fn halves(kaio: &KaioDevice, m: usize, n: usize) -> Result<GpuBuffer<f16>> {
-        kaio.alloc_zeros(m.next_multiple_of(64) * n).map_err(Error::wrap)
-    }
-
-    pub fn qkv_int8(x: &Tensor, w: &Tensor, scale: f32, [m, n]: [usize; 2]) -> Result<Contestant> {
-        let kaio = registry::device(0)?;
-        let (x, w) = (buffer::<f16>(&kaio, x)?, signed(&kaio, w)?);
-        let (mut q, mut k, mut v) =
-            (halves(&kaio, m, n)?, halves(&kaio, m, n)?, halves(&kaio, m, n)?);
-        let (m, n) = (m as u32, n as u32);
-        Ok(kaio_ops(move || {
-            kaio_ops::qkv_project_int8(
-                &kaio, &x, &w, &w, &w, scale, scale, scale, &mut q, &mut k, &mut v, m, n, n,
-            )
-        }))
-    }
-
-    pub fn qkv_int4(x: &Tensor, w: &Tensor, s: &Tensor, [m, n]: [usize; 2]) -> Result<Contestant> {
-        let kaio = registry::device(0)?;
-        let (x, w) = (buffer::<f16>(&kaio, x)?, buffer::<u32>(&kaio, &w.t()?)?);
-        let s = buffer::<f16>(&kaio, s)?;
-        let (mut q, mut k, mut v) =
-            (halves(&kaio, m, n)?, halves(&kaio, m, n)?, halves(&kaio, m, n)?);
-        let (m, n) = (m as u32, n as u32);
-        Ok(kaio_ops(move || {
-            kaio_ops::qkv_project_int4(
-                &kaio, &x, &w, &w, &w, &s, &s, &s, &mut q, &mut k, &mut v, m, n, n, 128,
-            )
-        }))
-    }
-
-    pub fn attention_tc(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Result<Contestant> {
-        let kaio = registry::device(0)?;
-        let (_, s, d) = q.dims3()?;
-        let mut out = zeros(&kaio, s * d)?;
-        let (q, k, v) = (buffer(&kaio, q)?, buffer(&kaio, k)?, buffer(&kaio, v)?);
-        let (s, d) = (s as u32, d as u32);
-        let kernel = match causal {
-            false => kaio_ops::attention_tc,
-            true => kaio_ops::attention_tc_causal,
-        };
-        Ok(kaio_ops(move || kernel(&kaio, &q, &k, &v, &mut out, s, s, d, d)))
-    }
-
-    /// Buffers of each head.
-    fn heads(kaio: &KaioDevice, t: &Tensor) -> Result<Vec<GpuBuffer<f32>>> {
-        (0..t.dim(1)?).map(|h| buffer(kaio, &t.get_on_dim(1, h)?)).collect()
-    }
-
-    pub fn flash(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Result<Contestant> {
-        let kaio = registry::device(0)?;
-        let (_, _, s, d) = q.dims4()?;
-        let mut out = zeros(&kaio, s * d)?;
-        let (q, k, v) = (heads(&kaio, q)?, heads(&kaio, k)?, heads(&kaio, v)?);
-        let (s, d) = (s as u32, d as u32);
-        let kernel = match causal {
-            false => kaio_ops::attention_flash,
-            true => kaio_ops::attention_flash_causal,
-        };
-        Ok(kaio_ops(move || {
-            (0..q.len()).try_for_each(|h| kernel(&kaio, &q[h], &k[h], &v[h], &mut out, s, d))
-        }))
-    }
-
-    pub fn flash_backward(vars: &[Var], grad: &Tensor, causal: bool) -> Result<Contestant> {
-        let kaio = registry::device(0)?;
-        let (_, _, s, d) = grad.dims4()?;
-        let (q, k, v) = (heads(&kaio, &vars[0])?, heads(&kaio, &vars[1])?, heads(&kaio, &vars[2])?);
-        let g = heads(&kaio, grad)?;
-        let (s32, d32) = (s as u32, d as u32);
-        let (forward, backward) = match causal {
-            false => (
-                kaio_ops::attention_flash_with_stats
-                    as fn(&_, &_, &_, &_, &mut _, &mut _, _, _) -> _,
-                kaio_ops::attention_flash_bwd
-                    as fn(&_, &_, &_, &_, &_, &_, &_, &mut _, &mut _, &mut _, _, _) -> _,
-            ),
-            true => (
-                kaio_ops::attention_flash_causal_with_stats
-                    as fn(&_, &_, &_, &_, &mut _, &mut _, _, _) -> _,
-                kaio_ops::attention_flash_bwd_causal
-                    as fn(&_, &_, &_, &_, &_, &_, &_, &mut _, &mut _, &mut _, _, _) -> _,
-            ),
-        };
-        let mut outs = Vec::new();
-        for h in 0..q.len() {
-            let (mut out, mut lse) = (zeros(&kaio, s * d)?, zeros(&kaio, s)?);
-            forward(&kaio, &q[h], &k[h], &v[h], &mut out, &mut lse, s32, d32)
-                .map_err(Error::wrap)?;
-            outs.push((out, lse));
-        }
-        let (mut dq, mut dk, mut dv) =
-            (zeros(&kaio, s * d)?, zeros(&kaio, s * d)?, zeros(&kaio, s * d)?);
-        Ok(kaio_ops(move || {
-            (0..q.len()).try_for_each(|h| {
-                let (out, lse) = &outs[h];
-                backward(
-                    &kaio, &g[h], &q[h], &k[h], &v[h], out, lse, &mut dq, &mut dk, &mut dv, s32,
-                    d32,
-                )
-            })
-        }))
-    }
 }

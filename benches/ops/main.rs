@@ -1,12 +1,18 @@
 //! One table of all ops: `cargo bench` on the CPU, `cargo bench --features cuda` on the first GPU.
 //!
 //! Each row runs its contestants in turn, round by round, after warm-up rounds, on random inputs, and
-//! shows medians. The table goes to the terminal, the same as JSON and as a chart to `out/bench`
+//! shows medians: µs from start to end (device events on a GPU), and the host's µs until the call
+//! returned. `bridge` is what this crate adds to a direct call of kaio-ops into a result that exists,
+//! less `alloc`, what candle takes to allocate and free the result.
+//!
+//! The table goes to the terminal, the same as JSON and as a chart to `out/bench`
 //! (`KAIO_BENCH_DIR`). An argument keeps only the rows whose op contains it.
 
 mod cases;
 #[path = "../../examples/common/chart.rs"]
 mod chart;
+#[cfg(feature = "cuda")]
+mod direct;
 mod timing;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +23,8 @@ use timing::Timing;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
+const ALLOCATION: &str = "allocation";
+
 /// A case and the timing of each contestant, the bridge first.
 struct Row {
     case: Case,
@@ -24,9 +32,13 @@ struct Row {
 }
 
 impl Row {
+    /// The contestants' names and timings.
+    fn all(&self) -> impl Iterator<Item = (&'static str, &Timing)> {
+        self.case.contestants.iter().map(|c| c.name).zip(&self.timings)
+    }
+
     fn of(&self, name: &str) -> Option<&Timing> {
-        let at = self.case.contestants.iter().position(|c| c.name == name)?;
-        self.timings.get(at)
+        self.all().find(|(n, _)| *n == name).map(|(_, timing)| timing)
     }
 
     fn tflops(&self, timing: &Timing) -> f64 {
@@ -37,33 +49,25 @@ impl Row {
 fn main() -> Result<()> {
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--")).unwrap_or_default();
     let (device, name) = device()?;
-    println!(
-        "{name}; medians in µs; inputs random; ratio = peer's time / ours, above 1 we are faster"
-    );
-    println!(
-        "{:<22} {:<26} {:>10} {:>8} | {:>10} {:>6} | {:>10} {:>6} {:<26} | {:>8} {:>8} {:>7}",
-        "op",
-        "shape",
-        "µs",
-        "TFLOP/s",
-        "kaio-ops",
-        "ratio",
-        "candle",
-        "ratio",
-        "which",
-        "host",
-        "direct",
-        "bridge"
+    println!("{name}; medians; ratio = the peer's time over ours: above 1 we are faster");
+    print(
+        ["op", "shape", "µs", "TFLOP/s"],
+        ["kaio-ops", "ratio"],
+        ["candle", "ratio", "its op"],
+        ["host", "direct", "alloc", "bridge"],
     );
     let mut rows = Vec::new();
-    for build in cases::all(&device) {
-        if !build.op.contains(&filter) {
+    for case in cases::all(&device) {
+        if !case.op.contains(&filter) {
             continue;
         }
-        let mut case = (build.build)(&device)?;
+        let mut case = (case.build)(&device)?;
+        if !device.is_cpu() {
+            case.contestants.push(cases::allocation(ALLOCATION, &device, case.result));
+        }
         let timings = timing::contest(&device, &mut case.contestants, case.rounds)?;
         let row = Row { case, timings };
-        print(&row);
+        show(&row);
         rows.push(row);
     }
     let directory = std::env::var("KAIO_BENCH_DIR").unwrap_or_else(|_| "out/bench".into());
@@ -82,66 +86,73 @@ fn device() -> Result<(Device, String)> {
     Ok((Device::Cpu, format!("CPU, {} threads", rayon::current_num_threads())))
 }
 
-fn print(row: &Row) {
-    let ours = &row.timings[0];
-    let ratio = |peer: Option<&Timing>| match peer {
-        Some(peer) => {
-            (format!("{:.1}", peer.total_us), format!("{:.2}", peer.total_us / ours.total_us))
-        }
-        None => ("–".into(), "–".into()),
-    };
-    let direct = row.of("kaio-ops");
-    let peer = row.case.contestants.iter().find(|c| c.name.starts_with("candle"));
-    let peer_name = peer.map_or("", |c| c.name);
-    let (direct_us, direct_ratio) = ratio(direct);
-    let (peer_us, peer_ratio) = ratio(row.of(peer_name));
-    let (host_direct, bridge) = match direct {
-        Some(direct) => {
-            (format!("{:.1}", direct.host_us), format!("{:+.1}", ours.host_us - direct.host_us))
-        }
-        None => ("–".into(), "–".into()),
-    };
+fn print(ours: [&str; 4], direct: [&str; 2], candle: [&str; 3], host: [&str; 4]) {
+    let [op, shape, us, tflops] = ours;
+    let ([direct, direct_ratio], [candle, ratio, its_op]) = (direct, candle);
+    let [host, host_direct, alloc, bridge] = host;
     println!(
-        "{:<22} {:<26} {:>10.1} {:>8.2} | {direct_us:>10} {direct_ratio:>6} | {peer_us:>10} \
-         {peer_ratio:>6} {peer_name:<26} | {:>8.1} {host_direct:>8} {bridge:>7}",
-        row.case.op,
-        row.case.shape,
-        ours.total_us,
-        row.tflops(ours),
-        ours.host_us
+        "{op:<26} {shape:<18} {us:>9} {tflops:>8} | {direct:>9} {direct_ratio:>5} | {candle:>9} \
+         {ratio:>5} {its_op:<26} | {host:>8} {host_direct:>8} {alloc:>6} {bridge:>7}"
+    );
+}
+
+fn show(row: &Row) {
+    let ours = &row.timings[0];
+    let number = |x: f64| format!("{x:.1}");
+    let or_dash = |x: Option<String>| x.unwrap_or_else(|| "–".into());
+    let us = |peer: Option<&Timing>| or_dash(peer.map(|t| number(t.total_us)));
+    let ratio =
+        |peer: Option<&Timing>| or_dash(peer.map(|t| format!("{:.2}", t.total_us / ours.total_us)));
+    let direct = row.of("kaio-ops");
+    let (its_op, candle) = row.all().find(|(name, _)| name.starts_with("candle")).unzip();
+    let alloc = row.of(ALLOCATION);
+    let bridge =
+        direct.zip(alloc).map(|(d, a)| format!("{:+.1}", ours.host_us - d.host_us - a.host_us));
+    print(
+        [row.case.op, &row.case.shape, &number(ours.total_us), &format!("{:.2}", row.tflops(ours))],
+        [&us(direct), &ratio(direct)],
+        [&us(candle), &ratio(candle), its_op.unwrap_or("–")],
+        [
+            &number(ours.host_us),
+            &or_dash(direct.map(|t| number(t.host_us))),
+            &or_dash(alloc.map(|t| number(t.host_us))),
+            &or_dash(bridge),
+        ],
     );
 }
 
 fn save(rows: &[Row], device: &str, directory: &Path, kind: &str) -> Result<()> {
     std::fs::create_dir_all(directory)?;
-    let json: Vec<_> = rows
-        .iter()
-        .map(|row| {
-            let contestants = row.case.contestants.iter().zip(&row.timings).map(|(c, t)| {
-                serde_json::json!({
-                    "name": c.name, "us": t.total_us, "host_us": t.host_us, "tflops": row.tflops(t),
-                })
-            });
+    let json = rows.iter().map(|row| {
+        let contestants = row.all().map(|(name, t)| {
             serde_json::json!({
-                "device": device, "op": row.case.op, "shape": row.case.shape,
-                "flops": row.case.flops, "contestants": contestants.collect::<Vec<_>>(),
+                "name": name, "us": t.total_us, "host_us": t.host_us, "tflops": row.tflops(t),
             })
+        });
+        serde_json::json!({
+            "device": device, "op": row.case.op, "shape": row.case.shape,
+            "flops": row.case.flops, "contestants": contestants.collect::<Vec<_>>(),
         })
-        .collect();
+    });
     let path = directory.join(format!("ops-{kind}.json"));
-    std::fs::write(&path, serde_json::to_string_pretty(&json)?)?;
-    let groups: Vec<(String, Vec<(String, f64)>)> = rows
-        .iter()
-        .map(|row| {
-            let bars = row.case.contestants.iter().zip(&row.timings).map(|(c, t)| {
-                let family = if c.name.starts_with("candle") { "candle" } else { c.name };
-                (family.to_string(), row.tflops(t))
-            });
-            (format!("{} {}", row.case.op, row.case.shape), bars.collect())
-        })
-        .collect();
+    std::fs::write(&path, serde_json::to_string_pretty(&json.collect::<Vec<_>>())?)?;
+
+    // Times of one op say nothing beside those of another: each group has its own scale.
+    let groups: Vec<_> = rows.iter().map(group).collect();
     let picture = directory.join(format!("ops-{kind}.png"));
-    chart::bar_chart(&picture, &format!("kaio-candle on {device}"), "TFLOP/s", &groups)?;
+    chart::bar_chart(&picture, &format!("Speed on {device}"), "% of the fastest", &groups)?;
     println!("wrote {} and {}", path.display(), picture.display());
     Ok(())
+}
+
+/// One op's bars.
+fn group(row: &Row) -> (String, Vec<(String, f64)>) {
+    let raced = || row.all().filter(|(name, _)| *name != ALLOCATION);
+    let best = raced().map(|(_, t)| t.total_us).fold(f64::INFINITY, f64::min);
+    let bars = raced().map(|(name, t)| {
+        let family = if name.starts_with("candle") { "candle" } else { name };
+        (family.to_string(), 100.0 * best / t.total_us)
+    });
+    let label = format!("{} {}, {:.0} µs", row.case.op, row.case.shape, row.timings[0].total_us);
+    (label, bars.collect())
 }

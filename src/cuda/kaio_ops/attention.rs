@@ -146,11 +146,20 @@ fn flash_f32(
 
     let session = Session::new(op, &[q.storage(), k.storage(), v.storage()])?;
     let mut out = session.alloc::<f32>(heads * square.pieces * len)?;
-    let mut lse = session.alloc::<f32>(if keep_lse { heads * square.rows() } else { 0 })?;
+    let mut lse = keep_lse.then(|| session.alloc::<f32>(heads * square.rows())).transpose()?;
     {
         let (pq, pk, pv) =
             (session.input(q.storage())?, session.input(k.storage())?, session.input(v.storage())?);
-        let (po, pl) = (session.output(&mut out)?, session.output(&mut lse)?);
+        let po = session.output(&mut out)?;
+        let pl = lse.as_mut().map(|lse| session.output(lse)).transpose()?;
+        let plain = match p.causal {
+            false => kaio_ops::attention_flash,
+            true => kaio_ops::attention_flash_causal,
+        };
+        let with_stats = match p.causal {
+            false => kaio_ops::attention_flash_with_stats,
+            true => kaio_ops::attention_flash_causal_with_stats,
+        };
         let (s, d) = (side as u32, width as u32);
         session.run(|device| {
             for i in 0..heads * square.pieces {
@@ -159,31 +168,19 @@ fn flash_f32(
                 let q = pq.view(q.offset(head) + piece * len, len);
                 let (k, v) = (pk.view(k.offset(kv), len), pv.view(v.offset(kv), len));
                 let mut out = po.view(i * len, len);
-                if keep_lse {
-                    let mut lse = pl.view(i * side, side);
-                    match p.causal {
-                        false => kaio_ops::attention_flash_with_stats(
-                            device, &q, &k, &v, &mut out, &mut lse, s, d,
-                        ),
-                        true => kaio_ops::attention_flash_causal_with_stats(
-                            device, &q, &k, &v, &mut out, &mut lse, s, d,
-                        ),
-                    }?;
-                } else {
-                    match p.causal {
-                        false => kaio_ops::attention_flash(device, &q, &k, &v, &mut out, s, d),
-                        true => {
-                            kaio_ops::attention_flash_causal(device, &q, &k, &v, &mut out, s, d)
-                        }
-                    }?;
+                match &pl {
+                    None => plain(device, &q, &k, &v, &mut out, s, d)?,
+                    Some(lse) => {
+                        let mut lse = lse.view(i * side, side);
+                        with_stats(device, &q, &k, &v, &mut out, &mut lse, s, d)?;
+                    }
                 }
             }
             Ok(())
         })?;
     }
-    let (out, lse) = (wrap(&session, out), wrap(&session, lse));
-    let out = square.restore(out, heads, width, (sq, p.value_dim()))?;
-    let lse = keep_lse.then(|| square.restore(lse, heads, 1, (sq, 1))).transpose()?;
+    let out = square.restore(wrap(&session, out), heads, width, (sq, p.value_dim()))?;
+    let lse = lse.map(|lse| square.restore(wrap(&session, lse), heads, 1, (sq, 1))).transpose()?;
     Ok((out, lse))
 }
 
