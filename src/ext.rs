@@ -24,13 +24,13 @@ mod sealed {
 ///
 /// Each method checks its arguments before it allocates or launches anything; what it returns then
 /// is a [`kaio_candle::Error`](crate::Error), which [`Error::of`](crate::Error::of) takes out of the
-/// candle error. The sections below name what each method refuses.
+/// candle error. Messages name `self` by its role, as the tables do: `lhs`, `q`, `x`. The sections below name what each method refuses.
 pub trait KaioTensorExt: sealed::Sealed {
     /// Matrix product `A·B` with f32 sums and an f32 result.
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|
-    /// | `self` | `[.., M, K]` | f16 or bf16 |
+    /// | `self` (`lhs`) | `[.., M, K]` | f16 or bf16 |
     /// | `rhs` | `[.., K, N]` | the same |
     /// | result | `[.., M, N]` | f32 |
     ///
@@ -99,7 +99,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|
-    /// | `self` | `[.., M, K]` | u8, read as int8 |
+    /// | `self` (`lhs`) | `[.., M, K]` | u8, read as int8 |
     /// | `rhs` | `[K, N]` | u8, read as int8 |
     /// | `scale` | | the product of both quantisation steps |
     /// | result | `[.., M, N]` | f32 |
@@ -134,7 +134,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|
-    /// | `self` | `[.., M, K]`, K a multiple of 128 | f16 |
+    /// | `self` (`lhs`) | `[.., M, K]`, K a multiple of 128 | f16 |
     /// | `packed` | `[K/8, N]` | u32 |
     /// | `scales` | `[K/128, N]` | f16 |
     /// | result | `[.., M, N]` | f32 |
@@ -165,7 +165,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|
-    /// | `self` | `[.., Sq, D]` | f16 |
+    /// | `self` (`q`) | `[.., Sq, D]` | f16 |
     /// | `k` | `[.., Sk, D]` | f16 |
     /// | `v` | `[.., Sk, Dv]` | f16 |
     /// | result | `[.., Sq, Dv]` | f32 |
@@ -200,7 +200,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|
-    /// | `self` | `[Sq, D]`, `[Hq, Sq, D]` or `[B, Hq, Sq, D]` | f16, bf16 or f32 |
+    /// | `self` (`q`) | `[Sq, D]`, `[Hq, Sq, D]` or `[B, Hq, Sq, D]` | f16, bf16 or f32 |
     /// | `k` | the same with `Hkv`, `Sk`; Hq a multiple of Hkv | the same |
     /// | `v` | like `k`, with head dimension Dv | the same |
     /// | result | like `self`, with Dv | the same |
@@ -261,7 +261,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|
-    /// | `self` | `[.., M, K]` | f16 |
+    /// | `self` (`x`) | `[.., M, K]` | f16 |
     /// | `weights` | three `[K, N]` | u8, read as int8 |
     /// | `scales` | | one step a weight |
     /// | result | three `[.., M, N]` | f16 |
@@ -296,7 +296,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|
-    /// | `self` | `[.., M, K]`, K a multiple of 128 | f16 |
+    /// | `self` (`x`) | `[.., M, K]`, K a multiple of 128 | f16 |
     /// | `weights` | three `[K/8, N]` | u32 |
     /// | `scales` | three `[K/128, N]` | f16 |
     /// | result | three `[.., M, N]` | f16 |

@@ -1,4 +1,48 @@
-//! Fast tensor operations with gradients for [candle](https://github.com/huggingface/candle).
+//! Fast tensor operations with gradients for [candle](https://github.com/huggingface/candle), as methods
+//! of [`Tensor`](candle_core::Tensor): matmul from f16 and bf16 to f32, flash attention that
+//! back-propagates, int8 and int4 products, fused QKV projections; on the CPU and on NVIDIA GPUs.
+//!
+//! # Quick start
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor, Var};
+//! use kaio_candle::prelude::*;
+//!
+//! let device = Device::Cpu; // or Device::new_cuda(0)?: nothing else changes
+//! let x = Tensor::randn(0f32, 1., (2, 10, 64), &device)?.to_dtype(DType::BF16)?;
+//! let weight = Var::randn(0f32, 0.1, (64, 64), &device)?;
+//!
+//! let h = x.kaio_matmul_tc(&weight.to_dtype(DType::BF16)?)?; // f32 [2, 10, 64]
+//! let heads = h.reshape((2, 10, 4, 16))?.transpose(1, 2)?; // [B, H, S, D], a view
+//! let loss = heads.kaio_flash_attn(&heads, &heads, true)?.sqr()?.mean_all()?;
+//! assert!(loss.backward()?.get(&weight).is_some());
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! # Ops
+//!
+//! All are methods of [`KaioTensorExt`]; its page has shapes, layouts, gradients and errors.
+//!
+//! | method | from | to | gradient |
+//! |---|---|---|---|
+//! | [`kaio_matmul_tc`](KaioTensorExt::kaio_matmul_tc), [`_async`](KaioTensorExt::kaio_matmul_tc_async), [`kaio_matmul_with`](KaioTensorExt::kaio_matmul_with) | f16, bf16 | f32, f16, bf16 | yes |
+//! | [`kaio_flash_attn`](KaioTensorExt::kaio_flash_attn), [`_with`](KaioTensorExt::kaio_flash_attn_with) | f16, bf16, f32 | the same | yes |
+//! | [`kaio_attention_tc`](KaioTensorExt::kaio_attention_tc) | f16 | f32 | no |
+//! | [`kaio_matmul_int8`](KaioTensorExt::kaio_matmul_int8) | int8 in u8 | f32 | no |
+//! | [`kaio_matmul_int4`](KaioTensorExt::kaio_matmul_int4) | f16, int4 in u32 | f32 | no |
+//! | [`kaio_qkv_project_int8`](KaioTensorExt::kaio_qkv_project_int8), [`_int4`](KaioTensorExt::kaio_qkv_project_int4) | f16, int8 or int4 | f16 | no |
+//!
+//! # Features
+//!
+//! - none: CPU tensors. Builds everywhere.
+//! - `cuda`: CUDA tensors too, through the kernels of `kaio-ops`, and the module `registry`, which
+//!   keeps one `KaioDevice` for each GPU. Needs CUDA's compiler to build, a GPU of compute capability
+//!   8.0 or later to run. README lists the engine's limits.
+//!
+//! # Where things live
+//!
+//! `ext` speaks tensors, `op` shapes and gradients, `cpu` loops, `cuda` to the driver, `stack` turns
+//! batch dimensions into offsets, [`quant`] makes weights. CONTRIBUTING.md has the map.
 
 mod cpu;
 mod cuda;
@@ -15,3 +59,8 @@ pub use cuda::registry;
 pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
 pub use options::{Engine, FlashAttnOptions, MatmulOptions};
+
+/// The README's code, run by `cargo test`.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

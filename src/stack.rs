@@ -167,8 +167,8 @@ impl Stack {
         }
     }
 
-    /// The last rows of each matrix, from `first` on.
-    pub fn from_row(&self, first: usize) -> Self {
+    /// Each matrix without its rows before `first`.
+    pub fn skip_rows(&self, first: usize) -> Self {
         Self {
             offset: self.offset + first * self.row_stride,
             rows: self.rows - first,

@@ -20,10 +20,12 @@ pub struct Case {
     pub result: (usize, DType),
 }
 
+type Build = Box<dyn FnOnce(&Device) -> Result<Case>>;
+
 /// A case that is built when its turn comes, so that one at a time holds memory.
 pub struct Builder {
     pub op: &'static str,
-    pub build: Box<dyn FnOnce(&Device) -> Result<Case>>,
+    pub build: Build,
 }
 
 fn builder(op: &'static str, build: impl FnOnce(&Device) -> Result<Case> + 'static) -> Builder {

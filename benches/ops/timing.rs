@@ -27,11 +27,13 @@ pub fn contest(
 ) -> Result<Vec<Timing>> {
     let mut samples = vec![(Vec::new(), Vec::new()); contestants.len()];
     for round in 0..WARM_UP + rounds {
-        for (contestant, (total, host)) in contestants.iter_mut().zip(&mut samples) {
-            let (total_us, host_us) = once(device, &mut contestant.run)?;
+        for turn in 0..contestants.len() {
+            // Another one goes first in each round: who follows whom matters to caches and queues.
+            let i = (round + turn) % contestants.len();
+            let (total_us, host_us) = once(device, &mut contestants[i].run)?;
             if round >= WARM_UP {
-                total.push(total_us);
-                host.push(host_us);
+                samples[i].0.push(total_us);
+                samples[i].1.push(host_us);
             }
         }
     }

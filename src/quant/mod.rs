@@ -1,7 +1,7 @@
 //! From float weights to the integer forms that the quantised products take, and back.
 //!
-//! All functions run on the tensor's own device and take any layout. They have no gradient: a
-//! tracked input is an error.
+//! All functions run on the tensor's own device and take any layout. The quantisers have no gradient:
+//! a tracked input is an error.
 
 mod int4;
 mod int8;

@@ -370,6 +370,14 @@ impl Source {
     }
 }
 
+/// Leaves NaN in the GPU memory that the next allocations of about this size get.
+pub fn poison(device: &Device, elements: usize) {
+    if !device.is_cpu() {
+        let nan = |_| Tensor::full(f32::NAN, elements, device).expect("memory for a few tensors");
+        drop((0..8).map(nan).collect::<Vec<_>>());
+    }
+}
+
 /// Counts cases; failures are collected and reported together, each under its case's name.
 pub struct Tally {
     suite: &'static str,
@@ -388,6 +396,9 @@ impl Tally {
 
     /// Runs a case. A panic fails it; what a GPU engine honestly refuses does not apply.
     pub fn case(&mut self, name: impl Display, run: impl FnOnce() -> Result<()>) {
+        for elements in [1 << 8, 1 << 13, 1 << 18] {
+            poison(&self.device, elements);
+        }
         match catch_unwind(AssertUnwindSafe(run)) {
             Ok(Ok(())) => self.ran += 1,
             Ok(Err(e))

@@ -3,20 +3,14 @@
 //! This proves nothing about the kernels (the tables do that), but that the bridge hands them the
 //! right memory, and all of it.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use half::{bf16, f16};
 use kaio::prelude::{GpuBuffer, KaioDevice};
 use kaio_candle::prelude::*;
 use kaio_candle::quant;
 
-use super::common::{Layout, Source};
+use super::common::{Layout, Source, poison};
 use super::gpu;
-
-/// Leaves NaN in the memory that the next allocations of this size get.
-fn poison(device: &Device, elements: usize) {
-    let nan = |_| Tensor::full(f32::NAN, elements, device).unwrap();
-    drop((0..8).map(nan).collect::<Vec<_>>());
-}
 
 fn buffer<T: candle_core::WithDType + cudarc::driver::DeviceRepr>(
     kaio: &KaioDevice,

@@ -88,7 +88,7 @@ impl Square {
             cols,
             ..Want::default()
         };
-        fit(storage, &stack.from_row(self.unseen), want)
+        fit(storage, &stack.skip_rows(self.unseen), want)
     }
 
     /// A matrix with a row for each key.
