@@ -2,6 +2,7 @@
 
 use candle_core::cuda_backend::CudaDType;
 use candle_core::{CudaStorage, DType, Result};
+use cudarc::driver::DeviceRepr;
 use half::f16;
 use kaio::prelude::{GpuBuffer, KaioDevice};
 
@@ -53,7 +54,7 @@ pub(crate) fn matmul_int8(
     indexable(op, "rhs", k, n)?;
     let x = activations(x, m, k)?;
     let w = fit(w.0, w.1, Want { rows: k, ..Want::default() })?;
-    single(op, (m, n), k, &x, &[&w], |device, x, inputs, c, rows| {
+    products(op, (m, n), k, &x, &[&w], |device, x, inputs, [c], rows| {
         let w = inputs[0].view::<i8>(w.offset(0), k * n);
         kaio_ops::matmul_int8(device, x, &w, c, scale, rows, n as u32, k as u32)
     })
@@ -73,49 +74,13 @@ pub(crate) fn matmul_int4(
     indexable(op, "packed", k, width)?;
     let x = activations(x, m, k)?;
     let (w, s) = (packed(w, width)?, scales(s, width)?);
-    let out = single(op, (m, width), k, &x, &[&w, &s], |device, x, inputs, c, rows| {
+    let out = products(op, (m, width), k, &x, &[&w, &s], |device, x, inputs, [c], rows| {
         let w_view = inputs[0].view::<u32>(w.offset(0), words(k) * width);
         let s_view = inputs[1].view::<f16>(s.offset(0), k / INT4_GROUP * width);
         let (n, k, group) = (width as u32, k as u32, INT4_GROUP as u32);
         kaio_ops::matmul_int4(device, x, &w_view, &s_view, c, rows, n, k, group)
     })?;
     crop(out, 1, (m, width), 0, (m, n))
-}
-
-/// One f32 result `[m, n]` of activations `[m, k]` and some weight, in slabs of rows.
-fn single<T>(
-    op: &'static str,
-    (m, n): (usize, usize),
-    k: usize,
-    x: &Fitted,
-    weights: &[&Fitted],
-    kernel: impl Fn(&KaioDevice, &GpuBuffer<T>, &[Pointer], &mut GpuBuffer<f32>, u32) -> KaioResult,
-) -> Result<CudaStorage> {
-    indexable(op, "lhs", m.min(super::MAX_ROWS), k)?;
-    indexable(op, "result", m.min(super::MAX_ROWS), n)?;
-    let session = Session::new(op, &storages(x, weights))?;
-    let mut out = session.alloc::<f32>(m * n)?;
-    {
-        let px = session.input(x.storage())?;
-        let pw = pointers(&session, weights)?;
-        let pc = session.output(&mut out)?;
-        session.run(|device| {
-            for (start, rows) in slabs(m) {
-                let x = px.view(x.offset(0) + start * k, rows * k);
-                kernel(device, &x, &pw, &mut pc.view(start * n, rows * n), rows as u32)?;
-            }
-            Ok(())
-        })?;
-    }
-    Ok(CudaDType::wrap_cuda_slice(out, session.device.clone()))
-}
-
-fn storages<'a>(x: &'a Fitted, weights: &[&'a Fitted]) -> Vec<&'a CudaStorage> {
-    std::iter::once(x.storage()).chain(weights.iter().map(|w| w.storage())).collect()
-}
-
-fn pointers<'a>(session: &'a Session, weights: &[&'a Fitted]) -> Result<Vec<Pointer<'a>>> {
-    weights.iter().map(|w| session.input(w.storage())).collect()
 }
 
 pub(crate) fn qkv_int8(
@@ -135,7 +100,7 @@ pub(crate) fn qkv_int8(
     let want = Want { rows: k, cols: width, align: 4, ..Want::default() };
     let w = weights.iter().map(|w| fit(w.0, w.1, want)).collect::<Result<Vec<_>>>()?;
     let w: Vec<_> = w.iter().collect();
-    let out = triple(op, (height, width), k, &x, &w, |device, x, inputs, [q, key, v], rows| {
+    let out = products(op, (height, width), k, &x, &w, |device, x, inputs, [q, key, v], rows| {
         let view = |i: usize| inputs[i].view::<i8>(w[i].offset(0), k * width);
         let (n, k) = (width as u32, k as u32);
         let (w0, w1, w2) = (view(0), view(1), view(2));
@@ -164,7 +129,7 @@ pub(crate) fn qkv_int4(
     let inputs = w.chain(s).collect::<Result<Vec<_>>>()?;
     let inputs: Vec<_> = inputs.iter().collect();
     let out =
-        triple(op, (height, width), k, &x, &inputs, |device, x, pointers, [q, key, v], rows| {
+        products(op, (height, width), k, &x, &inputs, |device, x, pointers, [q, key, v], rows| {
             let w = |i: usize| pointers[i].view::<u32>(inputs[i].offset(0), words(k) * width);
             let s = |i: usize| {
                 pointers[3 + i].view::<f16>(inputs[3 + i].offset(0), k / INT4_GROUP * width)
@@ -178,35 +143,31 @@ pub(crate) fn qkv_int4(
     crop(out, 3, (height, width), 0, (m, n))
 }
 
-/// Three f16 results `[3, m, n]` of activations `[m, k]`, in slabs of rows.
-fn triple(
+/// `N` results `[N, m, n]` of activations `[m, k]` and some weights, in slabs of rows.
+fn products<const N: usize, X, Y: CudaDType + DeviceRepr>(
     op: &'static str,
     (m, n): (usize, usize),
     k: usize,
     x: &Fitted,
     weights: &[&Fitted],
-    kernel: impl Fn(
-        &KaioDevice,
-        &GpuBuffer<f16>,
-        &[Pointer],
-        [&mut GpuBuffer<f16>; 3],
-        u32,
-    ) -> KaioResult,
+    kernel: impl Fn(&KaioDevice, &GpuBuffer<X>, &[Pointer], [&mut GpuBuffer<Y>; N], u32) -> KaioResult,
 ) -> Result<CudaStorage> {
     indexable(op, "x", m.min(super::MAX_ROWS), k)?;
     indexable(op, "result", m.min(super::MAX_ROWS), n)?;
-    let session = Session::new(op, &storages(x, weights))?;
-    let mut out = session.alloc::<f16>(3 * m * n)?;
+    let inputs: Vec<_> = std::iter::once(x).chain(weights.iter().copied()).collect();
+    let storages: Vec<_> = inputs.iter().map(|input| input.storage()).collect();
+    let session = Session::new(op, &storages)?;
+    let mut out = session.alloc::<Y>(N * m * n)?;
     {
         let px = session.input(x.storage())?;
-        let pw = pointers(&session, weights)?;
-        let pc = session.output(&mut out)?;
+        let pw = weights.iter().map(|w| session.input(w.storage()));
+        let pw = pw.collect::<Result<Vec<_>>>()?;
+        let py = session.output(&mut out)?;
         session.run(|device| {
             for (start, rows) in slabs(m) {
                 let x = px.view(x.offset(0) + start * k, rows * k);
-                let part = |i: usize| pc.view((i * m + start) * n, rows * n);
-                let (mut q, mut key, mut v) = (part(0), part(1), part(2));
-                kernel(device, &x, &pw, [&mut q, &mut key, &mut v], rows as u32)?;
+                let mut y: [_; N] = std::array::from_fn(|i| py.view((i * m + start) * n, rows * n));
+                kernel(device, &x, &pw, y.each_mut().map(|y| &mut **y), rows as u32)?;
             }
             Ok(())
         })?;
