@@ -57,9 +57,9 @@ fn run() -> Result<(), Box<dyn Error>> {
         None => Corpus::of_this_crate(args.model.seq)?,
     };
     // Now, so that a path that cannot be written does not cost a whole run.
-    fs::create_dir_all(&args.out)?;
-    if let Some(directory) = args.checkpoint.parent() {
-        fs::create_dir_all(directory)?;
+    for directory in [Some(args.out.as_path()), args.checkpoint.parent()].into_iter().flatten() {
+        fs::create_dir_all(directory)
+            .map_err(|e| format!("cannot make the directory {}: {e}", directory.display()))?;
     }
 
     let trained = train(&args, Arithmetic::Kaio, &corpus)?;

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
 
 use super::matmul::Matmul;
-use super::{Op, View, cast, check, eval};
+use super::{Op, View, check, eval};
 use crate::{cpu, cuda, error::Error, quant, stack::Stack};
 
 /// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`.
@@ -51,7 +51,7 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     check::int4_weight(OP, ("lhs", k), b, s)?;
     check::untracked(OP, &[a, b, s])?;
     if lhs.device().is_cuda() && packed.dims()[1] > KAIO_OPS_INT4_MAX_N {
-        let weight = cast(&quant::dequantize_int4(packed, scales)?, DType::F16)?;
+        let weight = quant::dequantize(packed, scales, DType::F16)?;
         return eval(&Matmul::new(OP), &[lhs, &weight]);
     }
     eval(&MatmulInt4, &[lhs, packed, scales])

@@ -116,13 +116,20 @@ pub fn unpack_int4(packed: &Tensor) -> Result<Tensor> {
     const OP: &str = "unpack_int4";
     check::dtype(OP, ("packed", packed), &[DType::U32])?;
     check::rank(OP, ("packed", packed), 2..=2, "[K/8, N]", "unpack one matrix at a time")?;
+    values(packed, DType::F32)
+}
+
+/// The values of packed words in a float dtype.
+fn values(packed: &Tensor, dtype: DType) -> Result<Tensor> {
     let (words, n) = packed.dims2()?;
     if packed.elem_count() == 0 {
-        return Tensor::zeros((words * NIBBLES, n), DType::F32, packed.device());
+        return Tensor::zeros((words * NIBBLES, n), dtype, packed.device());
     }
     let places = places(packed.device())?.reshape((1, NIBBLES, 1))?;
     let nibbles = low_nibble(&packed.contiguous()?.unsqueeze(1)?.broadcast_div(&places)?)?;
-    super::unwrap(&nibbles.to_dtype(DType::F32)?, 16.0)?.reshape((words * NIBBLES, n))
+    let signed = [0f32, 1., 2., 3., 4., 5., 6., 7., -8., -7., -6., -5., -4., -3., -2., -1.];
+    let signed = Tensor::new(&signed, packed.device())?.to_dtype(dtype)?;
+    signed.index_select(&nibbles.flatten_all()?, 0)?.reshape((words * NIBBLES, n))
 }
 
 /// The f32 weight `[K, N]` of packed words `[K/8, N]` and f16 scales `[K/128, N]`.
@@ -137,15 +144,22 @@ pub fn dequantize_int4(packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
     check::dtype(OP, args[0], &[DType::U32])?;
     check::dtype(OP, args[1], &[DType::F16])?;
     check::rank(OP, args[0], 2..=2, "[K/8, N]", "unpack one matrix at a time")?;
-    let (k, n) = (packed.dims()[0] * NIBBLES, packed.dims()[1]);
+    let k = packed.dims()[0] * NIBBLES;
     let of = (INT4_GROUP / NIBBLES, "the words of 128 values that share a scale");
     multiple(OP, "packed", ("rows", packed.dims()[0]), of, "pad K with zeros before packing")?;
     check::int4_weight(OP, ("packed", k), args[0], args[1])?;
-    if packed.elem_count() == 0 {
-        return Tensor::zeros((k, n), DType::F32, packed.device());
+    dequantize(packed, scales, DType::F32)
+}
+
+/// [`dequantize_int4`] of checked arguments, multiplied in and returned in a float dtype.
+pub(crate) fn dequantize(packed: &Tensor, scales: &Tensor, dtype: DType) -> Result<Tensor> {
+    let (k, n) = (packed.dims()[0] * NIBBLES, packed.dims()[1]);
+    let values = values(packed, dtype)?;
+    if values.elem_count() == 0 {
+        return Ok(values);
     }
-    let groups = unpack_int4(packed)?.reshape((k / INT4_GROUP, INT4_GROUP, n))?;
-    groups.broadcast_mul(&scales.to_dtype(DType::F32)?.unsqueeze(1)?)?.reshape((k, n))
+    let groups = values.reshape((k / INT4_GROUP, INT4_GROUP, n))?;
+    groups.broadcast_mul(&scales.to_dtype(dtype)?.unsqueeze(1)?)?.reshape((k, n))
 }
 
 /// 1, 16, 256, ... 16⁷: the worth of each nibble of a word.

@@ -68,5 +68,7 @@ pub fn dequantize_int8(q: &Tensor, scale: f32) -> Result<Tensor> {
     if q.elem_count() == 0 {
         return cast(q, DType::F32);
     }
-    super::unwrap(&q.to_dtype(DType::F32)?, 256.0)?.affine(f64::from(scale), 0.0)
+    let bytes = q.to_dtype(DType::F32)?;
+    let negative = bytes.ge(128f32)?.to_dtype(DType::F32)?;
+    (bytes - (negative * 256.0)?)?.affine(f64::from(scale), 0.0)
 }

@@ -6,6 +6,7 @@
 mod int4;
 mod int8;
 
+pub(crate) use int4::dequantize;
 pub use int4::{dequantize_int4, pack_int4, quantize_int4, unpack_int4};
 pub use int8::{dequantize_int8, quantize_int8};
 
@@ -15,10 +16,4 @@ use candle_core::{DType, Result, Tensor};
 fn wrap(rounded: &Tensor, modulus: f64) -> Result<Tensor> {
     let negative = rounded.lt(0f32)?.to_dtype(DType::F32)?;
     rounded + (negative * modulus)?
-}
-
-/// The way back: numbers from `modulus / 2` on are negative.
-fn unwrap(wrapped: &Tensor, modulus: f64) -> Result<Tensor> {
-    let negative = wrapped.ge(modulus as f32 / 2.0)?.to_dtype(DType::F32)?;
-    wrapped - (negative * modulus)?
 }
