@@ -11,7 +11,7 @@
 # deliberately never put on LD_LIBRARY_PATH, where it would shadow a real driver and turn each call into a silent success.
 #
 # Two choices that look odd and are not:
-# - 13.0, although newer wheels exist: a 580 driver runs nothing that a newer toolkit compiles.
+# - 13.0, although newer wheels exist: a 580 driver refuses the PTX of a newer toolkit, and candle's kernels are PTX.
 # - CUDA_HOME and LIBRARY_PATH, not RUSTFLAGS=-L…: Cargo hashes RUSTFLAGS into every crate, so setting it rebuilds all of
 #   them, candle's CUDA kernels (about 13 minutes) included. For the same reason the values below should not change from
 #   one shell to the next: CUDA_COMPUTE_CAP alone decides whether those kernels are built again.

@@ -19,7 +19,8 @@ use candle_core::{DType, Shape};
 /// ```
 ///
 /// Messages name the op, the argument, what came, what was wanted and what to do. They are the same
-/// for CPU and CUDA tensors, and come before any allocation or launch.
+/// for CPU and CUDA tensors and come before any allocation or launch, but for the limits of an engine
+/// and the quantisers' search for NaN.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -10,7 +10,7 @@ mod sealed {
     impl Sealed for candle_core::Tensor {}
 }
 
-/// Fast tensor operations as methods of [`candle_core::Tensor`].
+/// The ops of this crate as methods of [`candle_core::Tensor`].
 ///
 /// On a CPU tensor each method runs this crate's CPU path, on a CUDA tensor the kernels of an
 /// [`Engine`](crate::Engine), on the tensor's own device; nothing is moved. `..` stands for any
@@ -73,7 +73,8 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// ```
     fn kaio_matmul_tc_async(&self, rhs: &Tensor) -> Result<Tensor>;
 
-    /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) with a choice of result dtype and engine.
+    /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) with a choice of result dtype and engine, through the
+    /// pipelined kernel where the engine has both.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! Fast tensor operations with gradients for [candle](https://github.com/huggingface/candle), as methods
+//! Tensor operations with gradients for [candle](https://github.com/huggingface/candle), as methods
 //! of [`Tensor`](candle_core::Tensor): matmul from f16 and bf16 to f32, flash attention that
 //! back-propagates, int8 and int4 products, fused QKV projections; on the CPU and on NVIDIA GPUs.
 //!

@@ -42,7 +42,7 @@ fn gpu() -> Option<Device> {
 fn second_gpu() -> Option<Device> {
     let device = Device::new_cuda(1).ok();
     if device.is_none() {
-        say("does not apply: a test of two GPUs, this machine has one");
+        say("does not apply: a test of two GPUs, there is no second one");
     }
     device
 }

@@ -8,7 +8,7 @@ use kaio::prelude::{GpuBuffer, KaioDevice};
 
 use super::fit::{Want, fit};
 use super::session::{KaioResult, Session};
-use super::{indexable, slabs, zeros};
+use super::{product_indexable, slabs, zeros};
 use crate::op::{MatmulProblem, Pipeline};
 
 /// The depth of one `mma.sync`: the kernels do not pad K.
@@ -48,9 +48,7 @@ fn run<T: CudaDType>(
 ) -> Result<CudaStorage> {
     let (count, m, n) = (problem.lhs.count(), problem.lhs.rows, problem.rhs.cols);
     let k = problem.lhs.cols.next_multiple_of(K_TILE);
-    indexable(op, "lhs", m.min(super::MAX_ROWS), k)?;
-    indexable(op, "rhs", k, n)?;
-    indexable(op, "result", m.min(super::MAX_ROWS), n)?;
+    product_indexable(op, ("lhs", m), k, ("rhs", n))?;
     // `cp.async` moves 16 bytes of the left-hand side; the right-hand side goes element by element.
     let a = fit(a, &problem.lhs, Want { cols: k, align: 16, ..Want::default() })?;
     let b = fit(b, &problem.rhs, Want { rows: k, ..Want::default() })?;

@@ -37,6 +37,19 @@ fn indexable(op: &'static str, name: &str, rows: usize, cols: usize) -> Result<(
     Err(unsupported(op, &problem, "split it and join the results with `Tensor::cat`").into())
 }
 
+/// A product `[m, k] · [k, n]` whose operands and result the kernels can index, slab by slab.
+fn product_indexable(
+    op: &'static str,
+    (lhs, m): (&str, usize),
+    k: usize,
+    (rhs, n): (&str, usize),
+) -> Result<()> {
+    let slab = m.min(MAX_ROWS);
+    indexable(op, lhs, slab, k)?;
+    indexable(op, rhs, k, n)?;
+    indexable(op, "result", slab, n)
+}
+
 /// Zeros, for a result that no kernel writes.
 fn zeros(like: &CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
     like.device.zeros_impl(&Shape::from(len), dtype)

@@ -8,7 +8,7 @@ use kaio::prelude::{GpuBuffer, KaioDevice};
 
 use super::fit::{Want, fit};
 use super::session::{KaioResult, Pointer, Session};
-use super::{Fitted, Operand, crop, indexable, slabs, zeros};
+use super::{Fitted, Operand, crop, product_indexable, slabs, zeros};
 use crate::op::check::INT4_GROUP;
 
 /// The depth of one int8 `mma.sync`.
@@ -51,7 +51,7 @@ pub(crate) fn matmul_int8(
     if m * n == 0 || k == 0 {
         return zeros(x.0, m * n, DType::F32);
     }
-    indexable(op, "rhs", k, n)?;
+    product_indexable(op, ("lhs", m), k, ("rhs", n))?;
     let x = activations(x, m, k)?;
     let w = fit(w.0, w.1, Want { rows: k, ..Want::default() })?;
     products(op, (m, n), k, &x, &[&w], |device, x, inputs, [c], rows| {
@@ -71,7 +71,7 @@ pub(crate) fn matmul_int4(
         return zeros(x.0, m * n, DType::F32);
     }
     let width = n.next_multiple_of(PAIR);
-    indexable(op, "packed", k, width)?;
+    product_indexable(op, ("lhs", m), k, ("packed", width))?;
     let x = activations(x, m, k)?;
     let (w, s) = (packed(w, width)?, scales(s, width)?);
     let out = products(op, (m, width), k, &x, &[&w, &s], |device, x, inputs, [c], rows| {
@@ -95,7 +95,7 @@ pub(crate) fn qkv_int8(
         return zeros(x.0, 3 * m * n, DType::F16);
     }
     let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
-    indexable(op, "weights[0]", k, width)?;
+    product_indexable(op, ("x", height), k, ("weights[0]", width))?;
     let x = activations(x, height, k)?;
     let want = Want { rows: k, cols: width, align: 4, ..Want::default() };
     let w = weights.iter().map(|w| fit(w.0, w.1, want)).collect::<Result<Vec<_>>>()?;
@@ -122,7 +122,7 @@ pub(crate) fn qkv_int4(
         return zeros(x.0, 3 * m * n, DType::F16);
     }
     let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
-    indexable(op, "weights[0]", k, width)?;
+    product_indexable(op, ("x", height), k, ("weights[0]", width))?;
     let x = activations(x, height, k)?;
     let w = weights.iter().map(|&w| packed(w, width));
     let s = steps.iter().map(|&s| scales(s, width));
@@ -152,8 +152,6 @@ fn products<const N: usize, X, Y: CudaDType + DeviceRepr>(
     weights: &[&Fitted],
     kernel: impl Fn(&KaioDevice, &GpuBuffer<X>, &[Pointer], [&mut GpuBuffer<Y>; N], u32) -> KaioResult,
 ) -> Result<CudaStorage> {
-    indexable(op, "x", m.min(super::MAX_ROWS), k)?;
-    indexable(op, "result", m.min(super::MAX_ROWS), n)?;
     let inputs: Vec<_> = std::iter::once(x).chain(weights.iter().copied()).collect();
     let storages: Vec<_> = inputs.iter().map(|input| input.storage()).collect();
     let session = Session::new(op, &storages)?;
