@@ -15,7 +15,7 @@ mod sealed {
 /// On a CPU tensor each method runs this crate's CPU path, on a CUDA tensor the kernels of an
 /// [`Engine`](crate::Engine), on the tensor's own device; nothing is moved. `..` stands for any
 /// number of batch dimensions, broadcast as NumPy does. Views (transposed, narrowed, broadcast,
-/// strided) are taken as they are. A dimension of size zero gives an empty result, a sum over
+/// strided) are accepted; on a GPU, one that the kernel cannot read is copied once inside the call. A dimension of size zero gives an empty result, a sum over
 /// nothing gives zeros. Inputs are never modified.
 ///
 /// The trait is sealed: only `Tensor` has these methods.
@@ -34,7 +34,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// | `rhs` | `[.., K, N]` | the same |
     /// | result | `[.., M, N]` | f32 |
     ///
-    /// A `rhs` without batch dimensions is shared by all batches of `self`: one product, no copy.
+    /// A `rhs` without batch dimensions is shared by all batches of `self` and never repeated in memory.
     ///
     /// # Gradient
     ///
@@ -131,7 +131,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// Product with a weight in int4, eight values a `u32`, one scale for 128 rows and a column.
     ///
     /// The lowest nibble of a word is the lowest k; a nibble is two's complement, −8 to 7; the weight
-    /// is nibble · scale. [`quant::quantize_int4`](crate::quant::quantize_int4) makes this form.
+    /// is nibble · scale, on a GPU rounded to f16. [`quant::quantize_int4`](crate::quant::quantize_int4) makes this form.
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|

@@ -4,6 +4,7 @@
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
+use super::kaio_ops::unsupported;
 use crate::stack::Stack;
 
 /// What a kernel wants of an operand. `Want::default()` is row-major.
@@ -56,7 +57,11 @@ impl Fitted<'_> {
 }
 
 /// The operand as the kernel wants it. Repeated (broadcast) matrices are never copied twice.
-pub(super) fn fit<'a>(storage: &'a CudaStorage, stack: &Stack, want: Want) -> Result<Fitted<'a>> {
+pub(super) fn fit<'a>(
+    op: &'static str,
+    (storage, stack): (&'a CudaStorage, &Stack),
+    want: Want,
+) -> Result<Fitted<'a>> {
     let stack = match want.folded {
         true => stack.fold_rows().unwrap_or_else(|| stack.clone()),
         false => stack.clone(),
@@ -72,6 +77,7 @@ pub(super) fn fit<'a>(storage: &'a CudaStorage, stack: &Stack, want: Want) -> Re
         return Ok(Fitted { held: Held::View(storage), stack });
     }
     let once = if want.folded { stack.clone() } else { stack.without_repeats() };
+    copyable(op, once.elements().max(once.count() * rows * cols))?;
     let layout = once.layout();
     let mut copy = match (dtype == storage.dtype(), want.factor) {
         (true, Some(factor)) => storage.affine(&layout, f64::from(factor), 0.0)?,
@@ -86,7 +92,7 @@ pub(super) fn fit<'a>(storage: &'a CudaStorage, stack: &Stack, want: Want) -> Re
     if cols != stack.cols {
         copy = pad(&copy, count * lines, stack.cols, 0, cols)?;
     }
-    if rows != stack.rows {
+    if rows != lines {
         copy = pad(&copy, count, lines * cols, want.rows_before * cols, rows * cols)?;
     }
     let stack = match want.folded {
@@ -99,6 +105,16 @@ pub(super) fn fit<'a>(storage: &'a CudaStorage, stack: &Stack, want: Want) -> Re
 fn is_aligned(stack: &Stack, dtype: DType, align: usize) -> bool {
     let size = dtype.size_in_bytes();
     align <= size || stack.origins().all(|elements| (elements * size).is_multiple_of(align))
+}
+
+/// candle's own kernels count elements in u32: past that they would copy a part, or never end.
+pub(super) fn copyable(op: &'static str, elements: usize) -> Result<()> {
+    if u32::try_from(elements).is_ok() {
+        return Ok(());
+    }
+    let problem =
+        format!("{elements} elements that have to be copied to fit (at most {})", u32::MAX);
+    Err(unsupported(op, &problem, "split the batch and join the results with `Tensor::cat`").into())
 }
 
 /// A contiguous copy of a view.

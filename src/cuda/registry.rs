@@ -51,6 +51,9 @@ type Slot = Arc<OnceCell<Arc<Entry>>>;
 static REGISTRY: Lazy<Mutex<HashMap<usize, Slot>>> = Lazy::new(Mutex::default);
 
 pub(super) fn entry(ordinal: usize) -> Result<Arc<Entry>> {
+    if i32::try_from(ordinal).is_err() {
+        return Err(Error::NoDevice { ordinal, reason: "not a CUDA ordinal".into() });
+    }
     loop {
         let slot = REGISTRY.lock().entry(ordinal).or_default().clone();
         // Outside the lock: another GPU's callers do not wait for this one's.

@@ -21,7 +21,8 @@ pub(super) type KaioResult = kaio::prelude::Result<()>;
 /// candle works on its device's stream, kaio on the GPU's legacy default stream. Everything that
 /// candle does for the call (packing, casting, allocating) is submitted before [`Session::run`],
 /// which lets kaio's stream wait for candle's, submits the kernels, and lets candle's stream wait
-/// for them: on the device, never on the host.
+/// for them: on the device, never on the host. (kaio-ops itself unloads its module after each
+/// launch, which may hold the host until the kernel ends.)
 pub(super) struct Session {
     op: &'static str,
     entry: Arc<Entry>,
@@ -91,10 +92,16 @@ impl Session {
         }
         let result = kernels(kaio).map_err(|e| self.error(format!("kaio-ops: {e}")));
         // Also after a failure: some kernels may run.
+        let mut joined = Ok(());
         for stream in &self.fenced {
-            stream.join(kaio.stream()).map_err(driver)?;
+            joined = joined.and(stream.join(kaio.stream()));
         }
-        Ok(result?)
+        if joined.is_err() {
+            // Nothing may be freed under a kernel. The error below is the one to report.
+            let _ = kaio.stream().synchronize();
+        }
+        result?;
+        Ok(joined.map_err(driver)?)
     }
 
     fn error(&self, message: String) -> Error {

@@ -201,7 +201,7 @@ struct FlashAttention {
     causal: bool,
     scale: Option<f32>,
     keep_lse: bool,
-    /// f32 `[heads, Sq]`: the natural log-sum-exp of each row's scores, −∞ for rows without keys.
+    /// f32 `[heads, Sq]`: the natural log-sum-exp of each row's scores; not read for rows without keys.
     lse: OnceLock<Tensor>,
 }
 

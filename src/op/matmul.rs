@@ -158,7 +158,7 @@ impl Differentiable for Matmul {
 /// The CPU path multiplies f32 as it is. On the GPU the gradient is cast to the operands' dtype, and
 /// f16 would lose what is under 6e-8 or over 65504. So each vector along the summed dimension is
 /// first divided by its own largest element, which the product's row or column takes back: what is
-/// left under f16's range is 2^-39 of its vector's largest element, far under the f32 sum's own ulp.
+/// left under f16's range is under 2^-39 of its vector's largest element.
 struct Scaled {
     grad: Tensor,
     /// `[.., M, 1]` or `[.., 1, N]`.
@@ -177,7 +177,7 @@ impl Scaled {
             return Ok(Self { grad: grad.to_dtype(dtype)?, restore: None });
         }
         // Clamped so that an all-zero vector is not divided by zero, nor an infinite one by infinity.
-        let peak = grad.abs()?.max_keepdim(summed)?.clamp(1e-30f32, 1e30f32)?;
+        let peak = grad.abs()?.max_keepdim(summed)?.clamp(1e-30f32, f32::MAX)?;
         let restore = (peak / Self::PEAK)?;
         let grad = grad.broadcast_div(&restore)?.to_dtype(dtype)?;
         Ok(Self { grad, restore: Some(restore) })

@@ -27,6 +27,7 @@ const MAX_HEAD_DIM: usize = 256;
 ///
 /// Rows of zeros are queries whose results are thrown away and whose upstream gradient is zero.
 struct Square {
+    op: &'static str,
     /// Queries that see no key.
     unseen: usize,
     /// Rows of zeros before the first query.
@@ -54,6 +55,7 @@ impl Square {
         indexable(op, "q", pieces * side, width)?;
         let kernel_scale = 1.0 / (width as f32).sqrt();
         Ok(Self {
+            op,
             unseen: if p.causal { sq.saturating_sub(side) } else { 0 },
             before: if p.causal { side.saturating_sub(sq) } else { 0 },
             pieces,
@@ -88,13 +90,13 @@ impl Square {
             cols,
             ..Want::default()
         };
-        fit(storage, &stack.skip_rows(self.unseen), want)
+        fit(self.op, (storage, &stack.skip_rows(self.unseen)), want)
     }
 
     /// A matrix with a row for each key.
     fn keys<'a>(&self, storage: &'a CudaStorage, stack: &Stack) -> Result<Fitted<'a>> {
         let want = Want { dtype: Some(DType::F32), cols: self.width, ..Want::default() };
-        fit(storage, stack, want)
+        fit(self.op, (storage, stack), want)
     }
 
     /// The way back from squares to `[heads, sq, cols]`; queries that saw no key become zero.
@@ -106,7 +108,7 @@ impl Square {
         (sq, cols): (usize, usize),
     ) -> Result<CudaStorage> {
         let seen = sq - self.unseen;
-        let out = crop(squares, heads, (self.rows(), width), self.before, (seen, cols))?;
+        let out = crop(self.op, squares, heads, (self.rows(), width), self.before, (seen, cols))?;
         match self.unseen {
             0 => Ok(out),
             unseen => fit::pad(&out, heads, seen * cols, unseen * cols, sq * cols),
@@ -129,7 +131,7 @@ pub(crate) fn flash_attn(
         return Ok((zeros(q, len, dtype)?, lse));
     }
     let (out, lse) = flash_f32(op, p, keep_lse, [q, k, v])?;
-    Ok((cast(out, len, dtype)?, lse))
+    Ok((cast(op, out, len, dtype)?, lse))
 }
 
 fn flash_f32(
@@ -258,13 +260,16 @@ pub(crate) fn flash_attn_backward(
         None => dq,
     };
     let shared = p.group * square.pieces;
+    if shared != 1 {
+        fit::copyable(op, count * len)?;
+    }
     let shared_sum = |grads: CudaStorage, cols: usize| {
         let kv = count / shared;
         let sum = match shared {
             1 => grads,
             _ => grads.reduce_op(ReduceOp::Sum, &Layout::contiguous((kv, shared, len)), &[1])?,
         };
-        crop(sum, kv, (side, width), 0, (side, cols))
+        crop(op, sum, kv, (side, width), 0, (side, cols))
     };
     let dk = shared_sum(wrap(&session, dk), d)?;
     let dv = shared_sum(wrap(&session, dv), v_dim)?;
@@ -274,7 +279,7 @@ pub(crate) fn flash_attn_backward(
         part.copy_strided_src(&mut flat, start, &Layout::contiguous(len))?;
         start += len;
     }
-    cast(flat, total, dtype)
+    cast(op, flat, total, dtype)
 }
 
 /// The limits of the tensor-core kernel: its scores live in shared memory.
@@ -307,9 +312,9 @@ pub(crate) fn attention_tc(
     let width = dv.next_multiple_of(tc::DV_TILE);
     indexable(op, "q", rows_q, d.max(width))?;
     let want = |rows, cols| Want { rows, cols, align: 4, ..Want::default() };
-    let q = fit(inputs[0], &p.q, want(rows_q, d))?;
-    let k = fit(inputs[1], &p.k, want(rows_k, d))?;
-    let v = fit(inputs[2], &p.v, want(rows_k, width))?;
+    let q = fit(op, (inputs[0], &p.q), want(rows_q, d))?;
+    let k = fit(op, (inputs[1], &p.k), want(rows_k, d))?;
+    let v = fit(op, (inputs[2], &p.v), want(rows_k, width))?;
 
     let heads = p.q.count();
     let session = Session::new(op, &[q.storage(), k.storage(), v.storage()])?;
@@ -339,5 +344,5 @@ pub(crate) fn attention_tc(
             Ok(())
         })?;
     }
-    crop(wrap(&session, out), heads, (rows_q, width), 0, (sq, dv))
+    crop(op, wrap(&session, out), heads, (rows_q, width), 0, (sq, dv))
 }

@@ -34,9 +34,12 @@ pub(crate) fn matmul(
         (DType::F16, Pipeline::Sync) => run::<f16>(op, problem, kaio_ops::matmul_tc, a, b),
         (DType::F16, Pipeline::Async) => run::<f16>(op, problem, kaio_ops::matmul_tc_async, a, b),
         (DType::BF16, Pipeline::Sync) => run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16, a, b),
-        (_, _) => run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16_async, a, b),
+        (DType::BF16, Pipeline::Async) => {
+            run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16_async, a, b)
+        }
+        (other, _) => candle_core::bail!("{op}: no kernel multiplies {}", other.as_str()),
     }?;
-    super::cast(out, len, out_dtype)
+    super::cast(op, out, len, out_dtype)
 }
 
 fn run<T: CudaDType>(
@@ -46,12 +49,20 @@ fn run<T: CudaDType>(
     a: &CudaStorage,
     b: &CudaStorage,
 ) -> Result<CudaStorage> {
-    let (count, m, n) = (problem.lhs.count(), problem.lhs.rows, problem.rhs.cols);
+    // Matrices that share their right-hand side are one taller matrix, if need be after a copy: each
+    // launch costs more than that.
+    let folded = problem.rhs.without_repeats().count() == 1;
+    let (count, m) = match folded {
+        true => (1, problem.lhs.count() * problem.lhs.rows),
+        false => (problem.lhs.count(), problem.lhs.rows),
+    };
+    let n = problem.rhs.cols;
     let k = problem.lhs.cols.next_multiple_of(K_TILE);
     product_indexable(op, ("lhs", m), k, ("rhs", n))?;
     // `cp.async` moves 16 bytes of the left-hand side; the right-hand side goes element by element.
-    let a = fit(a, &problem.lhs, Want { cols: k, align: 16, ..Want::default() })?;
-    let b = fit(b, &problem.rhs, Want { rows: k, ..Want::default() })?;
+    let want = Want { cols: k, align: 16, folded, ..Want::default() };
+    let a = fit(op, (a, &problem.lhs), want)?;
+    let b = fit(op, (b, &problem.rhs), Want { rows: k, ..Want::default() })?;
 
     let session = Session::new(op, &[a.storage(), b.storage()])?;
     let mut out = session.alloc::<f32>(count * m * n)?;
@@ -61,7 +72,7 @@ fn run<T: CudaDType>(
         session.run(|device| {
             for i in 0..count {
                 let rhs = pb.view::<T>(b.offset(i), k * n);
-                for (start, rows) in slabs(m) {
+                for (start, rows) in slabs(m, k.max(n)) {
                     let lhs = pa.view::<T>(a.offset(i) + start * k, rows * k);
                     let mut c = pc.view(i * m * n + start * n, rows * n);
                     kernel(device, &lhs, &rhs, &mut c, rows as u32, n as u32, k as u32)?;

@@ -23,7 +23,7 @@ const MAX_ELEMENTS: usize = 1 << 30;
 const MAX_ROWS: usize = 65_535 * 64;
 
 /// `problem` is over a limit, which it names.
-fn unsupported(op: &'static str, problem: &str, fix: &str) -> Error {
+pub(super) fn unsupported(op: &'static str, problem: &str, fix: &str) -> Error {
     let (what, limit) = ("Engine::KaioOps".into(), format!("cannot take {problem}"));
     Error::Unsupported { op, what, limit, fix: fix.into() }
 }
@@ -44,7 +44,7 @@ fn product_indexable(
     k: usize,
     (rhs, n): (&str, usize),
 ) -> Result<()> {
-    let slab = m.min(MAX_ROWS);
+    let slab = m.min(slab_rows(k.max(n)));
     indexable(op, lhs, slab, k)?;
     indexable(op, rhs, k, n)?;
     indexable(op, "result", slab, n)
@@ -56,15 +56,17 @@ fn zeros(like: &CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
 }
 
 /// A packed f32 result in the dtype that was asked for.
-fn cast(src: CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
-    match dtype {
-        DType::F32 => Ok(src),
-        _ => src.to_dtype(&Layout::contiguous(len), dtype),
+fn cast(op: &'static str, src: CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
+    if dtype == DType::F32 {
+        return Ok(src);
     }
+    fit::copyable(op, len)?;
+    src.to_dtype(&Layout::contiguous(len), dtype)
 }
 
 /// The first `rows`, from row `first` on, and `cols` of each of `count` packed `[height, width]`.
 fn crop(
+    op: &'static str,
     src: CudaStorage,
     count: usize,
     (height, width): (usize, usize),
@@ -74,11 +76,18 @@ fn crop(
     if (first, rows, cols) == (0, height, width) {
         return Ok(src);
     }
+    fit::copyable(op, count * rows * cols)?;
     let strides = vec![height * width, width, 1];
     fit::pack(&src, &Layout::new((count, rows, cols).into(), strides, first * width))
 }
 
-/// The height of each slab of a `rows` tall problem and where it begins.
-fn slabs(rows: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..rows).step_by(MAX_ROWS).map(move |start| (start, MAX_ROWS.min(rows - start)))
+/// Rows of a slab of a product whose operands and result are at most `width` wide: whole tiles.
+fn slab_rows(width: usize) -> usize {
+    (MAX_ELEMENTS / width / 64 * 64).clamp(64, MAX_ROWS)
+}
+
+/// Where each slab of a `rows` tall product begins, and its height.
+fn slabs(rows: usize, width: usize) -> impl Iterator<Item = (usize, usize)> {
+    let height = slab_rows(width);
+    (0..rows).step_by(height).map(move |start| (start, height.min(rows - start)))
 }

@@ -27,18 +27,18 @@ fn words(k: usize) -> usize {
 }
 
 /// The kernels read activations row-major, as one matrix, with loads of 4 bytes.
-fn activations<'a>((x, stack): Operand<'a>, m: usize, k: usize) -> Result<Fitted<'a>> {
-    fit(x, stack, Want { rows: m, cols: k, align: 4, folded: true, ..Want::default() })
+fn activations<'a>(op: &'static str, x: Operand<'a>, m: usize, k: usize) -> Result<Fitted<'a>> {
+    fit(op, x, Want { rows: m, cols: k, align: 4, folded: true, ..Want::default() })
 }
 
 /// The kernels read the words of a column side by side: `[N, K/8]` row-major.
-fn packed<'a>((storage, stack): Operand<'a>, n: usize) -> Result<Fitted<'a>> {
-    fit(storage, &stack.t(), Want { rows: n, ..Want::default() })
+fn packed<'a>(op: &'static str, (storage, stack): Operand<'a>, n: usize) -> Result<Fitted<'a>> {
+    fit(op, (storage, &stack.t()), Want { rows: n, ..Want::default() })
 }
 
 /// The kernels read f16 scales `[K/128, N]` row-major, two at a time.
-fn scales<'a>((storage, stack): Operand<'a>, n: usize) -> Result<Fitted<'a>> {
-    fit(storage, stack, Want { cols: n, align: 4, ..Want::default() })
+fn scales<'a>(op: &'static str, steps: Operand<'a>, n: usize) -> Result<Fitted<'a>> {
+    fit(op, steps, Want { cols: n, align: 4, ..Want::default() })
 }
 
 pub(crate) fn matmul_int8(
@@ -52,8 +52,8 @@ pub(crate) fn matmul_int8(
         return zeros(x.0, m * n, DType::F32);
     }
     product_indexable(op, ("lhs", m), k, ("rhs", n))?;
-    let x = activations(x, m, k)?;
-    let w = fit(w.0, w.1, Want { rows: k, ..Want::default() })?;
+    let x = activations(op, x, m, k)?;
+    let w = fit(op, w, Want { rows: k, ..Want::default() })?;
     products(op, (m, n), k, &x, &[&w], |device, x, inputs, [c], rows| {
         let w = inputs[0].view::<i8>(w.offset(0), k * n);
         kaio_ops::matmul_int8(device, x, &w, c, scale, rows, n as u32, k as u32)
@@ -72,15 +72,15 @@ pub(crate) fn matmul_int4(
     }
     let width = n.next_multiple_of(PAIR);
     product_indexable(op, ("lhs", m), k, ("packed", width))?;
-    let x = activations(x, m, k)?;
-    let (w, s) = (packed(w, width)?, scales(s, width)?);
+    let x = activations(op, x, m, k)?;
+    let (w, s) = (packed(op, w, width)?, scales(op, s, width)?);
     let out = products(op, (m, width), k, &x, &[&w, &s], |device, x, inputs, [c], rows| {
         let w_view = inputs[0].view::<u32>(w.offset(0), words(k) * width);
         let s_view = inputs[1].view::<f16>(s.offset(0), k / INT4_GROUP * width);
         let (n, k, group) = (width as u32, k as u32, INT4_GROUP as u32);
         kaio_ops::matmul_int4(device, x, &w_view, &s_view, c, rows, n, k, group)
     })?;
-    crop(out, 1, (m, width), 0, (m, n))
+    crop(op, out, 1, (m, width), 0, (m, n))
 }
 
 pub(crate) fn qkv_int8(
@@ -96,9 +96,9 @@ pub(crate) fn qkv_int8(
     }
     let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
     product_indexable(op, ("x", height), k, ("weights[0]", width))?;
-    let x = activations(x, height, k)?;
+    let x = activations(op, x, height, k)?;
     let want = Want { rows: k, cols: width, align: 4, ..Want::default() };
-    let w = weights.iter().map(|w| fit(w.0, w.1, want)).collect::<Result<Vec<_>>>()?;
+    let w = weights.iter().map(|&w| fit(op, w, want)).collect::<Result<Vec<_>>>()?;
     let w: Vec<_> = w.iter().collect();
     let out = products(op, (height, width), k, &x, &w, |device, x, inputs, [q, key, v], rows| {
         let view = |i: usize| inputs[i].view::<i8>(w[i].offset(0), k * width);
@@ -108,7 +108,7 @@ pub(crate) fn qkv_int8(
             device, x, &w0, &w1, &w2, s[0], s[1], s[2], q, key, v, rows, n, k,
         )
     })?;
-    crop(out, 3, (height, width), 0, (m, n))
+    crop(op, out, 3, (height, width), 0, (m, n))
 }
 
 pub(crate) fn qkv_int4(
@@ -123,9 +123,9 @@ pub(crate) fn qkv_int4(
     }
     let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
     product_indexable(op, ("x", height), k, ("weights[0]", width))?;
-    let x = activations(x, height, k)?;
-    let w = weights.iter().map(|&w| packed(w, width));
-    let s = steps.iter().map(|&s| scales(s, width));
+    let x = activations(op, x, height, k)?;
+    let w = weights.iter().map(|&w| packed(op, w, width));
+    let s = steps.iter().map(|&s| scales(op, s, width));
     let inputs = w.chain(s).collect::<Result<Vec<_>>>()?;
     let inputs: Vec<_> = inputs.iter().collect();
     let out =
@@ -140,7 +140,7 @@ pub(crate) fn qkv_int4(
                 device, x, &w0, &w1, &w2, &s0, &s1, &s2, q, key, v, rows, n, k, group,
             )
         })?;
-    crop(out, 3, (height, width), 0, (m, n))
+    crop(op, out, 3, (height, width), 0, (m, n))
 }
 
 /// `N` results `[N, m, n]` of activations `[m, k]` and some weights, in slabs of rows.
@@ -162,7 +162,7 @@ fn products<const N: usize, X, Y: CudaDType + DeviceRepr>(
         let pw = pw.collect::<Result<Vec<_>>>()?;
         let py = session.output(&mut out)?;
         session.run(|device| {
-            for (start, rows) in slabs(m) {
+            for (start, rows) in slabs(m, k.max(n)) {
                 let x = px.view(x.offset(0) + start * k, rows * k);
                 let mut y: [_; N] = std::array::from_fn(|i| py.view((i * m + start) * n, rows * n));
                 kernel(device, &x, &pw, y.each_mut().map(|y| &mut **y), rows as u32)?;
