@@ -1,9 +1,10 @@
 //! One table of all ops: `cargo bench` on the CPU, `cargo bench --features cuda` on the first GPU.
 //!
 //! Each row runs its contestants in turn, round by round, after warm-up rounds, on random inputs, and
-//! shows medians (caches are not flushed): µs from start to end (device events on a GPU), and the host's µs until the call
-//! returned. `bridge` is what this crate adds to a direct call of kaio-ops into a result that exists,
-//! less `alloc`, what candle takes to allocate and free the result.
+//! shows the median µs from start to end (device events on a GPU; caches are not flushed), and the
+//! host's µs until the call returned in the fastest round. `bridge` is what this crate adds to a
+//! direct call of kaio-ops into a result that exists, less `alloc`, what candle takes to allocate and
+//! free the result.
 //!
 //! The table goes to the terminal, the same as JSON and as a chart to `out/bench`
 //! (`KAIO_BENCH_DIR`). An argument keeps only the rows whose op contains it.

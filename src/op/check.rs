@@ -97,13 +97,13 @@ pub(crate) fn rank(
     Err(Error::Rank { op, arg, got: t.shape().clone(), want, fix })
 }
 
-/// One dimension has the size that the others demand.
+/// One dimension has the size that the others demand. Words are put together only for an error.
 pub(super) fn dim(
     op: &'static str,
     arg: &'static str,
     (name, got): (&'static str, usize),
-    (want, why): (usize, &str),
-    fix: &str,
+    (want, why): (usize, impl std::fmt::Display),
+    fix: impl std::fmt::Display,
 ) -> Result<()> {
     if got == want {
         return Ok(());
@@ -114,7 +114,7 @@ pub(super) fn dim(
         dim: name,
         got,
         want: format!("{want}, {why}"),
-        fix: fix.into(),
+        fix: fix.to_string(),
     })
 }
 
@@ -167,8 +167,8 @@ pub(super) fn int8_weight(
     (arg, t): Arg,
 ) -> Result<()> {
     rank(op, (arg, t), 2..=2, "[K, N]", ONE_MATRIX)?;
-    let why = format!("the K of `{x_arg}` {:?}", x.dims());
-    dim(op, arg, ("K", t.dims()[0]), (k, &why), "transpose the weight with `.t()?`")
+    let why = format_args!("the K of `{x_arg}` {:?}", x.dims());
+    dim(op, arg, ("K", t.dims()[0]), (k, why), "transpose the weight with `.t()?`")
 }
 
 /// Checks a packed int4 weight `[K/8, N]` and its scales `[K/128, N]` against the K of an argument.
@@ -192,13 +192,13 @@ pub(crate) fn int4_weight(
         });
     }
     let fix = "eight nibbles along K make a u32; see `quant::quantize_int4`";
-    let why = format!("K/8 for the K = {k} of `{k_arg}`");
-    dim(op, arg, ("rows", packed.dims()[0]), (k / 8, &why), fix)?;
-    let fix = format!("{each}; see `quant::quantize_int4`");
-    let why = format!("K/{INT4_GROUP} for the K = {k} of `{k_arg}`");
-    dim(op, s_arg, ("rows", scales.dims()[0]), (k / INT4_GROUP, &why), &fix)?;
-    let why = format!("the N of `{arg}`");
-    dim(op, s_arg, ("N", scales.dims()[1]), (packed.dims()[1], &why), &fix)
+    let why = format_args!("K/8 for the K = {k} of `{k_arg}`");
+    dim(op, arg, ("rows", packed.dims()[0]), (k / 8, why), fix)?;
+    let fix = format_args!("{each}; see `quant::quantize_int4`");
+    let why = format_args!("K/{INT4_GROUP} for the K = {k} of `{k_arg}`");
+    dim(op, s_arg, ("rows", scales.dims()[0]), (k / INT4_GROUP, why), fix)?;
+    let why = format_args!("the N of `{arg}`");
+    dim(op, s_arg, ("N", scales.dims()[1]), (packed.dims()[1], why), fix)
 }
 
 /// A number passed by value is finite.

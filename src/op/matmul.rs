@@ -34,14 +34,8 @@ pub(crate) fn matmul(
     let fix = "add a dimension with `.unsqueeze(0)?`";
     check::rank(op, b, 2..=usize::MAX, "[.., K, N]", fix)?;
     let got = rhs.dims()[rhs.rank() - 2];
-    let why = format!("the K of `lhs` {:?}", lhs.dims());
-    check::dim(
-        op,
-        "rhs",
-        ("K", got),
-        (k, &why),
-        "transpose one with `.t()?` or swap the operands",
-    )?;
+    let why = format_args!("the K of `lhs` {:?}", lhs.dims());
+    check::dim(op, "rhs", ("K", got), (k, why), "transpose one with `.t()?` or swap the operands")?;
     check::batch(op, b, a)?;
     let out_dtype = opts.out_dtype.unwrap_or(DType::F32);
     if !matches!(out_dtype, DType::F32 | DType::F16 | DType::BF16) {
