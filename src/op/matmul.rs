@@ -76,8 +76,9 @@ pub(crate) struct MatmulProblem {
 
 impl MatmulProblem {
     /// A right-hand side without batch dimensions folds the batch of the left-hand side into its
-    /// rows, so that one product is left; where strides forbid that, each matrix is multiplied by
-    /// the same right-hand side in turn. Nothing is repeated in memory.
+    /// rows, so that one product is left. Where strides forbid that, it stays a stack beside a
+    /// right-hand side that is broadcast by stride: the CPU path multiplies its matrices in turn, the
+    /// GPU packs them into one. The right-hand side is never repeated in memory.
     pub fn new(lhs: &Layout, rhs: &Layout) -> Self {
         let (a, b) = (Stack::new(lhs), Stack::new(rhs));
         let shared = batch_dims(rhs.dims()).is_empty();
