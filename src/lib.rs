@@ -58,7 +58,7 @@ mod stack;
 pub use cuda::registry;
 pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
-pub use options::{Engine, FlashAttnOptions, MatmulOptions};
+pub use options::{Activation, Engine, FlashAttnOptions, MatmulOptions};
 
 /// The README's code, run by `cargo test`.
 #[cfg(doctest)]

@@ -1,6 +1,6 @@
 //! Engines and the options of the `_with` methods.
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 
 /// Who computes on the GPU.
 ///
@@ -14,23 +14,53 @@ pub enum Engine {
     Auto,
     /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, sm_80 and later.
     KaioOps,
-    /// This crate's own kernels. Not in this release: naming it is an error.
+    /// This crate's own kernels, for [`kaio_matmul_with`](crate::KaioTensorExt::kaio_matmul_with).
+    /// Naming it in another op is an error.
     Native,
 }
 
-/// Options of [`kaio_matmul_with`](crate::KaioTensorExt::kaio_matmul_with).
+/// A function of each element of a product, computed in f32.
+///
+/// An infinity or NaN gives what the formula gives: NaN stays NaN, and −∞ is NaN under all but
+/// `Relu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `max(x, 0)`.
+    Relu,
+    /// `x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))` (Hendrycks and Gimpel, 2016): candle's `gelu`.
+    GeluTanh,
+    /// `x/2 · (1 + erf(x/√2))` (Hendrycks and Gimpel, 2016): candle's `gelu_erf`.
+    GeluErf,
+    /// `x / (1 + e⁻ˣ)` (Elfwing, Uchibe and Doya, 2017), also called swish: candle's `silu`.
+    Silu,
+}
+
+/// Options of [`kaio_matmul_with`](crate::KaioTensorExt::kaio_matmul_with), which computes
+/// `act(A·B + bias)`: sum, bias and activation in f32, rounded to `out_dtype` once at the end.
 ///
 /// ```
 /// use candle_core::DType;
 /// use kaio_candle::prelude::*;
 ///
-/// let opts = MatmulOptions::default().out_dtype(DType::BF16).engine(Engine::KaioOps);
+/// let opts = MatmulOptions::default().out_dtype(DType::BF16).activation(Activation::Silu);
 /// ```
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct MatmulOptions {
     /// The result's dtype: f32, f16 or bf16. `None` is f32. The sum is in f32 in any case.
     pub out_dtype: Option<DType>,
+    /// `[N]`, added to each row; f32 or the operands' dtype, of any stride, on their device.
+    ///
+    /// It is an input: its gradient is the upstream gradient summed in f32 over all rows of all
+    /// batches, in its own dtype.
+    pub bias: Option<Tensor>,
+    /// Applied to each element after the bias.
+    ///
+    /// Where no input tracks a gradient it is part of the product's kernel. Where one does, the
+    /// product with its bias is kept in f32 until the backward pass (4 bytes for each element of the
+    /// result), and candle's own differentiable function follows: the gradient is candle's.
+    pub activation: Option<Activation>,
     /// Who computes on the GPU.
     pub engine: Engine,
 }
@@ -39,6 +69,18 @@ impl MatmulOptions {
     /// Sets the result's dtype.
     pub fn out_dtype(mut self, dtype: DType) -> Self {
         self.out_dtype = Some(dtype);
+        self
+    }
+
+    /// Sets what is added to each row.
+    pub fn bias(mut self, bias: Tensor) -> Self {
+        self.bias = Some(bias);
+        self
+    }
+
+    /// Sets what is applied to each element after the bias.
+    pub fn activation(mut self, activation: Activation) -> Self {
+        self.activation = Some(activation);
         self
     }
 

@@ -24,7 +24,7 @@ pub(super) fn exp_minus(scores: &mut [f32], max: f32) -> f32 {
 /// x = n·ln 2 + r with |r| ≤ ½ ln 2 (Cody and Waite, 1980), a polynomial for eʳ (Cephes `expf`), and
 /// n added to the exponent bits.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     /// 1.5 · 2²³: adding it rounds to an integer, which then stands in the low bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HI: f32 = 0.693_359_4;

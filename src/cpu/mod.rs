@@ -5,6 +5,7 @@
 
 mod attention;
 mod dense;
+mod epilogue;
 mod exp;
 mod gemm;
 mod quantized;
@@ -12,5 +13,6 @@ mod widen;
 
 pub(crate) use attention::{attention, attention_backward};
 pub(crate) use dense::{matmul, matmul_dense};
+pub(crate) use epilogue::epilogue;
 pub(crate) use quantized::{dequantize_int4, matmul_int8, widen_int8};
 pub(crate) use widen::narrow_to;

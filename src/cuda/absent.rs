@@ -1,14 +1,16 @@
 //! The engine in a build without the feature `cuda`. No CUDA tensor exists there, so that none of
 //! these functions is ever reached.
 
-use candle_core::{CudaStorage, DType, Error, Result};
+use candle_core::{CudaStorage, Error, Result};
 
 use super::Operand;
-use crate::op::{AttentionProblem, MatmulProblem, Pipeline, View};
+use crate::Engine;
+use crate::op::{AttentionProblem, Epilogue, MatmulProblem, Pipeline, View};
 
 /// Defines functions with the engine's signatures that report the missing feature.
 macro_rules! absent {
     ($(fn $name:ident($($arg:ty),*) -> $result:ty;)*) => {$(
+        #[allow(clippy::too_many_arguments)] // As many as the engine's.
         pub(crate) fn $name($(_: $arg),*) -> Result<$result> {
             Err(Error::NotCompiledWithCudaSupport)
         }
@@ -18,7 +20,10 @@ macro_rules! absent {
 type Name = &'static str;
 
 absent! {
-    fn matmul(Name, &MatmulProblem, Pipeline, DType, &CudaStorage, &CudaStorage) -> CudaStorage;
+    fn matmul(
+        Name, &MatmulProblem, Engine, Pipeline, Epilogue,
+        &CudaStorage, &CudaStorage, Option<View<CudaStorage>>
+    ) -> CudaStorage;
     fn matmul_int8(Name, Operand, Operand, f32) -> CudaStorage;
     fn matmul_int4(Name, Operand, Operand, Operand) -> CudaStorage;
     fn qkv_int8(Name, Operand, &[Operand], [f32; 3]) -> CudaStorage;

@@ -1,18 +1,20 @@
 //! The one door to the GPU.
 //!
-//! The ops call the functions of [`kaio_ops`]; without the feature `cuda` they are an error that says
+//! The ops call the functions of [`engines`]; without the feature `cuda` they are an error that says
 //! so, which keeps `cfg` out of the ops.
 
+#[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
+mod engines;
 #[cfg(feature = "cuda")]
 mod fit;
-#[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
+#[cfg(feature = "cuda")]
 mod kaio_ops;
 #[cfg(feature = "cuda")]
 pub mod registry;
 #[cfg(feature = "cuda")]
 mod session;
 
-pub(crate) use kaio_ops::*;
+pub(crate) use engines::*;
 
 /// A storage and where its matrices are.
 pub(crate) type Operand<'a> = (&'a candle_core::CudaStorage, &'a crate::stack::Stack);

@@ -135,7 +135,7 @@ pub(super) fn batch(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Resu
     Err(Error::Batch { op, arg, got: got.to_vec(), with, want: want.to_vec() })
 }
 
-/// The engine exists in this release.
+/// For an op without native kernels.
 pub(super) fn engine(op: &'static str, engine: Engine) -> Result<()> {
     match engine {
         Engine::Auto | Engine::KaioOps => Ok(()),

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor}
 
 use super::{Differentiable, Node, Op, View, check, eval};
 use crate::{
-    MatmulOptions, cpu, cuda,
+    Activation, Engine, MatmulOptions, cpu, cuda,
     error::Error,
     stack::{Stack, batch_dims, broadcast_batch},
 };
@@ -27,7 +27,8 @@ pub(crate) fn matmul(
     pipeline: Pipeline,
 ) -> Result<Tensor> {
     let (a, b) = (("lhs", lhs), ("rhs", rhs));
-    check::one_device(op, &[a, b])?;
+    let bias = opts.bias.as_ref().map(|bias| ("bias", bias));
+    check::one_device(op, &[Some(a), Some(b), bias].into_iter().flatten().collect::<Vec<_>>())?;
     check::dtype(op, a, &[DType::F16, DType::BF16])?;
     check::same_dtype(op, b, a)?;
     let k = check::activations(op, a)?;
@@ -37,6 +38,19 @@ pub(crate) fn matmul(
     let why = format_args!("the K of `lhs` {:?}", lhs.dims());
     check::dim(op, "rhs", ("K", got), (k, why), "transpose one with `.t()?` or swap the operands")?;
     check::batch(op, b, a)?;
+    let n = rhs.dims()[rhs.rank() - 1];
+    if let Some(bias) = bias {
+        check::dtype(op, bias, &[DType::F32, lhs.dtype()])?;
+        check::rank(op, bias, 1..=1, "[N]", "flatten it with `.flatten_all()?`")?;
+        let why = format_args!("the N of `rhs` {:?}", rhs.dims());
+        check::dim(
+            op,
+            "bias",
+            ("N", bias.1.dims()[0]),
+            (n, why),
+            "give it one element for each column",
+        )?;
+    }
     let out_dtype = opts.out_dtype.unwrap_or(DType::F32);
     if !matches!(out_dtype, DType::F32 | DType::F16 | DType::BF16) {
         return Err(Error::Value {
@@ -48,22 +62,70 @@ pub(crate) fn matmul(
         }
         .into());
     }
-    check::engine(op, opts.engine)?;
-    lhs.apply_op2(rhs, Node(Matmul { name: op, pipeline, out_dtype }))
+    // candle differentiates an activation of its own; an empty product has nothing to activate.
+    let tracked = [a, b].into_iter().chain(bias).any(|(_, t)| t.track_op());
+    let empty =
+        n == 0 || [&lhs.dims()[..lhs.rank() - 1], batch_dims(rhs.dims())].concat().contains(&0);
+    let after = opts.activation.filter(|_| tracked && !empty);
+    let epilogue = match after {
+        Some(_) => Epilogue::round(DType::F32),
+        None => Epilogue { out_dtype, activation: opts.activation },
+    };
+    let node = Node(Matmul { name: op, engine: opts.engine, pipeline, epilogue });
+    let product = match &opts.bias {
+        None => lhs.apply_op2(rhs, node)?,
+        Some(bias) => lhs.apply_op3(rhs, bias, node)?,
+    };
+    match after {
+        None => Ok(product),
+        Some(activation) => activate(&product, activation)?.to_dtype(out_dtype),
+    }
 }
 
-/// `[.., M, N]` from f16, bf16 or (in a gradient on the CPU) f32 operands, summed in f32.
+/// An activation that candle differentiates.
+fn activate(t: &Tensor, activation: Activation) -> Result<Tensor> {
+    match activation {
+        Activation::Relu => {
+            // candle's `relu` turns NaN into 0, and has a slope at 0.
+            let zero = Tensor::zeros((), t.dtype(), t.device())?.broadcast_as(t.shape())?;
+            t.le(0f32)?.where_cond(&zero, t)
+        }
+        Activation::GeluTanh => t.gelu(),
+        Activation::GeluErf => t.gelu_erf(),
+        Activation::Silu => t.silu(),
+    }
+}
+
+/// What is done to the f32 sums of a product, after the bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Epilogue {
+    /// Rounded to once, at the end.
+    pub out_dtype: DType,
+    pub activation: Option<Activation>,
+}
+
+impl Epilogue {
+    /// Nothing but the rounding.
+    pub fn round(out_dtype: DType) -> Self {
+        Self { out_dtype, activation: None }
+    }
+}
+
+/// `act(A·B + bias)`, `[.., M, N]`, from f16, bf16 or (in a gradient on the CPU) f32 operands, summed
+/// in f32. Inputs: A, B and perhaps the bias.
 #[derive(Clone, Copy)]
 pub(super) struct Matmul {
     name: &'static str,
+    engine: Engine,
     pipeline: Pipeline,
-    out_dtype: DType,
+    epilogue: Epilogue,
 }
 
 impl Matmul {
     /// A product to f32.
     pub fn new(name: &'static str) -> Self {
-        Self { name, pipeline: Pipeline::Async, out_dtype: DType::F32 }
+        let epilogue = Epilogue::round(DType::F32);
+        Self { name, engine: Engine::Auto, pipeline: Pipeline::Async, epilogue }
     }
 }
 
@@ -98,22 +160,28 @@ impl Op for Matmul {
     }
 
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
-        let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
+        let [(a, la), (b, lb), ref bias @ ..] = *inputs else { unreachable!("two operands") };
         let problem = MatmulProblem::new(la, lb);
-        let out = cpu::matmul(&problem, a, b)?;
-        Ok((cpu::narrow_to(self.out_dtype, out)?, problem.out))
+        let mut out = cpu::matmul(&problem, a, b)?;
+        let Epilogue { out_dtype, activation } = self.epilogue;
+        cpu::epilogue(&mut out, problem.rhs.cols, bias.first().copied(), activation)?;
+        Ok((cpu::narrow_to(out_dtype, out)?, problem.out))
     }
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
-        let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
+        let [(a, la), (b, lb), ref bias @ ..] = *inputs else { unreachable!("two operands") };
         let problem = MatmulProblem::new(la, lb);
-        let out = cuda::matmul(self.name, &problem, self.pipeline, self.out_dtype, a, b)?;
+        let Self { name, engine, pipeline, epilogue } = *self;
+        let bias = bias.first().copied();
+        let out = cuda::matmul(name, &problem, engine, pipeline, epilogue, a, b, bias)?;
         Ok((out, problem.out))
     }
 }
 
 impl Differentiable for Matmul {
-    /// `dA = dC·Bᵀ` and `dB = Aᵀ·dC`, on transposed views, summed over broadcast batch dimensions.
+    /// `dA = dC·Bᵀ` and `dB = Aᵀ·dC`, on transposed views, summed over broadcast batch dimensions;
+    /// the bias takes the sum of `dC` over all rows. Never asked of a product with an activation,
+    /// unless that is empty.
     fn grad(
         &self,
         inputs: &[&Tensor],
@@ -121,16 +189,9 @@ impl Differentiable for Matmul {
         grad: &Tensor,
     ) -> Result<Vec<Option<Tensor>>> {
         let (a, b) = (inputs[0], inputs[1]);
-        if [a, b, grad].iter().any(|t| t.elem_count() == 0) {
-            // No products: nothing depends on the inputs.
-            return Ok(vec![Some(a.zeros_like()?), Some(b.zeros_like()?)]);
-        }
-        let product = Self { out_dtype: DType::F32, ..*self };
-        let grad = grad.to_dtype(DType::F32)?;
         let da = || {
-            let scaled = Scaled::new(&grad, a.dtype(), grad.rank() - 1)?;
-            let da = eval(&product, &[&scaled.grad, &b.t()?])?;
-            sum_to(&scaled.restore(da)?, a.shape())?.to_dtype(a.dtype())
+            let scaled = Scaled::new(grad, a.dtype(), grad.rank() - 1)?;
+            self.product_like(a, &scaled.grad, &b.t()?, &scaled)
         };
         let db = || {
             // A shared B takes its gradient from all rows of all batches: one product, no sum after.
@@ -141,16 +202,56 @@ impl Differentiable for Matmul {
                 _ => (a.clone(), grad.clone()),
             };
             let scaled = Scaled::new(&grad, b.dtype(), grad.rank() - 2)?;
-            let db = eval(&product, &[&a.t()?, &scaled.grad])?;
-            sum_to(&scaled.restore(db)?, b.shape())?.to_dtype(b.dtype())
+            self.product_like(b, &a.t()?, &scaled.grad, &scaled)
         };
-        Ok(vec![a.track_op().then(da).transpose()?, b.track_op().then(db).transpose()?])
+        let dbias = |bias: &Tensor| {
+            if grad.elem_count() == 0 {
+                return bias.zeros_like();
+            }
+            let rows: Vec<_> = (0..grad.rank() - 1).collect();
+            grad.to_dtype(DType::F32)?.sum(rows)?.to_dtype(bias.dtype())
+        };
+        // No products: nothing depends on the operands.
+        let empty = [a, b, grad].iter().any(|t| t.elem_count() == 0);
+        let operand = |t: &Tensor, gradient: &dyn Fn() -> Result<Tensor>| match t.track_op() {
+            true if empty => t.zeros_like().map(Some),
+            true => gradient().map(Some),
+            false => Ok(None),
+        };
+        let mut grads = vec![operand(a, &da)?, operand(b, &db)?];
+        if let Some(bias) = inputs.get(2) {
+            grads.push(bias.track_op().then(|| dbias(bias)).transpose()?);
+        }
+        Ok(grads)
+    }
+}
+
+impl Matmul {
+    /// `lhs·rhs`, of which one is `upstream`'s gradient, as the gradient of `operand`.
+    fn product_like(
+        &self,
+        operand: &Tensor,
+        lhs: &Tensor,
+        rhs: &Tensor,
+        upstream: &Scaled,
+    ) -> Result<Tensor> {
+        let dtype = operand.dtype();
+        // Where nothing is left to do after the product, it is rounded by the kernel.
+        let done = upstream.restore.is_none()
+            && batch_dims(operand.dims()) == batch_dims(upstream.grad.dims());
+        let epilogue = Epilogue::round(if done { dtype } else { DType::F32 });
+        let product = eval(&Self { epilogue, ..*self }, &[lhs, rhs])?;
+        match done {
+            true => Ok(product),
+            false => sum_to(&upstream.restore(product)?, operand.shape())?.to_dtype(dtype),
+        }
     }
 }
 
 /// An upstream gradient in a form that the forward kernel multiplies, and the way back.
 ///
-/// The CPU path multiplies f32 as it is. On the GPU the gradient is cast to the operands' dtype, and
+/// One in the operands' dtype is there already, and the CPU path multiplies f32 as it is. On the GPU
+/// other gradients are cast to the operands' dtype, and
 /// f16 would lose what is under 6e-8 or over 65504. So each vector along the summed dimension is
 /// first divided by its own largest element, which the product's row or column takes back: what is
 /// left under f16's range is under 2^-39 of its vector's largest element.
@@ -165,12 +266,13 @@ impl Scaled {
     const PEAK: f64 = 32768.0;
 
     fn new(grad: &Tensor, dtype: DType, summed: usize) -> Result<Self> {
-        if grad.device().is_cpu() {
+        if grad.dtype() == dtype || grad.device().is_cpu() {
             return Ok(Self { grad: grad.clone(), restore: None });
         }
         if dtype != DType::F16 {
             return Ok(Self { grad: grad.to_dtype(dtype)?, restore: None });
         }
+        let grad = grad.to_dtype(DType::F32)?;
         // Clamped so that an all-zero vector is not divided by zero, nor an infinite one by infinity.
         let peak = grad.abs()?.max_keepdim(summed)?.clamp(1e-30f32, f32::MAX)?;
         let restore = (peak / Self::PEAK)?;

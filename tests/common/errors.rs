@@ -78,11 +78,9 @@ pub fn matmul(device: &Device) {
         }
     }
     let out = |dtype| a.kaio_matmul_with(&b, &MatmulOptions::default().out_dtype(dtype));
-    let native = MatmulOptions::default().engine(Engine::Native);
     refused! { tally;
         out(DType::U8) => Value, "kaio_matmul_with: `out_dtype` is u8, wanted f32, f16 or bf16; leave it out for f32";
         out(DType::F64) => Value, "kaio_matmul_with: `out_dtype` is f64, wanted f32, f16 or bf16; leave it out for f32";
-        a.kaio_matmul_with(&b, &native) => Unsupported, "kaio_matmul_with: Engine::Native has no kernels in this release; use Engine::Auto or Engine::KaioOps";
     }
     tally.finish();
 }

@@ -1,0 +1,138 @@
+//! What follows a product: bias and activation, in f32.
+
+use std::borrow::Cow;
+
+use candle_core::cpu::erf::erfc_f32;
+use candle_core::{CpuStorage, Layout, Result};
+use rayon::prelude::*;
+
+use super::exp::exp;
+use super::widen::packed;
+use crate::{Activation, op::View, stack::Stack};
+
+/// Elements that one thread takes at a time.
+const CHUNK: usize = 1 << 14;
+
+/// `out = act(out + bias)`, where `out` has rows of `n`.
+pub(crate) fn epilogue(
+    out: &mut [f32],
+    n: usize,
+    bias: Option<View<CpuStorage>>,
+    activation: Option<Activation>,
+) -> Result<()> {
+    if out.is_empty() {
+        return Ok(());
+    }
+    let bias = bias.map(|(storage, layout)| row(storage, layout)).transpose()?;
+    if bias.is_none() && activation.is_none() {
+        return Ok(());
+    }
+    out.par_chunks_mut((CHUNK / n).max(1) * n).for_each(|rows| {
+        if let Some(bias) = &bias {
+            for row in rows.chunks_mut(n) {
+                row.iter_mut().zip(bias.iter()).for_each(|(x, b)| *x += b);
+            }
+        }
+        if let Some(activation) = activation {
+            activate(activation, rows);
+        }
+    });
+    Ok(())
+}
+
+/// A vector in f32, without gaps.
+fn row<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [f32]>> {
+    let (n, stride) = (layout.dims()[0], layout.stride()[0]);
+    let row = Layout::new((1, n).into(), vec![n, stride], layout.start_offset());
+    packed(storage, &Stack::new(&row))
+}
+
+/// One loop for each function, so that each is vectorised on its own.
+fn activate(activation: Activation, xs: &mut [f32]) {
+    match activation {
+        Activation::Relu => xs.iter_mut().for_each(|x| *x = relu(*x)),
+        Activation::GeluTanh => xs.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
+        Activation::GeluErf => xs.iter_mut().for_each(|x| *x = gelu_erf(*x)),
+        Activation::Silu => xs.iter_mut().for_each(|x| *x = silu(*x)),
+    }
+}
+
+/// `f32::max` would turn NaN into 0.
+fn relu(x: f32) -> f32 {
+    if x <= 0.0 { 0.0 } else { x }
+}
+
+/// `1 + tanh(u)` is `2σ(2u)`, which keeps its digits where tanh comes near −1.
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    /// `2·√(2/π)`.
+    const SLOPE: f32 = 1.595_769;
+    x * sigmoid(SLOPE * x * (1.0 + 0.044_715 * x * x))
+}
+
+/// `1 + erf(z)` is `erfc(−z)`, which keeps its digits where erf comes near −1.
+fn gelu_erf(x: f32) -> f32 {
+    0.5 * x * erfc_f32(-x * std::f32::consts::FRAC_1_SQRT_2)
+}
+
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    x * sigmoid(x)
+}
+
+/// `1 / (1 + e⁻ʸ)`.
+#[inline(always)]
+fn sigmoid(y: f32) -> f32 {
+    let e = exp(-y.abs());
+    (if y < 0.0 { e } else { 1.0 }) / (1.0 + e)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn formula(activation: Activation, x: f64) -> f64 {
+        let sigmoid = |y: f64| 1.0 / (1.0 + (-y).exp());
+        match activation {
+            Activation::Relu => x.max(0.0),
+            Activation::GeluTanh => {
+                x * sigmoid(2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3)))
+            }
+            Activation::GeluErf => {
+                0.5 * x * candle_core::cpu::erf::erfc_f64(-x * std::f64::consts::FRAC_1_SQRT_2)
+            }
+            Activation::Silu => x * sigmoid(x),
+        }
+    }
+
+    const ALL: [Activation; 4] =
+        [Activation::Relu, Activation::GeluTanh, Activation::GeluErf, Activation::Silu];
+
+    /// The tails too, where the textbook forms lose all digits. An f32 argument of an exponential
+    /// is itself rounded: hence the factor.
+    #[test]
+    fn keep_their_digits() {
+        for activation in ALL {
+            for i in -90_000..=90_000 {
+                let x = i as f32 / 7_000.0;
+                let mut got = [x];
+                activate(activation, &mut got);
+                let want = formula(activation, f64::from(x));
+                let allowed = 2e-7 * (4.0 + f64::from(x * x)) * want.abs() + 1e-36;
+                let error = (f64::from(got[0]) - want).abs();
+                assert!(error <= allowed, "{activation:?}({x}) is {}, not {want}", got[0]);
+            }
+        }
+    }
+
+    #[test]
+    fn edges() {
+        for activation in ALL {
+            let mut got = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, 1e30, -1e30];
+            activate(activation, &mut got);
+            assert!(got[0].is_nan());
+            assert_eq!((got[1], got[3..].to_vec()), (f32::INFINITY, vec![0.0, 1e30, 0.0]));
+            assert_eq!(got[2].is_nan(), activation != Activation::Relu);
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! Which engine computes an op.
+
+use candle_core::{CudaStorage, Result};
+
+use super::kaio_ops;
+pub(crate) use super::kaio_ops::{
+    attention_tc, flash_attn, flash_attn_backward, matmul_int4, matmul_int8, qkv_int4, qkv_int8,
+};
+use crate::Engine;
+use crate::op::{Epilogue, MatmulProblem, Pipeline, View};
+
+#[allow(clippy::too_many_arguments)] // The facts of one product, its engine and its operands.
+pub(crate) fn matmul(
+    op: &'static str,
+    problem: &MatmulProblem,
+    engine: Engine,
+    pipeline: Pipeline,
+    epilogue: Epilogue,
+    a: &CudaStorage,
+    b: &CudaStorage,
+    bias: Option<View<CudaStorage>>,
+) -> Result<CudaStorage> {
+    match engine {
+        Engine::Auto | Engine::KaioOps | Engine::Native => {
+            kaio_ops::matmul(op, problem, pipeline, epilogue, a, b, bias)
+        }
+    }
+}
