@@ -7,3 +7,7 @@ use candle_core::Device::Cpu;
 common::tests_on! {
     Cpu, matmul: sizes empty layouts specials random gradients scaled_gradients training
 }
+
+common::tests_on! {
+    Cpu, epilogue: biases activations activated_specials epilogue_gradients
+}

@@ -11,7 +11,7 @@ use super::{
     ulp,
 };
 
-const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
+pub const DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 
 type Method = fn(&Tensor, &Tensor) -> Result<Tensor>;
 
@@ -50,7 +50,7 @@ const SIZES: [[usize; 3]; 17] = [
 ];
 
 /// A dimension of size zero in every place.
-const EMPTY: [[&[usize]; 2]; 12] = [
+pub const EMPTY: [[&[usize]; 2]; 12] = [
     [&[0, 5], &[5, 3]],
     [&[4, 0], &[0, 3]],
     [&[4, 5], &[5, 0]],
@@ -66,7 +66,7 @@ const EMPTY: [[&[usize]; 2]; 12] = [
 ];
 
 /// Batch dimensions: none, equal, missing and broadcast on either side.
-const BATCHES: [[&[usize]; 2]; 14] = [
+pub const BATCHES: [[&[usize]; 2]; 14] = [
     [&[5, 7], &[7, 3]],
     [&[3, 5, 7], &[7, 4]],
     [&[2, 3, 17, 32], &[32, 5]],

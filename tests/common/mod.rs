@@ -15,6 +15,7 @@
 #![allow(dead_code)] // Each test binary uses a part.
 
 pub mod attention;
+pub mod epilogue;
 pub mod errors;
 pub mod matmul;
 pub mod quantized;

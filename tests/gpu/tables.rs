@@ -1,6 +1,6 @@
 //! The tables of the CPU suites on the first GPU.
 
-use super::common::{attention, errors, matmul, quantized};
+use super::common::{attention, epilogue, errors, matmul, quantized};
 use super::{gpu, second_gpu};
 use candle_core::Device;
 
@@ -24,6 +24,10 @@ tables! {
     matmul_gradients: matmul::gradients;
     matmul_scaled_gradients: matmul::scaled_gradients;
     matmul_training: matmul::training;
+    matmul_biases: epilogue::biases;
+    matmul_activations: epilogue::activations;
+    matmul_activated_specials: epilogue::activated_specials;
+    matmul_epilogue_gradients: epilogue::epilogue_gradients;
     int8: quantized::int8;
     int8_random: quantized::int8_random;
     int4: quantized::int4;
