@@ -73,12 +73,28 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// ```
     fn kaio_matmul_tc_async(&self, rhs: &Tensor) -> Result<Tensor>;
 
-    /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) with a choice of result dtype and engine, through the
-    /// pipelined kernel where the engine has both.
+    /// `act(A·B + bias)`: [`kaio_matmul_tc`](Self::kaio_matmul_tc) with an optional bias and
+    /// activation and a choice of result dtype and engine, through the pipelined kernel where the
+    /// engine has both.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`lhs`) | `[.., M, K]` | f16 or bf16 |
+    /// | `rhs` | `[.., K, N]` | the same |
+    /// | `bias` of [`MatmulOptions`] | `[N]`, of any stride | the same, or f32 |
+    /// | result | `[.., M, N]` | `out_dtype`: f32, f16 or bf16 |
+    ///
+    /// The sum, the bias and the activation are in f32; the result is rounded once.
+    ///
+    /// # Gradient
+    ///
+    /// Both operands and the bias, each in its dtype, summed in f32. An activation of a tracked input
+    /// is candle's own, after a product that is kept in f32: see [`MatmulOptions::activation`].
     ///
     /// # Errors
     ///
-    /// Also an `out_dtype` other than f32, f16 and bf16, and an engine that cannot take the problem.
+    /// Also an `out_dtype` other than f32, f16 and bf16, a bias of another dtype, rank or length or
+    /// on another device, and an engine that cannot take the problem.
     ///
     /// # Example
     ///
@@ -89,6 +105,12 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// let w = Tensor::ones((8, 4), DType::BF16, &Device::Cpu)?;
     /// let c = a.kaio_matmul_with(&w, &MatmulOptions::default().out_dtype(DType::BF16))?;
     /// assert_eq!((c.dims(), c.dtype()), ([2, 5, 4].as_slice(), DType::BF16));
+    ///
+    /// // A layer: bias and activation in f32, before the one rounding.
+    /// let bias = Tensor::new(&[1f32, -8., 0.5, -9.], &Device::Cpu)?;
+    /// let layer = MatmulOptions::default().bias(bias).activation(Activation::Relu);
+    /// let h = a.kaio_matmul_with(&w, &layer)?;
+    /// assert_eq!(h.to_vec3::<f32>()?[1][4], [9., 0., 8.5, 0.]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     fn kaio_matmul_with(&self, rhs: &Tensor, opts: &MatmulOptions) -> Result<Tensor>;

@@ -59,7 +59,8 @@ pub struct MatmulOptions {
     ///
     /// Where no input tracks a gradient it is part of the product's kernel. Where one does, the
     /// product with its bias is kept in f32 until the backward pass (4 bytes for each element of the
-    /// result), and candle's own differentiable function follows: the gradient is candle's.
+    /// result), and candle's own differentiable function follows: the gradient is candle's. Of
+    /// `Relu` it is 0 at 0.
     pub activation: Option<Activation>,
     /// Who computes on the GPU.
     pub engine: Engine,

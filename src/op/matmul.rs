@@ -1,4 +1,4 @@
-//! `C = A·B` for f16 and bf16, with gradients.
+//! `act(A·B + bias)` for f16 and bf16, with gradients.
 
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
@@ -39,17 +39,11 @@ pub(crate) fn matmul(
     check::dim(op, "rhs", ("K", got), (k, why), "transpose one with `.t()?` or swap the operands")?;
     check::batch(op, b, a)?;
     let n = rhs.dims()[rhs.rank() - 1];
-    if let Some(bias) = bias {
-        check::dtype(op, bias, &[DType::F32, lhs.dtype()])?;
-        check::rank(op, bias, 1..=1, "[N]", "flatten it with `.flatten_all()?`")?;
+    if let Some((arg, t)) = bias {
+        check::dtype(op, (arg, t), &[DType::F32, lhs.dtype()])?;
+        check::rank(op, (arg, t), 1..=1, "[N]", "flatten it with `.flatten_all()?`")?;
         let why = format_args!("the N of `rhs` {:?}", rhs.dims());
-        check::dim(
-            op,
-            "bias",
-            ("N", bias.1.dims()[0]),
-            (n, why),
-            "give it one element for each column",
-        )?;
+        check::dim(op, arg, ("N", t.dims()[0]), (n, why), "give it one element for each column")?;
     }
     let out_dtype = opts.out_dtype.unwrap_or(DType::F32);
     if !matches!(out_dtype, DType::F32 | DType::F16 | DType::BF16) {
@@ -62,7 +56,8 @@ pub(crate) fn matmul(
         }
         .into());
     }
-    // candle differentiates an activation of its own; an empty product has nothing to activate.
+    // What is differentiated is candle's own activation, after a product kept in f32. An empty
+    // product has nothing to activate.
     let tracked = [a, b].into_iter().chain(bias).any(|(_, t)| t.track_op());
     let empty =
         n == 0 || [&lhs.dims()[..lhs.rank() - 1], batch_dims(rhs.dims())].concat().contains(&0);

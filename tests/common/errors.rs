@@ -78,9 +78,31 @@ pub fn matmul(device: &Device) {
         }
     }
     let out = |dtype| a.kaio_matmul_with(&b, &MatmulOptions::default().out_dtype(dtype));
+    let biased = |a: &Tensor, bias: Tensor| {
+        let b = b.to_dtype(a.dtype())?;
+        a.kaio_matmul_with(&b, &MatmulOptions::default().bias(bias))
+    };
+    let (flatten, each) =
+        ("flatten it with `.flatten_all()?`", "give it one element for each column");
     refused! { tally;
         out(DType::U8) => Value, "kaio_matmul_with: `out_dtype` is u8, wanted f32, f16 or bf16; leave it out for f32";
         out(DType::F64) => Value, "kaio_matmul_with: `out_dtype` is f64, wanted f32, f16 or bf16; leave it out for f32";
+        biased(&a, on.f16([])) => Rank, "kaio_matmul_with: `bias` has shape [] (rank 0), wanted [N]; {flatten}";
+        biased(&a, on.f16([1, 6])) => Rank, "kaio_matmul_with: `bias` has shape [1, 6] (rank 2), wanted [N]; {flatten}";
+        biased(&a, on.bf16([6])) => DType, "kaio_matmul_with: `bias` is bf16, wanted f32 or f16; cast it with `.to_dtype(DType::F32)?`";
+        biased(&on.bf16([4, 8]), on.f16([6])) => DType, "kaio_matmul_with: `bias` is f16, wanted f32 or bf16; cast it with `.to_dtype(DType::F32)?`";
+        biased(&a, on.zeros(DType::F64, [6])) => DType, "kaio_matmul_with: `bias` is f64, wanted f32 or f16; cast it with `.to_dtype(DType::F32)?`";
+        biased(&a, on.u8([6])) => DType, "kaio_matmul_with: `bias` is u8, wanted f32 or f16; cast it with `.to_dtype(DType::F32)?`";
+        biased(&a, on.f32([1])) => Dimension, "kaio_matmul_with: `bias` has N = 1, wanted 6, the N of `rhs` [8, 6]; {each}";
+        biased(&a, on.f32([0])) => Dimension, "kaio_matmul_with: `bias` has N = 0, wanted 6, the N of `rhs` [8, 6]; {each}";
+        biased(&a, on.f32([8])) => Dimension, "kaio_matmul_with: `bias` has N = 8, wanted 6, the N of `rhs` [8, 6]; {each}";
+    }
+    if device.is_cpu() {
+        for engine in [Engine::Auto, Engine::KaioOps, Engine::Native] {
+            let opts = MatmulOptions::default().engine(engine);
+            tally
+                .case(format!("{engine:?} on the CPU"), || a.kaio_matmul_with(&b, &opts).map(drop));
+        }
     }
     tally.finish();
 }
@@ -267,13 +289,18 @@ type Method = (&'static str, &'static [Arg], fn(&[Tensor]) -> Result<()>);
 type Arg = (&'static str, DType, [usize; 2]);
 
 const MATMUL: &[Arg] = &[("lhs", F16, [4, 128]), ("rhs", F16, [128, 6])];
+const BIASED: &[Arg] = &[("lhs", F16, [4, 128]), ("rhs", F16, [128, 6]), ("bias", F32, [1, 6])];
 const ATTENTION: &[Arg] = &[("q", F16, [4, 8]), ("k", F16, [5, 8]), ("v", F16, [5, 6])];
 
-const WITH_GRADIENT: [Method; 5] = [
+const WITH_GRADIENT: [Method; 6] = [
     ("kaio_matmul_tc", MATMUL, |t| t[0].kaio_matmul_tc(&t[1]).map(drop)),
     ("kaio_matmul_tc_async", MATMUL, |t| t[0].kaio_matmul_tc_async(&t[1]).map(drop)),
     ("kaio_matmul_with", MATMUL, |t| {
         t[0].kaio_matmul_with(&t[1], &MatmulOptions::default()).map(drop)
+    }),
+    ("kaio_matmul_with", BIASED, |t| {
+        let opts = MatmulOptions::default().bias(t[2].squeeze(0)?);
+        t[0].kaio_matmul_with(&t[1], &opts).map(drop)
     }),
     ("kaio_flash_attn", ATTENTION, |t| t[0].kaio_flash_attn(&t[1], &t[2], false).map(drop)),
     ("kaio_flash_attn_with", ATTENTION, |t| {
