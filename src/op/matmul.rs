@@ -83,7 +83,7 @@ fn activate(t: &Tensor, activation: Activation) -> Result<Tensor> {
         Activation::Relu => {
             // candle's `relu` turns NaN into 0, and has a slope at 0.
             let zero = Tensor::zeros((), t.dtype(), t.device())?.broadcast_as(t.shape())?;
-            t.le(0f32)?.where_cond(&zero, t)
+            t.le(&zero)?.where_cond(&zero, t)
         }
         Activation::GeluTanh => t.gelu(),
         Activation::GeluErf => t.gelu_erf(),
