@@ -7,7 +7,7 @@ use kaio_candle::quant;
 
 #[cfg(feature = "cuda")]
 use super::direct;
-use super::timing::Contestant;
+use super::turns::{Contestant, contestant};
 
 pub struct Case {
     pub op: &'static str,
@@ -30,10 +30,6 @@ pub struct Builder {
 
 fn builder(op: &'static str, build: impl FnOnce(&Device) -> Result<Case> + 'static) -> Builder {
     Builder { op, build: Box::new(build) }
-}
-
-pub fn contestant(name: &'static str, run: impl FnMut() -> Result<()> + 'static) -> Contestant {
-    Contestant { name, run: Box::new(run) }
 }
 
 /// Allocates and frees a result as the bridge does in each call, for the host's time that is not the

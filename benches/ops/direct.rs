@@ -5,8 +5,7 @@ use half::{bf16, f16};
 use kaio::prelude::{GpuBuffer, KaioDevice};
 use kaio_candle::registry;
 
-use super::cases::contestant;
-use super::timing::Contestant;
+use super::turns::{Contestant, contestant};
 
 fn buffer<T: WithDType + cudarc::driver::DeviceRepr>(
     kaio: &KaioDevice,

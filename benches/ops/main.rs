@@ -1,4 +1,5 @@
-//! One table of all ops: `cargo bench` on the CPU, `cargo bench --features cuda` on the first GPU.
+//! One table of all ops: `cargo bench` on the CPU, `cargo bench --features cuda --bench ops` on the
+//! first GPU.
 //!
 //! Each row runs its contestants in turn, round by round, after warm-up rounds, on random inputs, and
 //! shows the median µs from start to end (device events on a GPU; caches are not flushed), and the
@@ -15,6 +16,8 @@ mod chart;
 #[cfg(feature = "cuda")]
 mod direct;
 mod timing;
+#[path = "../common/turns.rs"]
+mod turns;
 
 use std::path::{Path, PathBuf};
 

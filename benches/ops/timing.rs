@@ -4,11 +4,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Result};
 
-/// Something to time.
-pub struct Contestant {
-    pub name: &'static str,
-    pub run: Box<dyn FnMut() -> Result<()>>,
-}
+use super::turns::{Contestant, median, take_turns};
 
 pub struct Timing {
     /// From start to end of the work: device events on a GPU, the clock on the CPU.
@@ -17,36 +13,18 @@ pub struct Timing {
     pub host_us: f64,
 }
 
-const WARM_UP: usize = 3;
-
 /// Times over `rounds` rounds.
 pub fn contest(
     device: &Device,
     contestants: &mut [Contestant],
     rounds: usize,
 ) -> Result<Vec<Timing>> {
-    let mut samples = vec![(Vec::new(), Vec::new()); contestants.len()];
-    for round in 0..WARM_UP + rounds {
-        for turn in 0..contestants.len() {
-            // Another one goes first in each round: who follows whom matters to caches and queues.
-            let i = (round + turn) % contestants.len();
-            let (total_us, host_us) = once(device, &mut contestants[i].run)?;
-            if round >= WARM_UP {
-                samples[i].0.push(total_us);
-                samples[i].1.push(host_us);
-            }
-        }
-    }
-    let timing = |(total, host): (Vec<f64>, Vec<f64>)| Timing {
-        total_us: median(total),
-        host_us: host.into_iter().fold(f64::INFINITY, f64::min),
+    let samples = take_turns(contestants, rounds, |run| once(device, run))?;
+    let timing = |samples: Vec<(f64, f64)>| {
+        let (total, host): (Vec<f64>, Vec<f64>) = samples.into_iter().unzip();
+        Timing { total_us: median(total), host_us: host.into_iter().fold(f64::INFINITY, f64::min) }
     };
     Ok(samples.into_iter().map(timing).collect())
-}
-
-fn median(mut samples: Vec<f64>) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples[samples.len() / 2]
 }
 
 fn once(device: &Device, run: &mut dyn FnMut() -> Result<()>) -> Result<(f64, f64)> {
