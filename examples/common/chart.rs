@@ -1,8 +1,8 @@
-//! The two kinds of picture that examples and benches draw, as PNG files.
+//! The kinds of picture that examples and benches draw, as PNG files.
 //!
 //! The typeface is compiled in (DejaVu Sans, from the `dejavu` crate), so that the pictures come out
 //! the same on a machine without fonts.
-#![allow(dead_code, reason = "each example and bench that includes this file draws one of the two")]
+#![allow(dead_code, reason = "each example and bench that includes this file draws some of them")]
 
 use std::{error::Error, ops::Range, path::Path};
 
@@ -77,6 +77,69 @@ pub fn line_chart(
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::UpperRight)
+        .margin(12)
+        .label_font((FAMILY, TEXT_SIZE))
+        .background_style(WHITE.mix(0.9))
+        .border_style(BLACK.mix(0.2))
+        .draw()?;
+    Ok(canvas.present()?)
+}
+
+/// Draws each series as points of (FLOP a byte, TFLOP/s) on logarithmic axes, under the roofs that
+/// the memory (TB/s) and the arithmetic (TFLOP/s) set.
+pub fn roofline(
+    path: &Path,
+    title: &str,
+    (memory, arithmetic): (f64, f64),
+    series: &[Series],
+) -> Result<()> {
+    let canvas = canvas(path, 740)?;
+    let points = || series.iter().flat_map(|series| &series.points);
+    if points().any(|&(x, y)| !(x > 0.0 && y > 0.0 && x.is_finite() && y.is_finite())) {
+        return Err(format!("the roofline {title:?} has a point off a logarithmic axis").into());
+    }
+    let ridge = arithmetic / memory;
+    let left = points().map(|p| p.0).fold(ridge, f64::min) / 1.5;
+    let right = points().map(|p| p.0).fold(ridge, f64::max) * 1.5;
+    let bottom = points().map(|p| p.1).fold(memory * left, f64::min) / 1.5;
+    let top = points().map(|p| p.1).fold(arithmetic, f64::max) * 1.5;
+
+    let mut chart = ChartBuilder::on(&canvas)
+        .caption(title, (FAMILY, TITLE_SIZE))
+        .margin(MARGIN)
+        .x_label_area_size(56)
+        .y_label_area_size(76)
+        .build_cartesian_2d((left..right).log_scale(), (bottom..top).log_scale())?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(BLACK.mix(0.12))
+        .axis_style(BLACK.mix(0.5))
+        .label_style((FAMILY, TEXT_SIZE))
+        .x_label_formatter(&short_number)
+        .y_label_formatter(&short_number)
+        .x_desc("FLOP a byte of operands and result")
+        .y_desc("TFLOP/s")
+        .draw()?;
+    let roofs = [(left, memory * left), (ridge, arithmetic), (right, arithmetic)];
+    let style = BLACK.mix(0.6).stroke_width(2);
+    chart
+        .draw_series(LineSeries::new(roofs, style))?
+        .label(format!("{} TB/s, {} TFLOP/s", short_number(&memory), short_number(&arithmetic)))
+        .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
+    for (index, series) in series.iter().enumerate() {
+        // Rings around the first series' dots: neither hides the other.
+        let color = PALETTE[index % PALETTE.len()];
+        let (radius, style) =
+            if index == 0 { (4, color.filled()) } else { (7, color.stroke_width(2)) };
+        chart
+            .draw_series(series.points.iter().map(|&p| Circle::new(p, radius, style)))?
+            .label(&series.name)
+            .legend(move |(x, y)| Circle::new((x + 11, y), radius, style));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::LowerRight)
         .margin(12)
         .label_font((FAMILY, TEXT_SIZE))
         .background_style(WHITE.mix(0.9))
