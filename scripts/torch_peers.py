@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""PyTorch's times for the rows of the matmul bench, as one more peer:
+
+    cargo bench --features cuda --bench matmul -- --list >rows.json
+    python3 scripts/torch_peers.py rows.json >torch.json
+    cargo bench --features cuda --bench matmul -- --torch torch.json
+
+Times are taken as the bench takes them (benches/matmul/gpu.rs says why): events around one call while the
+GPU is kept busy until the call is enqueued, L2 flushed for the rows that say so, a rest after each call,
+medians. Host rows and what PyTorch cannot do are left out. `--quick` takes fewer samples.
+"""
+
+import json
+import statistics
+import sys
+import time
+
+import torch
+
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+CYCLES_PER_US = 2000
+LONGEST_HEAD_START_US = 1600
+
+
+class Gpu:
+    def __init__(self):
+        self.flush = torch.zeros(64 << 20, dtype=torch.int32, device="cuda")
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time(self, run, cold, samples, warm_up=3):
+        times, head_start = [], 50
+        while len(times) < warm_up + samples:
+            if cold:
+                self.flush.zero_()
+                self.flush.amax()  # leaves no dirty line
+            torch.cuda._sleep(head_start * CYCLES_PER_US)
+            self.start.record()
+            run()
+            self.end.record()
+            late = self.start.query()
+            self.end.synchronize()
+            us = self.start.elapsed_time(self.end) * 1e3
+            time.sleep(min(2 * us, 10_000) * 1e-6)
+            if late and head_start < LONGEST_HEAD_START_US:
+                head_start *= 2
+            else:
+                times.append(us)
+        return statistics.median(times[warm_up:])
+
+
+def matrix(rows, cols, dtype, transposed):
+    if transposed:
+        return torch.randn(cols, rows, device="cuda", dtype=dtype).t()
+    return torch.randn(rows, cols, device="cuda", dtype=dtype)
+
+
+def call(row):
+    """What to time, or None."""
+    dtype, out = DTYPES[row["dtype"]], DTYPES[row["out"]]
+    m, n, k = row["m"], row["n"], row["k"]
+    a = matrix(m, k, dtype, row["layout"][0] == "t")
+    b = matrix(k, n, dtype, row["layout"][1] == "t")
+    if row["op"] == "matmul":
+        return (lambda: torch.mm(a, b)) if out == dtype else lambda: torch.mm(a, b, out_dtype=out)
+    if row["op"] == "forward+backward" and out == dtype:
+        a.requires_grad_()
+        b.requires_grad_()
+        upstream = torch.randn(m, n, device="cuda", dtype=dtype)
+        return lambda: torch.autograd.grad(torch.mm(a, b), (a, b), upstream)
+    return None
+
+
+def main():
+    paths = [arg for arg in sys.argv[1:] if arg != "--quick"]
+    samples = 10 if "--quick" in sys.argv else 30
+    if len(paths) != 1:
+        sys.exit(__doc__)
+    with open(paths[0], encoding="utf-8") as file:
+        rows = json.load(file)
+    gpu, times = Gpu(), {}
+    for row in rows:
+        run = call(row)
+        if run is None:
+            continue
+        try:
+            times[row["id"]] = gpu.time(run, row["cold"], samples)
+        except (RuntimeError, TypeError) as error:  # TypeError: no `out_dtype` before 2.8
+            print(f"{row['id']}: {error}", file=sys.stderr)
+    peer = f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
+    json.dump({"peer": peer, "us": times}, sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()
