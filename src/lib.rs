@@ -51,6 +51,7 @@ mod ext;
 mod op;
 mod options;
 pub mod prelude;
+pub mod ptx;
 pub mod quant;
 mod stack;
 

@@ -1,0 +1,145 @@
+//! Loads, stores and conversions of what was loaded.
+
+use std::fmt::Display;
+
+use super::{Address, Half, Kernel, Reg, Scalar, Value};
+
+/// `{a, b}`, or `a` alone.
+pub(super) fn list<T: Display>(values: &[T]) -> String {
+    let list = values.iter().map(T::to_string).collect::<Vec<_>>().join(", ");
+    if values.len() == 1 { list } else { format!("{{{list}}}") }
+}
+
+fn vector(n: usize) -> &'static str {
+    match n {
+        1 => "",
+        2 => ".v2",
+        4 => ".v4",
+        _ => panic!("memory is accessed by 1, 2 or 4 registers"),
+    }
+}
+
+impl Kernel {
+    fn load<'k, T: Scalar, const N: usize>(
+        &'k self,
+        space: &str,
+        from: impl Display,
+    ) -> [Reg<'k, T>; N] {
+        let d = self.regs();
+        self.emit(format_args!("ld.{space}{}.{} {}, {from}", vector(N), T::BITS, list(&d)));
+        d
+    }
+
+    fn store<'k, T: Scalar, V: Into<Value<'k, T>>, const N: usize>(
+        &'k self,
+        space: &str,
+        to: impl Display,
+        values: [V; N],
+    ) {
+        let values = values.map(Into::into);
+        self.emit(format_args!("st.{space}{}.{} {to}, {}", vector(N), T::BITS, list(&values)));
+    }
+
+    /// `ld.global`: `N` values side by side.
+    pub fn ld_global<'k, T: Scalar, const N: usize>(
+        &'k self,
+        from: impl Into<Address<'k, u64>>,
+    ) -> [Reg<'k, T>; N] {
+        self.load("global", from.into())
+    }
+
+    /// `ld.global.nc`: through the cache for data that nothing writes while the kernel runs.
+    pub fn ld_global_nc<'k, T: Scalar, const N: usize>(
+        &'k self,
+        from: impl Into<Address<'k, u64>>,
+    ) -> [Reg<'k, T>; N] {
+        self.load("global.nc", from.into())
+    }
+
+    /// `st.global`
+    pub fn st_global<'k, T: Scalar, const N: usize>(
+        &'k self,
+        to: impl Into<Address<'k, u64>>,
+        values: [Reg<'k, T>; N],
+    ) {
+        self.store("global", to.into(), values);
+    }
+
+    /// `ld.shared`
+    pub fn ld_shared<'k, T: Scalar, const N: usize>(
+        &'k self,
+        from: impl Into<Address<'k, u32>>,
+    ) -> [Reg<'k, T>; N] {
+        self.load("shared", from.into())
+    }
+
+    /// `st.shared`
+    pub fn st_shared<'k, T: Scalar, const N: usize>(
+        &'k self,
+        to: impl Into<Address<'k, u32>>,
+        values: [Reg<'k, T>; N],
+    ) {
+        self.store("shared", to.into(), values);
+    }
+
+    /// `ld.shared::cluster`: from an address of [`mapa`](Self::mapa).
+    pub fn ld_cluster<'k, T: Scalar, const N: usize>(
+        &'k self,
+        from: impl Into<Address<'k, u32>>,
+    ) -> [Reg<'k, T>; N] {
+        self.needs(7, 8);
+        self.load("shared::cluster", from.into())
+    }
+
+    /// `mapa`: the shared memory of block `rank` of the cluster that corresponds to ours.
+    pub fn mapa<'k>(
+        &'k self,
+        shared: Reg<'k, u32>,
+        rank: impl Into<Value<'k, u32>>,
+    ) -> Reg<'k, u32> {
+        self.needs(7, 8);
+        self.binary("mapa.shared::cluster.u32", shared, rank)
+    }
+
+    /// `cvt.rn.f16x2.f32` or `.bf16x2`: two floats rounded into one register, `low` in its low half.
+    pub fn pack<'k>(&'k self, half: Half, low: Reg<'k, f32>, high: Reg<'k, f32>) -> Reg<'k, u32> {
+        self.binary(format_args!("cvt.rn.{}x2.f32", half.name()), high, low)
+    }
+
+    /// `cvt.rn.f16.f32` or `.bf16`: a float rounded.
+    pub fn narrow<'k>(&'k self, half: Half, value: Reg<'k, f32>) -> Reg<'k, u16> {
+        self.unary(format_args!("cvt.rn.{}.f32", half.name()), value)
+    }
+
+    /// The float that 16 bits stand for.
+    pub fn widen<'k>(&'k self, half: Half, value: Reg<'k, u16>) -> Reg<'k, f32> {
+        match half {
+            Half::F16 => self.unary("cvt.f32.f16", value),
+            // A bf16 is the upper half of a float.
+            Half::Bf16 => {
+                let d = self.reg::<u32>();
+                self.emit(format_args!("mov.b32 {d}, {{{}, {value}}}", self.var(0u16)));
+                d.cast()
+            }
+        }
+    }
+
+    /// The value of lane `lane` for all lanes of the warp (`shfl.sync.idx`): tells the assembler that
+    /// a value is the same in the whole warp.
+    pub fn broadcast<'k>(
+        &'k self,
+        value: Reg<'k, u32>,
+        lane: impl Into<Value<'k, u32>>,
+    ) -> Reg<'k, u32> {
+        let d = self.reg();
+        self.emit(format_args!("shfl.sync.idx.b32 {d}, {value}, {}, 31, -1", lane.into()));
+        d
+    }
+
+    /// `shfl.sync.bfly`: the value of the lane whose number differs by `xor`.
+    pub fn butterfly<'k, T: Scalar>(&'k self, value: Reg<'k, T>, xor: u32) -> Reg<'k, T> {
+        let d = self.reg();
+        self.emit(format_args!("shfl.sync.bfly.b32 {d}, {value}, {xor}, 31, -1"));
+        d
+    }
+}

@@ -1,0 +1,90 @@
+//! Barriers, fences, roles: who waits for whom within a block, a cluster and a stream.
+
+use super::{Kernel, Reg};
+
+impl Kernel {
+    /// `bar.sync`: `threads` threads of the block meet at barrier `id` (0 to 15).
+    pub fn barrier(&self, id: u32, threads: u32) {
+        self.emit(format_args!("bar.sync {id}, {threads}"));
+    }
+
+    /// `bar.sync` on a barrier whose number is in a register.
+    pub fn barrier_at(&self, id: Reg<u32>, threads: u32) {
+        self.emit(format_args!("bar.sync {id}, {threads}"));
+    }
+
+    /// `bar.sync 0`: all threads of the block meet.
+    pub fn sync_block(&self) {
+        self.emit(format_args!("bar.sync 0"));
+    }
+
+    /// `bar.warp.sync`: all lanes of the warp meet.
+    pub fn sync_warp(&self) {
+        self.emit(format_args!("bar.warp.sync -1"));
+    }
+
+    /// `barrier.cluster`: all threads of the cluster meet, and see each other's stores.
+    pub fn sync_cluster(&self) {
+        self.needs(7, 8);
+        self.emit(format_args!("barrier.cluster.arrive.release.aligned"));
+        self.emit(format_args!("barrier.cluster.wait.acquire.aligned"));
+    }
+
+    /// `fence.proxy.async`: the copy engine and wgmma see this thread's earlier stores to shared memory.
+    pub fn fence_proxy_async(&self) {
+        self.needs(8, 0);
+        self.emit(format_args!("fence.proxy.async.shared::cta"));
+    }
+
+    /// `elect.sync`: true in one lane of the warp.
+    pub fn elect(&self) -> Reg<'_, bool> {
+        self.needs(8, 0);
+        let elected = self.reg();
+        self.emit(format_args!("elect.sync _|{elected}, -1"));
+        elected
+    }
+
+    /// `setmaxnreg.dec`: the warpgroup gives registers back.
+    pub fn give_registers(&self, keep: u32) {
+        self.needs(8, 0);
+        self.emit(format_args!("setmaxnreg.dec.sync.aligned.u32 {keep}"));
+    }
+
+    /// `setmaxnreg.inc`: the warpgroup takes registers that others gave back.
+    pub fn take_registers(&self, have: u32) {
+        self.needs(8, 0);
+        self.emit(format_args!("setmaxnreg.inc.sync.aligned.u32 {have}"));
+    }
+
+    /// `griddepcontrol.wait`: until the kernels before this one in the stream are complete. Does
+    /// nothing unless the kernel was launched to start early.
+    pub fn wait_for_stream(&self) {
+        self.needs(7, 8);
+        self.state.borrow_mut().starts_early = true;
+        self.emit(format_args!("griddepcontrol.wait"));
+    }
+
+    /// `griddepcontrol.launch_dependents`: the next kernel in the stream may start, up to its wait.
+    pub fn let_next_start(&self) {
+        self.needs(7, 8);
+        self.emit(format_args!("griddepcontrol.launch_dependents"));
+    }
+
+    /// `%cluster_ctarank`
+    pub fn cluster_rank(&self) -> Reg<'_, u32> {
+        self.needs(7, 8);
+        self.special("cluster_ctarank")
+    }
+
+    /// `%clusterid.x`
+    pub fn cluster_x(&self) -> Reg<'_, u32> {
+        self.needs(7, 8);
+        self.special("clusterid.x")
+    }
+
+    /// `%nclusterid.x`
+    pub fn clusters_x(&self) -> Reg<'_, u32> {
+        self.needs(7, 8);
+        self.special("nclusterid.x")
+    }
+}
