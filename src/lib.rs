@@ -48,6 +48,7 @@ mod cpu;
 mod cuda;
 mod error;
 mod ext;
+pub mod kernel;
 mod op;
 mod options;
 pub mod prelude;

@@ -1,0 +1,90 @@
+//! What happens to a sum before it is stored: bias, activation, rounding.
+
+use super::Element;
+use crate::Activation;
+use crate::ptx::{Kernel, Reg};
+
+/// `round(act(sum + bias))`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Epilogue {
+    /// The result's type.
+    pub out: Element,
+    /// The bias's type, if there is one: a value for each column.
+    pub bias: Option<Element>,
+    /// After the bias.
+    pub activation: Option<Activation>,
+}
+
+impl Epilogue {
+    /// `act(sum + bias)`.
+    pub(super) fn finish<'k>(&self, sum: Reg<'k, f32>, bias: Option<Reg<'k, f32>>) -> Reg<'k, f32> {
+        let x = match bias {
+            Some(bias) => sum + bias,
+            None => sum,
+        };
+        match self.activation {
+            None => x,
+            Some(Activation::Relu) => relu(x),
+            // 0.5·x·(1 + tanh u) = x·σ(2u)
+            Some(Activation::GeluTanh) => {
+                const ROOT_8_OVER_PI: f32 = 1.595_769;
+                let u2 = x * (x * x).fma(0.044_715 * ROOT_8_OVER_PI, ROOT_8_OVER_PI);
+                times_sigmoid(x, u2)
+            }
+            Some(Activation::GeluErf) => {
+                x * one_plus_erf(x * std::f32::consts::FRAC_1_SQRT_2) * 0.5
+            }
+            Some(Activation::Silu) => times_sigmoid(x, x),
+        }
+    }
+
+    /// Bytes of a bias element, 0 without one.
+    pub(super) fn bias_size(&self) -> u32 {
+        self.bias.map_or(0, Element::size)
+    }
+
+    /// `N` bias values side by side. Where the address is not valid, call it within `Kernel::when`.
+    pub(super) fn load_bias<'k, const N: usize>(
+        &self,
+        k: &'k Kernel,
+        from: Reg<'k, u64>,
+        valid: Reg<'k, bool>,
+    ) -> [Reg<'k, f32>; N] {
+        let load = |element: Element| match element {
+            Element::F32 => {
+                let mut values = None;
+                k.when(valid, || values = Some(k.ld_global_nc::<f32, N>(from)));
+                values.expect("`when` runs its body")
+            }
+            Element::Half(half) => {
+                let mut values = None;
+                k.when(valid, || values = Some(k.ld_global_nc::<u16, N>(from)));
+                values.expect("`when` runs its body").map(|x| k.widen(half, x))
+            }
+        };
+        load(self.bias.expect("there is a bias"))
+    }
+}
+
+/// NaN stays NaN.
+fn relu(x: Reg<f32>) -> Reg<f32> {
+    x.kernel().var(0f32).or_else(x.le(0.0), x)
+}
+
+/// `x · σ(z) = x / (1 + e^-z)`.
+fn times_sigmoid<'k>(x: Reg<'k, f32>, z: Reg<'k, f32>) -> Reg<'k, f32> {
+    x * ((z * -std::f32::consts::LOG2_E).exp2() + 1.0).recip()
+}
+
+/// `1 + erf(x)`, absolute error 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions,
+/// 7.1.26: `erf x = 1 - (a1 t + .. + a5 t⁵) e^(-x²)`, `t = 1 / (1 + p x)`, for `x ≥ 0`.
+fn one_plus_erf(x: Reg<f32>) -> Reg<f32> {
+    const P: f32 = 0.327_591_1;
+    const A: [f32; 5] = [1.061_405_4, -1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6];
+    let k = x.kernel();
+    let t = x.abs().fma(P, 1.0).recip();
+    let polynomial = A[1..].iter().fold(k.var(A[0]), |sum, &a| sum.fma(t, a)) * t;
+    let tail = polynomial * (x * x * -std::f32::consts::LOG2_E).exp2();
+    // Above 0 it is 2 - tail; below, tail: nothing is cancelled.
+    (-tail + 2.0).or_else(x.ge(0.0), tail)
+}

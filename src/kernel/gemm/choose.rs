@@ -1,0 +1,303 @@
+//! The choice of Hopper's kernel for a problem: an estimate of the time of each candidate.
+//!
+//! The candidates are the shapes that won somewhere, and the constants were fitted, on 1439 timings of
+//! 127 problems (H200, 2026-11-23; `cargo bench --features cuda --bench matmul -- --sweep all`). On
+//! those the choice is 1.6 % slower than the fastest kernel on average, of which 1.0 % is that not all
+//! shapes are candidates. docs/kernels.md has what was learnt.
+
+use super::sm90::{Config, DEPTH, Launch, Order, Orient, Store};
+use super::{Epilogue, Major, Problem};
+use crate::kernel::Device;
+
+/// The largest number of blocks along y and z of a grid.
+const GRID_LIMIT: u32 = 65_535;
+/// Columns of a tile that takes a whole small dimension.
+const NARROW: [u32; 8] = [8, 16, 24, 32, 48, 64, 96, 128];
+/// Columns of the others.
+const WIDE: [u32; 7] = [64, 96, 128, 160, 192, 224, 256];
+
+/// The configuration with the least estimated time.
+pub fn choose(problem: &Problem, device: &Device) -> Config {
+    candidates(problem, device)
+        .into_iter()
+        .map(|config| (estimate(&config, problem, device), config))
+        .min_by(|a, b| a.0.total_cmp(&b.0))
+        .expect("each problem has a candidate")
+        .1
+}
+
+/// The configurations worth an estimate.
+pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
+    let mut all = Vec::with_capacity(32);
+    for orient in [Orient::Plain, Orient::Swapped] {
+        let (width, other) = match orient {
+            Orient::Plain => (problem.n, problem.m),
+            Orient::Swapped => (problem.m, problem.n),
+        };
+        let whole = NARROW.into_iter().find(|&cols| u64::from(cols) >= width);
+        // Both dimensions small: the larger one fills wgmma's rows.
+        let narrow = whole.filter(|_| width <= other);
+        let enough = WIDE.iter().position(|&cols| u64::from(cols) >= width);
+        let wide = match orient {
+            Orient::Plain if problem.m > 48 && problem.n > 48 => {
+                &WIDE[..enough.map_or(WIDE.len(), |i| i + 1)]
+            }
+            _ => &[],
+        };
+        for rows in [64, 128] {
+            for split in [1, 2, 4, 8] {
+                if let Some(cols) = narrow {
+                    let blocks_per_sm = if cols <= 64 { 2 } else { 1 };
+                    let shape = Shape { orient, rows, cols, split, blocks_per_sm };
+                    all.extend(shape.config(problem, device));
+                }
+                // Blocks that share a depth read nothing in common: wide tiles lose more by that.
+                if rows == 64 || split == 1 {
+                    let shape = |&cols| Shape { orient, rows, cols, split, blocks_per_sm: 1 };
+                    all.extend(wide.iter().map(shape).filter_map(|s| s.config(problem, device)));
+                }
+            }
+        }
+    }
+    all
+}
+
+/// The choices that decide most about speed.
+struct Shape {
+    orient: Orient,
+    rows: u32,
+    cols: u32,
+    split: u32,
+    blocks_per_sm: u32,
+}
+
+impl Shape {
+    /// All other choices, unless the shape is not possible or plainly idle.
+    fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
+        let Self { orient, rows, cols, split, blocks_per_sm } = self;
+        let ((lhs, rhs), (height, width)) = match orient {
+            Orient::Plain => ((problem.lhs, problem.rhs), (problem.m, problem.n)),
+            Orient::Swapped => ((problem.rhs, problem.lhs), (problem.n, problem.m)),
+        };
+        if u64::from(split) > problem.k.div_ceil(DEPTH.into()) {
+            return None;
+        }
+        let aligned = (problem.n * u64::from(problem.epilogue.out.size())).is_multiple_of(16);
+        let tma = aligned && split == 1 && orient == Orient::Plain && cols.is_multiple_of(64);
+        let unit = if problem.n.is_multiple_of(4) { 4 } else { 1 };
+        let largest = (rows, cols) == (128, 256);
+        let mut config = Config {
+            half: problem.half,
+            lhs,
+            rhs,
+            orient,
+            rows,
+            cols,
+            lhs_lines: lines(lhs, rows, height),
+            rhs_lines: lines(rhs, cols, width),
+            stages: 2,
+            split,
+            pair: false,
+            slabs: 2,
+            order: Order::Grid,
+            blocks_per_sm,
+            batched: problem.batch > 1,
+            store: if tma { Store::Tma } else { Store::Staged { unit } },
+            epilogue: problem.epilogue,
+        };
+        let launch = Launch::new(&config, problem, device.multiprocessors);
+        // Parts that read nothing in common are for the few small tiles of a deep product: wider
+        // tiles in eight parts were estimated at 35 µs for 64×4096×14336, and took 41.
+        if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
+            return None;
+        }
+        let beyond = launch.grid[1..].iter().any(|&blocks| blocks > GRID_LIMIT);
+        let waves = launch.tiles > device.multiprocessors * blocks_per_sm;
+        if beyond || (waves && split == 1 && (tma || cols <= 128 && orient == Orient::Swapped)) {
+            config.order = Order::Raster;
+            // Many rows find the right operand in L2: a short ring will do, and leaves room for the
+            // result. From memory, or with one tile for each block, a long ring is faster.
+            config.slabs = if largest && launch.tile_rows >= 8 { 4 } else { 2 };
+        }
+        // Half the right operand from L2 saves 1 % where f32 results compete for it, nothing else.
+        let Epilogue { out, bias, .. } = problem.epilogue;
+        if largest && tma && launch.tiles > 1000 && out.size() == 4 && bias.is_none() {
+            config.pair = true;
+            config.rhs_lines = lines(rhs, cols / 2, width);
+        }
+        config.stages = config.max_stages().min(16);
+        (config.stages >= 3 && config.check().is_ok()).then_some(config)
+    }
+}
+
+/// Lines of a box for a tile's `extent` of a matrix's `whole`: few boxes, but little of the last one
+/// outside, which costs about 5 clocks a line.
+fn lines(major: Major, extent: u32, whole: u64) -> u32 {
+    if major == Major::Outer {
+        // A box has all of the depth: the number means nothing, and is always the same.
+        return 64;
+    }
+    let wasted = |lines: u32| whole.next_multiple_of(lines.into()) - whole;
+    let fits = |&lines: &u32| extent.is_multiple_of(lines) && wasted(lines) * 32 <= whole;
+    [64, 32, 16].into_iter().find(fits).unwrap_or(8)
+}
+
+/// Microseconds, roughly.
+pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
+    const CLOCKS_PER_US: f64 = 1700.0;
+    /// Bytes that a multiprocessor takes from L2 in a clock, and how much of what its neighbour takes
+    /// too counts.
+    const FILL: f64 = 52.5;
+    const SHARED: f64 = 0.56;
+    /// Bytes per µs from memory and, for all multiprocessors, from L2.
+    const MEMORY: f64 = 4.28e6;
+    const L2: f64 = 18.25e6;
+    /// What stays in L2 between calls.
+    const CACHED: f64 = 45e6;
+    /// Bytes on their way to a multiprocessor that saturate memory.
+    const IN_FLIGHT: f64 = 53_600.0;
+
+    let launch = Launch::new(config, problem, device.multiprocessors);
+    let sms = f64::from(device.multiprocessors);
+    let resident = f64::from(config.blocks_per_sm);
+    let together = if config.pair { 2.0 } else { 1.0 };
+    let tiles = f64::from(launch.tiles) * together;
+    let blocks = tiles * f64::from(config.split);
+    let slots = sms * resident;
+
+    // A stage: what wgmma needs, or what its bytes need to arrive.
+    let cols = f64::from(config.cols);
+    let multiply = f64::from(config.consumers()) * 4.0 * (cols / 2.0).max(16.0 + cols / 4.0);
+    let [lhs, rhs] = [config.lhs_boxes().bytes(), config.rhs_boxes().bytes()].map(f64::from);
+    // Neighbours are tiles below each other: they share the right operand, or, in the only row of
+    // tiles, the left one; of a split, neither.
+    let distinct = match (config.split, launch.tile_rows) {
+        (1, 1) => SHARED * lhs + rhs,
+        (1, _) => lhs + SHARED * rhs,
+        _ => lhs + rhs,
+    };
+    let stage = multiply.max(distinct / FILL);
+    let depth = f64::from(launch.depth.div_ceil(config.split));
+
+    let area = f64::from(config.rows * config.cols);
+    let bytes = f64::from(config.epilogue.out.size());
+    let end = match config.store {
+        Store::Tma => 640.0 + 0.026 * area * bytes * if config.slabs > 2 { 0.65 } else { 1.0 },
+        Store::Staged { .. } => 1335.0 + 0.118 * area,
+    } + if config.split > 1 { 640.0 } else { 0.0 };
+    let between = match config.order {
+        Order::Raster => 0.9 * end,
+        Order::Grid => end + 2650.0,
+    } / if resident > 1.0 { 1.5 } else { 1.0 };
+
+    let (full, rest) = ((blocks / slots).floor(), blocks % slots);
+    let last = if rest > 0.0 { depth * stage * (rest / sms).ceil() } else { 0.0 };
+    let mut compute = (full * (depth * stage * resident + between) + last + end) / CLOCKS_PER_US;
+    if full >= 4.0 {
+        // Power lowers the clock of long products, the more so the more operands a sum takes.
+        let reads = f64::from(config.rows + config.cols) / area;
+        compute *= 1.0 + 20.0 * (reads - 3.0 / 256.0).max(0.0);
+    }
+
+    let operands = 2.0 * (problem.m + problem.n) as f64 * problem.k as f64 * problem.batch as f64;
+    // Where a dimension is small, the other operand is a weight, which is not read twice in a row.
+    let cold = problem.m.min(problem.n) <= 64 || operands > CACHED;
+    let stage_bytes = f64::from(config.stage_bytes());
+    let under_way = blocks.min(slots) * f64::from(config.stages) * stage_bytes / sms / IN_FLIGHT;
+    let memory = if cold { operands / (MEMORY * under_way.min(1.0).sqrt()) } else { 0.0 };
+    let l2 = tiles * f64::from(launch.depth) * stage_bytes / L2;
+    let transfer = memory.max(l2) + 0.8 + end / CLOCKS_PER_US;
+    // The larger of both, or a little more where they are close.
+    3.5 + (compute.powi(5) + transfer.powi(5)).powf(0.2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Element;
+    use crate::ptx::{Half, Target};
+
+    const H200: Device =
+        Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
+
+    fn problem(m: u64, n: u64, k: u64) -> Problem {
+        let half = Half::Bf16;
+        let epilogue = Epilogue { out: Element::Half(half), bias: None, activation: None };
+        Problem { m, n, k, batch: 1, half, lhs: Major::K, rhs: Major::Outer, epilogue }
+    }
+
+    fn chosen(m: u64, n: u64, k: u64) -> Config {
+        choose(&problem(m, n, k), &H200)
+    }
+
+    #[test]
+    fn large_products_take_the_largest_tile_and_stay() {
+        for n in [4096, 8192] {
+            let c = chosen(n, n, n);
+            assert_eq!((c.rows, c.cols, c.order, c.store), (128, 256, Order::Raster, Store::Tma));
+        }
+    }
+
+    #[test]
+    fn few_tokens_lie_along_the_narrow_side() {
+        for (m, cols) in [(1, 8), (8, 8), (9, 16), (16, 16), (40, 48)] {
+            let c = chosen(m, 8192, 8192);
+            assert_eq!((c.orient, c.cols), (Orient::Swapped, cols));
+            let c = chosen(8192, m, 8192);
+            assert_eq!((c.orient, c.cols), (Orient::Plain, cols));
+        }
+    }
+
+    #[test]
+    fn what_is_not_16_bytes_wide_is_staged() {
+        assert_eq!(chosen(4096, 4097, 4096).store, Store::Staged { unit: 1 });
+        assert_eq!(chosen(4096, 4100, 4096).store, Store::Staged { unit: 4 });
+    }
+
+    #[test]
+    fn small_squares_fill_the_machine() {
+        let c = chosen(1024, 1024, 1024);
+        let launch = Launch::new(&c, &problem(1024, 1024, 1024), 132);
+        assert!((100..=132).contains(&launch.tiles), "{c:?}");
+    }
+
+    #[test]
+    fn few_tiles_of_a_deep_product_share_it() {
+        let c = chosen(256, 256, 65_536);
+        let launch = Launch::new(&c, &problem(256, 256, 65_536), 132);
+        assert!(launch.tiles * c.split >= 64, "{c:?}");
+    }
+
+    #[test]
+    fn grids_stay_within_their_limits() {
+        let many = Problem { batch: 1 << 20, ..problem(3, 2, 5) };
+        let c = choose(&many, &H200);
+        assert_eq!((c.order, c.batched), (Order::Raster, true));
+        assert_eq!(chosen(200, 1 << 23, 64).order, Order::Raster);
+    }
+
+    #[test]
+    fn every_candidate_can_be_built_and_one_is_there() {
+        let sizes = [1, 7, 8, 31, 64, 100, 129, 500, 4096, 5000, 131_072];
+        for m in sizes {
+            for n in sizes {
+                for k in [1, 63, 64, 65, 128, 4096] {
+                    for batch in [1, 3, 100_000] {
+                        let problem = Problem { batch, ..problem(m, n, k) };
+                        let all = candidates(&problem, &H200);
+                        assert!(!all.is_empty(), "{problem:?}");
+                        all.iter().for_each(|c| c.check().unwrap());
+                        assert!(estimate(&all[0], &problem, &H200).is_finite());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn boxes_end_near_the_matrix() {
+        let lines = |extent, whole| lines(Major::K, extent, whole);
+        assert_eq!([lines(128, 4096), lines(128, 80), lines(16, 16)], [64, 16, 16]);
+        assert_eq!([lines(96, 4096), lines(24, 24), lines(256, 4097)], [32, 8, 64]);
+    }
+}

@@ -1,0 +1,206 @@
+//! Products on every GPU from Ampere on: warps copy their operands into a ring of stages
+//! (`cp.async`), and multiply with `mma.sync` what they load from there (`ldmatrix`).
+//!
+//! The loop over the depth has neither bounds nor zero-fill: a block takes the last of its tiles of
+//! the depth, the only one that may be cut off, first.
+
+mod choose;
+mod config;
+mod copies;
+mod layout;
+mod multiply;
+mod reduce;
+
+pub use choose::choose;
+pub use config::Config;
+pub use reduce::{Reduce, emit_reduce};
+
+use super::Epilogue;
+use super::result::TileOfResult;
+use crate::kernel::Element;
+use crate::kernel::raster::Raster;
+use crate::ptx::{Kernel, Reg, Source, Target};
+use config::WARP;
+use copies::Operand;
+use layout::Layout;
+use multiply::Multiply;
+
+/// Bytes of an operand's element.
+const HALF: u32 = 2;
+
+/// The kernel of a configuration that [`Config::check`] accepts. The grid is tiles × split blocks in x.
+///
+/// Parameters, in order:
+///
+/// | | type | |
+/// |---|---|---|
+/// | `lhs`, `rhs`, `out` | address | of the first elements; with a split, `out` is that of partial sums, f32 `[split, batch, m, n]` |
+/// | `bias` | address | only with a bias and without a split |
+/// | `m`, `n`, `k` | u32 | `k` at least 1, and at least one stage for each block of a split |
+/// | `lhs_line`, `rhs_line` | u64 | elements between lines: what follows each other along the dimension that is not contiguous |
+/// | `tile_rows`, `tile_cols`, `tiles`, `group` | u32 | the raster; `tiles` counts the batch too |
+/// | `inner_batch` | u32 | if batched: the length of the inner batch dimension |
+/// | `lhs_inner`, `lhs_outer`, `rhs_inner`, `rhs_outer` | u64 | if batched: elements between operands along the batch dimensions |
+/// | `batch` | u32 | if batched and split: products |
+///
+/// Addresses of operands are multiples of 16, strides of 8; `n` is one of [`Config::unit`]. Where the
+/// contiguous extent is no multiple of 8, up to 7 elements behind it are read and ignored, but none
+/// behind the last line.
+pub fn emit(config: &Config) -> Source {
+    let k = &Kernel::new("matmul", Target::Sm80, config.threads());
+    k.blocks_per_sm(config.blocks_per_sm);
+    let (lhs, rhs, out) = (k.pointer("lhs"), k.pointer("rhs"), k.pointer("out"));
+    let epilogue = config.first_epilogue();
+    let bias = epilogue.bias.map(|_| k.pointer("bias"));
+    let [m, n, depth] = ["m", "n", "k"].map(|name| k.param::<u32>(name));
+    let lines = ["lhs_line", "rhs_line"].map(|name| k.param::<u64>(name));
+    let raster = Raster::params(k);
+    let batches = config.batched.then(|| Batches::params(k, config.split > 1));
+    let base = k.shared(config.shared_bytes());
+    let thread = k.thread();
+
+    // With a split, the batch counts the parts too: parts are the outermost dimension.
+    let tile = raster.tile(k.block_x(), config.batched || config.split > 1);
+    let (part, [lhs, rhs]) = match &batches {
+        None => (tile.batch, [lhs, rhs]),
+        Some(batches) => batches.operands([lhs, rhs], tile.batch),
+    };
+    let share = Share::new(config, depth, part);
+    let operand = |layout: Layout, address, line, extent, first| Operand {
+        layout,
+        address,
+        line,
+        extent,
+        first,
+        depth,
+    };
+    let multiply = Multiply::new(
+        k,
+        config,
+        base,
+        thread,
+        operand(config.lhs_layout(), lhs, lines[0], m, tile.row * config.rows),
+        operand(config.rhs_layout(), rhs, lines[1], n, tile.col * config.cols),
+    );
+    let sums = multiply.run(share);
+    let first = (tile.row * config.rows, tile.col * config.cols);
+    let result = TileOfResult { epilogue, out, rows: m, cols: n, bias, first, batch: tile.batch };
+    store(config, &result, &sums, base, thread);
+    k.finish()
+}
+
+impl Config {
+    /// The epilogue of the kernel that multiplies.
+    fn first_epilogue(&self) -> Epilogue {
+        match self.split {
+            1 => self.epilogue,
+            _ => Epilogue { out: Element::F32, bias: None, activation: None },
+        }
+    }
+}
+
+/// Up to two batch dimensions.
+struct Batches<'k> {
+    inner: Reg<'k, u32>,
+    /// Elements along the inner and the outer one, for each operand.
+    strides: [[Reg<'k, u64>; 2]; 2],
+    count: Option<Reg<'k, u32>>,
+}
+
+impl<'k> Batches<'k> {
+    fn params(k: &'k Kernel, split: bool) -> Self {
+        let inner = k.param("inner_batch");
+        let strides =
+            [["lhs_inner", "lhs_outer"], ["rhs_inner", "rhs_outer"]].map(|s| s.map(|s| k.param(s)));
+        Self { inner, strides, count: split.then(|| k.param("batch")) }
+    }
+
+    /// The part of the depth and the operands' addresses of product `index`.
+    fn operands(
+        &self,
+        addresses: [Reg<'k, u64>; 2],
+        index: Reg<'k, u32>,
+    ) -> (Reg<'k, u32>, [Reg<'k, u64>; 2]) {
+        let (part, index) = match self.count {
+            Some(count) => (index / count, index % count),
+            None => (index, index),
+        };
+        let at = [index % self.inner, index / self.inner].map(Reg::wide);
+        let operand = |i: usize| {
+            let [inner, outer] = self.strides[i];
+            addresses[i] + (at[0] * inner + at[1] * outer) * u64::from(HALF)
+        };
+        (part, [operand(0), operand(1)])
+    }
+}
+
+/// A block's tiles of the depth.
+#[derive(Clone, Copy)]
+struct Share<'k> {
+    first: Reg<'k, u32>,
+    count: Reg<'k, u32>,
+}
+
+impl<'k> Share<'k> {
+    fn new(config: &Config, depth: Reg<'k, u32>, part: Reg<'k, u32>) -> Self {
+        let k = depth.kernel();
+        let all = depth.div_ceil(config.depth);
+        if config.split == 1 {
+            return Self { first: k.var(0), count: all };
+        }
+        let (each, more) = (all / config.split, all % config.split);
+        let extra = k.var(1u32).or_else(part.lt(more), 0);
+        Self { first: part * each + part.min(more), count: each + extra }
+    }
+}
+
+/// Strips of 16 rows: from the fragments through the warp's own shared memory to `C`, so that lanes
+/// side by side store elements side by side.
+fn store<'k>(
+    c: &Config,
+    result: &TileOfResult<'k>,
+    sums: &[Vec<[Reg<'k, f32>; 4]>],
+    base: Reg<'k, u32>,
+    thread: Reg<'k, u32>,
+) {
+    let k = thread.kernel();
+    let (lane, warp) = (thread % WARP, thread / WARP);
+    let (pitch, size) = (c.strip_pitch(), Element::F32.size());
+    let strip = base + warp * c.strip_bytes();
+    let write = strip + (lane / 4 * pitch + lane % 4 * 2) * size;
+    let lanes_of_row = c.warp_cols() / c.unit;
+    let units = 16 * lanes_of_row;
+    // So many at a time, so that their loads are under way together.
+    let together = (units / WARP).min(4);
+    let row = warp / c.warps[1] * c.warp_rows();
+    let col = warp % c.warps[1] * c.warp_cols();
+    // All warps have read the stages.
+    k.sync_block();
+    for (i, blocks) in sums.iter().enumerate() {
+        for (j, quad) in blocks.iter().enumerate() {
+            for h in 0..2 {
+                let at = (8 * h * pitch as usize + 8 * j) * size as usize;
+                k.st_shared(write.at(at as i64), [quad[2 * h], quad[2 * h + 1]]);
+            }
+        }
+        k.sync_warp();
+        k.for_(0, units, WARP * together, |done| {
+            let loaded: Vec<_> = (0..together)
+                .map(|u| {
+                    let unit = done + lane + u * WARP;
+                    let (line, col) = (unit / lanes_of_row, unit % lanes_of_row * c.unit);
+                    let from = strip + (line * pitch + col) * size;
+                    let sums = match c.unit {
+                        4 => k.ld_shared::<f32, 4>(from).to_vec(),
+                        _ => k.ld_shared::<f32, 1>(from).to_vec(),
+                    };
+                    (sums, line, col)
+                })
+                .collect();
+            for (sums, line, at) in loaded {
+                result.store(&sums, row + line + 16 * i as u32, col + at, None);
+            }
+        });
+        k.sync_warp();
+    }
+}

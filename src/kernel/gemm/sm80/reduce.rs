@@ -1,0 +1,76 @@
+//! Adds the partial sums of a split.
+
+use super::Config;
+use crate::kernel::gemm::Epilogue;
+use crate::kernel::gemm::result::TileOfResult;
+use crate::ptx::{Kernel, Source, Target};
+
+/// The choices for the kernel that adds partial sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Reduce {
+    /// Partial sums of each element.
+    pub split: u32,
+    /// Elements of a thread: 4 or 1, a divisor of the columns of `C`.
+    pub unit: u32,
+    /// What comes after the sum.
+    pub epilogue: Epilogue,
+}
+
+impl Reduce {
+    /// Threads of a block.
+    pub const THREADS: u32 = 128;
+
+    /// Columns of a block.
+    pub fn cols(&self) -> u32 {
+        Self::THREADS * self.unit
+    }
+}
+
+impl Config {
+    /// The kernel that follows a split one.
+    pub fn reduce(&self) -> Option<Reduce> {
+        let Self { split, unit, epilogue, .. } = *self;
+        (split > 1).then_some(Reduce { split, unit, epilogue })
+    }
+}
+
+/// The kernel that adds partial sums in the order of the split, so that results are the same each time.
+/// The grid has a block for each row of all products in x, and one for each [`Reduce::cols`] in y.
+///
+/// Parameters, in order: `partial` (address: f32 `[split, rows, cols]`), `out` (address), `bias`
+/// (address, only with a bias), `rows` (u32: those of all products), `cols` (u32).
+pub fn emit_reduce(config: &Reduce) -> Source {
+    let k = &Kernel::new("matmul_reduce", Target::Sm80, Reduce::THREADS);
+    // Without a number ptxas aims at so few registers that it spills.
+    k.blocks_per_sm(4);
+    let (partial, out) = (k.pointer("partial"), k.pointer("out"));
+    let bias = config.epilogue.bias.map(|_| k.pointer("bias"));
+    let (rows, cols) = (k.param::<u32>("rows"), k.param::<u32>("cols"));
+    let row = k.block_x();
+    let col = (k.block_y() * Reduce::THREADS + k.thread()) * config.unit;
+    k.if_(col.lt(cols), || {
+        let index = row.wide() * cols.wide() + col.wide();
+        let part_bytes = rows.wide() * cols.wide() * 4u64;
+        let at = k.var(partial + index * 4u64);
+        let parts: Vec<Vec<_>> = (0..config.split)
+            .map(|part| {
+                if part > 0 {
+                    at.increase(part_bytes);
+                }
+                match config.unit {
+                    4 => k.ld_global_nc::<f32, 4>(at).to_vec(),
+                    _ => k.ld_global_nc::<f32, 1>(at).to_vec(),
+                }
+            })
+            .collect();
+        let sums = parts
+            .into_iter()
+            .reduce(|sum, part| sum.into_iter().zip(part).map(|(a, b)| a + b).collect())
+            .expect("there is a part");
+        let (zero, first) = (k.var(0u32), (k.var(0u32), k.var(0u32)));
+        let epilogue = config.epilogue;
+        let result = TileOfResult { epilogue, out, rows, cols, bias, first, batch: zero };
+        result.store(&sums, row, col, None);
+    });
+    k.finish()
+}

@@ -1,0 +1,349 @@
+//! The choices, what follows from them, and the numbers of a launch.
+
+use crate::kernel::Arena;
+use crate::kernel::gemm::{Epilogue, Major, Problem};
+use crate::kernel::ring::Ring;
+use crate::ptx::Half;
+
+/// Depth of a stage: the 64 16-bit elements of a 128-byte swizzled line.
+pub const DEPTH: u32 = 64;
+/// Bytes of a swizzled line.
+pub(super) const LINE: u32 = 128;
+/// Eight lines: what the swizzle repeats after.
+pub(super) const ATOM: u32 = 8 * LINE;
+/// Rows of a wgmma, of a slab of the result, and elements of a line.
+pub(super) const SLAB: u32 = 64;
+pub(super) const SLAB_BYTES: u32 = SLAB * LINE;
+pub(super) const WARPGROUP: u32 = 128;
+/// Dynamic shared memory that a block can have on sm_90, and what a multiprocessor has, of which
+/// each block takes 1 KiB besides.
+pub const MAX_SHARED: u32 = 232_448;
+const SM_SHARED: u32 = 233_472;
+
+/// Which matrix the tiles are tiles of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Orient {
+    /// `C`.
+    Plain,
+    /// `Cᵀ`: the kernel's left operand is `Bᵀ`, its right one `Aᵀ`.
+    Swapped,
+}
+
+/// How tiles reach memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Store {
+    /// By the copy engine, while the next tile is computed. Rows of `C` are a multiple of 16 bytes.
+    Tma,
+    /// Through shared memory by the threads, in units of `unit` elements of a row of `C`, whose
+    /// length is a multiple of that. With [`Order::Grid`] the tile lies over the stages.
+    Staged {
+        /// 4 or 1.
+        unit: u32,
+    },
+}
+
+/// How blocks find their tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Order {
+    /// The grid has a block for each tile: no divisions, up to 65535 columns of tiles and matrices.
+    Grid,
+    /// By number, in the order of the raster: blocks stay and take tile after tile, and fetch the next
+    /// one's operands while they store.
+    Raster,
+}
+
+/// All choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Config {
+    /// The operands' type.
+    pub half: Half,
+    /// How the kernel's left operand lies.
+    pub lhs: Major,
+    /// How the kernel's right operand lies.
+    pub rhs: Major,
+    /// What the tiles are tiles of.
+    pub orient: Orient,
+    /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one or two.
+    pub rows: u32,
+    /// Columns of a tile: a multiple of 8, at most 256.
+    pub cols: u32,
+    /// Lines of a box of the left operand along K, a divisor of the rows: boxes outside the matrix
+    /// are left out.
+    pub lhs_lines: u32,
+    /// Lines of a box of the right operand along K, a divisor of the columns (of half of them in a
+    /// pair).
+    pub rhs_lines: u32,
+    /// Stages of the ring.
+    pub stages: u32,
+    /// Blocks that share the depth of a tile, as a cluster. Above 1 the store is staged.
+    pub split: u32,
+    /// Two blocks, a cluster, compute tiles of neighbouring rows: each fetches half of the right
+    /// operand for both.
+    pub pair: bool,
+    /// Slabs of the result that a warpgroup can have on their way by [`Store::Tma`]: 2 or 4.
+    pub slabs: u32,
+    /// How a block finds its tiles.
+    pub order: Order,
+    /// Blocks of a multiprocessor.
+    pub blocks_per_sm: u32,
+    /// Whether there are batch coordinates.
+    pub batched: bool,
+    /// How tiles reach memory.
+    pub store: Store,
+    /// What comes after the sum.
+    pub epilogue: Epilogue,
+}
+
+/// Where things lie in shared memory.
+pub(super) struct Plan {
+    pub lhs: u32,
+    pub rhs: u32,
+    /// Of slabs, or of a staged tile.
+    pub result: u32,
+    pub ring: Ring,
+    pub bytes: u32,
+}
+
+impl Config {
+    /// Warpgroups that multiply.
+    pub fn consumers(&self) -> u32 {
+        self.rows / SLAB
+    }
+
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        WARPGROUP * (1 + self.consumers())
+    }
+
+    /// Two warpgroups that multiply need more registers than an equal share of a multiprocessor's.
+    pub(super) fn moves_registers(&self) -> bool {
+        self.consumers() == 2 && self.blocks_per_sm == 1
+    }
+
+    /// The boxes of a stage of the left operand.
+    pub fn lhs_boxes(&self) -> Boxes {
+        Boxes::new(self.lhs, self.rows, self.lhs_lines, 1)
+    }
+
+    /// The boxes of a stage of the right operand.
+    pub fn rhs_boxes(&self) -> Boxes {
+        Boxes::new(self.rhs, self.cols, self.rhs_lines, if self.pair { 2 } else { 1 })
+    }
+
+    /// Blocks of a cluster.
+    pub fn cluster(&self) -> u32 {
+        if self.pair { 2 } else { self.split }
+    }
+
+    pub(super) fn lhs_bytes(&self) -> u32 {
+        self.rows * LINE
+    }
+
+    pub(super) fn rhs_bytes(&self) -> u32 {
+        match self.rhs {
+            Major::K => self.cols * LINE,
+            Major::Outer => self.cols.div_ceil(SLAB) * SLAB_BYTES,
+        }
+    }
+
+    /// Bytes of a stage.
+    pub fn stage_bytes(&self) -> u32 {
+        self.lhs_bytes() + self.rhs_bytes()
+    }
+
+    /// Columns of a slab of the result: a line.
+    pub fn slab_cols(&self) -> u32 {
+        LINE / self.epilogue.out.size()
+    }
+
+    /// Elements between the rows of a staged tile, in f32: such that neither the writes of wgmma's
+    /// fragments nor the reads of rows meet in a bank.
+    pub(super) fn staged_pitch(&self) -> u32 {
+        match self.orient {
+            Orient::Plain => self.cols.next_multiple_of(32) + 8,
+            Orient::Swapped => self.rows + 4,
+        }
+    }
+
+    fn staged_bytes(&self) -> u32 {
+        let lines = if self.orient == Orient::Plain { self.rows } else { self.cols };
+        lines * self.staged_pitch() * 4
+    }
+
+    /// Bytes of shared memory beside the stages.
+    fn fixed_bytes(&self) -> u32 {
+        let slabs = match self.store {
+            Store::Tma => self.slabs * self.consumers() * SLAB_BYTES,
+            Store::Staged { .. } if self.order == Order::Raster => self.staged_bytes(),
+            Store::Staged { .. } => 0,
+        };
+        // The barriers of up to 32 stages.
+        slabs + 512
+    }
+
+    /// The most stages that fit.
+    pub fn max_stages(&self) -> u32 {
+        let each = (SM_SHARED / self.blocks_per_sm - 1024).min(MAX_SHARED);
+        ((each - self.fixed_bytes()) / self.stage_bytes()).min(32)
+    }
+
+    /// Whether the kernel can be built, or the number that is in the way.
+    pub fn check(&self) -> Result<(), String> {
+        let shared = self.plan().bytes;
+        let limit = (SM_SHARED / self.blocks_per_sm - 1024).min(MAX_SHARED);
+        let rules = [
+            (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
+            (
+                self.cols.is_multiple_of(8) && (8..=256).contains(&self.cols),
+                format!("{} columns (a multiple of 8 up to 256)", self.cols),
+            ),
+            (
+                self.lhs == Major::Outer || self.rows.is_multiple_of(self.lhs_lines),
+                format!("boxes of {} lines for {} rows", self.lhs_lines, self.rows),
+            ),
+            (
+                self.rhs == Major::Outer
+                    || (self.cols / if self.pair { 2 } else { 1 }).is_multiple_of(self.rhs_lines),
+                format!("boxes of {} lines for {} columns", self.rhs_lines, self.cols),
+            ),
+            (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
+            (
+                matches!(self.split, 1 | 2 | 4 | 8),
+                format!("a split of {} (1, 2, 4 or 8)", self.split),
+            ),
+            (
+                self.store != Store::Tma
+                    || (self.split == 1
+                        && self.orient == Orient::Plain
+                        && self.cols.is_multiple_of(SLAB)),
+                "a TMA store of a split, swapped or ragged tile".into(),
+            ),
+            (
+                self.split == 1 || self.order == Order::Grid,
+                "split tiles without a block for each".into(),
+            ),
+            (
+                !self.pair || (self.split == 1 && self.cols.is_multiple_of(16)),
+                format!("a pair of split tiles or of {} columns", self.cols),
+            ),
+            (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
+        ];
+        match rules.into_iter().find(|(holds, _)| !holds) {
+            Some((_, what)) => Err(what),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn plan(&self) -> Plan {
+        let mut arena = Arena::default();
+        let lhs = arena.region(self.stages * self.lhs_bytes(), ATOM);
+        let rhs = arena.region(self.stages * self.rhs_bytes(), ATOM);
+        let result = match (self.store, self.order) {
+            (Store::Tma, _) => arena.region(self.slabs * self.consumers() * SLAB_BYTES, ATOM),
+            (Store::Staged { .. }, Order::Raster) => arena.region(self.staged_bytes(), ATOM),
+            (Store::Staged { .. }, Order::Grid) => {
+                // Over the stages, which are done with by then.
+                arena.used = arena.used.max(self.staged_bytes());
+                0
+            }
+        };
+        let ring = Ring::new(&mut arena, self.stages);
+        Plan { lhs, rhs, result, ring, bytes: arena.used }
+    }
+}
+
+/// How the copy engine cuts a stage of an operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Boxes {
+    /// Elements of the outer dimension that a box, or the same box of both blocks of a pair, adds.
+    pub step: u32,
+    /// Boxes that one block fetches.
+    pub count: u32,
+    /// Lines of one box; each is 64 elements wide.
+    pub lines: u32,
+    /// Boxes of all blocks that share the stage.
+    all: u32,
+}
+
+impl Boxes {
+    fn new(major: Major, extent: u32, lines: u32, blocks: u32) -> Self {
+        match major {
+            // A box has lines of its own; a pair's blocks have half of them each.
+            Major::K => {
+                let all = extent / lines;
+                Self { step: lines, count: all / blocks, lines, all }
+            }
+            // A box has all 64 of the depth; a pair's blocks fetch half of each.
+            Major::Outer => {
+                let count = extent.div_ceil(SLAB);
+                Self { step: SLAB, count, lines: DEPTH / blocks, all: count * blocks }
+            }
+        }
+    }
+
+    /// Bytes of one box.
+    pub fn each(&self) -> u32 {
+        self.lines * LINE
+    }
+
+    /// Bytes of the stage.
+    pub fn bytes(&self) -> u32 {
+        self.all * self.each()
+    }
+
+    /// Bytes that each `step` of the outer dimension adds to the stage.
+    pub(super) fn step_bytes(&self) -> u32 {
+        self.step.max(self.lines) * LINE
+    }
+
+    /// Steps of the whole stage.
+    pub(super) fn steps(&self) -> u32 {
+        self.bytes() / self.step_bytes()
+    }
+}
+
+/// The numbers of a launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Stages along the depth.
+    pub depth: u32,
+    /// Rows of tiles, or of pairs of them.
+    pub tile_rows: u32,
+    /// Columns of tiles.
+    pub tile_cols: u32,
+    /// Tiles, or pairs of them, of the whole batch.
+    pub tiles: u32,
+    /// Rows that are walked together.
+    pub group: u32,
+    /// Blocks of the grid, in x, y and z.
+    pub grid: [u32; 3],
+}
+
+impl Launch {
+    /// Of a configuration on a problem.
+    pub fn new(config: &Config, problem: &Problem, multiprocessors: u32) -> Self {
+        let (rows, cols) = match config.orient {
+            Orient::Plain => (problem.m, problem.n),
+            Orient::Swapped => (problem.n, problem.m),
+        };
+        let together = if config.pair { 2 } else { 1 };
+        let height = config.rows * together;
+        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        let tile_rows = count(rows.div_ceil(height.into()));
+        let tile_cols = count(cols.div_ceil(config.cols.into()));
+        let each = u64::from(tile_rows) * u64::from(tile_cols);
+        let tiles = count(each.saturating_mul(problem.batch));
+        let slots = multiprocessors * config.blocks_per_sm / together;
+        let cluster = config.cluster();
+        let grid = match config.order {
+            Order::Grid => [tile_rows * cluster, tile_cols, count(problem.batch)],
+            Order::Raster => [tiles.min(slots) * cluster, 1, 1],
+        };
+        // The blocks at work read the least if they cover a square of the result.
+        let reads = |group: u32| group * height + slots.div_ceil(group) * config.cols;
+        let group = [2, 4, 8, 16].into_iter().min_by_key(|&group| reads(group));
+        let group = group.expect("there are four").min(tile_rows);
+        let depth = count(problem.k.div_ceil(DEPTH.into()));
+        Self { depth, tile_rows, tile_cols, tiles, group, grid }
+    }
+}

@@ -1,0 +1,126 @@
+//! What configurations are called, where people read about them: `SHAPE, VARIANT`. The shape is what
+//! decides about resources; all choices are in the name.
+
+use std::fmt::Write;
+
+use super::gemm::{Epilogue, Major, sm80, sm90};
+use super::{Config, Element};
+use crate::Activation;
+use crate::ptx::Half;
+
+impl Config {
+    /// What it is called.
+    pub fn name(&self) -> String {
+        match self {
+            Self::MatmulSm90(config) => config.name(),
+            Self::MatmulSm80(config) => config.name(),
+            Self::MatmulReduce(config) => config.name(),
+        }
+    }
+}
+
+impl sm90::Config {
+    /// `sm90 128x256 k64x4 pair tma4 raster, nt bf16→f32 +bf16 relu batched boxes64/32`: rows and
+    /// columns of a tile, depth and number of stages, split or pair, blocks of a multiprocessor,
+    /// store, order; layouts of `A` and `B` as BLAS names them, types, bias, activation, lines of the
+    /// boxes of both operands.
+    pub fn name(&self) -> String {
+        let mut name = format!("sm90 {}x{} k{}x{}", self.rows, self.cols, sm90::DEPTH, self.stages);
+        let (a, b) = match self.orient {
+            sm90::Orient::Plain => (self.lhs, self.rhs),
+            sm90::Orient::Swapped => {
+                name.push_str(" swapped");
+                (self.rhs, self.lhs)
+            }
+        };
+        shared_depth(&mut name, self.split);
+        if self.pair {
+            name.push_str(" pair");
+        }
+        shared_sm(&mut name, self.blocks_per_sm);
+        match self.store {
+            sm90::Store::Tma => add(&mut name, format_args!(" tma{}", self.slabs)),
+            sm90::Store::Staged { unit } => add(&mut name, format_args!(" staged{unit}")),
+        }
+        name.push_str(match self.order {
+            sm90::Order::Grid => " grid",
+            sm90::Order::Raster => " raster",
+        });
+        variant(&mut name, [a, b], self.half, self.batched, &self.epilogue);
+        add(&mut name, format_args!(" boxes{}/{}", self.lhs_lines, self.rhs_lines));
+        name
+    }
+}
+
+impl sm80::Config {
+    /// `sm80 128x256 k64x4 warps2x4 split3 2/sm unit4, nt bf16→f32 +bf16 relu batched`: as
+    /// for [`sm90::Config::name`], with the warps of a tile and the elements of a store.
+    pub fn name(&self) -> String {
+        let [below, beside] = self.warps;
+        let mut name = format!(
+            "sm80 {}x{} k{}x{} warps{below}x{beside}",
+            self.rows, self.cols, self.depth, self.stages
+        );
+        shared_depth(&mut name, self.split);
+        shared_sm(&mut name, self.blocks_per_sm);
+        add(&mut name, format_args!(" unit{}", self.unit));
+        variant(&mut name, [self.lhs, self.rhs], self.half, self.batched, &self.epilogue);
+        name
+    }
+}
+
+impl sm80::Reduce {
+    /// `sm80 reduce split3 unit4, →f32 +bf16 relu`
+    pub fn name(&self) -> String {
+        let mut name = format!("sm80 reduce split{} unit{}, ", self.split, self.unit);
+        epilogue(&mut name, &self.epilogue);
+        name
+    }
+}
+
+fn add(name: &mut String, text: std::fmt::Arguments) {
+    name.write_fmt(text).expect("a String takes all text");
+}
+
+fn shared_depth(name: &mut String, split: u32) {
+    if split > 1 {
+        add(name, format_args!(" split{split}"));
+    }
+}
+
+fn shared_sm(name: &mut String, blocks: u32) {
+    if blocks > 1 {
+        add(name, format_args!(" {blocks}/sm"));
+    }
+}
+
+fn variant(name: &mut String, [a, b]: [Major; 2], half: Half, batched: bool, after: &Epilogue) {
+    let a = if a == Major::K { 'n' } else { 't' };
+    let b = if b == Major::K { 't' } else { 'n' };
+    add(name, format_args!(", {a}{b} {}", half.name()));
+    epilogue(name, after);
+    if batched {
+        name.push_str(" batched");
+    }
+}
+
+fn epilogue(name: &mut String, epilogue: &Epilogue) {
+    add(name, format_args!("→{}", element(epilogue.out)));
+    if let Some(bias) = epilogue.bias {
+        add(name, format_args!(" +{}", element(bias)));
+    }
+    name.push_str(match epilogue.activation {
+        None => "",
+        Some(Activation::Relu) => " relu",
+        Some(Activation::GeluTanh) => " gelu_tanh",
+        Some(Activation::GeluErf) => " gelu_erf",
+        Some(Activation::Silu) => " silu",
+    });
+}
+
+fn element(element: Element) -> &'static str {
+    match element {
+        Element::F32 => "f32",
+        Element::Half(half) => half.name(),
+    }
+}
