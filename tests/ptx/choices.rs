@@ -1,0 +1,358 @@
+//! What the choosers return over a grid of problems.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Mutex;
+
+use kaio_candle::Activation;
+use kaio_candle::kernel::gemm::{Epilogue, Major, Problem, choose, sm80, sm90};
+use kaio_candle::kernel::{Config, Device, Element};
+use kaio_candle::ptx::{Half, Target};
+
+/// What a chooser chooses for, and its kernels are assembled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    /// For `ptxas -arch`.
+    pub arch: &'static str,
+    pub device: Device,
+}
+
+const fn gpu(arch: &'static str, multiprocessors: u32, shared_per_block: u32) -> Gpu {
+    let target = if arch.len() > 5 { Target::Sm90a } else { Target::Sm80 };
+    Gpu { arch, device: Device { target, multiprocessors, shared_per_block } }
+}
+
+/// A family of kernels.
+pub struct Chooser {
+    gpus: &'static [Gpu],
+    /// Kernels of each shape that are assembled.
+    of_a_shape: usize,
+    choose: fn(&Problem, &Device) -> Vec<Config>,
+}
+
+/// All families: a new one is a line here. H100 SXM and PCIe; A100, RTX 4090 and H100.
+pub static CHOOSERS: [Chooser; 2] = [
+    Chooser {
+        gpus: &[gpu("sm_90a", 132, 232_448), gpu("sm_90a", 114, 232_448)],
+        of_a_shape: 3,
+        choose: hopper,
+    },
+    Chooser {
+        gpus: &[gpu("sm_80", 108, 166_912), gpu("sm_89", 128, 101_376), gpu("sm_90", 132, 232_448)],
+        of_a_shape: 2,
+        choose: portable,
+    },
+];
+
+fn hopper(problem: &Problem, device: &Device) -> Vec<Config> {
+    vec![Config::MatmulSm90(choose::choose(problem, device))]
+}
+
+fn portable(problem: &Problem, device: &Device) -> Vec<Config> {
+    let config = sm80::choose(problem, problem.batch > 1, device);
+    match config.reduce() {
+        None => vec![Config::MatmulSm80(config)],
+        // What comes after the sum is the second kernel's.
+        Some(reduce) => {
+            let epilogue = Epilogue { out: Element::F32, bias: None, activation: None };
+            let partial = sm80::Config { epilogue, ..config };
+            vec![Config::MatmulSm80(partial), Config::MatmulReduce(reduce)]
+        }
+    }
+}
+
+/// How many problems.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Some, for a sample.
+    Few,
+    All,
+}
+
+const BF16: Element = Element::Half(Half::Bf16);
+
+/// Of bf16 operands, without bias and activation.
+pub fn problems(extent: Extent) -> impl Iterator<Item = Problem> {
+    let (outer, depths): (&[u64], &[u64]) = match extent {
+        Extent::Few => (&[1, 16, 100, 1000, 4096, 50_257], &[1, 65, 1024, 16_384]),
+        Extent::All => (
+            &[
+                1, 2, 7, 8, 16, 17, 24, 32, 33, 64, 65, 100, 128, 200, 256, 512, 1000, 1024, 2048,
+                4096, 5120, 8192, 32_768, 50_257, 131_072,
+            ],
+            &[1, 16, 64, 65, 128, 500, 1024, 4096, 11_008, 32_768, 131_072],
+        ),
+    };
+    let majors = [Major::K, Major::Outer];
+    cross(outer, outer)
+        .flat_map(move |(m, n)| cross(depths, &[1, 2, 48]).map(move |(k, batch)| [m, n, k, batch]))
+        // What fits a memory of 192 GB.
+        .filter(|[m, n, k, batch]| (2 * (m * k + k * n) + 4 * m * n) * batch < 192_000_000_000)
+        .flat_map(move |size| majors.map(|lhs| (size, lhs)))
+        .flat_map(move |(size, lhs)| majors.map(|rhs| (size, lhs, rhs)))
+        .flat_map(|([m, n, k, batch], lhs, rhs)| {
+            [BF16, Element::F32].map(|out| {
+                let epilogue = Epilogue { out, bias: None, activation: None };
+                Problem { m, n, k, batch, half: Half::Bf16, lhs, rhs, epilogue }
+            })
+        })
+}
+
+fn cross<'a>(a: &'a [u64], b: &'a [u64]) -> impl Iterator<Item = (u64, u64)> + use<'a> {
+    a.iter().flat_map(|&a| b.iter().map(move |&b| (a, b)))
+}
+
+/// A kernel that a chooser returns, and what for.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    pub kernel: Config,
+    pub gpu: Gpu,
+    pub problem: Problem,
+    /// The problem's number.
+    index: usize,
+}
+
+impl Choice {
+    /// Blocks that are meant to share a multiprocessor.
+    pub fn blocks_per_sm(&self) -> u32 {
+        match self.kernel {
+            Config::MatmulSm90(config) => config.blocks_per_sm,
+            Config::MatmulSm80(config) => config.blocks_per_sm,
+            Config::MatmulReduce(_) => 1,
+        }
+    }
+
+    fn family(&self) -> &'static Chooser {
+        let family = CHOOSERS.iter().find(|chooser| chooser.gpus.contains(&self.gpu));
+        family.expect("a chooser chose it")
+    }
+
+    /// What decides about resources.
+    fn shape(&self) -> String {
+        let kernel = match self.kernel {
+            // The number of parts is a divisor of the depth, and no more.
+            Config::MatmulSm80(config) => {
+                Config::MatmulSm80(sm80::Config { split: config.split.min(2), ..config })
+            }
+            other => other,
+        };
+        let name = Self { kernel, ..*self }.name();
+        name.split_once(", ").expect("names have two parts").0.into()
+    }
+
+    /// `sm_90a sm90 128x256 …, nt bf16→f32 …`
+    pub fn name(&self) -> String {
+        format!("{} {}", self.gpu.arch, self.kernel.name())
+    }
+}
+
+/// Calls `each` with everything that is chosen for the problems of an extent, on all cores.
+pub fn for_each_choice(extent: Extent, each: impl Fn(Choice) + Sync) {
+    let problems = Mutex::new(problems(extent).enumerate());
+    let next = || problems.lock().expect("nobody panicked").by_ref().take(256).collect::<Vec<_>>();
+    on_all_cores(|_| {
+        loop {
+            let some = next();
+            if some.is_empty() {
+                break;
+            }
+            for (index, problem) in some {
+                for chooser in &CHOOSERS {
+                    for &gpu in chooser.gpus {
+                        for kernel in (chooser.choose)(&problem, &gpu.device) {
+                            each(Choice { kernel, gpu, problem, index });
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Runs `work` once for each core, with its number.
+pub fn on_all_cores(work: impl Fn(usize) + Sync) {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    std::thread::scope(|scope| {
+        for i in 0..cores {
+            let work = &work;
+            scope.spawn(move || work(i));
+        }
+    });
+}
+
+/// Everything different that is chosen, by name: each shape, with a sample of its layouts, types,
+/// biases and activations.
+pub fn choices(extent: Extent) -> BTreeMap<String, Choice> {
+    let found = Mutex::new(HashMap::new());
+    for_each_choice(extent, |choice| {
+        let mut found = found.lock().expect("nobody panicked");
+        let first = found.entry((choice.kernel, choice.gpu.arch)).or_insert(choice);
+        // Whichever core was faster.
+        if choice.index < first.index {
+            *first = choice;
+        }
+    });
+    let mut named = BTreeMap::new();
+    for choice in found.into_inner().expect("nobody panicked").into_values() {
+        let name = choice.name();
+        if named.insert(name.clone(), choice).is_some() {
+            panic!("two kernels are called {name}");
+        }
+    }
+    let mut shapes: BTreeMap<String, Vec<&String>> = BTreeMap::new();
+    for (name, choice) in &named {
+        shapes.entry(choice.shape()).or_default().push(name);
+    }
+    let mut chosen = BTreeMap::new();
+    for names in shapes.into_values() {
+        let some = named[names[0]].family().of_a_shape;
+        for name in spread(names, |name| name.to_string()).take(some) {
+            let choice = named[name];
+            chosen.extend(with_epilogue(name, &choice));
+            chosen.insert(name.clone(), choice);
+        }
+    }
+    chosen
+}
+
+/// In an order that shows much at once: first those with a word in their names that none before had.
+pub fn spread<T>(mut items: Vec<T>, name: impl Fn(&T) -> String) -> impl Iterator<Item = T> {
+    items.sort_by_key(|item| hash(&name(item)));
+    let mut seen = HashSet::new();
+    let (first, others): (Vec<_>, Vec<_>) = items.into_iter().partition(|item| {
+        name(item).split(' ').filter(|word| seen.insert(word.to_string())).count() > 0
+    });
+    first.into_iter().chain(others)
+}
+
+/// What is chosen if something comes after the sum: for a third of the kernels with one such thing,
+/// with all of them for those that do little else.
+fn with_epilogue(name: &str, choice: &Choice) -> Vec<(String, Choice)> {
+    let draw = (hash(name) % (3 * VARIANTS.len() as u64)) as usize;
+    let variants = match choice.kernel {
+        Config::MatmulReduce(_) => &VARIANTS[..],
+        _ => VARIANTS.get(draw..=draw).unwrap_or_default(),
+    };
+    let chosen = variants.iter().flat_map(|variant| {
+        let problem = variant.of(choice.problem);
+        let kernels = (choice.family().choose)(&problem, &choice.gpu.device);
+        kernels.into_iter().map(move |kernel| Choice { kernel, problem, ..*choice })
+    });
+    chosen.map(|choice| (choice.name(), choice)).collect()
+}
+
+/// FNV-1a: the same in each run and with each compiler.
+pub fn hash(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}
+
+/// Types, bias and activation that do not change the shape of what is chosen.
+struct Variant {
+    half: Half,
+    bias: Option<Bias>,
+    activation: Option<Activation>,
+}
+
+#[derive(Clone, Copy)]
+enum Bias {
+    F32,
+    /// The operands' type.
+    Same,
+}
+
+impl Variant {
+    fn of(&self, problem: Problem) -> Problem {
+        let same = Element::Half(self.half);
+        let out = if problem.epilogue.out == Element::F32 { Element::F32 } else { same };
+        let bias = self.bias.map(|bias| match bias {
+            Bias::F32 => Element::F32,
+            Bias::Same => same,
+        });
+        let epilogue = Epilogue { out, bias, activation: self.activation };
+        Problem { half: self.half, epilogue, ..problem }
+    }
+}
+
+/// f16 alone, and each bias with each activation, with one or the other type.
+static VARIANTS: [Variant; 15] = {
+    use Activation::{GeluErf, GeluTanh, Relu, Silu};
+    use Half::{Bf16, F16};
+    const fn variant(half: Half, bias: Option<Bias>, activation: Option<Activation>) -> Variant {
+        Variant { half, bias, activation }
+    }
+    [
+        variant(F16, None, None),
+        variant(Bf16, None, Some(Relu)),
+        variant(F16, None, Some(GeluTanh)),
+        variant(Bf16, None, Some(GeluErf)),
+        variant(F16, None, Some(Silu)),
+        variant(Bf16, Some(Bias::F32), None),
+        variant(F16, Some(Bias::F32), Some(Relu)),
+        variant(Bf16, Some(Bias::F32), Some(GeluTanh)),
+        variant(F16, Some(Bias::F32), Some(GeluErf)),
+        variant(Bf16, Some(Bias::F32), Some(Silu)),
+        variant(F16, Some(Bias::Same), None),
+        variant(Bf16, Some(Bias::Same), Some(Relu)),
+        variant(F16, Some(Bias::Same), Some(GeluTanh)),
+        variant(Bf16, Some(Bias::Same), Some(GeluErf)),
+        variant(F16, Some(Bias::Same), Some(Silu)),
+    ]
+};
+
+/// A choice that cannot be built, or not launched.
+#[test]
+fn choices_fit_their_problems() {
+    for_each_choice(Extent::Few, |choice| {
+        let Choice { kernel, gpu, problem, .. } = &choice;
+        let fits = match kernel {
+            Config::MatmulSm90(config) => hopper_fits(config, gpu, problem),
+            Config::MatmulSm80(config) => portable_fits(config, gpu, problem),
+            Config::MatmulReduce(reduce) => divides(reduce.unit, problem),
+        };
+        if let Err(why) = fits {
+            panic!("{why}: {} for {problem:?}", choice.name());
+        }
+    });
+}
+
+fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
+    config.check()?;
+    let lines = match config.orient {
+        sm90::Orient::Plain => [problem.lhs, problem.rhs],
+        sm90::Orient::Swapped => [problem.rhs, problem.lhs],
+    };
+    let facts = (config.half, config.epilogue, config.batched);
+    rule([config.lhs, config.rhs] == lines, "other layouts")?;
+    rule(facts == (problem.half, problem.epilogue, problem.batch > 1), "another problem's facts")?;
+    match config.store {
+        sm90::Store::Tma => {
+            let bytes = problem.n * u64::from(config.epilogue.out.size());
+            rule(bytes.is_multiple_of(16), "rows that TMA cannot store")?;
+        }
+        sm90::Store::Staged { unit } => divides(unit, problem)?,
+    }
+    let launch = sm90::Launch::new(config, problem, gpu.device.multiprocessors);
+    let [x, y, z] = launch.grid;
+    rule(x > 0 && x < 1 << 31 && y.max(z) < 1 << 16 && y.min(z) > 0, "a grid that is too large")?;
+    rule(x.is_multiple_of(config.cluster()), "a cluster that is cut off")?;
+    rule(config.split <= launch.depth, "a block without depth")
+}
+
+fn portable_fits(config: &sm80::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
+    config.check(gpu.device.shared_per_block)?;
+    let facts = (config.half, config.lhs, config.rhs, config.batched);
+    let wanted = (problem.half, problem.lhs, problem.rhs, problem.batch > 1);
+    rule(facts == wanted, "another problem's facts")?;
+    divides(config.unit, problem)?;
+    let depth = problem.k.div_ceil(config.depth.into());
+    rule(u64::from(config.split) <= depth, "a block without depth")
+}
+
+fn divides(unit: u32, problem: &Problem) -> Result<(), String> {
+    rule(problem.n.is_multiple_of(unit.into()), "units that do not divide a row")
+}
+
+fn rule(holds: bool, otherwise: &str) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(otherwise.into()) }
+}

@@ -1,0 +1,179 @@
+//! Everything that can be chosen assembles: no spills, no advice of the assembler's, no more
+//! registers and shared memory than before.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use crate::assembler::Assembler;
+use crate::choices::{Choice, Extent, choices, on_all_cores, spread};
+use crate::ratchet::{Ratchet, Use};
+use crate::{golden_folder, instructions, say, set};
+
+/// Kernels of the sample.
+const SAMPLE: usize = 60;
+
+/// The assembler, or a loud skip.
+fn assembler() -> Option<Assembler> {
+    let found = Assembler::find();
+    if found.is_none() {
+        let why = "no ptxas in PATH or $CUDA_HOME/bin (scripts/cuda-toolchain.sh makes one)";
+        assert!(!set("KAIO_REQUIRE_PTXAS"), "KAIO_REQUIRE_PTXAS=1, but there is {why}");
+        say(&format!("SKIPPED, {why}"));
+    }
+    found
+}
+
+#[test]
+fn what_is_chosen_assembles() {
+    let Some(assembler) = assembler() else { return };
+    let bless = set("KAIO_BLESS");
+    let all = bless || set("KAIO_REQUIRE_PTXAS");
+    let start = Instant::now();
+    let choices =
+        if all { choices(Extent::All).into_iter().collect() } else { sample(choices(Extent::Few)) };
+    let chosen = start.elapsed();
+    let (measured, failures) = assemble(&assembler, &choices);
+    say(&format!(
+        "ptxas {}: {} of {} chosen kernels assemble cleanly{}; choosing {:.0?}, all {:.0?}",
+        assembler.release,
+        measured.rows.len(),
+        choices.len(),
+        if all { "" } else { " (a sample: KAIO_REQUIRE_PTXAS=1 takes all)" },
+        chosen,
+        start.elapsed()
+    ));
+    for (family, worst) in worst(&measured) {
+        say(&format!("most registers: {worst:3} {family}"));
+    }
+    let worse = compare(measured, all, bless);
+    assert!(
+        failures.is_empty() && worse.is_none(),
+        "{} kernels fail{}\n{}",
+        failures.len(),
+        worse.map_or(String::new(), |worse| format!(", {worse}")),
+        failures.join("\n\n")
+    );
+}
+
+/// Some of each.
+fn sample(choices: BTreeMap<String, Choice>) -> Vec<(String, Choice)> {
+    let word_of = |name: &str| {
+        let family = name.split(' ').nth(1).expect("names begin with architecture and family");
+        name.split(' ').map(|word| format!("{family}:{word} ")).collect::<String>()
+    };
+    spread(choices.into_iter().collect(), |(name, _)| word_of(name)).take(SAMPLE).collect()
+}
+
+/// What each takes, and what is wrong with the others.
+fn assemble(assembler: &Assembler, choices: &[(String, Choice)]) -> (Ratchet, Vec<String>) {
+    let next = AtomicUsize::new(0);
+    let (rows, failures) = (Mutex::new(BTreeMap::new()), Mutex::new(Vec::new()));
+    on_all_cores(|worker| {
+        let file = scratch(&format!("gate-{worker}"));
+        while let Some((name, choice)) = choices.get(next.fetch_add(1, Ordering::Relaxed)) {
+            match judge(assembler, choice, &file) {
+                Ok(used) => {
+                    rows.lock().expect("nobody panicked").insert(name.clone(), used);
+                }
+                Err(why) => {
+                    failures.lock().expect("nobody panicked").push(format!("{name}:\n{why}"));
+                }
+            }
+        }
+    });
+    let rows = rows.into_inner().expect("nobody panicked");
+    let mut failures = failures.into_inner().expect("nobody panicked");
+    failures.sort();
+    (Ratchet { release: assembler.release.clone(), rows }, failures)
+}
+
+fn judge(assembler: &Assembler, choice: &Choice, file: &std::path::Path) -> Result<Use, String> {
+    let source = choice.kernel.emit();
+    let registers = assembler.assemble(&source, choice.gpu.arch, file)?;
+    let (shared, limit) = (source.shared, choice.gpu.device.shared_per_block);
+    if shared > limit {
+        return Err(format!("{shared} bytes of shared memory (at most {})", limit));
+    }
+    // A warp gets registers in units of 8 for each lane.
+    let blocks = choice.blocks_per_sm();
+    let together = registers.next_multiple_of(8) * source.threads * blocks;
+    if together > 65_536 {
+        return Err(format!(
+            "{registers} registers: {blocks} blocks need {together} (at most 65536)"
+        ));
+    }
+    Ok(Use { registers, shared })
+}
+
+/// Of each architecture and family.
+fn worst(measured: &Ratchet) -> BTreeMap<String, u32> {
+    let mut worst = BTreeMap::new();
+    for (name, used) in &measured.rows {
+        let family = name.split(' ').take(2).collect::<Vec<_>>().join(" ");
+        let most = worst.entry(family).or_insert(0);
+        *most = used.registers.max(*most);
+    }
+    worst
+}
+
+/// Blesses or compares; gives what became worse.
+fn compare(measured: Ratchet, all: bool, bless: bool) -> Option<String> {
+    let path = golden_folder().join("ratchet.txt");
+    let before = Ratchet::parse(&fs::read_to_string(&path).unwrap_or_default());
+    let found = before.compare(&measured);
+    if !found.worse.is_empty() {
+        return Some(format!(
+            "{} take more than before:\n{}\nWhere that is a price worth paying, delete their lines from \
+             {} and bless.",
+            found.worse.len(),
+            found.worse.join("\n"),
+            path.display()
+        ));
+    }
+    if bless {
+        fs::write(&path, measured.to_string()).expect("the checkout can be written to");
+        say(&format!("blessed {}: {} rows", path.display(), measured.rows.len()));
+        return None;
+    }
+    if !found.same_release {
+        say(&format!(
+            "REGISTERS NOT COMPARED: they were counted by ptxas {}, this is {}",
+            before.release, measured.release
+        ));
+    }
+    if all && found.better.len() + found.new.len() + found.gone > 0 {
+        say(&format!(
+            "the ratchet can be tightened: {} better, {} new, {} gone; KAIO_BLESS=1 cargo test --test ptx",
+            found.better.len(),
+            found.new.len(),
+            found.gone
+        ));
+    }
+    None
+}
+
+/// The instructions of the writer assemble, too: their texts are golden.
+#[test]
+fn every_instruction_assembles() {
+    let Some(assembler) = assembler() else { return };
+    for (name, source) in instructions::kernels() {
+        let archs: &[_] = match source.target {
+            kaio_candle::ptx::Target::Sm80 => &["sm_80", "sm_89", "sm_90"],
+            kaio_candle::ptx::Target::Sm90a => &["sm_90a"],
+        };
+        for arch in archs {
+            if let Err(why) = assembler.assemble(&source, arch, &scratch(name)) {
+                panic!("{name} for {arch}: {why}");
+            }
+        }
+    }
+}
+
+fn scratch(name: &str) -> PathBuf {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    folder.join(format!("{name}-{}.ptx", std::process::id()))
+}

@@ -1,0 +1,207 @@
+//! Golden texts: a change of what is emitted shows up as a change of these files.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::fs;
+
+use kaio_candle::Activation;
+use kaio_candle::kernel::gemm::{Epilogue, Major, sm80, sm90};
+use kaio_candle::kernel::{Config, Element};
+use kaio_candle::ptx::{Half, Source};
+
+use crate::{golden_folder, instructions, set};
+
+const BF16: Element = Element::Half(Half::Bf16);
+const PLAIN: Epilogue = Epilogue { out: BF16, bias: None, activation: None };
+
+/// Hopper: `nn`, 64×64.
+const HOPPER: sm90::Config = sm90::Config {
+    half: Half::Bf16,
+    lhs: Major::K,
+    rhs: Major::Outer,
+    orient: sm90::Orient::Plain,
+    rows: 64,
+    cols: 64,
+    lhs_lines: 64,
+    rhs_lines: 64,
+    stages: 4,
+    split: 1,
+    pair: false,
+    slabs: 2,
+    order: sm90::Order::Grid,
+    blocks_per_sm: 1,
+    batched: false,
+    store: sm90::Store::Tma,
+    epilogue: PLAIN,
+};
+
+/// Everywhere: `nn`, 64×64.
+const PORTABLE: sm80::Config = sm80::Config {
+    half: Half::Bf16,
+    lhs: Major::K,
+    rhs: Major::Outer,
+    rows: 64,
+    cols: 64,
+    depth: 64,
+    warps: [2, 2],
+    stages: 4,
+    split: 1,
+    blocks_per_sm: 3,
+    batched: false,
+    unit: 4,
+    epilogue: PLAIN,
+};
+
+/// Kernels that together show all that the emitters have, small where size shows nothing.
+fn kernels() -> Vec<(&'static str, Config)> {
+    use sm90::{Order, Orient, Store};
+    let f32_out = Epilogue { out: Element::F32, ..PLAIN };
+    let after =
+        |bias, activation| Epilogue { bias: Some(bias), activation: Some(activation), ..PLAIN };
+    let swapped = sm90::Config {
+        lhs: Major::Outer,
+        rhs: Major::K,
+        orient: Orient::Swapped,
+        cols: 8,
+        rhs_lines: 8,
+        split: 2,
+        stages: 10,
+        blocks_per_sm: 2,
+        store: Store::Staged { unit: 4 },
+        ..HOPPER
+    };
+    let odd = sm90::Config {
+        half: Half::F16,
+        cols: 16,
+        rhs_lines: 16,
+        batched: true,
+        store: Store::Staged { unit: 1 },
+        epilogue: Epilogue { bias: Some(Element::F32), ..f32_out },
+        ..HOPPER
+    };
+    let hopper = [
+        ("sm90_large", sm90::Config { rows: 128, cols: 256, ..HOPPER }),
+        (
+            "sm90_f32_batched",
+            sm90::Config { order: Order::Raster, batched: true, epilogue: f32_out, ..HOPPER },
+        ),
+        ("sm90_decode", swapped),
+        ("sm90_split", sm90::Config { split: 2, store: Store::Staged { unit: 4 }, ..HOPPER }),
+        (
+            "sm90_pair",
+            sm90::Config {
+                rows: 128,
+                cols: 128,
+                pair: true,
+                slabs: 4,
+                order: Order::Raster,
+                ..HOPPER
+            },
+        ),
+        ("sm90_bias_gelu", sm90::Config { epilogue: after(BF16, Activation::GeluErf), ..HOPPER }),
+        ("sm90_odd_batched", odd),
+    ];
+    let large =
+        sm80::Config { rows: 128, cols: 128, depth: 32, stages: 3, blocks_per_sm: 2, ..PORTABLE };
+    let small = sm80::Config {
+        rows: 32,
+        cols: 32,
+        depth: 32,
+        epilogue: after(BF16, Activation::Silu),
+        ..PORTABLE
+    };
+    let split = sm80::Config {
+        half: Half::F16,
+        lhs: Major::Outer,
+        rhs: Major::K,
+        rows: 16,
+        cols: 128,
+        warps: [1, 4],
+        split: 4,
+        blocks_per_sm: 2,
+        batched: true,
+        unit: 1,
+        epilogue: after(Element::F32, Activation::GeluTanh),
+        ..PORTABLE
+    };
+    let portable = [("sm80_large", large), ("sm80_silu", small), ("sm80_split_batched", split)];
+    let reduce = split.reduce().expect("it is split");
+    let hopper = hopper.into_iter().map(|(name, config)| (name, Config::MatmulSm90(config)));
+    let portable = portable.into_iter().map(|(name, config)| (name, Config::MatmulSm80(config)));
+    hopper.chain(portable).chain([("sm80_reduce", Config::MatmulReduce(reduce))]).collect()
+}
+
+/// The text, after what a launch must match.
+fn with_facts(title: &str, source: &Source) -> String {
+    let Source { entry, threads, shared, cluster, starts_early, params, .. } = source;
+    let mut text =
+        format!("// {title}\n// {entry}: {threads} threads, {shared} bytes of shared memory");
+    let early = if *starts_early { ", starts early" } else { "" };
+    writeln!(text, ", clusters of {cluster}{early}\n// parameters of {params:?} bytes")
+        .expect("a String");
+    text + &source.text
+}
+
+#[test]
+fn texts_are_as_before() {
+    let kernels = kernels().into_iter().map(|(name, kernel)| {
+        let check = match kernel {
+            Config::MatmulSm90(config) => config.check(),
+            Config::MatmulSm80(config) => config.check(166_912),
+            Config::MatmulReduce(_) => Ok(()),
+        };
+        check.unwrap_or_else(|why| panic!("{name}: {why}"));
+        (name, with_facts(&kernel.name(), &kernel.emit()))
+    });
+    let instructions = instructions::kernels()
+        .into_iter()
+        .map(|(name, source)| (name, with_facts("each method of the writer, once", &source)));
+    let now: Vec<_> = kernels.chain(instructions).collect();
+
+    let folder = golden_folder();
+    let there = fs::read_dir(&folder).expect("tests/golden is there").filter_map(|entry| {
+        let name = entry.expect("it can be read").file_name().into_string().ok()?;
+        name.strip_suffix(".ptx").map(String::from)
+    });
+    let mut stale: BTreeSet<_> = there.collect();
+    let mut changed = Vec::new();
+    for (name, text) in &now {
+        stale.remove(*name);
+        let path = folder.join(format!("{name}.ptx"));
+        let before = fs::read_to_string(&path).unwrap_or_default();
+        if before == *text {
+            continue;
+        }
+        match set("KAIO_BLESS") {
+            true => fs::write(&path, text).expect("the checkout can be written to"),
+            false => changed.push(difference(name, &before, text)),
+        }
+    }
+    for name in stale {
+        match set("KAIO_BLESS") {
+            true => fs::remove_file(folder.join(format!("{name}.ptx"))).expect("it is there"),
+            false => changed.push(format!("{name}: no kernel has this golden text")),
+        }
+    }
+    assert!(
+        changed.is_empty(),
+        "{}\nIf that is meant: KAIO_BLESS=1 cargo test --test ptx, then read git diff tests/golden",
+        changed.join("\n")
+    );
+}
+
+/// The first line that differs.
+fn difference(name: &str, before: &str, now: &str) -> String {
+    let (mut before, mut now) = (before.lines(), now.lines());
+    let mut number = 1;
+    loop {
+        match (before.next(), now.next()) {
+            (None, None) => return format!("{name}.ptx: another end of the file"),
+            (a, b) if a == b => number += 1,
+            (a, b) => {
+                let line = |line: Option<&str>| line.unwrap_or("(nothing)").to_string();
+                return format!("{name}.ptx:{number}\n  was {}\n  is  {}", line(a), line(b));
+            }
+        }
+    }
+}

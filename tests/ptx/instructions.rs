@@ -1,0 +1,243 @@
+//! Small kernels that use each method of the writer once.
+
+use std::collections::HashSet;
+
+use kaio_candle::ptx::{Delivery, Half, Kernel, Mma, Operand, Reg, Source, Target, Wgmma};
+
+/// With their names.
+pub fn kernels() -> [(&'static str, Source); 6] {
+    [
+        ("writer_integers", integers()),
+        ("writer_floats", floats()),
+        ("writer_control", control()),
+        ("writer_memory", memory()),
+        ("writer_ampere", ampere()),
+        ("writer_hopper", hopper()),
+    ]
+}
+
+/// Keeps what was computed alive.
+fn keep<'k>(k: &'k Kernel, out: Reg<'k, u64>, values: &[Reg<'k, u32>]) {
+    for (i, &value) in values.iter().enumerate() {
+        k.st_global(out.at(4 * i as i64), [value]);
+    }
+}
+
+fn integers() -> Source {
+    let k = &Kernel::new("integers", Target::Sm80, 128);
+    let out = k.pointer("out");
+    let (a, b, signed, long) = (
+        k.param::<u32>("a"),
+        k.param::<u32>("b"),
+        k.param::<i32>("signed"),
+        k.param::<u64>("long"),
+    );
+    k.note("arithmetic");
+    keep(k, out, &[a + b, a - b, a * b, a / b, a % b, a & b, a | b, a ^ b, a << b, a >> b]);
+    keep(k, out, &[a + 1, a / 1, a / 64, a % 64, a / 10, a % 10, a.div_ceil(64), a << 3, a >> 3]);
+    let longs = [long + 8u64, long * long, long / 16u64, long % 16u64, a.wide(), a.mul_wide(b)];
+    keep(k, out, &longs.map(Reg::low));
+    let signs = [signed + -1, signed / 4, signed % 4, signed >> 2, signed.max(0)];
+    keep(k, out, &signs.map(Reg::cast));
+    keep(k, out, &[a.min(b), a.max(7), a.bits(4, 14), a.with_high(b).low(), a.with_high(7).low()]);
+    k.note("comparisons");
+    let tests = [a.eq(b), a.ne(b), a.lt(b), a.le(b), a.gt(b), a.ge(9)];
+    let [eq, ne, lt, le, gt, ge] = tests;
+    let any = (eq & ne) | (lt ^ le) | (gt & !ge);
+    let sum = k.var(5u32);
+    sum.increase(a);
+    sum.set(sum.or_else(any, 3));
+    keep(k, out, &[sum, sum.or_else(any, b)]);
+    k.finish()
+}
+
+fn floats() -> Source {
+    let k = &Kernel::new("floats", Target::Sm80, 128);
+    let (out, x, y, n) = (k.pointer("out"), k.param::<f32>("x"), k.param::<f32>("y"), k.param("n"));
+    let values = [
+        x + y,
+        x - 1.0,
+        x * y,
+        x / y,
+        -x,
+        x.fma(y, 0.5),
+        x.fma(2.0, y),
+        x.min(y),
+        x.max(f32::NEG_INFINITY),
+        x.abs(),
+        x.exp2(),
+        x.log2(),
+        x.recip(),
+        x.rsqrt(),
+        x.with_sign(y),
+        Reg::<u32>::to_f32(n),
+        x.or_else(x.lt(y), f32::NAN),
+    ];
+    keep(k, out, &values.map(Reg::cast));
+    for half in [Half::F16, Half::Bf16] {
+        let narrow = k.narrow(half, x);
+        keep(k, out, &[k.pack(half, x, y), k.widen(half, narrow).cast()]);
+    }
+    k.finish()
+}
+
+fn control() -> Source {
+    let k = &Kernel::new("control", Target::Sm80, 256);
+    k.blocks_per_sm(2);
+    let (out, n) = (k.pointer("out"), k.param::<u32>("n"));
+    let [thread, x, y, z] = [k.thread(), k.block_x(), k.block_y(), k.block_z()];
+    let sum = k.var(thread + x + y + z + k.blocks_x() + k.lane());
+    k.when(n.gt(4), || sum.increase(1));
+    k.if_(n.gt(8), || sum.increase(2));
+    k.if_else(n.gt(16), || sum.increase(3), || sum.increase(4));
+    k.loop_(|exit| {
+        exit.when(sum.gt(n));
+        sum.increase(n);
+    });
+    k.for_(0, n, 2, |i| sum.increase(i));
+    k.emit(format_args!("brev.b32 {sum}, {sum}"));
+    k.barrier(1, 128);
+    k.barrier_at(n.min(15), 128);
+    k.sync_block();
+    k.sync_warp();
+    keep(k, out, &[k.broadcast(sum, 0), k.broadcast(sum, n), k.butterfly(sum, 16)]);
+    k.finish()
+}
+
+fn memory() -> Source {
+    let k = &Kernel::new("memory", Target::Sm80, 128);
+    let (input, out, n) = (k.pointer("in"), k.pointer("out"), k.param::<u32>("n"));
+    let base = k.shared(4096);
+    let slot = base + k.thread() * 16;
+    let [one] = k.ld_global::<u32, 1>(input.element(n, 4));
+    let two = k.ld_global::<u32, 2>(input.at(16));
+    let four = k.ld_global_nc::<u32, 4>(input);
+    let [half] = k.ld_global_nc::<u16, 1>(input.at(-2));
+    k.st_shared(slot, four);
+    k.st_shared(slot.at(4), [one]);
+    let back = k.ld_shared::<u32, 4>(slot);
+    let [wide] = k.ld_shared::<u64, 1>(slot.at(8));
+    k.st_global(out, back);
+    k.st_global(out.at(16), two);
+    k.st_global(out.at(24), [wide]);
+    k.st_global(out.at(32).at(4), [half]);
+    k.finish()
+}
+
+fn ampere() -> Source {
+    let k = &Kernel::new("ampere", Target::Sm80, 32);
+    let (input, out, bytes) = (k.pointer("in"), k.pointer("out"), k.param::<u32>("bytes"));
+    let base = k.shared(2048);
+    let line = base + k.lane() * 16;
+    k.cp_async(line, input, 16);
+    k.cp_async(line.at(512), input.at(512), bytes);
+    k.cp_async_commit();
+    k.cp_async_wait(1);
+    k.cp_async_wait(0);
+    k.sync_warp();
+    let a = k.ldmatrix(line, false);
+    let [b, c, ..] = k.ldmatrix(line.at(512), true);
+    k.ldmatrix_to(a, line.at(512), false);
+    for half in [Half::F16, Half::Bf16] {
+        let sum = std::array::from_fn(|_| k.var(0f32));
+        k.mma(half, sum, Mma { a, b: [b, c] });
+        keep(k, out, &sum.map(Reg::cast));
+    }
+    k.finish()
+}
+
+/// Two warpgroups: the copy engine's, and one that multiplies 64×16.
+fn hopper() -> Source {
+    let k = &Kernel::new("hopper", Target::Sm90a, 256);
+    k.blocks_per_sm(1);
+    k.cluster(2);
+    let (map, result) = (k.tensor_map("map"), k.tensor_map("result"));
+    let (out, n) = (k.pointer("out"), k.param::<u32>("n"));
+    let base = k.shared(32 * 1024);
+    let (full, empty, tile) = (base, base + 8, base + 1024);
+    let group = k.broadcast(k.thread() / 128, 0);
+    k.if_(k.thread().eq(0), || {
+        k.prefetch_tensor_map(map);
+        k.mbarrier_init(full, 1);
+        k.mbarrier_init(empty, 2);
+        k.fence_mbarrier_init();
+    });
+    k.sync_cluster();
+    k.wait_for_stream();
+    k.let_next_start();
+    let place = k.cluster_rank() + k.cluster_x() * k.clusters_x();
+    k.if_else(
+        group.eq(0),
+        || {
+            k.give_registers(40);
+            k.if_(k.elect(), || {
+                k.mbarrier_expect(full, 3 * 8192);
+                let both = Delivery::Multicast(k.var(0b11u16));
+                k.tma_load(tile, map, &[place, n], full, Delivery::Plain);
+                k.tma_load(tile.at(8192), map, &[place, n, n], full, Delivery::Once);
+                k.tma_load(tile.at(16_384), map, &[place, n, n, n], full, both);
+                k.mbarrier_expect(empty, n);
+            });
+        },
+        || {
+            k.take_registers(232);
+            k.mbarrier_wait(full, k.var(0));
+            let sum: Vec<_> = (0..8).map(|_| k.reg::<f32>()).collect();
+            let descriptor = tile.bits(4, 14).with_high(0x4000_0040);
+            let operand = |transposed| Operand { descriptor, transposed };
+            k.wgmma_fence();
+            for (half, accumulate) in [(Half::Bf16, false.into()), (Half::Bf16, n.ne(0).into())] {
+                k.wgmma(&sum, Wgmma { half, a: operand(false), b: operand(true), accumulate });
+            }
+            k.wgmma_commit();
+            k.wgmma_wait(1);
+            k.wgmma_wait(0);
+            let packed = std::array::from_fn(|i| k.pack(Half::Bf16, sum[2 * i], sum[2 * i + 1]));
+            k.stmatrix(tile + k.lane() * 16, packed, false);
+            k.stmatrix(tile + k.lane() * 16, packed, true);
+            k.fence_proxy_async();
+            k.when(k.lane().eq(0), || {
+                k.tma_store(result, &[place, n], tile);
+                k.tma_commit();
+                k.tma_wait_read(0);
+            });
+            k.mbarrier_arrive(empty);
+            let other = k.mapa(base, 1);
+            k.mbarrier_arrive_cluster(other.at(8));
+            keep(k, out, &k.ld_cluster::<u32, 4>(other.at(1024)));
+        },
+    );
+    k.sync_cluster();
+    k.finish()
+}
+
+/// Whoever adds a method adds a line above.
+#[test]
+fn every_method_is_used() {
+    const SOURCES: [&str; 9] = [
+        include_str!("../../src/ptx/control.rs"),
+        include_str!("../../src/ptx/copy.rs"),
+        include_str!("../../src/ptx/mbarrier.rs"),
+        include_str!("../../src/ptx/memory.rs"),
+        include_str!("../../src/ptx/mma.rs"),
+        include_str!("../../src/ptx/mod.rs"),
+        include_str!("../../src/ptx/reg.rs"),
+        include_str!("../../src/ptx/sync.rs"),
+        include_str!("../../src/ptx/tma.rs"),
+    ];
+    // What emits nothing, or is used by other methods alone.
+    const QUIET: [&str; 5] = ["name", "target", "kernel", "regs", "needs"];
+    let name = |text: &'static str| {
+        let end = text.find(|c: char| c != '_' && !c.is_alphanumeric()).unwrap_or(text.len());
+        &text[..end]
+    };
+    let called: HashSet<_> = include_str!("instructions.rs").split(['.', ':']).map(name).collect();
+    let methods = SOURCES.iter().flat_map(|source| source.split("pub fn ").skip(1)).map(name);
+    let mut count = 0;
+    // The macro of the comparisons has no name there.
+    for method in methods.filter(|method| !method.is_empty() && !QUIET.contains(method)) {
+        assert!(called.contains(method), "no kernel here uses {method}");
+        count += 1;
+    }
+    assert!(count > 80, "{count} methods were found");
+}
