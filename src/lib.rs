@@ -35,14 +35,22 @@
 //! # Features
 //!
 //! - none: CPU tensors. Builds everywhere.
-//! - `cuda`: CUDA tensors too, through the kernels of `kaio-ops`, and the module `registry`, which
-//!   keeps one `KaioDevice` for each GPU. Needs CUDA's compiler to build, a GPU of compute capability
+//! - `cuda`: CUDA tensors too, through this crate's own kernels (matmul) and those of `kaio-ops`, and
+//!   the module `registry`, which keeps one `KaioDevice` for each GPU. Needs CUDA's compiler to build, a GPU of compute capability
 //!   8.0 or later to run. README lists the engine's limits.
+//!
+//! # Kernels of your own
+//!
+//! [`ptx`] writes kernels in Rust, without CUDA's compiler; with the feature `cuda`, [`launch`]
+//! compiles them and runs them on candle's tensors and streams. Its page builds one step by step, and
+//! `examples/custom_kernel.rs` is another, to be run.
 //!
 //! # Where things live
 //!
 //! `ext` speaks tensors, `op` shapes and gradients, `cpu` loops, `cuda` to the driver, `stack` turns
-//! batch dimensions into offsets, [`quant`] makes weights. CONTRIBUTING.md has the map.
+//! batch dimensions into offsets, [`quant`] makes weights, [`kernel`] turns problems into tiles and
+//! [`ptx`] instructions into text. CONTRIBUTING.md has the map.
+#![cfg_attr(not(feature = "cuda"), doc = "\n\n[`launch`]: #features")]
 
 mod cpu;
 mod cuda;
@@ -56,8 +64,12 @@ pub mod ptx;
 pub mod quant;
 mod stack;
 
+/// For this crate's benches; not part of the public interface.
 #[cfg(feature = "cuda")]
-pub use cuda::registry;
+#[doc(hidden)]
+pub use cuda::native::tune;
+#[cfg(feature = "cuda")]
+pub use cuda::{launch, registry};
 pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
 pub use options::{Activation, Engine, FlashAttnOptions, MatmulOptions};

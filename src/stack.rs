@@ -156,6 +156,16 @@ fn merge(dims: &[(usize, usize)]) -> Option<(usize, usize)> {
 /// What the GPU's engines ask besides.
 #[cfg(feature = "cuda")]
 impl Stack {
+    /// Length and stride of each batch dimension, outermost first.
+    pub fn batch(&self) -> &[(usize, usize)] {
+        &self.batch
+    }
+
+    /// The first rows and columns of each matrix.
+    pub fn narrow(self, rows: usize, cols: usize) -> Self {
+        Self { rows, cols, ..self }
+    }
+
     /// The transposed matrices.
     pub fn t(&self) -> Self {
         Self {

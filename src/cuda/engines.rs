@@ -2,10 +2,10 @@
 
 use candle_core::{CudaStorage, Result};
 
-use super::kaio_ops;
 pub(crate) use super::kaio_ops::{
     attention_tc, flash_attn, flash_attn_backward, matmul_int4, matmul_int8, qkv_int4, qkv_int8,
 };
+use super::{kaio_ops, native};
 use crate::Engine;
 use crate::op::{Epilogue, MatmulProblem, Pipeline, View};
 
@@ -21,8 +21,9 @@ pub(crate) fn matmul(
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     match engine {
-        Engine::Auto | Engine::KaioOps | Engine::Native => {
-            kaio_ops::matmul(op, problem, pipeline, epilogue, a, b, bias)
+        Engine::Auto | Engine::Native if problem.out.elem_count() > 0 && problem.lhs.cols > 0 => {
+            native::matmul(op, problem, epilogue, a, b, bias)
         }
+        _ => kaio_ops::matmul(op, problem, pipeline, epilogue, a, b, bias),
     }
 }

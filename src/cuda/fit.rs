@@ -4,7 +4,7 @@
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
-use super::kaio_ops::unsupported;
+use crate::error::Error;
 use crate::stack::Stack;
 
 /// What a kernel wants of an operand. `Want::default()` is row-major.
@@ -37,7 +37,12 @@ pub(super) struct Fitted<'a> {
     pub stack: Stack,
 }
 
-impl Fitted<'_> {
+impl<'a> Fitted<'a> {
+    /// What is taken as it is.
+    pub fn view(storage: &'a CudaStorage, stack: Stack) -> Self {
+        Self { held: Held::View(storage), stack }
+    }
+
     pub fn storage(&self) -> &CudaStorage {
         match &self.held {
             Held::View(storage) => storage,
@@ -112,9 +117,13 @@ pub(super) fn copyable(op: &'static str, elements: usize) -> Result<()> {
     if u32::try_from(elements).is_ok() {
         return Ok(());
     }
-    let problem =
-        format!("{elements} elements that have to be copied to fit (at most {})", u32::MAX);
-    Err(unsupported(op, &problem, "split the batch and join the results with `Tensor::cat`").into())
+    Err(Error::Unsupported {
+        op,
+        what: "this crate".into(),
+        limit: format!("cannot copy or convert {elements} elements at once (at most {})", u32::MAX),
+        fix: "split the batch and join the results with `Tensor::cat`".into(),
+    }
+    .into())
 }
 
 /// A contiguous copy of a view.

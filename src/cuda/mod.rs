@@ -3,16 +3,32 @@
 //! The ops call the functions of [`engines`]; without the feature `cuda` they are an error that says
 //! so, which keeps `cfg` out of the ops.
 
+#[cfg(feature = "cuda")]
+mod args;
+#[cfg(feature = "cuda")]
+mod cache;
+#[cfg(feature = "cuda")]
+mod compile;
 #[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
 mod engines;
 #[cfg(feature = "cuda")]
 mod fit;
 #[cfg(feature = "cuda")]
+mod gpu;
+#[cfg(feature = "cuda")]
 mod kaio_ops;
+#[cfg(feature = "cuda")]
+pub mod launch;
+#[cfg(feature = "cuda")]
+pub mod native;
+#[cfg(feature = "cuda")]
+mod order;
 #[cfg(feature = "cuda")]
 pub mod registry;
 #[cfg(feature = "cuda")]
 mod session;
+#[cfg(feature = "cuda")]
+mod tensor_map;
 
 pub(crate) use engines::*;
 

@@ -1,4 +1,4 @@
-//! One call's dealings with the driver: pointers, views and the order of streams.
+//! One call's dealings with the driver for kaio: pointers and views.
 #![allow(unsafe_code)]
 
 use std::mem::ManuallyDrop;
@@ -10,6 +10,7 @@ use candle_core::{CudaDevice, CudaStorage, DeviceLocation, Result, backend::Back
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 use kaio::prelude::{GpuBuffer, KaioDevice};
 
+use super::order::Order;
 use super::registry::{self, Entry};
 use crate::error::Error;
 
@@ -28,8 +29,7 @@ pub(super) struct Session {
     entry: Arc<Entry>,
     pub device: CudaDevice,
     stream: Arc<CudaStream>,
-    /// The streams that the driver does not order with the legacy default stream by itself.
-    fenced: Vec<Arc<CudaStream>>,
+    order: Order,
 }
 
 impl Session {
@@ -39,16 +39,9 @@ impl Session {
         let DeviceLocation::Cuda { gpu_id } = device.location() else {
             unreachable!("a CUDA storage is on a CUDA device")
         };
-        let mut fenced: Vec<Arc<CudaStream>> = Vec::new();
-        for input in inputs {
-            let stream = input.device.cuda_stream();
-            let known = fenced.iter().any(|s| s.cu_stream() == stream.cu_stream());
-            if !ordered_by_driver(&stream) && !known {
-                fenced.push(stream);
-            }
-        }
         let entry = registry::entry(gpu_id)?;
-        Ok(Self { op, entry, stream: device.cuda_stream(), device, fenced })
+        let order = Order::new(op, entry.kaio.stream().clone(), inputs.iter().copied());
+        Ok(Self { op, entry, stream: device.cuda_stream(), device, order })
     }
 
     /// Storage for `len` elements, not initialised: the kernels write all of it.
@@ -85,37 +78,13 @@ impl Session {
     /// Runs kernels in order with candle's work before and after. The pointers that they use are
     /// made before and dropped after.
     pub fn run(&self, kernels: impl FnOnce(&KaioDevice) -> KaioResult) -> Result<()> {
-        let driver = |e: cudarc::driver::DriverError| self.error(e.to_string());
         let kaio = &self.entry.kaio;
-        for stream in &self.fenced {
-            kaio.stream().join(stream).map_err(driver)?;
-        }
-        let result = kernels(kaio).map_err(|e| self.error(format!("kaio-ops: {e}")));
-        // Also after a failure: some kernels may run.
-        let mut joined = Ok(());
-        for stream in &self.fenced {
-            joined = joined.and(stream.join(kaio.stream()));
-        }
-        if joined.is_err() {
-            // Nothing may be freed under a kernel. The error below is the one to report.
-            let _ = kaio.stream().synchronize();
-        }
-        result?;
-        Ok(joined.map_err(driver)?)
+        self.order.run(|| Ok(kernels(kaio).map_err(|e| self.error(format!("kaio-ops: {e}")))?))
     }
 
     fn error(&self, message: String) -> Error {
         Error::Driver { op: self.op, message }
     }
-}
-
-/// The per-thread default stream (candle's choice) and the legacy default stream (kaio's) wait for
-/// each other by definition; streams made by `cuStreamCreate` here are non-blocking and do not.
-fn ordered_by_driver(stream: &CudaStream) -> bool {
-    const LEGACY: [usize; 2] = [0, 1];
-    const PER_THREAD: usize = 2;
-    let handle = stream.cu_stream() as usize;
-    LEGACY.contains(&handle) || handle == PER_THREAD
 }
 
 /// Device memory of one storage while kernels use it.

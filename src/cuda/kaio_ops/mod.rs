@@ -23,7 +23,7 @@ const MAX_ELEMENTS: usize = 1 << 30;
 const MAX_ROWS: usize = 65_535 * 64;
 
 /// `problem` is over a limit, which it names.
-pub(super) fn unsupported(op: &'static str, problem: &str, fix: &str) -> Error {
+fn unsupported(op: &'static str, problem: &str, fix: &str) -> Error {
     let (what, limit) = ("Engine::KaioOps".into(), format!("cannot take {problem}"));
     Error::Unsupported { op, what, limit, fix: fix.into() }
 }

@@ -1,0 +1,9 @@
+//! The engine `Engine::Native`: this crate's own kernels on candle's stream.
+
+mod matmul;
+mod operand;
+mod sm80;
+mod sm90;
+pub mod tune;
+
+pub(crate) use matmul::{Plan, matmul};

@@ -1,0 +1,196 @@
+//! Operands as the native kernels read them.
+
+use candle_core::{CudaStorage, DType, Layout, Result};
+
+use super::super::fit::{Fitted, Want, fit};
+use super::super::launch::TensorMap;
+use crate::kernel::Element;
+use crate::kernel::gemm::Major;
+use crate::op::View;
+use crate::ptx::Half;
+use crate::stack::Stack;
+
+/// Elements of 16 bytes: what a kernel's strides are multiples of.
+const UNIT: usize = 8;
+
+/// The matrices of an operand, `outer × depth`, as lines of contiguous elements.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lines {
+    pub major: Major,
+    /// M or N.
+    pub outer: usize,
+    /// K.
+    pub depth: usize,
+    /// Elements from line to line.
+    pub stride: usize,
+}
+
+impl Lines {
+    /// Of a stack whose rows are the outer dimension and whose columns the depth; `None` if no
+    /// dimension is contiguous, or lines do not begin at multiples of 16 bytes.
+    pub fn of(stack: &Stack) -> Option<Self> {
+        let (rows, cols) = (stack.rows, stack.cols);
+        let lines = |major, contiguous: (usize, usize), lines: (usize, usize)| {
+            // The stride of a single line or element is never used.
+            let unit = contiguous.0 <= 1 || contiguous.1 == 1;
+            let stride = match lines.0 {
+                0 | 1 => contiguous.0.next_multiple_of(UNIT),
+                _ => lines.1,
+            };
+            let fits = unit && stride.is_multiple_of(UNIT);
+            fits.then_some(Self { major, outer: rows, depth: cols, stride })
+        };
+        let (row, col) = ((rows, stack.row_stride), (cols, stack.col_stride));
+        let origins = stack.origins().all(|elements| elements.is_multiple_of(UNIT));
+        let found = lines(Major::K, col, row).or_else(|| lines(Major::Outer, row, col));
+        found.filter(|_| origins)
+    }
+
+    /// The descriptor of one matrix, or of those of two batch dimensions, inner and outer, with their
+    /// strides. A box is a swizzled line wide and `lines` high.
+    pub fn map(
+        &self,
+        half: Half,
+        address: u64,
+        batch: Option<[(usize, usize); 2]>,
+        lines: u32,
+    ) -> Result<TensorMap> {
+        let (inner, outer) = match self.major {
+            Major::K => (self.depth, self.outer),
+            Major::Outer => (self.outer, self.depth),
+        };
+        let bytes = |elements: usize| 2 * elements as u64;
+        let mut dims = [inner as u64, outer as u64, 1, 1];
+        let mut strides = [bytes(self.stride), 16, 16];
+        for (i, (len, stride)) in batch.into_iter().flatten().enumerate() {
+            dims[2 + i] = len as u64;
+            strides[1 + i] = if len > 1 { bytes(stride) } else { 16 };
+        }
+        let rank = if batch.is_some() { 4 } else { 2 };
+        let boxed = [64, lines, 1, 1];
+        let element = Element::Half(half);
+        let (dims, strides) = (&dims[..rank], &strides[..rank - 1]);
+        Ok(TensorMap::new(element, address, dims, strides, &boxed[..rank])?)
+    }
+}
+
+/// An operand with lines: as it is, or a padded copy. Rows are the outer dimension.
+pub(super) fn operand<'a>(
+    op: &'static str,
+    storage: &'a CudaStorage,
+    stack: &Stack,
+) -> Result<(Fitted<'a>, Lines)> {
+    let want = match Lines::of(stack) {
+        Some(_) => return fitted(Fitted::view(storage, stack.clone())),
+        None => Want { cols: 0, align: 2 * UNIT, ..Want::default() },
+    };
+    // The copy keeps the order of the dimensions that is nearest to memory's.
+    match stack.rows > 1 && stack.row_stride < stack.col_stride {
+        true => {
+            let t = stack.t();
+            let mut copy = fit(op, (storage, &t), Want { cols: padded(t.cols), ..want })?;
+            copy.stack = copy.stack.narrow(t.rows, t.cols).t();
+            fitted(copy)
+        }
+        false => {
+            let mut copy = fit(op, (storage, stack), Want { cols: padded(stack.cols), ..want })?;
+            copy.stack = copy.stack.narrow(stack.rows, stack.cols);
+            fitted(copy)
+        }
+    }
+}
+
+fn padded(len: usize) -> usize {
+    len.next_multiple_of(UNIT)
+}
+
+fn fitted(operand: Fitted) -> Result<(Fitted, Lines)> {
+    let lines = Lines::of(&operand.stack).expect("a padded copy has lines");
+    Ok((operand, lines))
+}
+
+/// A vector without gaps that begins at a multiple of 16 bytes.
+pub(super) fn row<'a>(
+    op: &'static str,
+    (storage, layout): View<'a, CudaStorage>,
+) -> Result<Fitted<'a>> {
+    let (len, stride, offset) = (layout.dims()[0], layout.stride()[0], layout.start_offset());
+    let layout = Layout::new((1, len).into(), vec![len, stride], offset);
+    fit(op, (storage, &Stack::new(&layout)), Want { align: 16, ..Want::default() })
+}
+
+/// The batch dimensions of a product, as few as walk both operands.
+pub(super) struct Batch {
+    /// Length and the strides of both operands, outermost first; at least one.
+    dims: Vec<(usize, [usize; 2])>,
+}
+
+impl Batch {
+    /// Batch dimensions that a kernel walks itself.
+    const INNER: usize = 2;
+
+    pub fn new(a: &Stack, b: &Stack) -> Self {
+        let mut dims: Vec<(usize, [usize; 2])> = Vec::new();
+        for (&(len, sa), &(other, sb)) in a.batch().iter().zip(b.batch()) {
+            debug_assert_eq!(len, other);
+            match dims.last_mut() {
+                _ if len == 1 => {}
+                Some((outer, strides)) if *strides == [len * sa, len * sb] => {
+                    *outer *= len;
+                    *strides = [sa, sb];
+                }
+                _ => dims.push((len, [sa, sb])),
+            }
+        }
+        Self { dims }
+    }
+
+    fn inner(&self) -> &[(usize, [usize; 2])] {
+        &self.dims[self.dims.len().saturating_sub(Self::INNER)..]
+    }
+
+    /// Products of one launch.
+    pub fn count(&self) -> usize {
+        self.inner().iter().map(|&(len, _)| len).product()
+    }
+
+    /// Length of the innermost dimension.
+    pub fn inner_len(&self) -> usize {
+        self.inner().last().map_or(1, |&(len, _)| len)
+    }
+
+    /// The innermost two dimensions of an operand, the innermost first.
+    pub fn side(&self, operand: usize) -> [(usize, usize); 2] {
+        let mut dims = self.inner().iter().rev().map(|&(len, strides)| (len, strides[operand]));
+        std::array::from_fn(|_| dims.next().unwrap_or((1, 0)))
+    }
+
+    /// Where each launch begins, in elements of both operands.
+    pub fn launches(&self) -> impl Iterator<Item = [usize; 2]> + '_ {
+        let outer = &self.dims[..self.dims.len() - self.inner().len()];
+        let count = outer.iter().map(|&(len, _)| len).product::<usize>();
+        (0..count).map(|mut i| {
+            let mut at = [0; 2];
+            for &(len, strides) in outer.iter().rev() {
+                at[0] += i % len * strides[0];
+                at[1] += i % len * strides[1];
+                i /= len;
+            }
+            at
+        })
+    }
+}
+
+pub(super) fn half(dtype: DType) -> Half {
+    match dtype {
+        DType::BF16 => Half::Bf16,
+        _ => Half::F16,
+    }
+}
+
+pub(super) fn element(dtype: DType) -> Element {
+    match dtype {
+        DType::F32 => Element::F32,
+        _ => Element::Half(half(dtype)),
+    }
+}
