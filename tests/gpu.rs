@@ -3,9 +3,17 @@
 //! Without a GPU it says so and passes; with `KAIO_REQUIRE_GPU=1` it fails.
 #![cfg(feature = "cuda")]
 
+#[path = "gpu/case.rs"]
+mod case;
 mod common;
+#[path = "../examples/custom_kernel.rs"]
+mod custom_kernel;
+#[path = "gpu/native.rs"]
+mod native;
 #[path = "gpu/parity.rs"]
 mod parity;
+#[path = "gpu/processes.rs"]
+mod processes;
 #[path = "gpu/registry.rs"]
 mod registry;
 #[path = "gpu/streams.rs"]

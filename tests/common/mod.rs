@@ -185,7 +185,9 @@ pub fn ulp(dtype: DType, x: f64) -> f64 {
         DType::BF16 => (7, -126),
         _ => (23, -126),
     };
-    2f64.powi((x.abs().log2().floor() as i32).clamp(least, 127) - digits)
+    // The exponent as it stands in the number.
+    let exponent = (x.to_bits() >> 52 & 0x7ff) as i32 - 1023;
+    2f64.powi(exponent.clamp(least, 127) - digits)
 }
 
 /// Rounds to a float dtype.

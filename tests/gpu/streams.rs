@@ -7,7 +7,8 @@ use kaio_candle::quant;
 use super::common::{Layout, Source, attention, matmul, quantized};
 use super::{gpu, say, second_gpu};
 
-fn bits(t: &Tensor) -> Vec<u32> {
+/// A result's elements in f32, bit for bit.
+pub fn bits(t: &Tensor) -> Vec<u32> {
     let t = t.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
     t.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
