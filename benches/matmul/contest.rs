@@ -28,7 +28,7 @@ pub fn prepare(gpu: &mut Gpu, library: &Rc<Library>, row: &Row) -> Result<Contes
     gpu.new_contest();
     match row.op {
         Op::Matmul => matmul(gpu, library, row),
-        Op::Linear => linear(gpu, library, row),
+        Op::Linear | Op::Products => linear(gpu, library, row),
         Op::Host => host(gpu, row),
     }
 }
@@ -71,6 +71,9 @@ fn linear(gpu: &mut Gpu, library: &Rc<Library>, row: &Row) -> Result<Contest> {
         true => Product::new(library, &narrow.t()?, &x, row.dtype)?,
     });
 
+    if row.op == Op::Products {
+        return three_products(gpu, row, [x, w, narrow], vec![forward, dx, dw]);
+    }
     let [x, w] = [Var::from_tensor(&x)?, Var::from_tensor(&w)?];
     let step = move |product: &dyn Fn(&Tensor, &Tensor) -> Result<Tensor>| {
         let y = product(&x, &view(&w, transposed)?)?;
@@ -100,6 +103,41 @@ fn linear(gpu: &mut Gpu, library: &Rc<Library>, row: &Row) -> Result<Contest> {
     }
     contest.add_cublaslt(gpu, row, vec![forward, dx, dw])?;
     contest.notes.push("cuBLASLt: the three products alone, without candle's graph".into());
+    Ok(contest)
+}
+
+/// What a layer multiplies, without candle's graph, which adds each gradient to zeros.
+fn three_products(
+    gpu: &mut Gpu,
+    row: &Row,
+    [x, w, upstream]: [Tensor; 3],
+    peers: Vec<Rc<Product>>,
+) -> Result<Contest> {
+    let [_, transposed] = row.transposed();
+    let (out, dtype) = (row.out, row.dtype);
+    type Multiply = fn(&Tensor, &Tensor, DType) -> Result<Tensor>;
+    let step = move |multiply: Multiply| {
+        let weights = view(&w, transposed)?;
+        let dw = match transposed {
+            false => multiply(&x.t()?, &upstream, dtype)?,
+            true => multiply(&upstream.t()?, &x, dtype)?,
+        };
+        Ok([multiply(&x, &weights, out)?, multiply(&upstream, &weights.t()?, dtype)?, dw])
+    };
+    let ours: Multiply =
+        |a, b, out| a.kaio_matmul_with(b, &MatmulOptions::default().out_dtype(out));
+    for (peer, ours) in peers.iter().zip(step(ours)?) {
+        peer.run(0)?;
+        agree("product", &ours, peer.out(), row.k)?;
+    }
+    let mut contest = Contest { contestants: Vec::new(), notes: Vec::new() };
+    let same = step.clone();
+    contest.add(contestant(OURS, move || same(ours).map(drop)));
+    if out == dtype {
+        let candle = move || step(|a, b, _| a.matmul(b)).map(drop);
+        contest.add_if_able(contestant(CANDLE, candle));
+    }
+    contest.add_cublaslt(gpu, row, peers)?;
     Ok(contest)
 }
 

@@ -6,9 +6,12 @@
 //!
 //! - `--rows a,c`: only these groups (`rows.rs` has them)
 //! - `--quick`: fewer rounds
-//! - `--sustained`: also blocks of 0.3 s, ours and the best peer's in turn, under the power cap
+//! - `--sustained`: for long bf16 products of row-major operands also blocks of 0.3 s, ours and the best
+//!   peer's in turn, under the power cap
 //! - `--torch FILE`: PyTorch's times as one more peer (`scripts/torch_peers.py` makes them)
 //! - `--list`: the rows as JSON, and no GPU
+//! - `--sweep all`: instead, every candidate of the chooser on many problems, or on those named
+//!   (`1x4096x4096 nn,…`)
 //!
 //! Contestants take turns in each round, on random inputs; times are medians of device events around
 //! one call, while the GPU is kept busy until the call is enqueued, and with rests between that keep
@@ -22,6 +25,7 @@ mod contest;
 mod cublaslt;
 mod gpu;
 mod rows;
+mod sweep;
 #[path = "../common/turns.rs"]
 mod turns;
 
@@ -29,6 +33,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
 
+use candle_core::{DType, Tensor};
 use contest::{CANDLE, Contest, LT, LT_BEST, OURS};
 use cublaslt::Library;
 use gpu::Gpu;
@@ -49,13 +54,20 @@ struct Args {
     sustained: bool,
     torch: Option<PathBuf>,
     list: bool,
+    sweep: Option<String>,
 }
 
 impl Args {
     fn parse() -> Result<Self> {
         use lexopt::prelude::*;
-        let mut args =
-            Self { groups: None, quick: false, sustained: false, torch: None, list: false };
+        let mut args = Self {
+            groups: None,
+            quick: false,
+            sustained: false,
+            torch: None,
+            list: false,
+            sweep: None,
+        };
         let mut parser = lexopt::Parser::from_env();
         while let Some(arg) = parser.next()? {
             match arg {
@@ -64,6 +76,7 @@ impl Args {
                 Long("sustained") => args.sustained = true,
                 Long("torch") => args.torch = Some(parser.value()?.into()),
                 Long("list") => args.list = true,
+                Long("sweep") => args.sweep = Some(parser.value()?.string()?),
                 Long("bench") => {} // cargo's
                 _ => return Err(arg.unexpected().into()),
             }
@@ -130,6 +143,11 @@ fn main() -> Result<()> {
     }
     let torch = args.torch.as_deref().map(read_torch).transpose()?;
     let mut gpu = Gpu::new(0)?;
+    if let Some(filter) = &args.sweep {
+        let directory = std::env::var("KAIO_BENCH_DIR").unwrap_or_else(|_| "out/bench".into());
+        return sweep::run(&mut gpu, Path::new(&directory), filter);
+    }
+    first_calls(&gpu)?;
     let library = Library::new(gpu.device.as_cuda_device()?)?;
     println!(
         "{}; medians of bursts in µs; M×N×K; caches are flushed for M ≤ 64 and not for other rows\n\
@@ -193,7 +211,8 @@ fn run(
     }
     let mut outcome = Outcome { row: *row, times, notes };
     // Shorter calls do not heat a GPU up: the host cannot enqueue them fast enough.
-    if args.sustained && row.op == Op::Matmul && !row.cold() && outcome.ours().us > 50.0 {
+    let sustained = args.sustained && row.layout == "nn" && row.dtype == DType::BF16;
+    if sustained && row.op == Op::Matmul && !row.cold() && outcome.ours().us > 50.0 {
         sustain(gpu, &mut contestants, &mut outcome)?;
     }
     if let Some(us) = torch.and_then(|torch| torch["us"][row.id()].as_f64()) {
@@ -258,6 +277,25 @@ fn print(ours: [&str; 5], peers: [&str; 4], ratio: &str, notes: &str) {
         "{layout:<6} {shape:<17} {dtypes:<10} {us:>9} {rate:>13} | {candle:>9} {lt:>9} \
          {lt_best:>9} {torch:>9} | {ratio:>5} {notes}"
     );
+}
+
+/// What a kernel costs once in a process: it is written and compiled (or found in
+/// `KAIO_CACHE_DIR`), while the call waits.
+fn first_calls(gpu: &Gpu) -> Result<()> {
+    use kaio_candle::prelude::*;
+    let x = Tensor::randn(0f32, 1., (1024, 4096), &gpu.device)?;
+    let x = x.to_dtype(DType::BF16)?;
+    for (name, rows) in [("1024", 1024), ("1", 1)] {
+        let (a, opts) = (x.narrow(0, 0, rows)?, MatmulOptions::default());
+        let call = || -> Result<f64> {
+            let start = Instant::now();
+            drop(a.kaio_matmul_with(&x.t()?, &opts)?);
+            Ok(start.elapsed().as_secs_f64() * 1e3)
+        };
+        let (first, second) = (call()?, call()?);
+        println!("first call, {name}×1024×4096 bf16→f32: {first:.1} ms, second {second:.3} ms");
+    }
+    Ok(())
 }
 
 fn print_heading(first: &Row, heading: &str) {

@@ -19,6 +19,8 @@ pub enum Op {
     Matmul,
     /// Forward and backward, through candle's graph.
     Linear,
+    /// The same three products alone.
+    Products,
     /// What the call costs the host.
     Host,
 }
@@ -55,6 +57,7 @@ impl Row {
         match self.op {
             Op::Matmul => "matmul",
             Op::Linear => "forward+backward",
+            Op::Products => "its three products",
             Op::Host => "host",
         }
     }
@@ -65,7 +68,7 @@ impl Row {
     }
 
     pub fn flops(&self) -> f64 {
-        let products = if self.op == Op::Linear { 3.0 } else { 1.0 };
+        let products = if matches!(self.op, Op::Linear | Op::Products) { 3.0 } else { 1.0 };
         products * 2.0 * self.m as f64 * self.n as f64 * self.k as f64
     }
 
@@ -142,7 +145,10 @@ pub fn all() -> Vec<Row> {
         }
     }
     for out in [bf16, DType::F32] {
-        rows.extend(["nn", "nt"].map(|l| row('f', bf16, out, l, [4096; 3])));
+        for layout in ["nn", "nt"] {
+            let linear = row('f', bf16, out, layout, [4096; 3]);
+            rows.extend([linear, Row { op: Op::Products, ..linear }]);
+        }
     }
     rows.extend([512, 64].map(|n| row('g', bf16, bf16, "nn", [n; 3])));
     rows
