@@ -24,6 +24,7 @@ pub(crate) fn matmul(
         Engine::Auto | Engine::Native if problem.out.elem_count() > 0 && problem.lhs.cols > 0 => {
             native::matmul(op, problem, epilogue, a, b, bias)
         }
+        // An empty product is zeros, to which candle's kernels add the bias.
         _ => kaio_ops::matmul(op, problem, pipeline, epilogue, a, b, bias),
     }
 }

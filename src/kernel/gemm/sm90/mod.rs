@@ -20,9 +20,17 @@ use descriptor::Descriptor;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
-/// Parameters: descriptors of the left and right operand, `out` (a descriptor for [`Store::Tma`],
-/// else the address of `C`), M, N, the bias's address if there is one, stages along the depth, the raster's for [`Order::Raster`], and (if batched) the length of the inner batch
-/// dimension.
+/// Parameters, in order:
+///
+/// | | type | |
+/// |---|---|---|
+/// | `lhs`, `rhs` | descriptor | of the kernel's left and right operand; a box is 64 elements wide and has the lines of [`Config::lhs_boxes`] and [`Config::rhs_boxes`] |
+/// | `out` | descriptor or address | of `C`: a descriptor for [`Store::Tma`], with boxes of [`Config::slab_cols`] columns and 64 rows |
+/// | `m`, `n` | u32 | rows and columns of `C` |
+/// | `bias` | address | only with a bias |
+/// | `depth` | u32 | stages along K |
+/// | `tile_rows`, `tile_cols`, `tiles`, `group` | u32 | only for [`Order::Raster`]: those of [`Launch`] |
+/// | `inner_batch` | u32 | only if batched: the length of the inner batch dimension |
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("matmul", Target::Sm90a, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
