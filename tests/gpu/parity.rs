@@ -42,42 +42,44 @@ const K: usize = 256;
 /// by 16 columns, also past the end, and the int4 product has the scales of 64 columns.
 const TILE: usize = 64;
 
-#[test]
-fn matmul_f16() -> Result<()> {
+/// A kernel of kaio-ops: `c [m, n] = a [m, k] · b [k, n]`.
+type Product<T> = fn(
+    &KaioDevice,
+    &GpuBuffer<T>,
+    &GpuBuffer<T>,
+    &mut GpuBuffer<f32>,
+    u32,
+    u32,
+    u32,
+) -> kaio::prelude::Result<()>;
+
+/// The engine is asked for: by itself the bridge multiplies with this crate's own kernels.
+fn matmul<T: candle_core::WithDType + cudarc::driver::DeviceRepr>(
+    kernel: Product<T>,
+) -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
     let kaio = registry::device(0)?;
-    let mut source = Source::new("parity f16", &gpu);
-    let a = source.tensor(DType::F16, &[M, K], Layout::Plain)?;
-    let b = source.tensor(DType::F16, &[K, N], Layout::Plain)?;
-    let (ka, kb) = (buffer::<f16>(&kaio, &a), buffer::<f16>(&kaio, &b));
+    let what = format!("matmul {}", T::DTYPE.as_str());
+    let mut source = Source::new(&format!("parity {what}"), &gpu);
+    let a = source.tensor(T::DTYPE, &[M, K], Layout::Plain)?;
+    let b = source.tensor(T::DTYPE, &[K, N], Layout::Plain)?;
+    let (ka, kb) = (buffer::<T>(&kaio, &a), buffer::<T>(&kaio, &b));
     let mut c = kaio.alloc_zeros::<f32>(M * N).unwrap();
-    let (m, n, k) = (M as u32, N as u32, K as u32);
-    kaio_ops::matmul_tc(&kaio, &ka, &kb, &mut c, m, n, k).unwrap();
+    kernel(&kaio, &ka, &kb, &mut c, M as u32, N as u32, K as u32).unwrap();
     poison(&gpu, M * N);
-    same("matmul_tc", &a.kaio_matmul_tc(&b)?, &kaio, &c);
-    kaio_ops::matmul_tc_async(&kaio, &ka, &kb, &mut c, m, n, k).unwrap();
-    poison(&gpu, M * N);
-    same("matmul_tc_async", &a.kaio_matmul_tc_async(&b)?, &kaio, &c);
+    let options = MatmulOptions::default().engine(Engine::KaioOps);
+    same(&what, &a.kaio_matmul_with(&b, &options)?, &kaio, &c);
     Ok(())
 }
 
 #[test]
+fn matmul_f16() -> Result<()> {
+    matmul::<f16>(kaio_ops::matmul_tc_async)
+}
+
+#[test]
 fn matmul_bf16() -> Result<()> {
-    let Some(gpu) = gpu() else { return Ok(()) };
-    let kaio = registry::device(0)?;
-    let mut source = Source::new("parity bf16", &gpu);
-    let a = source.tensor(DType::BF16, &[M, K], Layout::Plain)?;
-    let b = source.tensor(DType::BF16, &[K, N], Layout::Plain)?;
-    let (ka, kb) = (buffer::<bf16>(&kaio, &a), buffer::<bf16>(&kaio, &b));
-    let mut c = kaio.alloc_zeros::<f32>(M * N).unwrap();
-    let (m, n, k) = (M as u32, N as u32, K as u32);
-    kaio_ops::matmul_tc_bf16(&kaio, &ka, &kb, &mut c, m, n, k).unwrap();
-    poison(&gpu, M * N);
-    same("matmul_tc_bf16", &a.kaio_matmul_tc(&b)?, &kaio, &c);
-    kaio_ops::matmul_tc_bf16_async(&kaio, &ka, &kb, &mut c, m, n, k).unwrap();
-    poison(&gpu, M * N);
-    same("matmul_tc_bf16_async", &a.kaio_matmul_tc_async(&b)?, &kaio, &c);
-    Ok(())
+    matmul::<bf16>(kaio_ops::matmul_tc_bf16_async)
 }
 
 #[test]
