@@ -14,9 +14,9 @@ pub struct Case {
     pub shape: String,
     pub flops: f64,
     pub rounds: usize,
-    /// The bridge, then a direct call of kaio-ops into a result that exists, then candle.
+    /// This crate, then a direct call of kaio-ops into a result that exists, then candle.
     pub contestants: Vec<Contestant>,
-    /// Elements and dtype of the result, which the bridge allocates in each call.
+    /// Elements and dtype of the result, which this crate allocates in each call.
     pub result: (usize, DType),
 }
 
@@ -46,13 +46,8 @@ pub fn all(device: &Device) -> Vec<Builder> {
     let mut all = Vec::new();
     let sizes: &[usize] = if cpu { &[1024] } else { &[64, 1024, 4096] };
     for &n in sizes {
-        for (op, dtype, pipelined) in [
-            ("matmul_tc f16", DType::F16, false),
-            ("matmul_tc bf16", DType::BF16, false),
-            ("matmul_tc_async f16", DType::F16, true),
-            ("matmul_tc_async bf16", DType::BF16, true),
-        ] {
-            all.push(builder(op, move |d| matmul(d, op, dtype, pipelined, n)));
+        for (op, dtype) in [("matmul_tc f16", DType::F16), ("matmul_tc bf16", DType::BF16)] {
+            all.push(builder(op, move |d| matmul(d, op, dtype, n)));
         }
     }
     let (n, rows) = if cpu { (1024, [16, 256]) } else { (4096, [16, 2048]) };
@@ -90,21 +85,13 @@ fn peer_dtype(device: &Device, dtype: DType) -> (DType, &'static str) {
     }
 }
 
-fn matmul(
-    device: &Device,
-    op: &'static str,
-    dtype: DType,
-    pipelined: bool,
-    n: usize,
-) -> Result<Case> {
+fn matmul(device: &Device, op: &'static str, dtype: DType, n: usize) -> Result<Case> {
     let (a, b) = (random(device, &[n, n], dtype)?, random(device, &[n, n], dtype)?);
     let (peer, peer_name) = peer_dtype(device, dtype);
     let (pa, pb) = (a.to_dtype(peer)?, b.to_dtype(peer)?);
     #[cfg(feature = "cuda")]
-    let direct = direct::matmul(&a, &b, pipelined, n)?;
-    let ours = contestant("kaio-candle", move || {
-        if pipelined { a.kaio_matmul_tc_async(&b) } else { a.kaio_matmul_tc(&b) }.map(drop)
-    });
+    let direct = direct::matmul(&a, &b, n)?;
+    let ours = contestant("kaio-candle", move || a.kaio_matmul_tc(&b).map(drop));
     Ok(Case {
         op,
         shape: format!("{n}³"),

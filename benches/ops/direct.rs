@@ -27,23 +27,15 @@ fn kaio_ops(mut run: impl FnMut() -> kaio::prelude::Result<()> + 'static) -> Con
     contestant("kaio-ops", move || run().map_err(Error::wrap))
 }
 
-pub fn matmul(a: &Tensor, b: &Tensor, pipelined: bool, n: usize) -> Result<Contestant> {
+pub fn matmul(a: &Tensor, b: &Tensor, n: usize) -> Result<Contestant> {
     let kaio = registry::device(0)?;
-    let (mut c, n32) = (zeros(&kaio, n * n)?, n as u32);
+    let (mut c, n) = (zeros(&kaio, n * n)?, n as u32);
     if a.dtype() == DType::F16 {
-        let kernel = match pipelined {
-            false => kaio_ops::matmul_tc,
-            true => kaio_ops::matmul_tc_async,
-        };
         let (a, b) = (buffer::<f16>(&kaio, a)?, buffer::<f16>(&kaio, b)?);
-        return Ok(self::kaio_ops(move || kernel(&kaio, &a, &b, &mut c, n32, n32, n32)));
+        return Ok(kaio_ops(move || kaio_ops::matmul_tc_async(&kaio, &a, &b, &mut c, n, n, n)));
     }
-    let kernel = match pipelined {
-        false => kaio_ops::matmul_tc_bf16,
-        true => kaio_ops::matmul_tc_bf16_async,
-    };
     let (a, b) = (buffer::<bf16>(&kaio, a)?, buffer::<bf16>(&kaio, b)?);
-    Ok(self::kaio_ops(move || kernel(&kaio, &a, &b, &mut c, n32, n32, n32)))
+    Ok(kaio_ops(move || kaio_ops::matmul_tc_bf16_async(&kaio, &a, &b, &mut c, n, n, n)))
 }
 
 pub fn int8(a: &Tensor, w: &Tensor, [m, n]: [usize; 2]) -> Result<Contestant> {

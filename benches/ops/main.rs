@@ -5,7 +5,7 @@
 //! shows the median µs from start to end (device events on a GPU; caches are not flushed), and the
 //! host's µs until the call returned in the fastest round. `bridge` is what this crate adds to a
 //! direct call of kaio-ops into a result that exists, less `alloc`, what candle takes to allocate and
-//! free the result.
+//! free the result; it is shown for the ops that this crate hands to kaio-ops.
 //!
 //! The table goes to the terminal, the same as JSON and as a chart to `out/bench`
 //! (`KAIO_BENCH_DIR`). An argument keeps only the rows whose op contains it.
@@ -110,8 +110,11 @@ fn show(row: &Row) {
     let direct = row.of("kaio-ops");
     let (its_op, candle) = row.all().find(|(name, _)| name.starts_with("candle")).unzip();
     let alloc = row.of(ALLOCATION);
-    // A backward pass also walks candle's graph, which a direct call does not.
-    let comparable = direct.zip(alloc).filter(|_| !row.case.op.contains("backward"));
+    // These do not end in the same call: this crate's own kernels multiply, also weights of int4, and
+    // a backward pass also walks candle's graph.
+    let otherwise = ["matmul_tc", "matmul_int4", "backward"];
+    let comparable =
+        direct.zip(alloc).filter(|_| !otherwise.iter().any(|name| row.case.op.contains(name)));
     let bridge = comparable.map(|(d, a)| format!("{:+.1}", ours.host_us - d.host_us - a.host_us));
     print(
         [row.case.op, &row.case.shape, &number(ours.total_us), &format!("{:.2}", row.tflops(ours))],
