@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::op::{self, Pipeline, QkvWeights};
+use crate::op::{self, QkvWeights};
 use crate::{FlashAttnOptions, MatmulOptions};
 
 mod sealed {
@@ -58,10 +58,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// ```
     fn kaio_matmul_tc(&self, rhs: &Tensor) -> Result<Tensor>;
 
-    /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) through the kernel that loads with `cp.async` while
-    /// it computes, where the engine has both kernels.
-    ///
-    /// Arguments, result, gradient and errors are the same.
+    /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) under the name that it has in kaio-candle 0.2, whose
+    /// engine had a second kernel. All kernels of today load while they compute: arguments, kernel,
+    /// result, gradient and errors are the same.
     ///
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
@@ -352,15 +351,15 @@ pub trait KaioTensorExt: sealed::Sealed {
 
 impl KaioTensorExt for Tensor {
     fn kaio_matmul_tc(&self, rhs: &Tensor) -> Result<Tensor> {
-        op::matmul("kaio_matmul_tc", self, rhs, &MatmulOptions::default(), Pipeline::Sync)
+        op::matmul("kaio_matmul_tc", self, rhs, &MatmulOptions::default())
     }
 
     fn kaio_matmul_tc_async(&self, rhs: &Tensor) -> Result<Tensor> {
-        op::matmul("kaio_matmul_tc_async", self, rhs, &MatmulOptions::default(), Pipeline::Async)
+        op::matmul("kaio_matmul_tc_async", self, rhs, &MatmulOptions::default())
     }
 
     fn kaio_matmul_with(&self, rhs: &Tensor, opts: &MatmulOptions) -> Result<Tensor> {
-        op::matmul("kaio_matmul_with", self, rhs, opts, Pipeline::Async)
+        op::matmul("kaio_matmul_with", self, rhs, opts)
     }
 
     fn kaio_matmul_int8(&self, rhs: &Tensor, scale: f32) -> Result<Tensor> {

@@ -5,7 +5,7 @@ use candle_core::{CudaStorage, Error, Result};
 
 use super::Operand;
 use crate::Engine;
-use crate::op::{AttentionProblem, Epilogue, MatmulProblem, Pipeline, View};
+use crate::op::{AttentionProblem, Epilogue, MatmulProblem, View};
 
 /// Defines functions with the engine's signatures that report the missing feature.
 macro_rules! absent {
@@ -21,7 +21,7 @@ type Name = &'static str;
 
 absent! {
     fn matmul(
-        Name, &MatmulProblem, Engine, Pipeline, Epilogue,
+        Name, &MatmulProblem, Engine, Epilogue,
         &CudaStorage, &CudaStorage, Option<View<CudaStorage>>
     ) -> CudaStorage;
     fn matmul_int8(Name, Operand, Operand, f32) -> CudaStorage;

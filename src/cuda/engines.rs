@@ -7,14 +7,12 @@ pub(crate) use super::kaio_ops::{
 };
 use super::{kaio_ops, native};
 use crate::Engine;
-use crate::op::{Epilogue, MatmulProblem, Pipeline, View};
+use crate::op::{Epilogue, MatmulProblem, View};
 
-#[allow(clippy::too_many_arguments)] // The facts of one product, its engine and its operands.
 pub(crate) fn matmul(
     op: &'static str,
     problem: &MatmulProblem,
     engine: Engine,
-    pipeline: Pipeline,
     epilogue: Epilogue,
     a: &CudaStorage,
     b: &CudaStorage,
@@ -25,6 +23,6 @@ pub(crate) fn matmul(
             native::matmul(op, problem, epilogue, a, b, bias)
         }
         // An empty product is zeros, to which candle's kernels add the bias.
-        _ => kaio_ops::matmul(op, problem, pipeline, epilogue, a, b, bias),
+        _ => kaio_ops::matmul(op, problem, epilogue, a, b, bias),
     }
 }

@@ -9,22 +9,12 @@ use crate::{
     stack::{Stack, batch_dims, broadcast_batch},
 };
 
-/// Which of an engine's kernels multiplies, where it has both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pipeline {
-    /// Loads a tile, then computes on it.
-    Sync,
-    /// Loads the next tile with `cp.async` while it computes.
-    Async,
-}
-
 /// The product of the user's methods.
 pub(crate) fn matmul(
     op: &'static str,
     lhs: &Tensor,
     rhs: &Tensor,
     opts: &MatmulOptions,
-    pipeline: Pipeline,
 ) -> Result<Tensor> {
     let (a, b) = (("lhs", lhs), ("rhs", rhs));
     let bias = opts.bias.as_ref().map(|bias| ("bias", bias));
@@ -66,7 +56,7 @@ pub(crate) fn matmul(
         Some(_) => Epilogue::round(DType::F32),
         None => Epilogue { out_dtype, activation: opts.activation },
     };
-    let node = Node(Matmul { name: op, engine: opts.engine, pipeline, epilogue });
+    let node = Node(Matmul { name: op, engine: opts.engine, epilogue });
     let product = match &opts.bias {
         None => lhs.apply_op2(rhs, node)?,
         Some(bias) => lhs.apply_op3(rhs, bias, node)?,
@@ -112,7 +102,6 @@ impl Epilogue {
 pub(super) struct Matmul {
     name: &'static str,
     engine: Engine,
-    pipeline: Pipeline,
     epilogue: Epilogue,
 }
 
@@ -120,7 +109,7 @@ impl Matmul {
     /// A product to f32.
     pub fn new(name: &'static str) -> Self {
         let epilogue = Epilogue::round(DType::F32);
-        Self { name, engine: Engine::Auto, pipeline: Pipeline::Async, epilogue }
+        Self { name, engine: Engine::Auto, epilogue }
     }
 }
 
@@ -166,9 +155,9 @@ impl Op for Matmul {
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
         let [(a, la), (b, lb), ref bias @ ..] = *inputs else { unreachable!("two operands") };
         let problem = MatmulProblem::new(la, lb);
-        let Self { name, engine, pipeline, epilogue } = *self;
+        let Self { name, engine, epilogue } = *self;
         let bias = bias.first().copied();
-        let out = cuda::matmul(name, &problem, engine, pipeline, epilogue, a, b, bias)?;
+        let out = cuda::matmul(name, &problem, engine, epilogue, a, b, bias)?;
         Ok((out, problem.out))
     }
 }

@@ -11,7 +11,7 @@ mod qkv;
 mod quantized;
 
 pub(crate) use attention::{AttentionProblem, attention_tc, flash_attn};
-pub(crate) use matmul::{Epilogue, MatmulProblem, Pipeline, matmul};
+pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use qkv::{QkvWeights, qkv_project};
 pub(crate) use quantized::{matmul_int4, matmul_int8};
 

@@ -11,7 +11,7 @@ use super::fit::{Want, copyable, fit};
 use super::session::{KaioResult, Session};
 use super::{product_indexable, slabs, zeros};
 use crate::Activation;
-use crate::op::{Epilogue, MatmulProblem, Pipeline, View};
+use crate::op::{Epilogue, MatmulProblem, View};
 
 /// The depth of one `mma.sync`: the kernels do not pad K.
 const K_TILE: usize = 16;
@@ -23,7 +23,6 @@ type Kernel<T> =
 pub(crate) fn matmul(
     op: &'static str,
     problem: &MatmulProblem,
-    pipeline: Pipeline,
     epilogue: Epilogue,
     a: &CudaStorage,
     b: &CudaStorage,
@@ -34,15 +33,11 @@ pub(crate) fn matmul(
     if len == 0 || (plain && problem.lhs.cols == 0) {
         return zeros(a, len, out_dtype);
     }
-    let mut out = match (a.dtype(), pipeline) {
+    let mut out = match a.dtype() {
         _ if problem.lhs.cols == 0 => zeros(a, len, DType::F32),
-        (DType::F16, Pipeline::Sync) => run::<f16>(op, problem, kaio_ops::matmul_tc, a, b),
-        (DType::F16, Pipeline::Async) => run::<f16>(op, problem, kaio_ops::matmul_tc_async, a, b),
-        (DType::BF16, Pipeline::Sync) => run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16, a, b),
-        (DType::BF16, Pipeline::Async) => {
-            run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16_async, a, b)
-        }
-        (other, _) => candle_core::bail!("{op}: no kernel multiplies {}", other.as_str()),
+        DType::F16 => run::<f16>(op, problem, kaio_ops::matmul_tc_async, a, b),
+        DType::BF16 => run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16_async, a, b),
+        other => candle_core::bail!("{op}: no kernel multiplies {}", other.as_str()),
     }?;
     // The kernels have neither; candle's have.
     if !plain {
