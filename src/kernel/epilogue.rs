@@ -43,26 +43,19 @@ impl Epilogue {
         self.bias.map_or(0, Element::size)
     }
 
-    /// `N` bias values side by side. Where the address is not valid, call it within `Kernel::when`.
+    /// `N` bias values side by side. Undefined where the address is not valid, and not loaded.
     pub(super) fn load_bias<'k, const N: usize>(
         &self,
         k: &'k Kernel,
         from: Reg<'k, u64>,
         valid: Reg<'k, bool>,
     ) -> [Reg<'k, f32>; N] {
-        let load = |element: Element| match element {
-            Element::F32 => {
-                let mut values = None;
-                k.when(valid, || values = Some(k.ld_global_nc::<f32, N>(from)));
-                values.expect("`when` runs its body")
-            }
+        match self.bias.expect("there is a bias") {
+            Element::F32 => k.when(valid, || k.ld_global_nc::<f32, N>(from)),
             Element::Half(half) => {
-                let mut values = None;
-                k.when(valid, || values = Some(k.ld_global_nc::<u16, N>(from)));
-                values.expect("`when` runs its body").map(|x| k.widen(half, x))
+                k.when(valid, || k.ld_global_nc::<u16, N>(from)).map(|x| k.widen(half, x))
             }
-        };
-        load(self.bias.expect("there is a bias"))
+        }
     }
 }
 

@@ -41,11 +41,12 @@ impl Kernel {
     }
 
     /// Predicates the instructions of `then`, which has no control flow: no branch is made.
-    pub fn when(&self, holds: Reg<bool>, then: impl FnOnce()) {
+    pub fn when<T>(&self, holds: Reg<bool>, then: impl FnOnce() -> T) -> T {
         let outer = self.state.borrow_mut().guard.replace(holds.id());
         assert!(outer.is_none(), "`when` within `when`");
-        then();
+        let result = then();
         self.state.borrow_mut().guard = None;
+        result
     }
 
     /// Runs `then` if the predicate holds.

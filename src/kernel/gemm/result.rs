@@ -19,7 +19,7 @@ pub(super) struct TileOfResult<'k> {
 }
 
 impl<'k> TileOfResult<'k> {
-    /// Stores 1, 2 or 4 sums side by side, from the tile's row `line` and column `col` on, unless
+    /// Stores 1 or 4 sums side by side, from the tile's row `line` and column `col` on, unless
     /// they lie outside the result or `inside` does not hold. `cols` is a multiple of their number.
     pub fn store(
         &self,
@@ -38,7 +38,6 @@ impl<'k> TileOfResult<'k> {
             let from = address.element(col, epilogue.bias_size());
             match sums.len() {
                 4 => epilogue.load_bias::<4>(k, from, valid).to_vec(),
-                2 => epilogue.load_bias::<2>(k, from, valid).to_vec(),
                 _ => epilogue.load_bias::<1>(k, from, valid).to_vec(),
             }
         });
@@ -51,20 +50,16 @@ impl<'k> TileOfResult<'k> {
         let to = self.out + index * u64::from(epilogue.out.size());
         match (epilogue.out, done.as_slice()) {
             (Element::F32, &[a, b, c, d]) => k.when(valid, || k.st_global(to, [a, b, c, d])),
-            (Element::F32, &[a, b]) => k.when(valid, || k.st_global(to, [a, b])),
-            (Element::F32, _) => k.when(valid, || k.st_global(to, [done[0]])),
+            (Element::F32, &[x]) => k.when(valid, || k.st_global(to, [x])),
             (Element::Half(half), &[a, b, c, d]) => {
                 let pairs = [k.pack(half, a, b), k.pack(half, c, d)];
                 k.when(valid, || k.st_global(to, pairs));
             }
-            (Element::Half(half), &[a, b]) => {
-                let pair = k.pack(half, a, b);
-                k.when(valid, || k.st_global(to, [pair]));
-            }
-            (Element::Half(half), _) => {
-                let narrow = k.narrow(half, done[0]);
+            (Element::Half(half), &[x]) => {
+                let narrow = k.narrow(half, x);
                 k.when(valid, || k.st_global(to, [narrow]));
             }
+            _ => unreachable!("1 or 4 sums"),
         }
     }
 }
