@@ -2,6 +2,7 @@
 
 pub mod choose;
 mod result;
+mod share;
 pub mod sm80;
 pub mod sm90;
 

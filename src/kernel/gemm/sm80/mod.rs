@@ -17,6 +17,7 @@ pub use reduce::{Reduce, emit_reduce};
 
 use super::Epilogue;
 use super::result::TileOfResult;
+use super::share::Share;
 use crate::kernel::Element;
 use crate::kernel::raster::Raster;
 use crate::ptx::{Kernel, Reg, Source, Target};
@@ -65,7 +66,7 @@ pub fn emit(config: &Config) -> Source {
         None => (tile.batch, [lhs, rhs]),
         Some(batches) => batches.operands([lhs, rhs], tile.batch),
     };
-    let share = Share::new(config, depth, part);
+    let share = Share::new(depth.div_ceil(config.depth), config.split, || part);
     let operand = |layout: Layout, address, line, extent, first| Operand {
         layout,
         address,
@@ -131,26 +132,6 @@ impl<'k> Batches<'k> {
             addresses[i] + (at[0] * inner + at[1] * outer) * u64::from(HALF)
         };
         (part, [operand(0), operand(1)])
-    }
-}
-
-/// A block's tiles of the depth.
-#[derive(Clone, Copy)]
-struct Share<'k> {
-    first: Reg<'k, u32>,
-    count: Reg<'k, u32>,
-}
-
-impl<'k> Share<'k> {
-    fn new(config: &Config, depth: Reg<'k, u32>, part: Reg<'k, u32>) -> Self {
-        let k = depth.kernel();
-        let all = depth.div_ceil(config.depth);
-        if config.split == 1 {
-            return Self { first: k.var(0), count: all };
-        }
-        let (each, more) = (all / config.split, all % config.split);
-        let extra = k.var(1u32).or_else(part.lt(more), 0);
-        Self { first: part * each + part.min(more), count: each + extra }
     }
 }
 

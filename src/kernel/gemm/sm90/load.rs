@@ -3,6 +3,7 @@
 use super::Gemm;
 use super::config::{Boxes, DEPTH, LINE, Orient};
 use crate::kernel::gemm::Major;
+use crate::kernel::gemm::share::Share;
 use crate::ptx::{Delivery, Reg};
 
 /// An operand's part of a tile.
@@ -74,7 +75,7 @@ impl<'k> Gemm<'k, '_> {
                 None => Side { to, ..rhs },
                 Some((rank, both)) => self.half(Side { to, how: both, ..rhs }, rank, rhs_limit),
             };
-            let (first, count) = self.share();
+            let Share { first, count } = self.share();
             let at = k.var(first * DEPTH);
             let bytes = lhs.bytes + rhs.bytes;
             k.for_(0, count, 1, |_| {

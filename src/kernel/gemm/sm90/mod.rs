@@ -12,6 +12,7 @@ mod store;
 
 pub use config::{Boxes, Config, DEPTH, Launch, MAX_SHARED, Order, Orient, Store};
 
+use super::share::Share;
 use crate::kernel::raster::{Raster, Tile};
 use crate::kernel::ring::Cursor;
 use crate::ptx::{Kernel, Reg, Source, Target, Wgmma};
@@ -143,16 +144,9 @@ impl<'k> Gemm<'k, '_> {
         }
     }
 
-    /// The first stage of the depth that is this block's, and their number.
-    fn share(&self) -> (Reg<'k, u32>, Reg<'k, u32>) {
-        let k = self.k;
-        if self.c.split == 1 {
-            return (k.var(0), self.depth);
-        }
-        let rank = k.cluster_rank();
-        let (each, more) = (self.depth / self.c.split, self.depth % self.c.split);
-        let extra = k.var(1u32).or_else(rank.lt(more), 0);
-        (rank * each + rank.min(more), each + extra)
+    /// This block's share of the depth.
+    fn share(&self) -> Share<'k> {
+        Share::new(self.depth, self.c.split, || self.k.cluster_rank())
     }
 
     /// A warpgroup multiplies 64 rows of each tile and stores them.
@@ -200,7 +194,7 @@ impl<'k> Gemm<'k, '_> {
         };
         let lhs = Descriptor::new(self.base + self.plan.lhs + group * SLAB_BYTES, c.lhs);
         let rhs = Descriptor::new(self.base + self.plan.rhs, c.rhs);
-        let (_, count) = self.share();
+        let Share { count, .. } = self.share();
         let behind = k.reg::<u32>();
         k.for_(0, count, 1, |i| {
             place.wait();

@@ -1,0 +1,25 @@
+//! What each of the blocks that share the depth of a tile takes of it.
+
+use crate::ptx::Reg;
+
+/// A block's stages of the depth.
+#[derive(Clone, Copy)]
+pub(super) struct Share<'k> {
+    pub first: Reg<'k, u32>,
+    pub count: Reg<'k, u32>,
+}
+
+impl<'k> Share<'k> {
+    /// That of block `part` of `split`: `depth` stages in equal parts, and what is left over one each to
+    /// the first blocks.
+    pub fn new(depth: Reg<'k, u32>, split: u32, part: impl FnOnce() -> Reg<'k, u32>) -> Self {
+        let k = depth.kernel();
+        if split == 1 {
+            return Self { first: k.var(0), count: depth };
+        }
+        let part = part();
+        let (each, more) = (depth / split, depth % split);
+        let extra = k.var(1u32).or_else(part.lt(more), 0);
+        Self { first: part * each + part.min(more), count: each + extra }
+    }
+}
