@@ -160,15 +160,14 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     let launch = Launch::new(config, problem, device.multiprocessors);
     let sms = f64::from(device.multiprocessors);
     let resident = f64::from(config.blocks_per_sm);
-    let together = if config.pair { 2.0 } else { 1.0 };
-    let tiles = f64::from(launch.tiles) * together;
+    let tiles = f64::from(launch.tiles) * f64::from(config.together());
     let blocks = tiles * f64::from(config.split);
     let slots = sms * resident;
 
     // A stage: what wgmma needs, or what its bytes need to arrive.
     let cols = f64::from(config.cols);
     let multiply = f64::from(config.consumers()) * 4.0 * (cols / 2.0).max(16.0 + cols / 4.0);
-    let [lhs, rhs] = [config.lhs_boxes().bytes(), config.rhs_boxes().bytes()].map(f64::from);
+    let [lhs, rhs] = [config.lhs_boxes().bytes, config.rhs_boxes().bytes].map(f64::from);
     // Neighbours are tiles below each other: they share the right operand, or, in the only row of
     // tiles, the left one; of a split, neither.
     let distinct = match (config.split, launch.tile_rows) {

@@ -127,28 +127,22 @@ impl Config {
 
     /// The boxes of a stage of the right operand.
     pub fn rhs_boxes(&self) -> Boxes {
-        Boxes::new(self.rhs, self.cols, self.rhs_lines, if self.pair { 2 } else { 1 })
+        Boxes::new(self.rhs, self.cols, self.rhs_lines, self.together())
+    }
+
+    /// Blocks that fetch a right operand together.
+    pub fn together(&self) -> u32 {
+        if self.pair { 2 } else { 1 }
     }
 
     /// Blocks of a cluster.
     pub fn cluster(&self) -> u32 {
-        if self.pair { 2 } else { self.split }
-    }
-
-    pub(super) fn lhs_bytes(&self) -> u32 {
-        self.rows * LINE
-    }
-
-    pub(super) fn rhs_bytes(&self) -> u32 {
-        match self.rhs {
-            Major::K => self.cols * LINE,
-            Major::Outer => self.cols.div_ceil(SLAB) * SLAB_BYTES,
-        }
+        self.split * self.together()
     }
 
     /// Bytes of a stage.
     pub fn stage_bytes(&self) -> u32 {
-        self.lhs_bytes() + self.rhs_bytes()
+        self.lhs_boxes().bytes + self.rhs_boxes().bytes
     }
 
     /// Columns of a slab of the result: a line.
@@ -170,27 +164,35 @@ impl Config {
         lines * self.staged_pitch() * 4
     }
 
-    /// Bytes of shared memory beside the stages.
-    fn fixed_bytes(&self) -> u32 {
-        let slabs = match self.store {
+    /// Bytes of the slabs, or of a staged tile.
+    fn result_bytes(&self) -> u32 {
+        match self.store {
             Store::Tma => self.slabs * self.consumers() * SLAB_BYTES,
-            Store::Staged { .. } if self.order == Order::Raster => self.staged_bytes(),
-            Store::Staged { .. } => 0,
-        };
-        // The barriers of up to 32 stages.
-        slabs + 512
+            Store::Staged { .. } => self.staged_bytes(),
+        }
+    }
+
+    /// Whether the result lies over the stages, which are done with by then.
+    fn reuses_stages(&self) -> bool {
+        self.store != Store::Tma && self.order == Order::Grid
+    }
+
+    /// What a block can have if others share the multiprocessor.
+    fn max_shared(&self) -> u32 {
+        (SM_SHARED / self.blocks_per_sm - 1024).min(MAX_SHARED)
     }
 
     /// The most stages that fit.
     pub fn max_stages(&self) -> u32 {
-        let each = (SM_SHARED / self.blocks_per_sm - 1024).min(MAX_SHARED);
-        ((each - self.fixed_bytes()) / self.stage_bytes()).min(32)
+        let result = if self.reuses_stages() { 0 } else { self.result_bytes() };
+        // The barriers of up to 32 stages.
+        let barriers = 512;
+        ((self.max_shared() - result - barriers) / self.stage_bytes()).min(32)
     }
 
     /// Whether the kernel can be built, or the number that is in the way.
     pub fn check(&self) -> Result<(), String> {
-        let shared = self.plan().bytes;
-        let limit = (SM_SHARED / self.blocks_per_sm - 1024).min(MAX_SHARED);
+        let (shared, limit) = (self.plan().bytes, self.max_shared());
         let rules = [
             (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
             (
@@ -203,7 +205,7 @@ impl Config {
             ),
             (
                 self.rhs == Major::Outer
-                    || (self.cols / if self.pair { 2 } else { 1 }).is_multiple_of(self.rhs_lines),
+                    || (self.cols / self.together()).is_multiple_of(self.rhs_lines),
                 format!("boxes of {} lines for {} columns", self.rhs_lines, self.cols),
             ),
             (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
@@ -236,15 +238,13 @@ impl Config {
 
     pub(super) fn plan(&self) -> Plan {
         let mut arena = Arena::default();
-        let lhs = arena.region(self.stages * self.lhs_bytes(), ATOM);
-        let rhs = arena.region(self.stages * self.rhs_bytes(), ATOM);
-        let result = match (self.store, self.order) {
-            (Store::Tma, _) => arena.region(self.slabs * self.consumers() * SLAB_BYTES, ATOM),
-            (Store::Staged { .. }, Order::Raster) => arena.region(self.staged_bytes(), ATOM),
-            (Store::Staged { .. }, Order::Grid) => {
-                // Over the stages, which are done with by then.
-                arena.used = arena.used.max(self.staged_bytes());
-                0
+        let lhs = arena.region(self.stages * self.lhs_boxes().bytes, ATOM);
+        let rhs = arena.region(self.stages * self.rhs_boxes().bytes, ATOM);
+        let result = match self.reuses_stages() {
+            false => arena.region(self.result_bytes(), ATOM),
+            true => {
+                arena.used = arena.used.max(self.result_bytes());
+                lhs
             }
         };
         let ring = Ring::new(&mut arena, self.stages);
@@ -257,26 +257,23 @@ impl Config {
 pub struct Boxes {
     /// Elements of the outer dimension that a box, or the same box of both blocks of a pair, adds.
     pub step: u32,
-    /// Boxes that one block fetches.
-    pub count: u32,
     /// Lines of one box; each is 64 elements wide.
     pub lines: u32,
-    /// Boxes of all blocks that share the stage.
-    all: u32,
+    /// Bytes of the stage, from all blocks that share it.
+    pub bytes: u32,
+    /// Those blocks.
+    blocks: u32,
 }
 
 impl Boxes {
     fn new(major: Major, extent: u32, lines: u32, blocks: u32) -> Self {
         match major {
             // A box has lines of its own; a pair's blocks have half of them each.
-            Major::K => {
-                let all = extent / lines;
-                Self { step: lines, count: all / blocks, lines, all }
-            }
+            Major::K => Self { step: lines, lines, bytes: extent * LINE, blocks },
             // A box has all 64 of the depth; a pair's blocks fetch half of each.
             Major::Outer => {
-                let count = extent.div_ceil(SLAB);
-                Self { step: SLAB, count, lines: DEPTH / blocks, all: count * blocks }
+                let bytes = extent.div_ceil(SLAB) * SLAB_BYTES;
+                Self { step: SLAB, lines: DEPTH / blocks, bytes, blocks }
             }
         }
     }
@@ -286,9 +283,9 @@ impl Boxes {
         self.lines * LINE
     }
 
-    /// Bytes of the stage.
-    pub fn bytes(&self) -> u32 {
-        self.all * self.each()
+    /// Boxes that one block fetches.
+    pub fn count(&self) -> u32 {
+        self.bytes / (self.each() * self.blocks)
     }
 
     /// Bytes that each `step` of the outer dimension adds to the stage.
@@ -298,7 +295,7 @@ impl Boxes {
 
     /// Steps of the whole stage.
     pub(super) fn steps(&self) -> u32 {
-        self.bytes() / self.step_bytes()
+        self.bytes / self.step_bytes()
     }
 }
 
@@ -326,7 +323,7 @@ impl Launch {
             Orient::Plain => (problem.m, problem.n),
             Orient::Swapped => (problem.n, problem.m),
         };
-        let together = if config.pair { 2 } else { 1 };
+        let together = config.together();
         let height = config.rows * together;
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         let tile_rows = count(rows.div_ceil(height.into()));

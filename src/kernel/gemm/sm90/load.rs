@@ -35,9 +35,9 @@ impl<'k> Side<'k> {
         full: Reg<'k, u32>,
     ) {
         let k = at.kernel();
-        let to = stage * self.boxes.bytes() + self.to;
+        let to = stage * self.boxes.bytes + self.to;
         let depth = self.deeper.map_or(at, |more| at + more);
-        for (i, &inside) in (0..self.boxes.count).zip(&self.inside) {
+        for (i, &inside) in (0..self.boxes.count()).zip(&self.inside) {
             let outer = if i == 0 { self.outer } else { self.outer + i * self.boxes.step };
             let mut at = match self.major {
                 Major::K => vec![depth, outer],
@@ -104,7 +104,7 @@ impl<'k> Gemm<'k, '_> {
             boxes,
             outer,
             deeper: None,
-            inside: (0..boxes.count).map(|i| left.gt(i * boxes.step)).collect(),
+            inside: (0..boxes.count()).map(|i| left.gt(i * boxes.step)).collect(),
             bytes: steps * boxes.step_bytes(),
             to: self.base,
             how: Delivery::Plain,
@@ -116,12 +116,12 @@ impl<'k> Gemm<'k, '_> {
         let boxes = whole.boxes;
         match whole.major {
             Major::K => {
-                let outer = whole.outer + rank * (boxes.count * boxes.step);
+                let outer = whole.outer + rank * (boxes.count() * boxes.step);
                 let left = limit.max(outer) - outer;
                 Side {
                     outer,
-                    inside: (0..boxes.count).map(|i| left.gt(i * boxes.step)).collect(),
-                    to: whole.to + rank * (boxes.count * boxes.each()),
+                    inside: (0..boxes.count()).map(|i| left.gt(i * boxes.step)).collect(),
+                    to: whole.to + rank * (boxes.count() * boxes.each()),
                     ..whole
                 }
             }

@@ -59,7 +59,7 @@ pub fn emit(config: &Config) -> Source {
             if let Out::Map(map) = out {
                 k.prefetch_tensor_map(map);
             }
-            plan.ring.init(k, base, config.consumers() * if config.pair { 2 } else { 1 });
+            plan.ring.init(k, base, config.consumers() * config.together());
         })
     });
     match config.pair {
@@ -199,8 +199,8 @@ impl<'k> Gemm<'k, '_> {
         k.for_(0, count, 1, |i| {
             place.wait();
             let done = place.done(barriers);
-            let a = lhs.stage(place.stage, c.lhs_bytes());
-            let b = rhs.stage(place.stage, c.rhs_bytes());
+            let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
+            let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             let later = i.ne(0);
             k.wgmma_fence();
             for step in 0..DEPTH / 16 {
