@@ -26,13 +26,9 @@ impl sm90::Config {
     /// boxes of both operands.
     pub fn name(&self) -> String {
         let mut name = format!("sm90 {}x{} k{}x{}", self.rows, self.cols, sm90::DEPTH, self.stages);
-        let (a, b) = match self.orient {
-            sm90::Orient::Plain => (self.lhs, self.rhs),
-            sm90::Orient::Swapped => {
-                name.push_str(" swapped");
-                (self.rhs, self.lhs)
-            }
-        };
+        if self.orient == sm90::Orient::Swapped {
+            name.push_str(" swapped");
+        }
         shared_depth(&mut name, self.split);
         if self.pair {
             name.push_str(" pair");
@@ -46,7 +42,8 @@ impl sm90::Config {
             sm90::Order::Grid => " grid",
             sm90::Order::Raster => " raster",
         });
-        variant(&mut name, [a, b], self.half, self.batched, &self.epilogue);
+        let layouts = self.orient.order([self.lhs, self.rhs]);
+        variant(&mut name, layouts, self.half, self.batched, &self.epilogue);
         add(&mut name, format_args!(" boxes{}/{}", self.lhs_lines, self.rhs_lines));
         name
     }

@@ -8,7 +8,7 @@ use candle_core::Result;
 use super::super::launch::{Args, Function, TensorMap};
 use super::matmul::{Addresses, Call};
 use crate::kernel::gemm::Problem;
-use crate::kernel::gemm::sm90::{Config, Launch, Order, Orient, Store};
+use crate::kernel::gemm::sm90::{Config, Launch, Order, Store};
 
 pub(crate) struct Plan {
     config: Config,
@@ -36,10 +36,7 @@ impl Plan {
     /// The parameters of `kernel::gemm::sm90::emit`.
     fn args(&self, args: &mut Args, call: &Call, at: &Addresses) -> Result<()> {
         let Self { config, launch, .. } = self;
-        let (left, right) = match config.orient {
-            Orient::Plain => (0, 1),
-            Orient::Swapped => (1, 0),
-        };
+        let [left, right] = config.orient.order([0, 1]);
         let map = |side: usize, lines: u32| {
             let batch = config.batched.then(|| call.batch.side(side));
             call.lines[side].map(config.half, at.operands[side], batch, lines)

@@ -30,13 +30,10 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     let mut all = Vec::with_capacity(32);
     for orient in [Orient::Plain, Orient::Swapped] {
-        let (width, other) = match orient {
-            Orient::Plain => (problem.n, problem.m),
-            Orient::Swapped => (problem.m, problem.n),
-        };
+        let [height, width] = orient.order([problem.m, problem.n]);
         let whole = NARROW.into_iter().find(|&cols| u64::from(cols) >= width);
         // Both dimensions small: the larger one fills wgmma's rows.
-        let narrow = whole.filter(|_| width <= other);
+        let narrow = whole.filter(|_| width <= height);
         let enough = WIDE.iter().position(|&cols| u64::from(cols) >= width);
         let wide = match orient {
             Orient::Plain if problem.m > 48 && problem.n > 48 => {
@@ -75,10 +72,8 @@ impl Shape {
     /// All other choices, unless the shape is not possible or plainly idle.
     fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
         let Self { orient, rows, cols, split, blocks_per_sm } = self;
-        let ((lhs, rhs), (height, width)) = match orient {
-            Orient::Plain => ((problem.lhs, problem.rhs), (problem.m, problem.n)),
-            Orient::Swapped => ((problem.rhs, problem.lhs), (problem.n, problem.m)),
-        };
+        let [lhs, rhs] = orient.order([problem.lhs, problem.rhs]);
+        let [height, width] = orient.order([problem.m, problem.n]);
         if u64::from(split) > problem.k.div_ceil(DEPTH.into()) {
             return None;
         }

@@ -29,6 +29,16 @@ pub enum Orient {
     Swapped,
 }
 
+impl Orient {
+    /// The kernel's left and right, or rows and columns, given the product's; and the other way round.
+    pub fn order<T>(self, [a, b]: [T; 2]) -> [T; 2] {
+        match self {
+            Self::Plain => [a, b],
+            Self::Swapped => [b, a],
+        }
+    }
+}
+
 /// How tiles reach memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Store {
@@ -160,7 +170,7 @@ impl Config {
     }
 
     fn staged_bytes(&self) -> u32 {
-        let lines = if self.orient == Orient::Plain { self.rows } else { self.cols };
+        let [lines, _] = self.orient.order([self.rows, self.cols]);
         lines * self.staged_pitch() * 4
     }
 
@@ -319,10 +329,7 @@ pub struct Launch {
 impl Launch {
     /// Of a configuration on a problem.
     pub fn new(config: &Config, problem: &Problem, multiprocessors: u32) -> Self {
-        let (rows, cols) = match config.orient {
-            Orient::Plain => (problem.m, problem.n),
-            Orient::Swapped => (problem.n, problem.m),
-        };
+        let [rows, cols] = config.orient.order([problem.m, problem.n]);
         let together = config.together();
         let height = config.rows * together;
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);

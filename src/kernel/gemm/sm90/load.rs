@@ -56,10 +56,7 @@ impl<'k> Gemm<'k, '_> {
         let (k, c) = (self.k, self.c);
         let place = self.plan.ring.producer(k, self.base);
         let pair = c.pair.then(|| (k.cluster_rank(), Delivery::Multicast(k.var(0b11u16))));
-        let [lhs_limit, rhs_limit] = match c.orient {
-            Orient::Plain => self.size,
-            Orient::Swapped => [self.size[1], self.size[0]],
-        };
+        let [lhs_limit, rhs_limit] = c.orient.order(self.size);
         self.tiles(|tile| {
             let batch = self.inner_batch.map(|inner| [tile.batch % inner, tile.batch / inner]);
             // A small left operand of a swapped product is read by all, the weights once.

@@ -121,10 +121,8 @@ impl<'k> Gemm<'k, '_> {
         thread: Reg<'k, u32>,
     ) {
         let (k, c) = (self.k, self.c);
-        let (lines, width, first) = match c.orient {
-            Orient::Plain => (c.rows, c.cols, (tile.row * c.rows, tile.col * c.cols)),
-            Orient::Swapped => (c.cols, c.rows, (tile.col * c.cols, tile.row * c.rows)),
-        };
+        let [(row, lines), (col, width)] = c.orient.order([(tile.row, c.rows), (tile.col, c.cols)]);
+        let first = (row * lines, col * width);
         let parts: Vec<_> = match c.split {
             1 => vec![self.base + self.plan.result],
             split => (0..split).map(|rank| k.mapa(self.base + self.plan.result, rank)).collect(),
