@@ -80,33 +80,19 @@ pub(super) fn operand<'a>(
     storage: &'a CudaStorage,
     stack: &Stack,
 ) -> Result<(Fitted<'a>, Lines)> {
-    let want = match Lines::of(stack) {
-        Some(_) => return fitted(Fitted::view(storage, stack.clone())),
-        None => Want { cols: 0, align: 2 * UNIT, ..Want::default() },
-    };
-    // The copy keeps the order of the dimensions that is nearest to memory's.
-    match stack.rows > 1 && stack.row_stride < stack.col_stride {
-        true => {
-            let t = stack.t();
-            let mut copy = fit(op, (storage, &t), Want { cols: padded(t.cols), ..want })?;
-            copy.stack = copy.stack.narrow(t.rows, t.cols).t();
-            fitted(copy)
-        }
-        false => {
-            let mut copy = fit(op, (storage, stack), Want { cols: padded(stack.cols), ..want })?;
-            copy.stack = copy.stack.narrow(stack.rows, stack.cols);
-            fitted(copy)
-        }
+    if let Some(lines) = Lines::of(stack) {
+        return Ok((Fitted::view(storage, stack.clone()), lines));
     }
-}
-
-fn padded(len: usize) -> usize {
-    len.next_multiple_of(UNIT)
-}
-
-fn fitted(operand: Fitted) -> Result<(Fitted, Lines)> {
-    let lines = Lines::of(&operand.stack).expect("a padded copy has lines");
-    Ok((operand, lines))
+    // The copy keeps the order of the dimensions that is nearest to memory's.
+    let transposed = stack.rows > 1 && stack.row_stride < stack.col_stride;
+    let source = if transposed { stack.t() } else { stack.clone() };
+    let cols = source.cols.next_multiple_of(UNIT);
+    let want = Want { cols, align: 2 * UNIT, ..Want::default() };
+    let mut copy = fit(op, (storage, &source), want)?;
+    let narrowed = copy.stack.narrow(source.rows, source.cols);
+    copy.stack = if transposed { narrowed.t() } else { narrowed };
+    let lines = Lines::of(&copy.stack).expect("a padded copy has lines");
+    Ok((copy, lines))
 }
 
 /// A vector without gaps that begins at a multiple of 16 bytes.
@@ -121,7 +107,7 @@ pub(super) fn row<'a>(
 
 /// The batch dimensions of a product, as few as walk both operands.
 pub(super) struct Batch {
-    /// Length and the strides of both operands, outermost first; at least one.
+    /// Length and the strides of both operands, outermost first; none for a single product.
     dims: Vec<(usize, [usize; 2])>,
 }
 
