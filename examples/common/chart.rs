@@ -7,11 +7,17 @@
 use std::{error::Error, ops::Range, path::Path};
 
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
 
 type Canvas<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
+type Chart<'a, X, Y> = ChartContext<
+    'a,
+    BitMapBackend<'a>,
+    Cartesian2d<<X as AsRangedCoord>::CoordDescType, <Y as AsRangedCoord>::CoordDescType>,
+>;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// The colours of Okabe and Ito: they can be told apart with any kind of colour vision.
@@ -45,17 +51,84 @@ pub fn line_chart(
     y_label: &str,
     series: &[Series],
 ) -> Result<()> {
-    let canvas = canvas(path, 740)?;
-    let x_range = span(series, |&(x, _)| x)?;
-    let y_range = span(series, |&(_, y)| y)?;
-    let y_padding = 0.04 * (y_range.end - y_range.start);
+    let x = span(series, |&(x, _)| x)?;
+    let y = span(series, |&(_, y)| y)?;
+    let padding = 0.04 * (y.end - y.start);
+    let y = y.start - padding..y.end + padding;
+    let corner = SeriesLabelPosition::UpperRight;
+    plot(path, title, (x_label, x), (y_label, y), corner, |chart| {
+        for (index, line) in series.iter().enumerate() {
+            let style = PALETTE[index % PALETTE.len()].stroke_width(if index == 0 { 5 } else { 2 });
+            chart
+                .draw_series(LineSeries::new(line.points.iter().copied(), style))?
+                .label(&line.name)
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
+        }
+        Ok(())
+    })
+}
 
+/// Draws each series as points of (FLOP a byte, TFLOP/s) on logarithmic axes, under the roofs that
+/// the memory (TB/s) and the arithmetic (TFLOP/s) set.
+pub fn roofline(
+    path: &Path,
+    title: &str,
+    (memory, arithmetic): (f64, f64),
+    series: &[Series],
+) -> Result<()> {
+    let points = || series.iter().flat_map(|series| &series.points);
+    if points().any(|&(x, y)| !(x > 0.0 && y > 0.0 && x.is_finite() && y.is_finite())) {
+        return Err(format!("the roofline {title:?} has a point off a logarithmic axis").into());
+    }
+    let ridge = arithmetic / memory;
+    let left = points().map(|p| p.0).fold(ridge, f64::min) / 1.5;
+    let right = points().map(|p| p.0).fold(ridge, f64::max) * 1.5;
+    let bottom = points().map(|p| p.1).fold(memory * left, f64::min) / 1.5;
+    let top = points().map(|p| p.1).fold(arithmetic, f64::max) * 1.5;
+
+    let x = ("FLOP a byte of operands and result", (left..right).log_scale());
+    let y = ("TFLOP/s", (bottom..top).log_scale());
+    plot(path, title, x, y, SeriesLabelPosition::LowerRight, |chart| {
+        let roofs = [(left, memory * left), (ridge, arithmetic), (right, arithmetic)];
+        let style = BLACK.mix(0.6).stroke_width(2);
+        chart
+            .draw_series(LineSeries::new(roofs, style))?
+            .label(format!("{} TB/s, {} TFLOP/s", short_number(&memory), short_number(&arithmetic)))
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
+        for (index, series) in series.iter().enumerate() {
+            // Rings around the first series' dots: neither hides the other.
+            let color = PALETTE[index % PALETTE.len()];
+            let (radius, style) =
+                if index == 0 { (4, color.filled()) } else { (7, color.stroke_width(2)) };
+            chart
+                .draw_series(series.points.iter().map(|&p| Circle::new(p, radius, style)))?
+                .label(&series.name)
+                .legend(move |(x, y)| Circle::new((x + 11, y), radius, style));
+        }
+        Ok(())
+    })
+}
+
+/// Labelled axes with a grid, what `draw` puts on them, and the legend.
+fn plot<'a, X, Y>(
+    path: &'a Path,
+    title: &str,
+    (x_label, x): (&str, X),
+    (y_label, y): (&str, Y),
+    legend: SeriesLabelPosition,
+    draw: impl FnOnce(&mut Chart<'a, X, Y>) -> Result<()>,
+) -> Result<()>
+where
+    X: AsRangedCoord<Value = f64, CoordDescType: ValueFormatter<f64>>,
+    Y: AsRangedCoord<Value = f64, CoordDescType: ValueFormatter<f64>>,
+{
+    let canvas = canvas(path, 740)?;
     let mut chart = ChartBuilder::on(&canvas)
         .caption(title, (FAMILY, TITLE_SIZE))
         .margin(MARGIN)
         .x_label_area_size(56)
         .y_label_area_size(76)
-        .build_cartesian_2d(x_range, y_range.start - y_padding..y_range.end + y_padding)?;
+        .build_cartesian_2d(x, y)?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)
@@ -67,79 +140,10 @@ pub fn line_chart(
         .x_desc(x_label)
         .y_desc(y_label)
         .draw()?;
-    for (index, line) in series.iter().enumerate() {
-        let style = PALETTE[index % PALETTE.len()].stroke_width(if index == 0 { 5 } else { 2 });
-        chart
-            .draw_series(LineSeries::new(line.points.iter().copied(), style))?
-            .label(&line.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
-    }
+    draw(&mut chart)?;
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .margin(12)
-        .label_font((FAMILY, TEXT_SIZE))
-        .background_style(WHITE.mix(0.9))
-        .border_style(BLACK.mix(0.2))
-        .draw()?;
-    Ok(canvas.present()?)
-}
-
-/// Draws each series as points of (FLOP a byte, TFLOP/s) on logarithmic axes, under the roofs that
-/// the memory (TB/s) and the arithmetic (TFLOP/s) set.
-pub fn roofline(
-    path: &Path,
-    title: &str,
-    (memory, arithmetic): (f64, f64),
-    series: &[Series],
-) -> Result<()> {
-    let canvas = canvas(path, 740)?;
-    let points = || series.iter().flat_map(|series| &series.points);
-    if points().any(|&(x, y)| !(x > 0.0 && y > 0.0 && x.is_finite() && y.is_finite())) {
-        return Err(format!("the roofline {title:?} has a point off a logarithmic axis").into());
-    }
-    let ridge = arithmetic / memory;
-    let left = points().map(|p| p.0).fold(ridge, f64::min) / 1.5;
-    let right = points().map(|p| p.0).fold(ridge, f64::max) * 1.5;
-    let bottom = points().map(|p| p.1).fold(memory * left, f64::min) / 1.5;
-    let top = points().map(|p| p.1).fold(arithmetic, f64::max) * 1.5;
-
-    let mut chart = ChartBuilder::on(&canvas)
-        .caption(title, (FAMILY, TITLE_SIZE))
-        .margin(MARGIN)
-        .x_label_area_size(56)
-        .y_label_area_size(76)
-        .build_cartesian_2d((left..right).log_scale(), (bottom..top).log_scale())?;
-    chart
-        .configure_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(BLACK.mix(0.12))
-        .axis_style(BLACK.mix(0.5))
-        .label_style((FAMILY, TEXT_SIZE))
-        .x_label_formatter(&short_number)
-        .y_label_formatter(&short_number)
-        .x_desc("FLOP a byte of operands and result")
-        .y_desc("TFLOP/s")
-        .draw()?;
-    let roofs = [(left, memory * left), (ridge, arithmetic), (right, arithmetic)];
-    let style = BLACK.mix(0.6).stroke_width(2);
-    chart
-        .draw_series(LineSeries::new(roofs, style))?
-        .label(format!("{} TB/s, {} TFLOP/s", short_number(&memory), short_number(&arithmetic)))
-        .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
-    for (index, series) in series.iter().enumerate() {
-        // Rings around the first series' dots: neither hides the other.
-        let color = PALETTE[index % PALETTE.len()];
-        let (radius, style) =
-            if index == 0 { (4, color.filled()) } else { (7, color.stroke_width(2)) };
-        chart
-            .draw_series(series.points.iter().map(|&p| Circle::new(p, radius, style)))?
-            .label(&series.name)
-            .legend(move |(x, y)| Circle::new((x + 11, y), radius, style));
-    }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
+        .position(legend)
         .margin(12)
         .label_font((FAMILY, TEXT_SIZE))
         .background_style(WHITE.mix(0.9))
