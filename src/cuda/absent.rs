@@ -34,3 +34,8 @@ absent! {
         Name, &AttentionProblem, [&CudaStorage; 3], View<CudaStorage>, View<CudaStorage>, &CudaStorage
     ) -> CudaStorage;
 }
+
+/// No weight, of any width.
+pub(crate) fn takes_int4(_: usize) -> bool {
+    false
+}

@@ -9,6 +9,12 @@ use super::{kaio_ops, native};
 use crate::Engine;
 use crate::op::{Epilogue, MatmulProblem, View};
 
+/// Whether [`matmul_int4`] takes a weight of `n` columns.
+pub(crate) fn takes_int4(n: usize) -> bool {
+    // The kernel of kaio-ops 0.5 scales every block of 64 columns with the scales of the first one.
+    n <= 64
+}
+
 pub(crate) fn matmul(
     op: &'static str,
     problem: &MatmulProblem,

@@ -9,11 +9,6 @@ use crate::{cpu, cuda, error::Error, quant, stack::Stack};
 /// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`.
 const INT8_MAX_K: usize = (i32::MAX / (128 * 128)) as usize;
 
-/// The int4 kernel of kaio-ops 0.5 scales every block of 64 columns with the scales of the first one.
-/// Wider weights are dequantised on the GPU to f16, which is what the kernel does with each nibble,
-/// and go through the f16 kernel.
-const KAIO_OPS_INT4_MAX_N: usize = 64;
-
 /// f32 `[.., M, N]` = `scale · Σ a·b`.
 pub(crate) fn matmul_int8(lhs: &Tensor, rhs: &Tensor, scale: f32) -> Result<Tensor> {
     const OP: &str = "kaio_matmul_int8";
@@ -50,7 +45,8 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     let k = check::activations(OP, a)?;
     check::int4_weight(OP, ("lhs", k), b, s)?;
     check::untracked(OP, &[a, b, s])?;
-    if lhs.device().is_cuda() && packed.dims()[1] > KAIO_OPS_INT4_MAX_N {
+    if lhs.device().is_cuda() && !cuda::takes_int4(packed.dims()[1]) {
+        // To f16, on the GPU: what the int4 kernel does with each nibble.
         let weight = quant::dequantize(packed, scales, DType::F16)?;
         return eval(&Matmul::new(OP), &[lhs, &weight]);
     }
