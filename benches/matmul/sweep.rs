@@ -36,9 +36,18 @@ fn problems() -> Vec<([usize; 3], bool, DType)> {
         all.push(([n, n, n], false, DType::BF16));
         all.push(([n, n, n], false, DType::F32));
     }
-    for (m, n, k) in [(8192, 8192, 8192), (16384, 4096, 4096), (4096, 28672, 4096)] {
-        all.push(([m, n, k], false, DType::BF16));
-        all.push(([m, n, k], false, DType::F32));
+    for (m, n, k) in [
+        (8192, 8192, 8192),
+        (16384, 4096, 4096),
+        (4096, 28672, 4096),
+        (2000, 1504, 1000),
+        (1504, 2000, 8200),
+        (1999, 1504, 40),
+    ] {
+        for transposed in [false, true] {
+            all.push(([m, n, k], transposed, DType::BF16));
+            all.push(([m, n, k], transposed, DType::F32));
+        }
     }
     all
 }
@@ -67,7 +76,7 @@ pub fn run(gpu: &mut Gpu, directory: &Path, filter: &str) -> Result<()> {
         let mut best: Option<(f64, sm90::Config)> = None;
         for config in candidates {
             let mut run = || tune::matmul(&a, &b, out, Some(Config::MatmulSm90(config))).map(drop);
-            if m * n <= 1 << 22 {
+            if m * n <= 1 << 24 {
                 let (got, _) = tune::matmul(&a, &b, out, Some(Config::MatmulSm90(config)))?;
                 let differs = (got.to_dtype(DType::F32)? - &want)?.abs()?.max_all()?;
                 let differs = differs.to_scalar::<f32>()?;
@@ -87,13 +96,14 @@ pub fn run(gpu: &mut Gpu, directory: &Path, filter: &str) -> Result<()> {
             let line = json!({
                 "m": m, "n": n, "k": k, "nt": transposed, "out": out.as_str(), "us": us,
                 "orient": format!("{orient:?}"), "rows": rows, "cols": cols, "stages": stages,
-                "split": split, "pair": config.pair, "slabs": config.slabs, "order": format!("{:?}", config.order), "bps": blocks_per_sm, "tma": store == sm90::Store::Tma,
+                "split": split, "pingpong": config.pingpong,
+                "slabs": config.slabs, "order": format!("{:?}", config.order), "bps": blocks_per_sm, "tma": store == sm90::Store::Tma,
             });
             writeln!(file, "{line}")?;
         }
         let (us, c) = best.expect("a candidate");
         println!(
-            "{name} {}: {us:.1} µs {:?} {}x{} split {} x{} stages {} {:?}",
+            "{name} {}: {us:.1} µs {:?} {}x{} split {} x{} stages {} {:?}{}",
             out.as_str(),
             c.orient,
             c.rows,
@@ -101,7 +111,8 @@ pub fn run(gpu: &mut Gpu, directory: &Path, filter: &str) -> Result<()> {
             c.split,
             c.blocks_per_sm,
             c.stages,
-            c.store
+            c.store,
+            if c.pingpong { " pingpong" } else { "" }
         );
     }
     Ok(())

@@ -9,6 +9,7 @@ pub mod gemm;
 mod name;
 mod raster;
 mod ring;
+mod turns;
 
 use crate::ptx::{Half, Source, Target};
 

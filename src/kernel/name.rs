@@ -20,8 +20,8 @@ impl Config {
 }
 
 impl sm90::Config {
-    /// `sm90 128x256 k64x4 pair tma4 raster, nt bf16→f32 +bf16 relu batched boxes64/32`: rows and
-    /// columns of a tile, depth and number of stages, split or pair, blocks of a multiprocessor,
+    /// `sm90 128x256 k64x4 pingpong tma4 raster, nt bf16→f32 +bf16 relu batched boxes64/32`: rows and
+    /// columns of a tile, depth and number of stages, split or turns, blocks of a multiprocessor,
     /// store, order; layouts of `A` and `B` as BLAS names them, types, bias, activation, lines of the
     /// boxes of both operands.
     pub fn name(&self) -> String {
@@ -30,8 +30,8 @@ impl sm90::Config {
             name.push_str(" swapped");
         }
         shared_depth(&mut name, self.split);
-        if self.pair {
-            name.push_str(" pair");
+        if self.pingpong {
+            name.push_str(" pingpong");
         }
         shared_sm(&mut name, self.blocks_per_sm);
         match self.store {

@@ -11,7 +11,7 @@ pub struct Ring {
     empty: u32,
 }
 
-const BARRIER_BYTES: u32 = 8;
+pub(super) const BARRIER_BYTES: u32 = 8;
 
 impl Ring {
     pub fn new(arena: &mut Arena, stages: u32) -> Self {
@@ -72,10 +72,17 @@ impl<'k> Cursor<'k> {
         k.mbarrier_wait(at.at(self.ring.full.into()), self.parity);
     }
 
-    /// The barrier at which a consumer says that it is done with the stage, in the shared memory that
-    /// begins at `base`: this block's or another's of the cluster.
-    pub fn done(&self, base: Reg<'k, u32>) -> Reg<'k, u32> {
-        base + self.stage * BARRIER_BYTES + self.ring.empty
+    /// The barrier at which a consumer says that it is done with the stage.
+    pub fn done(&self) -> Reg<'k, u32> {
+        self.barriers() + self.ring.empty
+    }
+
+    /// Leaves out `stages` stages, which another consumer takes.
+    pub fn skip(&self, stages: Reg<'k, u32>) {
+        let at = self.stage + stages;
+        let rounds = at / self.ring.stages;
+        self.stage.set(at - rounds * self.ring.stages);
+        self.parity.set(self.parity ^ (rounds & 1));
     }
 
     /// Goes to the next stage.

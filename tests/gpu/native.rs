@@ -92,7 +92,7 @@ fn every_kind() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
     let plain = MatmulOptions::default();
     let full = plain.clone().activation(Activation::GeluErf).out_dtype(DType::BF16);
-    let kinds: [(&str, [usize; 3], &MatmulOptions); 9] = [
+    let kinds: [(&str, [usize; 3], &MatmulOptions); 10] = [
         ("tiles stored by the copy engine, one for each block", [256, 512, 192], &plain),
         ("blocks that stay for several tiles", [2048, 2304, 64], &full),
         ("staged, ragged", [130, 131, 70], &full),
@@ -101,7 +101,8 @@ fn every_kind() -> Result<()> {
         ("few rows, the depth in two parts", [16, 1024, 4096], &full),
         ("one tile, the depth in many parts", [64, 64, 4096], &plain),
         ("few columns", [500, 7, 100], &plain),
-        ("pairs of blocks", [8192, 8192, 64], &plain),
+        ("warpgroups that take turns", [3072, 3072, 192], &full),
+        ("taking turns at the columns", [2560, 2568, 200], &plain),
     ];
     let mut tally = Tally::new("native kinds", &gpu);
     for ((kind, [m, n, k], opts), transposed) in

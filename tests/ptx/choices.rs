@@ -335,7 +335,7 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
     let launch = sm90::Launch::new(config, problem, gpu.device.multiprocessors);
     let [x, y, z] = launch.grid;
     rule(x > 0 && x < 1 << 31 && y.max(z) < 1 << 16 && y.min(z) > 0, "a grid that is too large")?;
-    rule(x.is_multiple_of(config.cluster()), "a cluster that is cut off")?;
+    rule(x.is_multiple_of(config.split), "a cluster that is cut off")?;
     rule(config.split <= launch.depth, "a block without depth")
 }
 

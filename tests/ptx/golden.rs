@@ -26,7 +26,7 @@ const HOPPER: sm90::Config = sm90::Config {
     rhs_lines: 64,
     stages: 4,
     split: 1,
-    pair: false,
+    pingpong: false,
     slabs: 2,
     order: sm90::Order::Grid,
     blocks_per_sm: 1,
@@ -79,6 +79,7 @@ fn kernels() -> Vec<(&'static str, Config)> {
         epilogue: Epilogue { bias: Some(Element::F32), ..f32_out },
         ..HOPPER
     };
+    let turns = sm90::Config { rows: 128, pingpong: true, order: Order::Raster, ..HOPPER };
     let hopper = [
         ("sm90_large", sm90::Config { rows: 128, cols: 256, ..HOPPER }),
         (
@@ -87,15 +88,13 @@ fn kernels() -> Vec<(&'static str, Config)> {
         ),
         ("sm90_decode", swapped),
         ("sm90_split", sm90::Config { split: 2, store: Store::Staged { unit: 4 }, ..HOPPER }),
+        ("sm90_pingpong", turns),
         (
-            "sm90_pair",
+            "sm90_pingpong_columns",
             sm90::Config {
-                rows: 128,
-                cols: 128,
-                pair: true,
-                slabs: 4,
-                order: Order::Raster,
-                ..HOPPER
+                orient: Orient::Swapped,
+                epilogue: Epilogue { bias: Some(BF16), ..f32_out },
+                ..turns
             },
         ),
         ("sm90_bias_gelu", sm90::Config { epilogue: after(BF16, Activation::GeluErf), ..HOPPER }),

@@ -69,7 +69,8 @@ impl Plan {
         let element = config.epilogue.out;
         let row = facts.n * u64::from(element.size());
         let dims = [facts.n, facts.m, facts.batch];
-        let (strides, boxed) = ([row, row * facts.m], [config.slab_cols(), 64, 1]);
+        let [cols, rows] = config.result_box();
+        let (strides, boxed) = ([row, row * facts.m], [cols, rows, 1]);
         let rank = if config.batched { 3 } else { 2 };
         Ok(TensorMap::new(element, out, &dims[..rank], &strides[..rank - 1], &boxed[..rank])?)
     }

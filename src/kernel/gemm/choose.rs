@@ -6,7 +6,7 @@
 //! shapes are candidates. docs/kernels.md has what was learnt.
 
 use super::sm90::{Config, DEPTH, Launch, Order, Orient, Store};
-use super::{Epilogue, Major, Problem};
+use super::{Major, Problem};
 use crate::kernel::Device;
 
 /// The largest number of blocks along y and z of a grid.
@@ -15,6 +15,8 @@ const GRID_LIMIT: u32 = 65_535;
 const NARROW: [u32; 8] = [8, 16, 24, 32, 48, 64, 96, 128];
 /// Columns of the others.
 const WIDE: [u32; 7] = [64, 96, 128, 160, 192, 224, 256];
+/// Columns of tiles of 128 rows that a warpgroup has to itself.
+const OWN: [u32; 6] = [128, 144, 160, 168, 176, 192];
 
 /// The configuration with the least estimated time.
 pub fn choose(problem: &Problem, device: &Device) -> Config {
@@ -45,16 +47,18 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             for split in [1, 2, 4, 8] {
                 if let Some(cols) = narrow {
                     let blocks_per_sm = if cols <= 64 { 2 } else { 1 };
-                    let shape = Shape { orient, rows, cols, split, blocks_per_sm };
+                    let shape = Shape { split, blocks_per_sm, ..Shape::new(orient, rows, cols) };
                     all.extend(shape.config(problem, device));
                 }
                 // Blocks that share a depth read nothing in common: wide tiles lose more by that.
                 if rows == 64 || split == 1 {
-                    let shape = |&cols| Shape { orient, rows, cols, split, blocks_per_sm: 1 };
+                    let shape = |&cols| Shape { split, ..Shape::new(orient, rows, cols) };
                     all.extend(wide.iter().map(shape).filter_map(|s| s.config(problem, device)));
                 }
             }
         }
+        let own = |cols| Shape { pingpong: true, ..Shape::new(orient, 128, cols) };
+        all.extend(OWN.into_iter().map(own).filter_map(|s| s.config(problem, device)));
     }
     all
 }
@@ -66,19 +70,25 @@ struct Shape {
     cols: u32,
     split: u32,
     blocks_per_sm: u32,
+    pingpong: bool,
 }
 
 impl Shape {
+    fn new(orient: Orient, rows: u32, cols: u32) -> Self {
+        Self { orient, rows, cols, split: 1, blocks_per_sm: 1, pingpong: false }
+    }
+
     /// All other choices, unless the shape is not possible or plainly idle.
     fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
-        let Self { orient, rows, cols, split, blocks_per_sm } = self;
+        let Self { orient, rows, cols, split, blocks_per_sm, pingpong } = self;
         let [lhs, rhs] = orient.order([problem.lhs, problem.rhs]);
         let [height, width] = orient.order([problem.m, problem.n]);
         if u64::from(split) > problem.k.div_ceil(DEPTH.into()) {
             return None;
         }
         let aligned = (problem.n * u64::from(problem.epilogue.out.size())).is_multiple_of(16);
-        let tma = aligned && split == 1 && orient == Orient::Plain && cols.is_multiple_of(64);
+        let whole = orient == Orient::Plain && cols.is_multiple_of(64);
+        let tma = aligned && split == 1 && (whole || pingpong);
         let unit = if problem.n.is_multiple_of(4) { 4 } else { 1 };
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {
@@ -89,10 +99,14 @@ impl Shape {
             rows,
             cols,
             lhs_lines: lines(lhs, rows, height),
-            rhs_lines: lines(rhs, cols, width),
+            rhs_lines: match rhs {
+                // Long products have little of the last box outside.
+                Major::K if pingpong => cols,
+                _ => lines(rhs, cols, width),
+            },
             stages: 2,
             split,
-            pair: false,
+            pingpong,
             slabs: 2,
             order: Order::Grid,
             blocks_per_sm,
@@ -101,6 +115,18 @@ impl Shape {
             epilogue: problem.epilogue,
         };
         let launch = Launch::new(&config, problem, device.multiprocessors);
+        // There are no turns to take with a tile or less for each block.
+        if pingpong && (!tma || launch.tiles <= device.multiprocessors) {
+            return None;
+        }
+        // Without a swizzled line's width wgmma reads lines of the depth at half the speed.
+        if pingpong && rhs == Major::Outer && !cols.is_multiple_of(64) {
+            return None;
+        }
+        // ptxas loads a bias for each column of a tile at once, and spills.
+        if pingpong && problem.epilogue.bias.is_some() && (orient == Orient::Plain || cols > 176) {
+            return None;
+        }
         // Parts that read nothing in common are for the few small tiles of a deep product: wider
         // tiles in eight parts were estimated at 35 µs for 64×4096×14336, and took 41.
         if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
@@ -113,12 +139,6 @@ impl Shape {
             // Many rows find the right operand in L2: a short ring will do, and leaves room for the
             // result. From memory, or with one tile for each block, a long ring is faster.
             config.slabs = if largest && launch.tile_rows >= 8 { 4 } else { 2 };
-        }
-        // Half the right operand from L2 saves 1 % where f32 results compete for it, nothing else.
-        let Epilogue { out, bias, .. } = problem.epilogue;
-        if largest && tma && launch.tiles > 1000 && out.size() == 4 && bias.is_none() {
-            config.pair = true;
-            config.rhs_lines = lines(rhs, cols / 2, width);
         }
         config.stages = config.max_stages().min(16);
         (config.stages >= 3 && config.check().is_ok()).then_some(config)
@@ -155,7 +175,7 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     let launch = Launch::new(config, problem, device.multiprocessors);
     let sms = f64::from(device.multiprocessors);
     let resident = f64::from(config.blocks_per_sm);
-    let tiles = f64::from(launch.tiles) * f64::from(config.together());
+    let tiles = f64::from(launch.tiles);
     let blocks = tiles * f64::from(config.split);
     let slots = sms * resident;
 
@@ -183,11 +203,13 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
         Order::Raster => 0.9 * end,
         Order::Grid => end + 2650.0,
     } / if resident > 1.0 { 1.5 } else { 1.0 };
+    // The other warpgroup multiplies meanwhile.
+    let between = if config.pingpong { 0.0 } else { between };
 
     let (full, rest) = ((blocks / slots).floor(), blocks % slots);
     let last = if rest > 0.0 { depth * stage * (rest / sms).ceil() } else { 0.0 };
     let mut compute = (full * (depth * stage * resident + between) + last + end) / CLOCKS_PER_US;
-    if full >= 4.0 {
+    if full >= 4.0 && !config.pingpong {
         // Power lowers the clock of long products, the more so the more operands a sum takes.
         let reads = f64::from(config.rows + config.cols) / area;
         compute *= 1.0 + 20.0 * (reads - 3.0 / 256.0).max(0.0);
@@ -209,6 +231,7 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
 mod tests {
     use super::*;
     use crate::kernel::Element;
+    use crate::kernel::gemm::Epilogue;
     use crate::ptx::{Half, Target};
 
     const H200: Device =
@@ -226,10 +249,17 @@ mod tests {
 
     #[test]
     fn large_products_take_the_largest_tile_and_stay() {
-        for n in [4096, 8192] {
-            let c = chosen(n, n, n);
-            assert_eq!((c.rows, c.cols, c.order, c.store), (128, 256, Order::Raster, Store::Tma));
-        }
+        let c = chosen(4096, 4096, 4096);
+        assert_eq!((c.rows, c.cols, c.order, c.store), (128, 256, Order::Raster, Store::Tma));
+        let c = chosen(8192, 8192, 8192);
+        assert_eq!((c.cols, c.pingpong, c.order, c.store), (192, true, Order::Raster, Store::Tma));
+    }
+
+    /// 128×256 leaves half of the sixteenth wave idle; 128×192 along N, a third of the 22nd.
+    #[test]
+    fn the_last_wave_counts() {
+        let c = chosen(16_384, 4096, 4096);
+        assert_eq!((c.orient, c.cols, c.pingpong), (Orient::Swapped, 192, true));
     }
 
     #[test]

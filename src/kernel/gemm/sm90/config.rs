@@ -3,6 +3,7 @@
 use crate::kernel::Arena;
 use crate::kernel::gemm::{Epilogue, Major, Problem};
 use crate::kernel::ring::Ring;
+use crate::kernel::turns::Turns;
 use crate::ptx::Half;
 
 /// Depth of a stage: the 64 16-bit elements of a 128-byte swizzled line.
@@ -73,23 +74,22 @@ pub struct Config {
     pub rhs: Major,
     /// What the tiles are tiles of.
     pub orient: Orient,
-    /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one or two.
+    /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one or two, unless they
+    /// take turns.
     pub rows: u32,
     /// Columns of a tile: a multiple of 8, at most 256.
     pub cols: u32,
     /// Lines of a box of the left operand along K, a divisor of the rows: boxes outside the matrix
     /// are left out.
     pub lhs_lines: u32,
-    /// Lines of a box of the right operand along K, a divisor of the columns (of half of them in a
-    /// pair).
+    /// Lines of a box of the right operand along K, a divisor of the columns.
     pub rhs_lines: u32,
     /// Stages of the ring.
     pub stages: u32,
     /// Blocks that share the depth of a tile, as a cluster. Above 1 the store is staged.
     pub split: u32,
-    /// Two blocks, a cluster, compute tiles of neighbouring rows: each fetches half of the right
-    /// operand for both.
-    pub pair: bool,
+    /// Each multiplying warpgroup has tiles of its own, in turn: one stores while the other multiplies.
+    pub pingpong: bool,
     /// Slabs of the result that a warpgroup can have on their way by [`Store::Tma`]: 2 or 4.
     pub slabs: u32,
     /// How a block finds its tiles.
@@ -111,6 +111,7 @@ pub(super) struct Plan {
     /// Of slabs, or of a staged tile.
     pub result: u32,
     pub ring: Ring,
+    pub turns: Option<Turns>,
     pub bytes: u32,
 }
 
@@ -132,22 +133,12 @@ impl Config {
 
     /// The boxes of a stage of the left operand.
     pub fn lhs_boxes(&self) -> Boxes {
-        Boxes::new(self.lhs, self.rows, self.lhs_lines, 1)
+        Boxes::new(self.lhs, self.rows, self.lhs_lines)
     }
 
     /// The boxes of a stage of the right operand.
     pub fn rhs_boxes(&self) -> Boxes {
-        Boxes::new(self.rhs, self.cols, self.rhs_lines, self.together())
-    }
-
-    /// Blocks that fetch a right operand together.
-    pub fn together(&self) -> u32 {
-        if self.pair { 2 } else { 1 }
-    }
-
-    /// Blocks of a cluster.
-    pub fn cluster(&self) -> u32 {
-        self.split * self.together()
+        Boxes::new(self.rhs, self.cols, self.rhs_lines)
     }
 
     /// Bytes of a stage.
@@ -155,9 +146,36 @@ impl Config {
         self.lhs_boxes().bytes + self.rhs_boxes().bytes
     }
 
-    /// Columns of a slab of the result: a line.
+    /// Arrivals that say that a stage is empty.
+    pub(super) fn readers(&self) -> u32 {
+        if self.pingpong { 1 } else { self.consumers() }
+    }
+
+    /// Blocks of 64 rows of a tile that one warpgroup multiplies.
+    pub(super) fn chains(&self) -> u32 {
+        if self.pingpong { self.rows / SLAB } else { 1 }
+    }
+
+    /// Columns of a slab of the tile, which has 64 rows: a line of `C`, or a quarter of those that fit
+    /// a tile of `Cᵀ`, whose columns are lines.
     pub fn slab_cols(&self) -> u32 {
-        LINE / self.epilogue.out.size()
+        match self.orient {
+            Orient::Plain => LINE / self.epilogue.out.size(),
+            Orient::Swapped => 32,
+        }
+    }
+
+    pub(super) fn slab_bytes(&self) -> u32 {
+        SLAB * self.slab_cols() * self.epilogue.out.size()
+    }
+
+    /// Columns and rows of `C` that the copy engine stores at once.
+    pub fn result_box(&self) -> [u32; 2] {
+        let lines = match self.orient {
+            Orient::Plain => SLAB,
+            Orient::Swapped => self.slab_cols(),
+        };
+        [LINE / self.epilogue.out.size(), lines]
     }
 
     /// Elements between the rows of a staged tile, in f32: such that neither the writes of wgmma's
@@ -177,7 +195,7 @@ impl Config {
     /// Bytes of the slabs, or of a staged tile.
     fn result_bytes(&self) -> u32 {
         match self.store {
-            Store::Tma => self.slabs * self.consumers() * SLAB_BYTES,
+            Store::Tma => self.slabs * self.consumers() * self.slab_bytes(),
             Store::Staged { .. } => self.staged_bytes(),
         }
     }
@@ -214,8 +232,7 @@ impl Config {
                 format!("boxes of {} lines for {} rows", self.lhs_lines, self.rows),
             ),
             (
-                self.rhs == Major::Outer
-                    || (self.cols / self.together()).is_multiple_of(self.rhs_lines),
+                self.rhs == Major::Outer || self.cols.is_multiple_of(self.rhs_lines),
                 format!("boxes of {} lines for {} columns", self.rhs_lines, self.cols),
             ),
             (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
@@ -224,19 +241,20 @@ impl Config {
                 format!("a split of {} (1, 2, 4 or 8)", self.split),
             ),
             (
-                self.store != Store::Tma
-                    || (self.split == 1
-                        && self.orient == Orient::Plain
-                        && self.cols.is_multiple_of(SLAB)),
-                "a TMA store of a split, swapped or ragged tile".into(),
+                self.store != Store::Tma || (self.split == 1 && self.cols >= self.slab_cols()),
+                "a TMA store of a split or narrow tile".into(),
             ),
             (
                 self.split == 1 || self.order == Order::Grid,
                 "split tiles without a block for each".into(),
             ),
             (
-                !self.pair || (self.split == 1 && self.cols.is_multiple_of(16)),
-                format!("a pair of split tiles or of {} columns", self.cols),
+                !self.pingpong
+                    || (self.rows == 128
+                        && self.store == Store::Tma
+                        && self.order == Order::Raster
+                        && self.blocks_per_sm == 1),
+                "warpgroups that take turns on small, staged or single tiles".into(),
             ),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
@@ -258,33 +276,27 @@ impl Config {
             }
         };
         let ring = Ring::new(&mut arena, self.stages);
-        Plan { lhs, rhs, result, ring, bytes: arena.used }
+        let turns = self.pingpong.then(|| Turns::new(&mut arena));
+        Plan { lhs, rhs, result, ring, turns, bytes: arena.used }
     }
 }
 
 /// How the copy engine cuts a stage of an operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Boxes {
-    /// Elements of the outer dimension that a box, or the same box of both blocks of a pair, adds.
-    pub step: u32,
-    /// Lines of one box; each is 64 elements wide.
+    /// Lines of one box, each 64 elements wide, and the elements of the outer dimension that a box
+    /// adds: along K they are its lines, else as many as a line is wide.
     pub lines: u32,
-    /// Bytes of the stage, from all blocks that share it.
+    /// Bytes of the stage.
     pub bytes: u32,
-    /// Those blocks.
-    blocks: u32,
 }
 
 impl Boxes {
-    fn new(major: Major, extent: u32, lines: u32, blocks: u32) -> Self {
+    fn new(major: Major, extent: u32, lines: u32) -> Self {
         match major {
-            // A box has lines of its own; a pair's blocks have half of them each.
-            Major::K => Self { step: lines, lines, bytes: extent * LINE, blocks },
-            // A box has all 64 of the depth; a pair's blocks fetch half of each.
-            Major::Outer => {
-                let bytes = extent.div_ceil(SLAB) * SLAB_BYTES;
-                Self { step: SLAB, lines: DEPTH / blocks, bytes, blocks }
-            }
+            Major::K => Self { lines, bytes: extent * LINE },
+            // A box has all of the depth.
+            Major::Outer => Self { lines: DEPTH, bytes: extent.div_ceil(SLAB) * SLAB_BYTES },
         }
     }
 
@@ -293,19 +305,9 @@ impl Boxes {
         self.lines * LINE
     }
 
-    /// Boxes that one block fetches.
+    /// Boxes of a stage.
     pub fn count(&self) -> u32 {
-        self.bytes / (self.each() * self.blocks)
-    }
-
-    /// Bytes that each `step` of the outer dimension adds to the stage.
-    pub(super) fn step_bytes(&self) -> u32 {
-        self.step.max(self.lines) * LINE
-    }
-
-    /// Steps of the whole stage.
-    pub(super) fn steps(&self) -> u32 {
-        self.bytes / self.step_bytes()
+        self.bytes / self.each()
     }
 }
 
@@ -314,11 +316,11 @@ impl Boxes {
 pub struct Launch {
     /// Stages along the depth.
     pub depth: u32,
-    /// Rows of tiles, or of pairs of them.
+    /// Rows of tiles.
     pub tile_rows: u32,
     /// Columns of tiles.
     pub tile_cols: u32,
-    /// Tiles, or pairs of them, of the whole batch.
+    /// Tiles of the whole batch.
     pub tiles: u32,
     /// Rows that are walked together.
     pub group: u32,
@@ -330,18 +332,16 @@ impl Launch {
     /// Of a configuration on a problem.
     pub fn new(config: &Config, problem: &Problem, multiprocessors: u32) -> Self {
         let [rows, cols] = config.orient.order([problem.m, problem.n]);
-        let together = config.together();
-        let height = config.rows * together;
+        let height = config.rows;
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         let tile_rows = count(rows.div_ceil(height.into()));
         let tile_cols = count(cols.div_ceil(config.cols.into()));
         let each = u64::from(tile_rows) * u64::from(tile_cols);
         let tiles = count(each.saturating_mul(problem.batch));
-        let slots = multiprocessors * config.blocks_per_sm / together;
-        let cluster = config.cluster();
+        let slots = multiprocessors * config.blocks_per_sm;
         let grid = match config.order {
-            Order::Grid => [tile_rows * cluster, tile_cols, count(problem.batch)],
-            Order::Raster => [tiles.min(slots) * cluster, 1, 1],
+            Order::Grid => [tile_rows * config.split, tile_cols, count(problem.batch)],
+            Order::Raster => [tiles.min(slots), 1, 1],
         };
         // The blocks at work read the least if they cover a square of the result.
         let reads = |group: u32| group * height + slots.div_ceil(group) * config.cols;

@@ -26,6 +26,12 @@ impl<'k> Descriptor<'k> {
         Self { low: stage * (bytes / 16) + self.low, ..self }
     }
 
+    /// Of the stage from row or column 64 · `block` on.
+    pub fn rows(self, block: u32) -> Self {
+        let low = if block == 0 { self.low } else { self.low + block * (SLAB_BYTES / 16) };
+        Self { low, ..self }
+    }
+
     /// 16 elements of the depth.
     pub fn operand(self, step: u32) -> Operand<'k> {
         let (each, transposed) = match self.major {

@@ -1,7 +1,7 @@
 //! The producer: one thread that keeps the ring of stages full.
 
 use super::Gemm;
-use super::config::{Boxes, DEPTH, LINE, Orient};
+use super::config::{Boxes, DEPTH, Orient};
 use crate::kernel::gemm::Major;
 use crate::kernel::gemm::share::Share;
 use crate::ptx::{Delivery, Reg};
@@ -19,31 +19,17 @@ struct Operand<'k> {
     how: Delivery<'k>,
 }
 
-impl<'k> Operand<'k> {
-    /// Rows or columns from `outer` on.
-    fn rest(&self, outer: Reg<'k, u32>) -> Reg<'k, u32> {
-        self.extent.max(outer) - outer
-    }
-
-    /// Whether each box shows anything of the `rest` of the matrix. A box outside would become zeros,
-    /// slowly: what is left out only reaches sums that are not stored.
-    fn inside(&self, rest: Reg<'k, u32>) -> Vec<Reg<'k, bool>> {
-        (0..self.boxes.count()).map(|i| rest.gt(i * self.boxes.step)).collect()
-    }
-}
-
 /// An operand's part of a tile.
 struct Side<'k> {
     of: Operand<'k>,
-    /// The tile's first row or column, of this block's boxes.
+    /// The tile's first row or column.
     outer: Reg<'k, u32>,
-    /// What is added to the depth, for this block's boxes.
-    deeper: Option<Reg<'k, u32>>,
-    /// Which of this block's boxes are fetched.
+    /// Whether each box shows anything of the matrix. A box outside would become zeros, slowly: what
+    /// is left out only reaches sums that are not stored.
     inside: Vec<Reg<'k, bool>>,
     /// Bytes that arrive in this block for a stage.
     bytes: Reg<'k, u32>,
-    /// Where the first stage of this block's boxes begins.
+    /// Where the first stage begins.
     to: Reg<'k, u32>,
 }
 
@@ -59,33 +45,15 @@ impl<'k> Side<'k> {
         let Operand { map, major, boxes, how, .. } = self.of;
         let k = at.kernel();
         let to = stage * boxes.bytes + self.to;
-        let depth = self.deeper.map_or(at, |more| at + more);
         for (i, &inside) in (0..).zip(&self.inside) {
-            let outer = if i == 0 { self.outer } else { self.outer + i * boxes.step };
+            let outer = if i == 0 { self.outer } else { self.outer + i * boxes.lines };
             let mut at = match major {
-                Major::K => vec![depth, outer],
-                Major::Outer => vec![outer, depth],
+                Major::K => vec![at, outer],
+                Major::Outer => vec![outer, at],
             };
             at.extend(batch.into_iter().flatten());
-            let to = to.at((i * boxes.step_bytes()).into());
+            let to = to.at((i * boxes.each()).into());
             k.when(inside, || k.tma_load(to, map, &at, full, how));
-        }
-    }
-
-    /// The boxes of block `rank` of a pair: half of the lines, which go to both.
-    fn half(self, rank: Reg<'k, u32>) -> Self {
-        let Operand { major, boxes, .. } = self.of;
-        match major {
-            Major::K => {
-                let outer = self.outer + rank * (boxes.count() * boxes.step);
-                let inside = self.of.inside(self.of.rest(outer));
-                let to = self.to + rank * (boxes.count() * boxes.each());
-                Self { outer, inside, to, ..self }
-            }
-            Major::Outer => {
-                let deeper = rank * boxes.lines;
-                Self { deeper: Some(deeper), to: self.to + deeper * LINE, ..self }
-            }
         }
     }
 }
@@ -95,7 +63,6 @@ impl<'k> Gemm<'k, '_> {
     pub(super) fn produce(&self) {
         let (k, c) = (self.k, self.c);
         let place = self.plan.ring.producer(k, self.base);
-        let rank = c.pair.then(|| k.cluster_rank());
         let [rows, cols] = c.orient.order(self.size);
         let lhs = Operand {
             map: self.lhs,
@@ -105,8 +72,8 @@ impl<'k> Gemm<'k, '_> {
             offset: self.plan.lhs,
             // A small left operand of a swapped product is read by all, the weights once.
             how: match c.orient {
-                Orient::Swapped => Delivery::Once,
-                Orient::Plain => Delivery::Plain,
+                Orient::Swapped if !c.pingpong => Delivery::Once,
+                _ => Delivery::Plain,
             },
         };
         let rhs = Operand {
@@ -115,19 +82,12 @@ impl<'k> Gemm<'k, '_> {
             boxes: c.rhs_boxes(),
             extent: cols,
             offset: self.plan.rhs,
-            how: match c.pair {
-                true => Delivery::Multicast(k.var(0b11u16)),
-                false => Delivery::Plain,
-            },
+            how: Delivery::Plain,
         };
-        self.tiles(|tile| {
+        self.tiles(None, |tile| {
             let batch = self.inner_batch.map(|inner| [tile.batch % inner, tile.batch / inner]);
             let lhs = self.side(lhs, tile.row * c.rows);
             let rhs = self.side(rhs, tile.col * c.cols);
-            let rhs = match rank {
-                None => rhs,
-                Some(rank) => rhs.half(rank),
-            };
             let Share { first, count } = self.share();
             let at = k.var(first * DEPTH);
             let bytes = lhs.bytes + rhs.bytes;
@@ -143,10 +103,14 @@ impl<'k> Gemm<'k, '_> {
 
     /// An operand's part of a tile that begins at `outer`.
     fn side(&self, of: Operand<'k>, outer: Reg<'k, u32>) -> Side<'k> {
-        let (rest, boxes) = (of.rest(outer), of.boxes);
-        let steps = rest.div_ceil(boxes.step).min(boxes.steps());
-        let inside = of.inside(rest);
-        let bytes = steps * boxes.step_bytes();
-        Side { of, outer, deeper: None, inside, bytes, to: self.base + of.offset }
+        let (rest, boxes) = (of.extent.max(outer) - outer, of.boxes);
+        let shown = rest.div_ceil(boxes.lines).min(boxes.count());
+        Side {
+            of,
+            outer,
+            inside: (0..boxes.count()).map(|i| rest.gt(i * boxes.lines)).collect(),
+            bytes: shown * boxes.each(),
+            to: self.base + of.offset,
+        }
     }
 }

@@ -8,6 +8,7 @@
 mod config;
 mod descriptor;
 mod load;
+mod slabs;
 mod store;
 
 pub use config::{Boxes, Config, DEPTH, Launch, MAX_SHARED, Order, Orient, Store};
@@ -15,6 +16,7 @@ pub use config::{Boxes, Config, DEPTH, Launch, MAX_SHARED, Order, Orient, Store}
 use super::share::Share;
 use crate::kernel::raster::{Raster, Tile};
 use crate::kernel::ring::Cursor;
+use crate::kernel::turns::Turn;
 use crate::ptx::{Kernel, Reg, Source, Target, Wgmma};
 use config::{Plan, SLAB_BYTES, WARPGROUP};
 use descriptor::Descriptor;
@@ -26,7 +28,7 @@ use descriptor::Descriptor;
 /// | | type | |
 /// |---|---|---|
 /// | `lhs`, `rhs` | descriptor | of the kernel's left and right operand; a box is 64 elements wide and has the lines of [`Config::lhs_boxes`] and [`Config::rhs_boxes`] |
-/// | `out` | descriptor or address | of `C`: a descriptor for [`Store::Tma`], with boxes of [`Config::slab_cols`] columns and 64 rows |
+/// | `out` | descriptor or address | of `C`: a descriptor for [`Store::Tma`], with boxes of [`Config::result_box`] |
 /// | `m`, `n` | u32 | rows and columns of `C` |
 /// | `bias` | address | only with a bias |
 /// | `depth` | u32 | stages along K |
@@ -35,7 +37,7 @@ use descriptor::Descriptor;
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("matmul", Target::Sm90a, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
-    k.cluster(config.cluster());
+    k.cluster(config.split);
     let plan = config.plan();
     let (lhs, rhs) = (k.tensor_map("lhs"), k.tensor_map("rhs"));
     let out = match config.store {
@@ -59,13 +61,13 @@ pub fn emit(config: &Config) -> Source {
             if let Out::Map(map) = out {
                 k.prefetch_tensor_map(map);
             }
-            plan.ring.init(k, base, config.consumers() * config.together());
+            if let Some(turns) = plan.turns {
+                turns.init(k, base);
+            }
+            plan.ring.init(k, base, config.readers());
         })
     });
-    match config.pair {
-        true => k.sync_cluster(),
-        false => k.sync_block(),
-    }
+    k.sync_block();
     k.wait_for_stream();
     k.let_next_start();
 
@@ -80,9 +82,8 @@ pub fn emit(config: &Config) -> Source {
             k.if_(warp.eq(0), || k.if_(k.elect(), || g.produce()));
             k.sync_warp();
             if config.split > 1 {
+                // Once for the staged parts, once for their sum.
                 k.sync_cluster();
-            }
-            if config.cluster() > 1 {
                 k.sync_cluster();
             }
         },
@@ -91,8 +92,8 @@ pub fn emit(config: &Config) -> Source {
                 k.take_registers(232);
             }
             g.consume(thread - WARPGROUP, group - 1);
-            if config.cluster() > 1 {
-                // Nobody leaves while others read its memory or arrive at its barriers.
+            if config.split > 1 {
+                // Nobody leaves while others read its memory.
                 k.sync_cluster();
             }
         },
@@ -124,24 +125,19 @@ struct Gemm<'k, 'c> {
 }
 
 impl<'k> Gemm<'k, '_> {
-    /// Runs `body` for each tile of this block.
-    fn tiles(&self, body: impl FnOnce(Tile<'k>)) {
+    /// Runs `body` for each tile of this block, or of its warpgroup `turn` of those that take turns.
+    fn tiles(&self, turn: Option<Reg<'k, u32>>, body: impl FnOnce(Tile<'k>)) {
         let (k, c) = (self.k, self.c);
-        let single = c.cluster() == 1;
-        let (first, all) = match single {
-            true => (k.block_x(), k.blocks_x()),
-            false => (k.cluster_x(), k.clusters_x()),
+        let Some(raster) = self.raster else {
+            let row = if c.split == 1 { k.block_x() } else { k.cluster_x() };
+            return body(Tile { batch: k.block_z(), row, col: k.block_y() });
         };
-        let place = |tile: Tile<'k>| match c.pair {
-            true => Tile { row: tile.row * 2 + k.cluster_rank(), ..tile },
-            false => tile,
+        let (first, all) = (k.block_x(), k.blocks_x());
+        let (first, all) = match turn {
+            None => (first, all),
+            Some(turn) => (first + turn * all, all * c.consumers()),
         };
-        match self.raster {
-            Some(raster) => {
-                k.for_(first, raster.count, all, |i| body(place(raster.tile(i, c.batched))));
-            }
-            None => body(place(Tile { batch: k.block_z(), row: first, col: k.block_y() })),
-        }
+        k.for_(first, raster.count, all, |i| body(raster.tile(i, c.batched)));
     }
 
     /// This block's share of the depth.
@@ -149,26 +145,23 @@ impl<'k> Gemm<'k, '_> {
         Share::new(self.depth, self.c.split, || self.k.cluster_rank())
     }
 
-    /// A warpgroup multiplies 64 rows of each tile and stores them.
+    /// A warpgroup multiplies 64 rows of each tile, or all rows of each second one, and stores them.
     fn consume(&self, thread: Reg<'k, u32>, group: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
         let place = self.plan.ring.consumer(k, self.base);
         let leader = (thread % WARPGROUP).eq(0);
-        // The threads that say at which block's barriers a stage is free again.
-        let release = match c.pair {
-            false => (leader, self.base),
-            true => {
-                let i = thread % WARPGROUP;
-                (i.lt(2), k.mapa(self.base, i.min(1)))
-            }
-        };
-        let sums: Vec<_> = (0..c.cols / 2).map(|_| k.reg::<f32>()).collect();
-        self.tiles(|tile| {
-            self.multiply(&sums, place, group, release);
+        let turn = self.plan.turns.map(|turns| turns.join(self.base, group, leader));
+        if turn.is_some() {
+            k.if_(group.ne(0), || place.skip(self.depth));
+        }
+        let chain = |_| (0..c.cols / 2).map(|_| k.reg::<f32>()).collect();
+        let sums: Vec<Vec<_>> = (0..c.chains()).map(chain).collect();
+        self.tiles(turn.map(|_| group), |tile| {
+            self.multiply(&sums, place, group, turn, leader);
             match self.out {
                 Out::Map(map) => self.store_slabs(&sums, map, tile, thread, group, leader),
                 Out::Memory { unit, address } => {
-                    self.stage(&sums, thread);
+                    self.stage(&sums[0], thread);
                     self.store_staged(unit, address, tile, thread);
                 }
             }
@@ -182,39 +175,50 @@ impl<'k> Gemm<'k, '_> {
     /// stage is waited for.
     fn multiply(
         &self,
-        sums: &[Reg<'k, f32>],
+        sums: &[Vec<Reg<'k, f32>>],
         place: Cursor<'k>,
         group: Reg<'k, u32>,
-        (releases, barriers): (Reg<'k, bool>, Reg<'k, u32>),
+        turn: Option<Turn<'k>>,
+        leader: Reg<'k, bool>,
     ) {
         let (k, c) = (self.k, self.c);
-        let arrive = |at: Reg<'k, u32>| match c.pair {
-            true => k.mbarrier_arrive_cluster(at),
-            false => k.mbarrier_arrive(at),
+        let first_rows = match turn {
+            None => group * SLAB_BYTES,
+            Some(turn) => {
+                turn.begin();
+                k.var(0)
+            }
         };
-        let lhs = Descriptor::new(self.base + self.plan.lhs + group * SLAB_BYTES, c.lhs);
+        let lhs = Descriptor::new(self.base + self.plan.lhs + first_rows, c.lhs);
         let rhs = Descriptor::new(self.base + self.plan.rhs, c.rhs);
         let Share { count, .. } = self.share();
         let behind = k.reg::<u32>();
         k.for_(0, count, 1, |i| {
             place.wait();
-            let done = place.done(barriers);
+            let done = place.done();
             let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             let later = i.ne(0);
             k.wgmma_fence();
             for step in 0..DEPTH / 16 {
                 let accumulate = if step == 0 { later.into() } else { true.into() };
-                let (a, b) = (a.operand(step), b.operand(step));
-                k.wgmma(sums, Wgmma { half: c.half, a, b, accumulate });
+                let b = b.operand(step);
+                for (i, sums) in (0..).zip(sums) {
+                    let a = a.rows(i).operand(step);
+                    k.wgmma(sums, Wgmma { half: c.half, a, b, accumulate });
+                }
             }
             k.wgmma_commit();
             k.wgmma_wait(1);
-            k.when(releases & later, || arrive(behind));
+            k.when(leader & later, || k.mbarrier_arrive(behind));
             behind.set(done);
             place.advance();
         });
+        if let Some(turn) = turn {
+            turn.end();
+            place.skip(self.depth);
+        }
         k.wgmma_wait(0);
-        k.when(releases, || arrive(behind));
+        k.when(leader, || k.mbarrier_arrive(behind));
     }
 }
