@@ -106,6 +106,17 @@ impl Kernel {
         self.binary(format_args!("cvt.rn.{}x2.f32", half.name()), high, low)
     }
 
+    /// [`pack`](Self::pack) that overwrites a register: for loops that keep what they pack.
+    pub fn pack_to<'k>(
+        &'k self,
+        to: Reg<'k, u32>,
+        half: Half,
+        low: Reg<'k, f32>,
+        high: Reg<'k, f32>,
+    ) {
+        self.emit(format_args!("cvt.rn.{}x2.f32 {to}, {high}, {low}", half.name()));
+    }
+
     /// `cvt.rn.f16.f32` or `.bf16`: a float rounded.
     pub fn narrow<'k>(&'k self, half: Half, value: Reg<'k, f32>) -> Reg<'k, u16> {
         self.unary(format_args!("cvt.rn.{}.f32", half.name()), value)

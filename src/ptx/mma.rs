@@ -54,6 +54,20 @@ pub struct Wgmma<'k> {
     pub accumulate: Value<'k, bool>,
 }
 
+/// One `wgmma.m64nNk16` whose left operand is in registers.
+#[derive(Clone, Copy, Debug)]
+pub struct WgmmaRegs<'k> {
+    /// The operands' type.
+    pub half: Half,
+    /// As of [`Mma`]; warp `w` of the warpgroup has rows `16w..`. Sums of a product before it are in
+    /// this order when they are packed in pairs.
+    pub a: [Reg<'k, u32>; 4],
+    /// N columns.
+    pub b: Operand<'k>,
+    /// Whether the sum so far counts.
+    pub accumulate: Value<'k, bool>,
+}
+
 impl Kernel {
     /// `mma.sync.m16n8k16`: `sum += a·b`. Lane `l` has the sums of (row `l/4`, columns `2(l%4)..+2`)
     /// and of row `l/4 + 8`.
@@ -73,6 +87,17 @@ impl Kernel {
         let (ta, tb) = (u8::from(m.a.transposed), u8::from(m.b.transposed));
         self.emit(format_args!(
             "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{t}.{t} {d}, {a}, {b}, {}, 1, 1, {ta}, {tb}",
+            m.accumulate
+        ));
+    }
+
+    /// As [`wgmma`](Self::wgmma), with the left operand in registers.
+    pub fn wgmma_regs<'k>(&'k self, sum: &[Reg<'k, f32>], m: WgmmaRegs<'k>) {
+        self.needs(8, 0);
+        let (n, t, d, a) = (2 * sum.len(), m.half.name(), list(sum), list(&m.a));
+        let (b, tb) = (m.b.descriptor, u8::from(m.b.transposed));
+        self.emit(format_args!(
+            "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{t}.{t} {d}, {a}, {b}, {}, 1, 1, {tb}",
             m.accumulate
         ));
     }

@@ -38,7 +38,7 @@ use std::cell::RefCell;
 use std::fmt::{Arguments, Write};
 
 pub use control::Exit;
-pub use mma::{Half, Mma, Operand, Wgmma};
+pub use mma::{Half, Mma, Operand, Wgmma, WgmmaRegs};
 pub use reg::{Address, Float, Integer, Number, Reg, Scalar, Value};
 pub use tma::Delivery;
 

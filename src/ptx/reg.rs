@@ -430,6 +430,18 @@ impl<'k> Reg<'k, u32> {
     }
 }
 
+impl<'k> Reg<'k, i32> {
+    /// The nearest float.
+    pub fn to_float(self) -> Reg<'k, f32> {
+        self.kernel.unary("cvt.rn.f32.s32", self)
+    }
+
+    /// 0 where it is negative.
+    pub fn or_zero(self) -> Reg<'k, u32> {
+        self.max(0).cast()
+    }
+}
+
 impl<'k> Reg<'k, u64> {
     /// The address of element `index` of `bytes` bytes behind this address.
     pub fn element(self, index: Reg<'k, u32>, bytes: u32) -> Self {
@@ -461,6 +473,21 @@ impl<'k> Reg<'k, f32> {
     /// `ex2.approx`: 2 to the power of `self`, relative error 2^-22.
     pub fn exp2(self) -> Self {
         self.kernel.unary("ex2.approx.f32", self)
+    }
+
+    /// `ex2.approx.ftz`: as [`exp2`](Self::exp2), but 0 where that is subnormal: one instruction.
+    pub fn exp2_ftz(self) -> Self {
+        self.kernel.unary("ex2.approx.ftz.f32", self)
+    }
+
+    /// `tanh.approx`: the hyperbolic tangent, relative error 2^-11.
+    pub fn tanh(self) -> Self {
+        self.kernel.unary("tanh.approx.f32", self)
+    }
+
+    /// Multiplies in place.
+    pub fn scale(self, by: impl Into<Value<'k, f32>>) {
+        self.kernel.emit(format_args!("mul.f32 {self}, {self}, {}", by.into()));
     }
 
     /// `lg2.approx`: the logarithm to base 2.

@@ -13,6 +13,11 @@ impl Kernel {
         self.emit(format_args!("bar.sync {id}, {threads}"));
     }
 
+    /// `bar.arrive`: counts at a barrier where `threads` threads arrive or meet, and does not wait.
+    pub fn barrier_arrive_at(&self, id: Reg<u32>, threads: u32) {
+        self.emit(format_args!("bar.arrive {id}, {threads}"));
+    }
+
     /// `bar.sync 0`: all threads of the block meet.
     pub fn sync_block(&self) {
         self.emit(format_args!("bar.sync 0"));

@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 
-use kaio_candle::ptx::{Delivery, Half, Kernel, Mma, Operand, Reg, Source, Target, Wgmma};
+use kaio_candle::ptx::{
+    Delivery, Half, Kernel, Mma, Operand, Reg, Source, Target, Wgmma, WgmmaRegs,
+};
 
 /// With their names.
 pub fn kernels() -> [(&'static str, Source); 6] {
@@ -37,7 +39,8 @@ fn integers() -> Source {
     keep(k, out, &[a + 1, a / 1, a / 64, a % 64, a / 10, a % 10, a.div_ceil(64), a << 3, a >> 3]);
     let longs = [long + 8u64, long * long, long / 16u64, long % 16u64, a.wide(), a.mul_wide(b)];
     keep(k, out, &longs.map(Reg::low));
-    let signs = [signed + -1, signed / 4, signed % 4, signed >> 2, signed.max(0)];
+    let signs =
+        [signed + -1, signed / 4, signed % 4, signed >> 2, signed.max(0), signed.or_zero().cast()];
     keep(k, out, &signs.map(Reg::cast));
     keep(k, out, &[a.min(b), a.max(7), a.bits(4, 14), a.with_high(b).low(), a.with_high(7).low()]);
     k.note("comparisons");
@@ -66,17 +69,25 @@ fn floats() -> Source {
         x.max(f32::NEG_INFINITY),
         x.abs(),
         x.exp2(),
+        x.exp2_ftz(),
+        x.tanh(),
         x.log2(),
         x.recip(),
         x.rsqrt(),
         x.with_sign(y),
         Reg::<u32>::to_f32(n),
+        Reg::<i32>::to_float(n.cast()),
         x.or_else(x.lt(y), f32::NAN),
     ];
+    let product = k.var(x);
+    product.scale(y);
+    keep(k, out, &[product.cast()]);
     keep(k, out, &values.map(Reg::cast));
     for half in [Half::F16, Half::Bf16] {
         let narrow = k.narrow(half, x);
-        keep(k, out, &[k.pack(half, x, y), k.widen(half, narrow).cast()]);
+        let packed = k.reg();
+        k.pack_to(packed, half, x, y);
+        keep(k, out, &[packed, k.pack(half, x, y), k.widen(half, narrow).cast()]);
     }
     k.finish()
 }
@@ -98,6 +109,7 @@ fn control() -> Source {
     k.emit(format_args!("brev.b32 {sum}, {sum}"));
     k.barrier(1, 128);
     k.barrier_at(n.min(15), 128);
+    k.barrier_arrive_at(n.min(15), 512);
     k.sync_block();
     k.sync_warp();
     keep(k, out, &[k.broadcast(sum, 0), k.broadcast(sum, n), k.butterfly(sum, 16)]);
@@ -189,6 +201,8 @@ fn hopper() -> Source {
             for (half, accumulate) in [(Half::Bf16, false.into()), (Half::Bf16, n.ne(0).into())] {
                 k.wgmma(&sum, Wgmma { half, a: operand(false), b: operand(true), accumulate });
             }
+            let (a, b) = ([n, place, n, place], operand(true));
+            k.wgmma_regs(&sum, WgmmaRegs { half: Half::F16, a, b, accumulate: true.into() });
             k.wgmma_commit();
             k.wgmma_wait(1);
             k.wgmma_wait(0);
