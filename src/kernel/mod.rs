@@ -4,11 +4,14 @@
 //! emitter turns that into PTX. Nothing here knows candle, the driver or a GPU: the configuration
 //! alone decides the text, so that it is the key under which compiled kernels are kept.
 
+pub mod attention;
 mod epilogue;
 pub mod gemm;
+mod hopper;
 mod name;
 mod raster;
 mod ring;
+mod slab;
 mod turns;
 
 use crate::ptx::{Half, Source, Target};
@@ -52,6 +55,8 @@ pub enum Config {
     MatmulSm80(gemm::sm80::Config),
     /// The sum of a product's parts.
     MatmulReduce(gemm::sm80::Reduce),
+    /// Attention on Hopper.
+    FlashSm90(attention::sm90::Config),
 }
 
 impl Config {
@@ -61,6 +66,7 @@ impl Config {
             Self::MatmulSm90(config) => gemm::sm90::emit(config),
             Self::MatmulSm80(config) => gemm::sm80::emit(config),
             Self::MatmulReduce(config) => gemm::sm80::emit_reduce(config),
+            Self::FlashSm90(config) => attention::sm90::emit(config),
         }
     }
 }

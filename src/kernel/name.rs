@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use super::gemm::{Epilogue, Major, sm80, sm90};
-use super::{Config, Element};
+use super::{Config, Element, attention};
 use crate::Activation;
 use crate::ptx::Half;
 
@@ -15,6 +15,7 @@ impl Config {
             Self::MatmulSm90(config) => config.name(),
             Self::MatmulSm80(config) => config.name(),
             Self::MatmulReduce(config) => config.name(),
+            Self::FlashSm90(config) => config.name(),
         }
     }
 }
@@ -71,6 +72,43 @@ impl sm80::Reduce {
     pub fn name(&self) -> String {
         let mut name = format!("sm80 reduce split{} unit{}, ", self.split, self.unit);
         epilogue(&mut name, &self.epilogue);
+        name
+    }
+}
+
+impl attention::sm90::Config {
+    /// `flash90 128x176 d128/64 x2 slabs1 turns, bf16→f32 causal +bf16 softcap alibi packed lse direct`:
+    /// rows of a tile and keys of a block, elements of a query and of a value, stages, slabs of the
+    /// result; types, mask, what becomes of scores, lengths, what is stored.
+    pub fn name(&self) -> String {
+        use attention::{Lengths, Mask};
+        let Self { rows, keys, head_dim, value_dim, stages, slabs, scores, .. } = self;
+        let mut name =
+            format!("flash90 {rows}x{keys} d{head_dim}/{value_dim} x{stages} slabs{slabs}");
+        name.push_str(if self.turns { " turns" } else { "" });
+        add(&mut name, format_args!(", {}→{}", self.half.name(), element(self.out)));
+        name.push_str(match self.mask {
+            Mask::None => "",
+            Mask::Right => " causal",
+            Mask::Window => " window",
+        });
+        if let Some(bias) = scores.bias {
+            add(&mut name, format_args!(" +{}", element(bias)));
+        }
+        name.push_str(match self.lengths {
+            Lengths::Full => "",
+            Lengths::Padded => " padded",
+            Lengths::Packed => " packed",
+        });
+        let direct = self.store == attention::sm90::Store::Direct;
+        let words = [
+            (scores.shrunk, " shrunk"),
+            (scores.softcap, " softcap"),
+            (scores.alibi, " alibi"),
+            (self.lse, " lse"),
+            (direct, " direct"),
+        ];
+        words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
         name
     }
 }

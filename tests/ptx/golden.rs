@@ -148,6 +148,7 @@ fn texts_are_as_before() {
             Config::MatmulSm90(config) => config.check(),
             Config::MatmulSm80(config) => config.check(166_912),
             Config::MatmulReduce(_) => Ok(()),
+            Config::FlashSm90(config) => config.check(),
         };
         check.unwrap_or_else(|why| panic!("{name}: {why}"));
         (name, with_facts(&kernel.name(), &kernel.emit()))

@@ -1,0 +1,72 @@
+//! Attention, `softmax(mask(scores))·V`, f16 and bf16 with f32 sums, and a score for each pair of a
+//! query and a key: `scale·q·k`, then a soft cap, then a bias, then ALiBi.
+
+mod mask;
+mod schedule;
+mod scores;
+mod softmax;
+
+pub mod choose;
+pub mod sm90;
+
+pub use mask::Mask;
+pub use schedule::Section;
+pub use scores::Scores;
+
+use super::Element;
+use crate::ptx::Half;
+
+/// An attention, as facts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Problem {
+    /// Sequences.
+    pub batch: u64,
+    /// Heads of the queries.
+    pub heads: u64,
+    /// Heads of the keys and values, a divisor of the others.
+    pub kv_heads: u64,
+    /// Queries of a sequence, or of all together if they are packed.
+    pub queries: u64,
+    /// Keys of a sequence, or of all together if they are packed.
+    pub keys: u64,
+    /// Elements of a query and of a key.
+    pub head_dim: u64,
+    /// Elements of a value.
+    pub value_dim: u64,
+    /// The operands' type.
+    pub half: Half,
+    /// The result's type.
+    pub out: Element,
+    /// Query `i` sees keys from `i + o - left` on, `o` being keys minus queries of its sequence.
+    pub left: Option<u64>,
+    /// Query `i` sees keys up to `i + o + right`. Causal is 0.
+    pub right: Option<u64>,
+    /// What becomes of the scores.
+    pub scores: Scores,
+    /// How long sequences are.
+    pub lengths: Lengths,
+    /// Whether the logarithm of the sum of the exponentials is stored, too.
+    pub lse: bool,
+}
+
+impl Problem {
+    /// What hides keys.
+    pub fn mask(&self) -> Mask {
+        match (self.left, self.right) {
+            (None, None) => Mask::None,
+            (None, Some(_)) => Mask::Right,
+            (Some(_), _) => Mask::Window,
+        }
+    }
+}
+
+/// How long sequences are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Lengths {
+    /// As long as the tensors.
+    Full,
+    /// Each has a length of its own: those of the queries and keys are in memory.
+    Padded,
+    /// They lie one behind the other in a batch of one: where each begins is in memory.
+    Packed,
+}

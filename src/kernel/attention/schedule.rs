@@ -1,0 +1,78 @@
+//! The order of tiles of queries: who computes which, and when.
+//!
+//! Blocks stay, and take their turns from one row of all tiles: block `c` of `G` takes the `c`-th of each
+//! even round of `G`, and the `c`-th from the end of each odd one, so that what one round gives it more
+//! than others, the next one takes back. Nothing is counted in memory: who computes a tile is the same
+//! in each run.
+//!
+//! Heads are taken in sections whose keys and values fit L2: in one section first the last tiles
+//! of all heads, which see the most keys under a causal mask, in the next one the first ones, so that a
+//! tile costs about as much as its neighbours in the row. The last section ends with the least.
+
+use crate::ptx::{Kernel, Reg};
+
+/// Heads whose keys and values are meant to be in L2 together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// Heads, or packs of them, of all sequences.
+    pub heads: u32,
+    /// Tiles of each.
+    pub columns: u32,
+    /// Tiles of all.
+    pub tiles: u32,
+    /// Heads of a section.
+    pub section: u32,
+}
+
+/// The tiles of all heads.
+#[derive(Clone, Copy)]
+pub struct Schedule<'k> {
+    heads: Reg<'k, u32>,
+    columns: Reg<'k, u32>,
+    tiles: Reg<'k, u32>,
+    section: Reg<'k, u32>,
+}
+
+/// A tile's place.
+#[derive(Clone, Copy)]
+pub struct Place<'k> {
+    /// Of all sequences.
+    pub head: Reg<'k, u32>,
+    pub column: Reg<'k, u32>,
+}
+
+impl<'k> Schedule<'k> {
+    /// Declares the parameters `all_heads`, `columns`, `tiles` and `section`: those of [`Section`].
+    pub fn params(k: &'k Kernel) -> Self {
+        let (heads, columns) = (k.param("all_heads"), k.param("columns"));
+        Self { heads, columns, tiles: k.param("tiles"), section: k.param("section") }
+    }
+
+    /// Runs `body` for each tile of this block.
+    pub fn for_each(&self, body: impl FnOnce(Place<'k>)) {
+        let k = self.tiles.kernel();
+        let (i, blocks) = (k.var(k.block_x()), k.blocks_x());
+        let twice = blocks * 2;
+        let step = k.var(twice - 1 - i * 2);
+        k.loop_(|exit| {
+            exit.when(i.ge(self.tiles));
+            body(self.place(i));
+            i.increase(step);
+            step.set(twice - step);
+        });
+    }
+
+    fn place(&self, i: Reg<'k, u32>) -> Place<'k> {
+        let each = self.section * self.columns;
+        let section = i / each;
+        let within = i - section * each;
+        let first = section * self.section;
+        // The last one may have fewer.
+        let height = (self.heads - first).min(self.section);
+        let column = within / height;
+        let head = first + (within - column * height);
+        let last = (self.heads - 1) / self.section;
+        let upwards = ((last - section) % 2).eq(1);
+        Place { head, column: column.or_else(upwards, self.columns - 1 - column) }
+    }
+}

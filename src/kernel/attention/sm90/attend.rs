@@ -1,0 +1,255 @@
+//! The consumers: a warpgroup's 64 rows of a tile against all blocks of keys.
+
+use super::{Attention, Work};
+use crate::kernel::attention::Mask;
+use crate::kernel::attention::softmax::Softmax;
+use crate::kernel::hopper::{Descriptor, SLAB, SLAB_BYTES, WARPGROUP};
+use crate::kernel::ring::Cursor;
+use crate::kernel::slab::Seat;
+use crate::ptx::{Kernel, Reg, Wgmma, WgmmaRegs};
+
+/// A multiplying warpgroup, and the registers and places that it keeps.
+pub(super) struct Group<'k> {
+    /// Its number.
+    pub number: Reg<'k, u32>,
+    pub seat: Seat<'k>,
+    /// One thread of it.
+    pub leader: Reg<'k, bool>,
+    /// Products of queries and keys.
+    scores: Vec<Reg<'k, f32>>,
+    /// Their exponentials, in pairs, as a left operand.
+    weights: Vec<Reg<'k, u32>>,
+    /// Products of the exponentials and values.
+    pub sums: Vec<Reg<'k, f32>>,
+    pub softmax: Softmax<'k>,
+    queries: Descriptor<'k>,
+    keys: Descriptor<'k>,
+    values: Descriptor<'k>,
+    query_place: Cursor<'k>,
+    key_place: Cursor<'k>,
+    value_place: Cursor<'k>,
+    turns: Option<Turns<'k>>,
+}
+
+/// The right to begin products, which goes from warpgroup to warpgroup.
+#[derive(Clone, Copy)]
+struct Turns<'k> {
+    mine: Reg<'k, u32>,
+    next: Reg<'k, u32>,
+}
+
+impl Turns<'_> {
+    /// Those who wait and who let them.
+    const THREADS: u32 = 2 * WARPGROUP;
+
+    fn wait(&self, k: &Kernel) {
+        k.barrier_at(self.mine, Self::THREADS);
+    }
+
+    fn pass(&self, k: &Kernel) {
+        k.barrier_arrive_at(self.next, Self::THREADS);
+    }
+}
+
+impl<'k> Attention<'k, '_> {
+    /// A warpgroup's rows of all tiles of this block.
+    pub(super) fn consume(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) {
+        let (k, c) = (self.k, self.c);
+        let group = self.group(thread, number);
+        // The first one's turn.
+        let (first, last) = (number.eq(0), number.eq(c.consumers() - 1));
+        if let Some(turns) = group.turns {
+            k.if_(last, || turns.pass(k));
+        }
+        self.tiles(|work| {
+            self.attend(&group, &work);
+            self.store(&group, &work);
+            if c.slabs == 0 {
+                self.release_queries(&group);
+            }
+            group.query_place.turn();
+        });
+        if let Some(turns) = group.turns {
+            k.if_(first, || turns.wait(k));
+        }
+        if self.out_map.is_some() {
+            k.when(group.leader, || k.tma_wait_read(0));
+        }
+    }
+
+    fn group(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) -> Group<'k> {
+        let (k, c, plan) = (self.k, self.c, &self.plan);
+        let queries = self.base + plan.queries + number * c.query_bytes();
+        let next = k.var(0).or_else(number.eq(c.consumers() - 1), number + 1);
+        // 0 is the block's, and as many as there are groups are for their results.
+        let turn = |number: Reg<'k, u32>| number + (1 + c.consumers());
+        Group {
+            number,
+            seat: Seat { lane: thread % 32, warp: thread / 32 % 4 },
+            leader: (thread % WARPGROUP).eq(0),
+            scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
+            weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
+            sums: (0..c.value_dim / 2).map(|_| k.reg()).collect(),
+            softmax: Softmax::new(k, Some(self.scale)),
+            queries: Descriptor::along_k(queries, SLAB),
+            keys: Descriptor::along_k(self.base + plan.keys, c.keys),
+            values: Descriptor::across_k(self.base + plan.values, c.keys),
+            query_place: plan.query_ring.owner(k, self.base, number),
+            key_place: plan.key_ring.consumer(k, self.base),
+            value_place: plan.value_ring.consumer(k, self.base),
+            turns: c.turns.then(|| Turns { mine: turn(number), next: turn(next) }),
+        }
+    }
+
+    /// The sums of a tile's rows.
+    fn attend(&self, g: &Group<'k>, work: &Work<'k>) {
+        let (k, c, blocks) = (self.k, self.c, work.blocks);
+        let row = work.first + self.row(g);
+        let rows = [row, row + 8];
+        let col = (g.seat.lane % 4 * 2).cast::<i32>();
+        let hide = |block: Reg<'k, i32>| {
+            work.sight.hide(&g.scores, rows, block * c.keys as i32 + col);
+        };
+        g.sums.iter().for_each(|sum| sum.set(0.0));
+        g.softmax.reset();
+        g.query_place.wait();
+        let block = k.var(blocks.end - 1);
+        // The queries are free before the last product.
+        let free = || {
+            if c.slabs > 0 {
+                self.release_queries(g);
+            }
+        };
+        let some = || {
+            g.key_place.wait();
+            self.multiply_keys(g);
+            k.wgmma_wait(0);
+            self.release(g, g.key_place);
+            match c.mask {
+                Mask::None => {
+                    let first = block * c.keys as i32;
+                    k.if_(work.sight.beyond(first, c.keys), || hide(block));
+                }
+                _ => hide(block),
+            }
+            let weights = g.softmax.first(&g.scores, self.holes());
+            self.keep(g, &weights);
+            block.increase(-1);
+
+            let walk = |to: Reg<'k, i32>, masked: bool| {
+                let to = to.max(blocks.begin);
+                k.loop_(|exit| {
+                    exit.when(block.lt(to));
+                    self.step(g, masked.then_some(&|| hide(block)));
+                    block.increase(-1);
+                });
+            };
+            if c.mask != Mask::None {
+                walk(blocks.whole_end, true);
+            }
+            walk(blocks.whole_begin.unwrap_or(blocks.begin), false);
+            if blocks.whole_begin.is_some() {
+                walk(blocks.begin, true);
+            }
+
+            free();
+            g.value_place.wait();
+            self.multiply_values(g);
+            k.wgmma_wait(0);
+            self.release(g, g.value_place);
+        };
+        k.if_else(block.ge(blocks.begin), some, free);
+    }
+
+    /// This thread's first row of the tile.
+    fn row(&self, g: &Group<'k>) -> Reg<'k, i32> {
+        (g.number * SLAB + g.seat.warp * 16 + g.seat.lane / 4).cast()
+    }
+
+    /// Whether a row may have seen no key after a block that the mask cuts.
+    fn holes(&self) -> bool {
+        self.c.mask != Mask::None
+    }
+
+    /// Another block of keys, and the values of the one before it.
+    fn step(&self, g: &Group<'k>, hide: Option<&dyn Fn()>) {
+        let k = self.k;
+        g.key_place.wait();
+        if let Some(turns) = g.turns {
+            turns.wait(k);
+        }
+        self.multiply_keys(g);
+        g.value_place.wait();
+        self.multiply_values(g);
+        if let Some(turns) = g.turns {
+            turns.pass(k);
+        }
+        k.wgmma_wait(1);
+        self.release(g, g.key_place);
+        if let Some(hide) = hide {
+            hide();
+        }
+        let (weights, factors) = g.softmax.next(&g.scores, hide.is_some() && self.holes());
+        k.wgmma_wait(0);
+        self.release(g, g.value_place);
+        self.keep(g, &weights);
+        for (i, sum) in g.sums.iter().enumerate() {
+            sum.scale(factors[i / 2 % 2]);
+        }
+    }
+
+    /// Begins the product of the queries and a block of keys.
+    fn multiply_keys(&self, g: &Group<'k>) {
+        let (k, c) = (self.k, self.c);
+        let keys = g.keys.stage(g.key_place.stage, c.key_bytes());
+        k.wgmma_fence();
+        for step in 0..c.head_dim / 16 {
+            let (a, b) = (g.queries.operand(step), keys.operand(step));
+            let accumulate = (step > 0).into();
+            k.wgmma(&g.scores, Wgmma { half: c.half, a, b, accumulate });
+        }
+        k.wgmma_commit();
+    }
+
+    /// Begins the product of the exponentials and a block of values.
+    fn multiply_values(&self, g: &Group<'k>) {
+        let (k, c) = (self.k, self.c);
+        let values = g.values.stage(g.value_place.stage, c.value_bytes());
+        k.wgmma_fence();
+        for (step, a) in (0..).zip(g.weights.chunks(4)) {
+            let a = a.try_into().expect("keys are a multiple of 16");
+            let b = values.operand(step);
+            k.wgmma_regs(&g.sums, WgmmaRegs { half: c.half, a, b, accumulate: true.into() });
+        }
+        k.wgmma_commit();
+    }
+
+    /// Packs exponentials.
+    fn keep(&self, g: &Group<'k>, exponentials: &[Reg<'k, f32>]) {
+        for (&to, pair) in g.weights.iter().zip(exponentials.chunks(2)) {
+            self.k.pack_to(to, self.c.half, pair[0], pair[1]);
+        }
+    }
+
+    /// This warpgroup has read a stage.
+    fn release(&self, g: &Group<'k>, place: Cursor<'k>) {
+        let done = place.done(self.base);
+        self.k.when(g.leader, || self.k.mbarrier_arrive(done));
+        place.advance();
+    }
+
+    /// The next queries may come.
+    fn release_queries(&self, g: &Group<'k>) {
+        let done = g.query_place.done(self.base);
+        self.k.when(g.leader, || self.k.mbarrier_arrive(done));
+    }
+
+    /// Where this warpgroup's part of the result is staged.
+    pub(super) fn staged(&self, g: &Group<'k>) -> Reg<'k, u32> {
+        let each = match self.c.slabs {
+            0 => self.c.query_bytes(),
+            slabs => slabs * SLAB_BYTES,
+        };
+        self.base + self.plan.result + g.number * each
+    }
+}

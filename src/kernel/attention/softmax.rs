@@ -1,0 +1,140 @@
+//! The softmax of rows that come in blocks: the largest score and the sum so far, to base 2.
+//!
+//! A thread has fragments of two rows, as `mma.sync` and `wgmma` leave them: score `4j + 2h + c` is of
+//! row `h`. Four neighbouring lanes share a row.
+
+use crate::ptx::{Kernel, Reg};
+
+/// The state of a thread's two rows.
+#[derive(Clone, Copy)]
+pub struct Softmax<'k> {
+    max: [Reg<'k, f32>; 2],
+    /// This thread's share.
+    sum: [Reg<'k, f32>; 2],
+    /// What scores are multiplied with, including log₂e. More than 0. None: they are to base 2.
+    scale: Option<Reg<'k, f32>>,
+}
+
+/// Rows at their end.
+#[derive(Clone, Copy)]
+pub struct Finished<'k> {
+    /// The reciprocals of the sums: 0 for a row without keys.
+    pub inverse: [Reg<'k, f32>; 2],
+    /// The natural logarithms of the sums of the exponentials.
+    pub lse: [Reg<'k, f32>; 2],
+}
+
+impl<'k> Softmax<'k> {
+    pub fn new(k: &'k Kernel, scale: Option<Reg<'k, f32>>) -> Self {
+        Self { max: k.regs(), sum: k.regs(), scale }
+    }
+
+    /// Rows without any key.
+    pub fn reset(&self) {
+        for row in 0..2 {
+            self.max[row].set(f32::NEG_INFINITY);
+            self.sum[row].set(0.0);
+        }
+    }
+
+    /// The first block: the exponentials of its scores. `holes` says that a row may not have seen a
+    /// key yet.
+    pub fn first(&self, scores: &[Reg<'k, f32>], holes: bool) -> Vec<Reg<'k, f32>> {
+        for row in 0..2 {
+            self.max[row].set(across_quad(fold(scores, row, Reg::max), Reg::max));
+        }
+        let exponentials = self.exponentials(scores, holes);
+        for row in 0..2 {
+            self.sum[row].set(fold(&exponentials, row, |a, b| a + b));
+        }
+        exponentials
+    }
+
+    /// Another block: the exponentials of its scores, and by what both rows' former sums shrink.
+    pub fn next(
+        &self,
+        scores: &[Reg<'k, f32>],
+        holes: bool,
+    ) -> (Vec<Reg<'k, f32>>, [Reg<'k, f32>; 2]) {
+        let before = self.max.map(|max| max.kernel().var(max));
+        for row in 0..2 {
+            let here = fold(scores, row, Reg::max).max(before[row]);
+            self.max[row].set(across_quad(here, Reg::max));
+        }
+        let used = self.used(holes);
+        let factors = std::array::from_fn(|row| self.scaled(before[row] - used[row]).exp2_ftz());
+        let exponentials = self.exponentials(scores, holes);
+        for row in 0..2 {
+            self.sum[row].scale(factors[row]);
+            self.sum[row].increase(fold(&exponentials, row, |a, b| a + b));
+        }
+        (exponentials, factors)
+    }
+
+    /// What is subtracted from the scores: the largest one, or 0 while there is none, since -∞ - -∞
+    /// is no number.
+    fn used(&self, holes: bool) -> [Reg<'k, f32>; 2] {
+        match holes {
+            true => self.max.map(|max| max.or_else(max.gt(f32::NEG_INFINITY), 0.0)),
+            false => self.max,
+        }
+    }
+
+    fn scaled(&self, score: Reg<'k, f32>) -> Reg<'k, f32> {
+        self.scale.map_or(score, |scale| score * scale)
+    }
+
+    fn exponentials(&self, scores: &[Reg<'k, f32>], holes: bool) -> Vec<Reg<'k, f32>> {
+        let least = self.used(holes).map(|max| -self.scaled(max));
+        let exponential = |(i, &score): (usize, &Reg<'k, f32>)| {
+            let least = least[i / 2 % 2];
+            match self.scale {
+                Some(scale) => score.fma(scale, least),
+                None => score + least,
+            }
+            .exp2_ftz()
+        };
+        scores.iter().enumerate().map(exponential).collect()
+    }
+
+    /// The end of the rows.
+    pub fn finish(&self) -> Finished<'k> {
+        let sums = self.sum.map(|sum| across_quad(sum, |a, b| a + b));
+        let logarithm = |row: usize| {
+            let (max, sum) = (self.scaled(self.max[row]), sums[row]);
+            let lse = (max + sum.log2()) * std::f32::consts::LN_2;
+            unless_zero(sum, lse, f32::NEG_INFINITY)
+        };
+        Finished {
+            inverse: sums.map(|sum| unless_zero(sum, sum.recip(), 0.0)),
+            lse: std::array::from_fn(logarithm),
+        }
+    }
+}
+
+/// The value, or something else where the sum is 0. NaN stays NaN.
+fn unless_zero<'k>(sum: Reg<'k, f32>, value: Reg<'k, f32>, otherwise: f32) -> Reg<'k, f32> {
+    sum.kernel().var(otherwise).or_else(sum.eq(0.0), value)
+}
+
+/// Combines a thread's values of a row: two chains, so that each waits for the other half as often.
+fn fold<'k>(
+    values: &[Reg<'k, f32>],
+    row: usize,
+    combine: impl Fn(Reg<'k, f32>, Reg<'k, f32>) -> Reg<'k, f32>,
+) -> Reg<'k, f32> {
+    let chain = |c: usize| {
+        let of_row = values.chunks(4).map(|quad| quad[2 * row + c]);
+        of_row.reduce(&combine).expect("there are scores")
+    };
+    combine(chain(0), chain(1))
+}
+
+/// Combines what the four lanes of a row have.
+fn across_quad<'k>(
+    value: Reg<'k, f32>,
+    combine: impl Fn(Reg<'k, f32>, Reg<'k, f32>) -> Reg<'k, f32>,
+) -> Reg<'k, f32> {
+    let k = value.kernel();
+    [1, 2].into_iter().fold(value, |value, xor| combine(value, k.butterfly(value, xor)))
+}
