@@ -135,6 +135,13 @@ impl Kernel {
         }
     }
 
+    /// The two floats of a register, the low half's first.
+    pub fn unpack<'k>(&'k self, half: Half, pair: Reg<'k, u32>) -> [Reg<'k, f32>; 2] {
+        let halves = self.regs::<u16, 2>();
+        self.emit(format_args!("mov.b32 {}, {pair}", list(&halves)));
+        halves.map(|x| self.widen(half, x))
+    }
+
     /// The value of lane `lane` for all lanes of the warp (`shfl.sync.idx`): tells the assembler that
     /// a value is the same in the whole warp.
     pub fn broadcast<'k>(
@@ -144,6 +151,20 @@ impl Kernel {
     ) -> Reg<'k, u32> {
         let d = self.reg();
         self.emit(format_args!("shfl.sync.idx.b32 {d}, {value}, {}, 31, -1", lane.into()));
+        d
+    }
+
+    /// `shfl.sync.up`: the value of the lane `by` before; a lane without one keeps its own.
+    pub fn from_before<'k>(&'k self, value: Reg<'k, u32>, by: u32) -> Reg<'k, u32> {
+        let d = self.reg();
+        self.emit(format_args!("shfl.sync.up.b32 {d}, {value}, {by}, 0, -1"));
+        d
+    }
+
+    /// `vote.sync.ballot`: a bit for each lane of the warp.
+    pub fn ballot<'k>(&'k self, holds: Reg<'k, bool>) -> Reg<'k, u32> {
+        let d = self.reg();
+        self.emit(format_args!("vote.sync.ballot.b32 {d}, {holds}, -1"));
         d
     }
 

@@ -406,6 +406,11 @@ impl<'k> Reg<'k, u32> {
         self.kernel.binary("mul.wide.u32", self, factor)
     }
 
+    /// `popc`: how many bits are set.
+    pub fn ones(self) -> Self {
+        self.kernel.unary("popc.b32", self)
+    }
+
     /// `bfe`: `len` bits from bit `start` on.
     pub fn bits(self, start: u32, len: u32) -> Self {
         let d = self.kernel.reg();

@@ -87,6 +87,7 @@ fn floats() -> Source {
         let narrow = k.narrow(half, x);
         let packed = k.reg();
         k.pack_to(packed, half, x, y);
+        keep(k, out, &k.unpack(half, packed).map(Reg::cast));
         keep(k, out, &[packed, k.pack(half, x, y), k.widen(half, narrow).cast()]);
     }
     k.finish()
@@ -113,6 +114,7 @@ fn control() -> Source {
     k.sync_block();
     k.sync_warp();
     keep(k, out, &[k.broadcast(sum, 0), k.broadcast(sum, n), k.butterfly(sum, 16)]);
+    keep(k, out, &[k.from_before(sum, 4), k.ballot(sum.gt(n)).ones()]);
     k.finish()
 }
 
