@@ -57,6 +57,8 @@ pub enum Config {
     MatmulReduce(gemm::sm80::Reduce),
     /// Attention on Hopper.
     FlashSm90(attention::sm90::Config),
+    /// The results of an attention's parts, put together.
+    FlashCombine(attention::combine::Config),
 }
 
 impl Config {
@@ -67,6 +69,7 @@ impl Config {
             Self::MatmulSm80(config) => gemm::sm80::emit(config),
             Self::MatmulReduce(config) => gemm::sm80::emit_reduce(config),
             Self::FlashSm90(config) => attention::sm90::emit(config),
+            Self::FlashCombine(config) => attention::combine::emit(config),
         }
     }
 }

@@ -16,6 +16,7 @@ impl Config {
             Self::MatmulSm80(config) => config.name(),
             Self::MatmulReduce(config) => config.name(),
             Self::FlashSm90(config) => config.name(),
+            Self::FlashCombine(config) => config.name(),
         }
     }
 }
@@ -79,13 +80,16 @@ impl sm80::Reduce {
 impl attention::sm90::Config {
     /// `flash90 128x176 d128/64 x2 slabs1 turns, bf16→f32 causal +bf16 softcap alibi packed lse direct`:
     /// rows of a tile and keys of a block, elements of a query and of a value, stages, slabs of the
-    /// result; types, mask, what becomes of scores, lengths, what is stored.
+    /// result, heads of a tile; types, mask, bias, lengths, what becomes of scores, how what is stored.
     pub fn name(&self) -> String {
         use attention::{Lengths, Mask};
         let Self { rows, keys, head_dim, value_dim, stages, slabs, scores, .. } = self;
         let mut name =
             format!("flash90 {rows}x{keys} d{head_dim}/{value_dim} x{stages} slabs{slabs}");
         name.push_str(if self.turns { " turns" } else { "" });
+        if self.pack > 1 {
+            add(&mut name, format_args!(" pack{}", self.pack));
+        }
         add(&mut name, format_args!(", {}→{}", self.half.name(), element(self.out)));
         name.push_str(match self.mask {
             Mask::None => "",
@@ -93,7 +97,8 @@ impl attention::sm90::Config {
             Mask::Window => " window",
         });
         if let Some(bias) = scores.bias {
-            add(&mut name, format_args!(" +{}", element(bias)));
+            let pairs = if bias.pairs { "x2" } else { "" };
+            add(&mut name, format_args!(" +{}{pairs}", element(bias.element)));
         }
         name.push_str(match self.lengths {
             Lengths::Full => "",
@@ -107,9 +112,19 @@ impl attention::sm90::Config {
             (scores.alibi, " alibi"),
             (self.lse, " lse"),
             (direct, " direct"),
+            (self.split, " split"),
         ];
         words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
         name
+    }
+}
+
+impl attention::combine::Config {
+    /// `combine d128 parts32, →bf16 lse`
+    pub fn name(&self) -> String {
+        let lse = if self.lse { " lse" } else { "" };
+        let (dim, parts) = (self.value_dim, 32 * self.rounds);
+        format!("combine d{dim} parts{parts}, →{}{lse}", element(self.out))
     }
 }
 

@@ -117,7 +117,7 @@ impl Choice {
         match self.kernel {
             Config::MatmulSm90(config) => config.blocks_per_sm,
             Config::MatmulSm80(config) => config.blocks_per_sm,
-            Config::MatmulReduce(_) | Config::FlashSm90(_) => 1,
+            Config::MatmulReduce(_) | Config::FlashSm90(_) | Config::FlashCombine(_) => 1,
         }
     }
 
@@ -309,7 +309,7 @@ fn choices_fit_their_problems() {
             Config::MatmulSm90(config) => hopper_fits(config, gpu, problem),
             Config::MatmulSm80(config) => portable_fits(config, gpu, problem),
             Config::MatmulReduce(reduce) => divides(reduce.unit, problem),
-            Config::FlashSm90(_) => Err("another family".into()),
+            Config::FlashSm90(_) | Config::FlashCombine(_) => Err("another family".into()),
         };
         if let Err(why) = fits {
             panic!("{why}: {} for {problem:?}", choice.name());

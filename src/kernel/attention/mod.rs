@@ -1,17 +1,20 @@
 //! Attention, `softmax(mask(scores))·V`, f16 and bf16 with f32 sums, and a score for each pair of a
 //! query and a key: `scale·q·k`, then a soft cap, then a bias, then ALiBi.
 
+mod lengths;
 mod mask;
 mod schedule;
 mod scores;
 mod softmax;
 
 pub mod choose;
+pub mod combine;
 pub mod sm90;
 
+pub use lengths::Lengths;
 pub use mask::Mask;
 pub use schedule::Section;
-pub use scores::Scores;
+pub use scores::{Bias, Scores};
 
 use super::Element;
 use crate::ptx::Half;
@@ -58,15 +61,14 @@ impl Problem {
             (Some(_), _) => Mask::Window,
         }
     }
-}
 
-/// How long sequences are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Lengths {
-    /// As long as the tensors.
-    Full,
-    /// Each has a length of its own: those of the queries and keys are in memory.
-    Padded,
-    /// They lie one behind the other in a batch of one: where each begins is in memory.
-    Packed,
+    /// About how many keys the queries of a tile see, at most.
+    pub fn seen_keys(&self, queries: u64) -> u64 {
+        match (self.left, self.right) {
+            (Some(left), Some(right)) => {
+                self.keys.min(left.saturating_add(right).saturating_add(queries))
+            }
+            _ => self.keys,
+        }
+    }
 }

@@ -1,23 +1,257 @@
 //! What becomes of the products of queries and keys before the softmax.
 
+use super::mask::column;
 use crate::kernel::Element;
+use crate::ptx::{Half, Kernel, Reg};
 
 /// What becomes of scores.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Scores {
-    /// The scale is 0 or less: its products are taken before the largest is looked for.
+    /// The scale is 0 or less: it is applied before the largest score is looked for.
     pub shrunk: bool,
     /// `cap·tanh(score/cap)`.
     pub softcap: bool,
-    /// The type of what is added.
-    pub bias: Option<Element>,
+    /// What is added.
+    pub bias: Option<Bias>,
     /// A slope of each head times the distance from the query's place is subtracted.
     pub alibi: bool,
+}
+
+/// How a bias lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Bias {
+    /// Its type.
+    pub element: Element,
+    /// Neighbouring keys' are side by side, an even number of them, and pairs are aligned: its address
+    /// and its other strides are multiples of two elements.
+    pub pairs: bool,
 }
 
 impl Scores {
     /// Whether the softmax may multiply the products with the scale: nothing is done to them.
     pub fn plain(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// Registers of a thread that wait for the bias of `scores` scores.
+    pub fn registers(&self, scores: u32) -> u32 {
+        match self.bias {
+            None => 0,
+            Some(Bias { element: Element::Half(_), pairs: true }) => scores / 2,
+            Some(Bias { pairs: true, .. }) => scores,
+            // And addresses.
+            Some(Bias { pairs: false, .. }) => scores + 24,
+        }
+    }
+}
+
+/// The parameters.
+#[derive(Clone, Copy)]
+pub struct Shaping<'k> {
+    scores: Scores,
+    /// Of the products.
+    pub scale: Reg<'k, f32>,
+    cap: Option<Reg<'k, f32>>,
+    bias: Option<Memory<'k, 4>>,
+    slopes: Option<Memory<'k, 2>>,
+}
+
+/// What is in memory, and its strides in elements.
+#[derive(Clone, Copy)]
+struct Memory<'k, const N: usize> {
+    address: Reg<'k, u64>,
+    strides: [Reg<'k, u64>; N],
+}
+
+impl<'k, const N: usize> Memory<'k, N> {
+    fn params(k: &'k Kernel, name: &str, strides: [&str; N]) -> Self {
+        let address = k.pointer(name);
+        Self { address, strides: strides.map(|stride| k.param(&format!("{name}_{stride}"))) }
+    }
+
+    /// The address of the element at the first indices.
+    fn at<const I: usize>(&self, at: [Reg<'k, u32>; I], size: u32) -> Reg<'k, u64> {
+        let elements = at.into_iter().zip(self.strides).map(|(i, stride)| i.wide() * stride);
+        let elements = elements.reduce(|a, b| a + b).expect("there is an index");
+        self.address + elements * u64::from(size)
+    }
+}
+
+/// Those of two rows of a fragment.
+#[derive(Clone, Copy)]
+pub struct Shape<'k> {
+    shaping: Shaping<'k>,
+    /// Where the rows' biases begin, and the bytes from key to key.
+    bias: Option<([Reg<'k, u64>; 2], Reg<'k, u64>)>,
+    /// Minus the slopes, to base 2, and the keys that are the rows' places.
+    slopes: Option<[Reg<'k, f32>; 2]>,
+    places: [Reg<'k, i32>; 2],
+}
+
+/// A query.
+#[derive(Clone, Copy)]
+pub struct Query<'k> {
+    pub batch: Reg<'k, u32>,
+    pub head: Reg<'k, u32>,
+    /// In its sequence.
+    pub row: Reg<'k, i32>,
+}
+
+impl<'k> Shaping<'k> {
+    /// Declares the parameters `scale`, and those that the scores need: `cap`; `bias` and its strides
+    /// `bias_batch`, `bias_head`, `bias_query`, `bias_key`; `slopes`, `slopes_batch`, `slopes_head`.
+    pub fn params(k: &'k Kernel, scores: Scores) -> Self {
+        Self {
+            scores,
+            scale: k.param("scale"),
+            cap: scores.softcap.then(|| k.param("cap")),
+            bias: scores.bias.map(|_| Memory::params(k, "bias", ["batch", "head", "query", "key"])),
+            slopes: scores.alibi.then(|| Memory::params(k, "slopes", ["batch", "head"])),
+        }
+    }
+
+    /// Of two queries of a sequence that has `queries`, which are `offset` keys before their places. A
+    /// query behind the last one has the last one's bias.
+    pub fn rows(
+        &self,
+        rows: [Query<'k>; 2],
+        queries: Reg<'k, i32>,
+        offset: Reg<'k, i32>,
+    ) -> Shape<'k> {
+        let k = self.scale.kernel();
+        let size = self.scores.bias.map_or(0, |bias| bias.element.size());
+        let bias = self.bias.map(|memory| {
+            let begins = rows.map(|Query { batch, head, row }| {
+                memory.at([batch, head, row.min(queries - 1).or_zero()], size)
+            });
+            (begins, memory.strides[3] * u64::from(size))
+        });
+        let slopes = self.slopes.map(|memory| {
+            rows.map(|Query { batch, head, .. }| {
+                let [slope] = k.ld_global_nc::<f32, 1>(memory.at([batch, head], 4));
+                slope * -std::f32::consts::LOG2_E
+            })
+        });
+        Shape { shaping: *self, bias, slopes, places: rows.map(|query| query.row + offset) }
+    }
+}
+
+/// A bias on its way to the scores.
+pub enum Loaded<'k> {
+    Nothing,
+    Pairs(Half, Vec<Reg<'k, u32>>),
+    Halves(Half, Vec<Reg<'k, u16>>),
+    Floats(Vec<Reg<'k, f32>>),
+}
+
+impl<'k> Loaded<'k> {
+    fn get(&self, i: usize) -> Option<Reg<'k, f32>> {
+        match self {
+            Self::Nothing => None,
+            Self::Pairs(half, pairs) => {
+                let pair = pairs[i / 2];
+                Some(pair.kernel().unpack(*half, pair)[i % 2])
+            }
+            Self::Halves(half, all) => Some(all[i].kernel().widen(*half, all[i])),
+            Self::Floats(all) => Some(all[i]),
+        }
+    }
+}
+
+impl<'k> Shape<'k> {
+    /// Begins to load the bias of `count` scores, the first of which is of key `first`; where there is
+    /// a limit, only of keys before that.
+    pub fn load(
+        &self,
+        count: usize,
+        first: Reg<'k, i32>,
+        limit: Option<Reg<'k, i32>>,
+    ) -> Loaded<'k> {
+        let (Some((rows, stride)), Some(bias)) = (self.bias, self.shaping.scores.bias) else {
+            return Loaded::Nothing;
+        };
+        let k = stride.kernel();
+        let rows = rows.map(|row| row + first.cast::<u32>().wide() * stride);
+        let left = limit.map(|limit| limit - first);
+        match (bias.element, bias.pairs) {
+            (Element::Half(half), true) => {
+                let all = (0..count / 2).map(|pair| {
+                    let (row, col) = (rows[pair % 2], column(2 * pair));
+                    let [both] = guarded(left, col, || k.ld_global_nc(row.at(2 * i64::from(col))));
+                    both
+                });
+                Loaded::Pairs(half, all.collect())
+            }
+            (Element::F32, true) => {
+                let all = (0..count / 2).flat_map(|pair| {
+                    let (row, col) = (rows[pair % 2], column(2 * pair));
+                    guarded(left, col, || k.ld_global_nc::<f32, 2>(row.at(4 * i64::from(col))))
+                });
+                Loaded::Floats(all.collect())
+            }
+            (element, false) => {
+                let mut next = rows;
+                let mut addresses = Vec::with_capacity(count);
+                for quad in 0..count / 4 {
+                    for row in &mut next {
+                        if quad > 0 {
+                            *row = *row + stride * 8u64;
+                        }
+                        addresses.extend([*row, *row + stride]);
+                    }
+                }
+                let all = addresses.into_iter().enumerate();
+                match element {
+                    Element::F32 => Loaded::Floats(
+                        all.flat_map(|(i, at)| {
+                            guarded(left, column(i), || k.ld_global_nc::<f32, 1>(at))
+                        })
+                        .collect(),
+                    ),
+                    Element::Half(half) => Loaded::Halves(
+                        half,
+                        all.flat_map(|(i, at)| {
+                            guarded(left, column(i), || k.ld_global_nc::<u16, 1>(at))
+                        })
+                        .collect(),
+                    ),
+                }
+            }
+        }
+    }
+
+    /// Turns products into scores to base 2, in place, unless that is left to the softmax.
+    pub fn apply(&self, scores: &[Reg<'k, f32>], bias: &Loaded<'k>, first: Reg<'k, i32>) {
+        let Shaping { scores: what, scale, cap, .. } = self.shaping;
+        if what.plain() {
+            return;
+        }
+        let distances = self.slopes.map(|slopes| {
+            std::array::from_fn::<_, 2, _>(|row| {
+                (slopes[row], (self.places[row] - first).to_float())
+            })
+        });
+        for (i, score) in scores.iter().enumerate() {
+            let mut x = *score * scale;
+            if let Some(cap) = cap {
+                x = x.tanh() * cap;
+            }
+            if let Some(bias) = bias.get(i) {
+                x = bias.fma(std::f32::consts::LOG2_E, x);
+            }
+            if let Some(rows) = distances {
+                let (slope, place) = rows[i / 2 % 2];
+                x = (place - column(i) as f32).abs().fma(slope, x);
+            }
+            score.set(x);
+        }
+    }
+}
+
+/// Loads what is before the limit.
+fn guarded<'k, T>(left: Option<Reg<'k, i32>>, col: i32, load: impl FnOnce() -> T) -> T {
+    match left {
+        None => load(),
+        Some(left) => left.kernel().when(left.gt(col), load),
     }
 }

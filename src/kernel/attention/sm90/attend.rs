@@ -1,9 +1,10 @@
 //! The consumers: a warpgroup's 64 rows of a tile against all blocks of keys.
 
 use super::{Attention, Work};
-use crate::kernel::attention::Mask;
+use crate::kernel::attention::scores::{Query, Shape};
 use crate::kernel::attention::softmax::Softmax;
-use crate::kernel::hopper::{Descriptor, SLAB, SLAB_BYTES, WARPGROUP};
+use crate::kernel::attention::{Lengths, Mask};
+use crate::kernel::hopper::{Descriptor, LINE, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::ring::Cursor;
 use crate::kernel::slab::Seat;
 use crate::ptx::{Kernel, Reg, Wgmma, WgmmaRegs};
@@ -29,6 +30,31 @@ pub(super) struct Group<'k> {
     key_place: Cursor<'k>,
     value_place: Cursor<'k>,
     turns: Option<Turns<'k>>,
+}
+
+/// A row of a thread.
+#[derive(Clone, Copy)]
+pub(super) struct Row<'k> {
+    pub query: Query<'k>,
+    /// Whether it is stored.
+    pub inside: Reg<'k, bool>,
+    /// Whether it is a query, where others are stored, too.
+    pub some: Option<Reg<'k, bool>>,
+}
+
+/// What the blocks of a tile have in common.
+struct Tile<'k, 'w> {
+    work: &'w Work<'k>,
+    shape: Shape<'k>,
+    /// Of the thread's rows.
+    positions: [Reg<'k, i32>; 2],
+}
+
+impl<'k> Tile<'k, '_> {
+    /// Hides scores, the thread's first column of which is key `first`.
+    fn hide(&self, g: &Group<'k>, first: Reg<'k, i32>) {
+        self.work.sight.hide(&g.scores, self.positions, first);
+    }
 }
 
 /// The right to begin products, which goes from warpgroup to warpgroup.
@@ -62,9 +88,10 @@ impl<'k> Attention<'k, '_> {
             k.if_(last, || turns.pass(k));
         }
         self.tiles(|work| {
-            self.attend(&group, &work);
-            self.store(&group, &work);
-            if c.slabs == 0 {
+            let rows = self.rows(&group, &work);
+            self.attend(&group, &work, rows);
+            self.store(&group, &work, rows);
+            if c.over_queries() {
                 self.release_queries(&group);
             }
             group.query_place.turn();
@@ -90,7 +117,7 @@ impl<'k> Attention<'k, '_> {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
             sums: (0..c.value_dim / 2).map(|_| k.reg()).collect(),
-            softmax: Softmax::new(k, Some(self.scale)),
+            softmax: Softmax::new(k, c.scores.plain().then_some(self.shaping.scale)),
             queries: Descriptor::along_k(queries, SLAB),
             keys: Descriptor::along_k(self.base + plan.keys, c.keys),
             values: Descriptor::across_k(self.base + plan.values, c.keys),
@@ -101,46 +128,78 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// The sums of a tile's rows.
-    fn attend(&self, g: &Group<'k>, work: &Work<'k>) {
-        let (k, c, blocks) = (self.k, self.c, work.blocks);
-        let row = work.first + self.row(g);
-        let rows = [row, row + 8];
-        let col = (g.seat.lane % 4 * 2).cast::<i32>();
-        let hide = |block: Reg<'k, i32>| {
-            work.sight.hide(&g.scores, rows, block * c.keys as i32 + col);
+    /// This thread's rows of a tile, and whether they are queries of the tensor.
+    pub(super) fn rows(&self, g: &Group<'k>, work: &Work<'k>) -> [Row<'k>; 2] {
+        let c = self.c;
+        let first = work.first + (g.number * c.positions()).cast();
+        let row = g.seat.warp * 16 + g.seat.lane / 4;
+        let limit = match c.lengths {
+            Lengths::Full | Lengths::Packed => work.queries.count,
+            Lengths::Padded => self.size[0],
         };
+        [row, row + 8].map(|r| {
+            let (position, head) = match c.pack {
+                1 => (r, work.head),
+                pack => (r / pack, work.head + r % pack),
+            };
+            let position = first + position.cast();
+            let mut inside = position.lt(limit);
+            if c.used_rows() < SLAB {
+                inside = inside & r.lt(c.used_rows());
+            }
+            let query = Query { batch: work.sequence, head, row: position };
+            // What pads a tensor becomes 0.
+            let some = (c.lengths == Lengths::Padded).then(|| position.lt(work.queries.count));
+            Row { query, inside, some }
+        })
+    }
+
+    /// The sums of a tile's rows.
+    fn attend(&self, g: &Group<'k>, work: &Work<'k>, rows: [Row<'k>; 2]) {
+        let (k, c, blocks) = (self.k, self.c, work.blocks);
+        let queries = rows.map(|row| row.query);
+        let positions = queries.map(|query| query.row);
+        let offset = work.keys.count - work.queries.count;
+        let shape = self.shaping.rows(queries, work.queries.count, offset);
+        let col = (g.seat.lane % 4 * 2).cast::<i32>();
+        let tile = Tile { work, shape, positions };
+        let first_key = |block: Reg<'k, i32>| block * c.keys as i32 + col;
         g.sums.iter().for_each(|sum| sum.set(0.0));
         g.softmax.reset();
         g.query_place.wait();
         let block = k.var(blocks.end - 1);
         // The queries are free before the last product.
         let free = || {
-            if c.slabs > 0 {
+            if !c.over_queries() {
                 self.release_queries(g);
             }
         };
         let some = || {
             g.key_place.wait();
             self.multiply_keys(g);
+            let first = first_key(block);
+            let bias = shape.load(g.scores.len(), first, Some(work.keys.count));
             k.wgmma_wait(0);
             self.release(g, g.key_place);
+            shape.apply(&g.scores, &bias, first);
+            let from = block * c.keys as i32;
+            let beyond = work.sight.beyond(from, c.keys);
             match c.mask {
-                Mask::None => {
-                    let first = block * c.keys as i32;
-                    k.if_(work.sight.beyond(first, c.keys), || hide(block));
-                }
-                _ => hide(block),
+                Mask::None => k.if_(beyond, || tile.hide(g, first)),
+                Mask::Right | Mask::Window => tile.hide(g, first),
             }
-            let weights = g.softmax.first(&g.scores, self.holes());
+            let weights = g.softmax.first(&g.scores, self.holes(true));
             self.keep(g, &weights);
+            if c.lengths != Lengths::Full {
+                k.if_(beyond, || self.clear_values(g, (work.keys.count - from).cast()));
+            }
             block.increase(-1);
 
             let walk = |to: Reg<'k, i32>, masked: bool| {
                 let to = to.max(blocks.begin);
                 k.loop_(|exit| {
                     exit.when(block.lt(to));
-                    self.step(g, masked.then_some(&|| hide(block)));
+                    self.step(g, &tile, first_key(block), masked);
                     block.increase(-1);
                 });
             };
@@ -161,18 +220,14 @@ impl<'k> Attention<'k, '_> {
         k.if_else(block.ge(blocks.begin), some, free);
     }
 
-    /// This thread's first row of the tile.
-    fn row(&self, g: &Group<'k>) -> Reg<'k, i32> {
-        (g.number * SLAB + g.seat.warp * 16 + g.seat.lane / 4).cast()
+    /// Whether a row may have seen no key after a block.
+    fn holes(&self, masked: bool) -> bool {
+        masked && self.c.mask != Mask::None || self.c.scores.bias.is_some()
     }
 
-    /// Whether a row may have seen no key after a block that the mask cuts.
-    fn holes(&self) -> bool {
-        self.c.mask != Mask::None
-    }
-
-    /// Another block of keys, and the values of the one before it.
-    fn step(&self, g: &Group<'k>, hide: Option<&dyn Fn()>) {
+    /// Another block of keys, of which the thread's first column is `first`, and the values of the one
+    /// before it.
+    fn step(&self, g: &Group<'k>, tile: &Tile<'k, '_>, first: Reg<'k, i32>, masked: bool) {
         let k = self.k;
         g.key_place.wait();
         if let Some(turns) = g.turns {
@@ -184,18 +239,42 @@ impl<'k> Attention<'k, '_> {
         if let Some(turns) = g.turns {
             turns.pass(k);
         }
+        // The block that ends behind the last key was the first.
+        let bias = tile.shape.load(g.scores.len(), first, None);
         k.wgmma_wait(1);
         self.release(g, g.key_place);
-        if let Some(hide) = hide {
-            hide();
+        tile.shape.apply(&g.scores, &bias, first);
+        if masked {
+            tile.hide(g, first);
         }
-        let (weights, factors) = g.softmax.next(&g.scores, hide.is_some() && self.holes());
+        let (weights, factors) = g.softmax.next(&g.scores, self.holes(masked));
         k.wgmma_wait(0);
         self.release(g, g.value_place);
         self.keep(g, &weights);
         for (i, sum) in g.sums.iter().enumerate() {
             sum.scale(factors[i / 2 % 2]);
         }
+    }
+
+    /// Zeroes the stage's values from line `first` on: they are another sequence's or nobody's, and 0
+    /// times what they are need not be 0. Each warpgroup does so for itself.
+    fn clear_values(&self, g: &Group<'k>, first: Reg<'k, u32>) {
+        let (k, c) = (self.k, self.c);
+        const UNIT: u32 = 16;
+        let units = LINE / UNIT;
+        g.value_place.wait();
+        let stage = self.base + self.plan.values + g.value_place.stage * c.value_bytes();
+        let thread = g.seat.warp * 32 + g.seat.lane;
+        let to = stage + thread % units * UNIT;
+        let zero = k.var(0u32);
+        k.for_(first + thread / units, c.keys, WARPGROUP / units, |line| {
+            let at = to + line * LINE;
+            for slab in 0..c.value_slabs() {
+                k.st_shared(at.at((slab * c.keys * LINE).into()), [zero; 4]);
+            }
+        });
+        k.fence_proxy_async();
+        k.barrier_at(g.number + 1, WARPGROUP);
     }
 
     /// Begins the product of the queries and a block of keys.

@@ -1,5 +1,6 @@
 //! The choices, what follows from them, and the numbers of a launch.
 
+use crate::kernel::attention::combine::MAX_PARTS;
 use crate::kernel::attention::{Lengths, Mask, Problem, Scores, Section};
 use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::ring::Ring;
@@ -41,8 +42,8 @@ pub struct Config {
     pub keys: u32,
     /// Stages of the rings of keys and of values, each.
     pub stages: u32,
-    /// Slabs of the result that a warpgroup can have on their way. 0: they lie over its queries, and
-    /// the next ones wait for them.
+    /// Slabs of the result that a warpgroup can have on their way by [`Store::Tma`]. 0: they lie over
+    /// its queries, and the next ones wait for them.
     pub slabs: u32,
     /// Warpgroups multiply in turn, so that one's softmax runs while another's products do.
     pub turns: bool,
@@ -52,6 +53,12 @@ pub struct Config {
     pub scores: Scores,
     /// How long sequences are.
     pub lengths: Lengths,
+    /// Heads that share keys and whose queries share a tile: row `r` is of head `r % pack`. 1: a tile
+    /// is of one head.
+    pub pack: u32,
+    /// The keys of a tile are divided among several blocks, whose results are
+    /// [combined](super::super::combine) later.
+    pub split: bool,
     /// Whether the logarithms of the sums are stored.
     pub lse: bool,
     /// How tiles reach memory.
@@ -93,6 +100,21 @@ impl Config {
         })
     }
 
+    /// Queries of each head in 64 rows.
+    pub fn positions(&self) -> u32 {
+        SLAB / self.pack
+    }
+
+    /// Queries of each head in a tile.
+    pub(super) fn tile_positions(&self) -> u32 {
+        self.consumers() * self.positions()
+    }
+
+    /// Rows of the 64 that are queries.
+    pub(super) fn used_rows(&self) -> u32 {
+        self.positions() * self.pack
+    }
+
     /// Slabs of a query or key.
     pub(super) fn head_slabs(&self) -> u32 {
         self.head_dim.div_ceil(SLAB)
@@ -111,6 +133,11 @@ impl Config {
     /// Slabs of the result of a warpgroup.
     pub fn result_slabs(&self) -> u32 {
         self.value_dim.div_ceil(self.slab_cols())
+    }
+
+    /// Whether results lie over queries.
+    pub(super) fn over_queries(&self) -> bool {
+        self.store == Store::Tma && self.slabs == 0
     }
 
     pub(super) fn query_bytes(&self) -> u32 {
@@ -136,7 +163,9 @@ impl Config {
     }
 
     fn needed_registers(&self) -> u32 {
-        self.value_dim / 2 + self.keys / 2 + self.keys / 4 + SPARE_REGISTERS
+        let scores = self.keys / 2;
+        let bias = self.scores.registers(scores);
+        self.value_dim / 2 + scores + scores / 2 + bias + SPARE_REGISTERS
     }
 
     /// Whether the kernel can be built, or the number that is in the way.
@@ -160,6 +189,18 @@ impl Config {
             ),
             (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
             (!self.turns || self.consumers() > 1, "turns of a single warpgroup".into()),
+            (
+                (1..=SLAB).contains(&self.pack),
+                format!("{} heads in a tile (at most {SLAB})", self.pack),
+            ),
+            (
+                !self.split
+                    || (self.lengths != Lengths::Packed
+                        && self.store == Store::Direct
+                        && self.out == Element::F32
+                        && self.lse),
+                "parts of packed sequences, or not in f32, by the threads, with their sums".into(),
+            ),
             (registers <= limit, format!("{registers} registers of a thread (at most {limit})")),
             (
                 shared <= MAX_SHARED,
@@ -177,9 +218,9 @@ impl Config {
         let queries = arena.region(self.consumers() * self.query_bytes(), ATOM);
         let keys = arena.region(self.stages * self.key_bytes(), ATOM);
         let values = arena.region(self.stages * self.value_bytes(), ATOM);
-        let result = match self.slabs {
-            0 => queries,
-            slabs => arena.region(self.consumers() * slabs * SLAB_BYTES, ATOM),
+        let result = match self.over_queries() {
+            true => queries,
+            false => arena.region(self.consumers() * self.slabs * SLAB_BYTES, ATOM),
         };
         let query_ring = Ring::new(&mut arena, self.consumers());
         let key_ring = Ring::new(&mut arena, self.stages);
@@ -194,6 +235,8 @@ impl Config {
 pub struct Launch {
     /// The order of tiles.
     pub order: Section,
+    /// Parts of the keys of a tile: 1 unless the configuration splits them.
+    pub parts: u32,
     /// Query `i` sees keys from `i + o - left` on, where that is a parameter.
     pub left: i32,
     /// Query `i` sees keys up to `i + o + right`, where that is a parameter.
@@ -209,15 +252,32 @@ impl Launch {
     /// Of a configuration on a problem.
     pub fn new(config: &Config, problem: &Problem, multiprocessors: u32) -> Self {
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        let heads = problem.heads * problem.batch;
-        let each = problem.queries.div_ceil(config.rows.into());
-        let tiles = heads.saturating_mul(each);
-        let group = problem.heads / problem.kv_heads;
+        let packs = problem.heads / u64::from(config.pack);
+        let positions = u64::from(config.tile_positions());
+        let (heads, each) = match config.lengths {
+            Lengths::Full | Lengths::Padded => {
+                (packs * problem.batch, problem.queries.div_ceil(positions))
+            }
+            // The last tile of each sequence may be cut off.
+            Lengths::Packed => (packs, problem.queries.div_ceil(positions) + problem.batch),
+        };
+        let parts = match config.split {
+            false => 1,
+            true => {
+                let blocks = problem.seen_keys(positions).div_ceil(config.keys.into());
+                let most = blocks.min(MAX_PARTS.into());
+                let parts = u64::from(multiprocessors) / heads.saturating_mul(each).max(1);
+                // No more than have blocks.
+                blocks.div_ceil(blocks.div_ceil(parts.clamp(1, most)))
+            }
+        };
+        let tiles = heads.saturating_mul(each * parts);
         // Under a causal mask the tiles of a head differ, so that those of several are sorted.
         let section = match config.mask {
             Mask::Right => {
                 let dims = problem.head_dim + problem.value_dim;
-                (SECTION_BYTES / (problem.keys * dims * 2)).max(1) * group
+                let group = (problem.heads / problem.kv_heads / u64::from(config.pack)).max(1);
+                (SECTION_BYTES / (problem.keys * dims * 2).max(1)).max(1) * group
             }
             Mask::None | Mask::Window => 1,
         };
@@ -225,10 +285,11 @@ impl Launch {
         Self {
             order: Section {
                 heads: count(heads),
-                columns: count(each),
+                columns: count(each * parts),
                 tiles: count(tiles),
                 section: count(section.min(heads)),
             },
+            parts: count(parts),
             left: width(problem.left),
             right: width(problem.right),
             blocks: count(tiles).min(multiprocessors),

@@ -11,48 +11,75 @@ mod store;
 
 pub use config::{Config, Launch, MAX_LENGTH, Store};
 
-use crate::kernel::attention::Lengths;
-use crate::kernel::attention::Mask;
-use crate::kernel::attention::mask::{Blocks, Sight};
-use crate::kernel::attention::schedule::Schedule;
+use super::lengths::{Sequences, Side};
+use super::mask::{Blocks, Sight};
+use super::schedule::{Place, Schedule};
+use super::scores::Shaping;
+use super::{Lengths, Mask};
 use crate::kernel::hopper::WARPGROUP;
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::Plan;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
-/// Parameters, in order:
+/// Parameters, in order; strides are in elements:
 ///
 /// | | type | |
 /// |---|---|---|
-/// | `q`, `k`, `v` | descriptor | dimensions (elements, positions, heads, batch), innermost first, any strides; boxes of 64 elements and 64 positions for `q`, [`Config::keys`] positions for `k` and `v`; swizzle of 128 bytes |
-/// | `out` | descriptor | only for [`Store::Tma`]: as `q`, boxes of [`Config::slab_cols`] elements and 64 positions |
-/// | `out_at`, `out_row`, `out_head`, `out_batch` | address, 3 × u64 | only for [`Store::Direct`]: strides in elements |
+/// | `q` | descriptor | of the queries |
+/// | `k`, `v` | descriptors | of keys and values |
+/// | `out` | descriptor | only for [`Store::Tma`] |
+/// | `out_at`, `out_row`, `out_head`, `out_batch` | address, 3 × u64 | only for [`Store::Direct`] and [`Lengths::Packed`]: strides between positions, heads, sequences |
+/// | `out_part` | u64 | only for a split: from part to part |
 /// | `lse` | address | only with [`Config::lse`]: f32, `[batch, heads, queries]` |
-/// | `queries`, `keys` | i32 | positions of a sequence |
-/// | `heads`, `group` | u32 | heads of `q`, and those that share keys |
-/// | `scale` | f32 | the scale times log₂e |
-/// | `right` | i32 | only for masks: that of [`Launch`] |
+/// | `lse_part` | u64 | only for a split: from part to part |
+/// | `queries`, `keys` | i32 | positions of the tensors |
+/// | `heads`, `group` | u32 | heads of the queries, and how many share keys |
+/// | `scale` | f32 | the scale times log₂e; with a soft cap the scale over the cap |
+/// | `cap` | f32 | only with a soft cap: the cap times log₂e |
+/// | `bias`, `bias_batch`, `bias_head`, `bias_query`, `bias_key` | address, 4 × u64 | only with a bias |
+/// | `slopes`, `slopes_batch`, `slopes_head` | address, 2 × u64 | only with ALiBi: f32 |
+/// | `right` | i32 | only with a mask: that of [`Launch`] |
 /// | `left` | i32 | only for [`Mask::Window`]: that of [`Launch`] |
+/// | `lengths_q`, `lengths_k` | addresses | u32. [`Lengths::Padded`]: of each sequence; [`Lengths::Packed`]: where each begins, and the last one's end |
+/// | `sequences` | u32 | only for [`Lengths::Packed`] |
+/// | `parts` | u32 | only for a split: that of [`Launch`] |
 /// | `all_heads`, `columns`, `tiles`, `section` | u32 | those of [`Launch::order`] |
+///
+/// Descriptors have a swizzle of 128 bytes. Their dimensions, innermost first, and boxes:
+///
+/// | | dimensions | box |
+/// |---|---|---|
+/// | `q` | head_dim, queries, heads, batch | 64, 64, 1, 1 |
+/// | `q` with [`Config::pack`] > 1 | head_dim, pack, queries, heads / pack, batch | 64, pack, [`Config::positions`], 1, 1 |
+/// | `k` | head_dim, keys, kv_heads, batch | 64, [`Config::keys`], 1, 1 |
+/// | `v` | value_dim, keys, kv_heads, batch | 64, [`Config::keys`], 1, 1 |
+/// | `out` | as `q`, with value_dim | as `q`, [`Config::slab_cols`] wide |
+///
+/// The batch of [`Lengths::Packed`] is one; a bias and slopes have a batch of sequences there, too.
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("attention", Target::Sm90a, config.threads());
     k.blocks_per_sm(1);
     let plan = config.plan();
-    let (q, keys, values) = (k.tensor_map("q"), k.tensor_map("k"), k.tensor_map("v"));
+    let maps = [k.tensor_map("q"), k.tensor_map("k"), k.tensor_map("v")];
     let out_map = (config.store == Store::Tma).then(|| k.tensor_map("out"));
-    let out_memory = (config.store == Store::Direct).then(|| Memory {
+    let packed = config.lengths == Lengths::Packed;
+    let part = |name| config.split.then(|| k.param(name));
+    let out_memory = (config.store == Store::Direct || packed).then(|| Memory {
         address: k.pointer("out_at"),
         row: k.param("out_row"),
         head: k.param("out_head"),
         batch: k.param("out_batch"),
+        part: part("out_part"),
     });
-    let lse = config.lse.then(|| k.pointer("lse"));
+    let lse = config.lse.then(|| (k.pointer("lse"), part("lse_part")));
     let size = [k.param("queries"), k.param("keys")];
     let heads = [k.param("heads"), k.param("group")];
-    let scale = k.param("scale");
+    let shaping = Shaping::params(k, config.scores);
     let right = (config.mask != Mask::None).then(|| k.param("right"));
     let left = (config.mask == Mask::Window).then(|| k.param("left"));
+    let sequences = Sequences::params(k, config.lengths, size);
+    let parts = config.split.then(|| k.param("parts"));
     let schedule = Schedule::params(k);
     let base = k.shared(plan.bytes);
     let thread = k.thread();
@@ -61,10 +88,7 @@ pub fn emit(config: &Config) -> Source {
 
     k.if_(warp.eq(0), || {
         k.if_(k.elect(), || {
-            [Some(q), Some(keys), Some(values), out_map]
-                .into_iter()
-                .flatten()
-                .for_each(|map| k.prefetch_tensor_map(map));
+            maps.into_iter().chain(out_map).for_each(|map| k.prefetch_tensor_map(map));
             plan.query_ring.init(k, base, 1);
             plan.key_ring.init(k, base, config.consumers());
             plan.value_ring.init(k, base, config.consumers());
@@ -78,15 +102,17 @@ pub fn emit(config: &Config) -> Source {
         k,
         c: config,
         plan,
-        maps: [q, keys, values],
+        maps,
         out_map,
         out_memory,
         lse,
         size,
         heads,
-        scale,
+        shaping,
         right,
         left,
+        sequences,
+        parts,
         schedule,
         base,
     };
@@ -96,7 +122,7 @@ pub fn emit(config: &Config) -> Source {
             if let Some([give, _]) = config.registers() {
                 k.give_registers(give);
             }
-            k.if_(warp.eq(0), || k.if_(k.elect(), || a.produce()));
+            k.if_(warp.eq(0), || a.produce());
         },
         || {
             if let Some([_, take]) = config.registers() {
@@ -115,6 +141,7 @@ struct Memory<'k> {
     row: Reg<'k, u64>,
     head: Reg<'k, u64>,
     batch: Reg<'k, u64>,
+    part: Option<Reg<'k, u64>>,
 }
 
 struct Attention<'k, 'c> {
@@ -125,29 +152,37 @@ struct Attention<'k, 'c> {
     maps: [Reg<'k, u64>; 3],
     out_map: Option<Reg<'k, u64>>,
     out_memory: Option<Memory<'k>>,
-    lse: Option<Reg<'k, u64>>,
-    /// Queries and keys.
+    /// And the stride of parts.
+    lse: Option<(Reg<'k, u64>, Option<Reg<'k, u64>>)>,
+    /// Queries and keys of the tensors.
     size: [Reg<'k, i32>; 2],
     /// Heads of the queries, and of those how many share keys.
     heads: [Reg<'k, u32>; 2],
-    scale: Reg<'k, f32>,
+    shaping: Shaping<'k>,
     right: Option<Reg<'k, i32>>,
     left: Option<Reg<'k, i32>>,
+    sequences: Sequences<'k>,
+    parts: Option<Reg<'k, u32>>,
     schedule: Schedule<'k>,
     base: Reg<'k, u32>,
 }
 
-/// A tile of queries.
+/// A tile of queries, or a part of its keys.
 #[derive(Clone, Copy)]
 struct Work<'k> {
+    /// In the tensors.
     batch: Reg<'k, u32>,
+    sequence: Reg<'k, u32>,
+    /// The number of its pack of heads, and the first one.
+    pack: Reg<'k, u32>,
     head: Reg<'k, u32>,
     /// Of keys and values.
     kv_head: Reg<'k, u32>,
+    part: Option<Reg<'k, u32>>,
     /// The tile's first query.
     first: Reg<'k, i32>,
-    /// Queries of the sequence.
-    queries: Reg<'k, i32>,
+    queries: Side<'k>,
+    keys: Side<'k>,
     sight: Sight<'k>,
     blocks: Blocks<'k>,
 }
@@ -155,22 +190,61 @@ struct Work<'k> {
 impl<'k> Attention<'k, '_> {
     /// Runs `body` for each tile of this block.
     fn tiles(&self, body: impl FnOnce(Work<'k>)) {
-        self.schedule.for_each(|place| {
-            let [heads, group] = self.heads;
-            let batch = place.head / heads;
-            let head = place.head - batch * heads;
-            debug_assert_eq!(self.c.lengths, Lengths::Full);
-            let [queries, keys] = self.size;
-            let first = (place.column * self.c.rows).cast::<i32>();
-            let offset = keys - queries;
-            let sight = Sight {
-                keys,
-                end: self.right.map(|right| offset + right + 1),
-                begin: self.left.map(|left| offset - left),
-            };
-            let last = (first + self.c.rows as i32).min(queries);
-            let blocks = sight.blocks(first, last, self.c.keys);
-            body(Work { batch, head, kv_head: head / group, first, queries, sight, blocks });
+        let (k, c) = (self.k, self.c);
+        let packs = if c.pack == 1 { self.heads[0] } else { self.heads[0] / c.pack };
+        self.schedule.for_each(|Place { head, column }| {
+            if c.lengths == Lengths::Packed {
+                let found = self.sequences.find(column, c.tile_positions());
+                // Those with the most keys first.
+                let tile = match c.mask {
+                    Mask::Right => found.tiles - 1 - found.tile,
+                    Mask::None | Mask::Window => found.tile,
+                };
+                k.if_(found.exists, || {
+                    let queries = found.queries;
+                    body(self.work((k.var(0), found.sequence), head, (tile, None), queries));
+                });
+            } else {
+                let (tile, part) = match self.parts {
+                    None => (column, None),
+                    Some(parts) => (column / parts, Some(column % parts)),
+                };
+                let batch = head / packs;
+                let queries = self.sequences.side(0, batch);
+                body(self.work((batch, batch), head - batch * packs, (tile, part), queries));
+            }
         });
+    }
+
+    fn work(
+        &self,
+        (batch, sequence): (Reg<'k, u32>, Reg<'k, u32>),
+        pack: Reg<'k, u32>,
+        (tile, part): (Reg<'k, u32>, Option<Reg<'k, u32>>),
+        queries: Side<'k>,
+    ) -> Work<'k> {
+        let c = self.c;
+        let keys = self.sequences.side(1, sequence);
+        let first = (tile * c.tile_positions()).cast::<i32>();
+        let offset = keys.count - queries.count;
+        let sight = Sight {
+            keys: keys.count,
+            end: self.right.map(|right| offset + right + 1),
+            begin: self.left.map(|left| offset - left),
+        };
+        let last = (first + c.tile_positions() as i32).min(queries.count);
+        let mut blocks = sight.blocks(first, last, c.keys);
+        if c.lengths == Lengths::Padded {
+            blocks.end = blocks.end.or_else(first.lt(queries.count), 0);
+        }
+        if let (Some(part), Some(parts)) = (part, self.parts) {
+            let each = (blocks.end - blocks.begin).or_zero() + (parts - 1);
+            let each = each / parts;
+            blocks.begin = blocks.begin + (part * each).cast();
+            blocks.end = blocks.end.min(blocks.begin + each.cast());
+        }
+        let head = if c.pack == 1 { pack } else { pack * c.pack };
+        let kv_head = head / self.heads[1];
+        Work { batch, sequence, pack, head, kv_head, part, first, queries, keys, sight, blocks }
     }
 }

@@ -1,37 +1,53 @@
 //! From sums to the result: normalised, staged, stored.
 
-use super::attend::Group;
+use super::attend::{Group, Row};
 use super::{Attention, Memory, Work};
-use crate::kernel::hopper::{SLAB, SLAB_BYTES, WARPGROUP};
+use crate::kernel::attention::Lengths;
+use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::{Element, slab};
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
     /// A tile's result, of this warpgroup.
-    pub(super) fn store(&self, g: &Group<'k>, work: &Work<'k>) {
+    pub(super) fn store(&self, g: &Group<'k>, work: &Work<'k>, rows: [Row<'k>; 2]) {
         let (k, c) = (self.k, self.c);
-        let rows = g.softmax.finish();
-        let first = work.first + (g.number * SLAB).cast();
-        let mine = first + (g.seat.warp * 16 + g.seat.lane / 4).cast();
-        let sums: Vec<_> =
-            g.sums.iter().enumerate().map(|(i, &sum)| sum * rows.inverse[i / 2 % 2]).collect();
-        if let Some(map) = self.out_map {
-            self.store_slabs(g, work, map, first, &sums);
+        let finished = g.softmax.finish();
+        let normalised = |(i, &sum): (usize, &Reg<'k, f32>)| {
+            let row = i / 2 % 2;
+            let value = sum * finished.inverse[row];
+            rows[row].some.map_or(value, |some| value.or_else(some, 0.0))
+        };
+        let sums: Vec<_> = g.sums.iter().enumerate().map(normalised).collect();
+        let first = work.first + (g.number * c.positions()).cast();
+        match (self.out_map, self.out_memory) {
+            (Some(map), None) => self.store_slabs(g, work, map, first, &sums),
+            (None, Some(memory)) => self.store_rows(g, work, memory, rows, &sums),
+            (Some(map), Some(memory)) => {
+                // The copy engine would write over the next sequence.
+                debug_assert_eq!(c.lengths, Lengths::Packed);
+                let whole = (first + c.positions() as i32).le(work.queries.count);
+                k.if_else(
+                    whole,
+                    || self.store_slabs(g, work, map, first, &sums),
+                    || self.store_rows(g, work, memory, rows, &sums),
+                );
+            }
+            (None, None) => unreachable!("there is a result"),
         }
-        if let Some(memory) = self.out_memory {
-            self.store_rows(g, work, memory, mine, &sums);
-        }
-        if let Some(lse) = self.lse {
+        if let Some((lse, part)) = self.lse {
             let writes = (g.seat.lane % 4).eq(0);
-            let head =
-                (work.batch * self.heads[0] + work.head).mul_wide(self.size[0].cast::<u32>());
-            for (h, &value) in (0..).zip(&rows.lse) {
-                let row = mine + 8 * h;
-                let at = (lse + head * 4u64).element(row.cast(), 4);
-                k.when(writes & row.lt(work.queries), || k.st_global(at, [value]));
+            for (row, &value) in rows.iter().zip(&finished.lse) {
+                let value = row.some.map_or(value, |some| value.or_else(some, f32::NEG_INFINITY));
+                let head = work.batch * self.heads[0] + row.query.head;
+                let mut index = head.mul_wide(self.size[0].cast::<u32>());
+                index = index + work.queries.at(row.query.row).wide();
+                if let (Some(stride), Some(part)) = (part, work.part) {
+                    index = index + part.wide() * stride;
+                }
+                let at = lse + index * 4u64;
+                k.when(writes & row.inside, || k.st_global(at, [value]));
             }
         }
-        debug_assert!(c.value_dim.is_multiple_of(8));
     }
 
     /// Slab after slab: registers to shared memory, from there by the copy engine.
@@ -45,19 +61,17 @@ impl<'k> Attention<'k, '_> {
     ) {
         let (k, c) = (self.k, self.c);
         let staged = self.staged(g);
-        let (count, there) = match c.slabs {
-            0 => (c.result_slabs(), c.head_slabs()),
-            slabs => (c.result_slabs(), slabs),
-        };
+        let there = if c.slabs == 0 { c.head_slabs() } else { c.slabs };
         // All at once if they fit, else half of the memory is written while the other is read.
-        let (step, pending) = match count <= there || there == 1 {
-            true => (count.min(there), 0),
+        let (step, pending) = match c.result_slabs() <= there || there == 1 {
+            true => (there.min(c.result_slabs()), 0),
             false => (there / 2, 1),
         };
         let slabs: Vec<_> = sums.chunks((c.slab_cols() / 2) as usize).collect();
+        let position = work.queries.at(first);
         for (batch, slabs) in (0..).zip(slabs.chunks(step as usize)) {
-            let to =
-                |i: usize| staged + (batch * step + i as u32) % (step * (1 + pending)) * SLAB_BYTES;
+            let number = |i: usize| batch * step + i as u32;
+            let to = |i: usize| staged + number(i) % (step * (1 + pending)) * SLAB_BYTES;
             // What was there has left its memory.
             let pending = if batch == 0 { 0 } else { pending };
             k.when(g.leader, || k.tma_wait_read(pending));
@@ -68,8 +82,9 @@ impl<'k> Attention<'k, '_> {
             k.fence_proxy_async();
             k.barrier_at(g.number + 1, WARPGROUP);
             for i in 0..slabs.len() {
-                let col = k.var((batch * step + i as u32) * c.slab_cols());
-                let at = [col, first.cast(), work.head, work.batch];
+                let mut at = vec![k.var(number(i) * c.slab_cols())];
+                at.extend((c.pack > 1).then(|| k.var(0)));
+                at.extend([position, work.pack, work.batch]);
                 let from = to(i);
                 k.when(g.leader, || k.tma_store(map, &at, from));
             }
@@ -87,20 +102,23 @@ impl<'k> Attention<'k, '_> {
         g: &Group<'k>,
         work: &Work<'k>,
         memory: Memory<'k>,
-        mine: Reg<'k, i32>,
+        rows: [Row<'k>; 2],
         sums: &[Reg<'k, f32>],
     ) {
         let (k, c) = (self.k, self.c);
         let size = c.out.size();
-        let start = work.batch.wide() * memory.batch + work.head.wide() * memory.head;
+        let mut start = work.batch.wide() * memory.batch;
+        if let (Some(stride), Some(part)) = (memory.part, work.part) {
+            start = start + part.wide() * stride;
+        }
         let col = g.seat.lane % 4 * 2;
-        for h in 0..2 {
-            let row = mine + 8 * h;
-            let at = start + row.cast::<u32>().wide() * memory.row + col.wide();
+        for (h, row) in rows.iter().enumerate() {
+            let at = start + row.query.head.wide() * memory.head + col.wide();
+            let at = at + work.queries.at(row.query.row).wide() * memory.row;
             let at = memory.address + at * u64::from(size);
-            let sums: Vec<_> = sums.chunks(4).map(|quad| &quad[2 * h as usize..][..2]).collect();
-            k.if_(row.lt(work.queries), || {
-                for (j, pair) in sums.iter().enumerate() {
+            let pairs: Vec<_> = sums.chunks(4).map(|quad| &quad[2 * h..][..2]).collect();
+            k.if_(row.inside, || {
+                for (j, pair) in pairs.iter().enumerate() {
                     let to = at.at(8 * j as i64 * i64::from(size));
                     match c.out {
                         Element::F32 => k.st_global(to, [pair[0], pair[1]]),

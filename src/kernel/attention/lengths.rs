@@ -1,0 +1,132 @@
+//! How long sequences are, and where they lie.
+
+use crate::ptx::{Kernel, Reg};
+
+/// How long sequences are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Lengths {
+    /// As long as the tensors.
+    Full,
+    /// Each has a length of its own: those of the queries and keys are in memory.
+    Padded,
+    /// They lie one behind the other in a batch of one: where each begins is in memory, and where the
+    /// last one ends.
+    Packed,
+}
+
+/// The parameters.
+#[derive(Clone, Copy)]
+pub struct Sequences<'k> {
+    /// Positions of the tensors.
+    size: [Reg<'k, i32>; 2],
+    /// Lengths, or where sequences begin.
+    memory: Option<[Reg<'k, u64>; 2]>,
+    /// How many are packed.
+    count: Option<Reg<'k, u32>>,
+}
+
+/// Queries or keys of a sequence.
+#[derive(Clone, Copy)]
+pub struct Side<'k> {
+    /// The first one's position in the tensor, if it is not 0.
+    pub begin: Option<Reg<'k, u32>>,
+    pub count: Reg<'k, i32>,
+}
+
+impl<'k> Side<'k> {
+    /// The position in the tensor.
+    pub fn at(&self, position: Reg<'k, i32>) -> Reg<'k, u32> {
+        let position = position.cast::<u32>();
+        self.begin.map_or(position, |begin| begin + position)
+    }
+}
+
+/// A tile of the queries of a sequence.
+#[derive(Clone, Copy)]
+pub struct Found<'k> {
+    /// Whether there is one.
+    pub exists: Reg<'k, bool>,
+    pub sequence: Reg<'k, u32>,
+    /// Its number in the sequence, and how many there are.
+    pub tile: Reg<'k, u32>,
+    pub tiles: Reg<'k, u32>,
+    pub queries: Side<'k>,
+}
+
+impl<'k> Sequences<'k> {
+    /// Declares the parameters `lengths_q` and `lengths_k` unless all are full, and `sequences` if they
+    /// are packed.
+    pub fn params(k: &'k Kernel, lengths: Lengths, size: [Reg<'k, i32>; 2]) -> Self {
+        let memory = (lengths != Lengths::Full).then(|| ["lengths_q", "lengths_k"]);
+        Self {
+            size,
+            memory: memory.map(|names| names.map(|name| k.pointer(name))),
+            count: (lengths == Lengths::Packed).then(|| k.param("sequences")),
+        }
+    }
+
+    /// Queries (0) or keys (1) of a sequence. A length beyond the tensor is the tensor's.
+    pub fn side(&self, which: usize, sequence: Reg<'k, u32>) -> Side<'k> {
+        let (k, size) = (sequence.kernel(), self.size[which]);
+        let Some(memory) = self.memory else {
+            return Side { begin: None, count: size };
+        };
+        let at = memory[which].element(sequence, 4);
+        let load = |at: Reg<'k, u64>| {
+            let [entry] = k.ld_global_nc::<u32, 1>(at);
+            entry.min(size.cast::<u32>())
+        };
+        match self.count {
+            None => Side { begin: None, count: load(at).cast() },
+            Some(_) => Self::between(load(at), load(at + 4u64)),
+        }
+    }
+
+    fn between(begin: Reg<'k, u32>, end: Reg<'k, u32>) -> Side<'k> {
+        Side { begin: Some(begin), count: (end.max(begin) - begin).cast() }
+    }
+
+    /// Looks for tile number `tile` of all sequences, each cut into tiles of `rows` queries. All lanes
+    /// of a warp look together.
+    pub fn find(&self, tile: Reg<'k, u32>, rows: u32) -> Found<'k> {
+        let k = tile.kernel();
+        let (Some([memory, _]), Some(count)) = (self.memory, self.count) else {
+            panic!("sequences are packed");
+        };
+        let (lane, limit) = (k.lane(), self.size[0].cast::<u32>());
+        let [sequence, number, tiles, begin, length] = k.regs();
+        let (chunk, before, exists) = (k.var(0u32), k.var(0u32), k.var(0u32));
+        k.loop_(|exit| {
+            exit.when(chunk.ge(count));
+            // A sequence for each lane; those behind the last one are empty.
+            let entry = |more: u32| {
+                let index = (chunk + lane + more).min(count);
+                k.ld_global_nc::<u32, 1>(memory.element(index, 4))[0].min(limit)
+            };
+            let (first, last) = (entry(0), entry(1));
+            let side = Self::between(first, last);
+            let mine = side.count.cast::<u32>().div_ceil(rows);
+            let up_to = [1, 2, 4, 8, 16].into_iter().fold(mine, |sum, by| {
+                let more = k.from_before(sum, by);
+                sum + more.or_else(lane.ge(by), 0)
+            });
+            let all = k.broadcast(up_to, 31);
+            let here = tile.lt(before + all);
+            k.if_(here, || {
+                let holder = k.ballot((before + up_to).le(tile)).ones();
+                let of = |value: Reg<'k, u32>| k.broadcast(value, holder);
+                exists.set(1);
+                sequence.set(chunk + holder);
+                number.set(tile - before - of(up_to - mine));
+                tiles.set(of(mine));
+                begin.set(of(first));
+                length.set(of(side.count.cast()));
+            });
+            exit.when(here);
+            before.increase(all);
+            chunk.increase(32);
+        });
+        let queries = Side { begin: Some(begin), count: length.cast() };
+        Found { exists: exists.ne(0), sequence, tile: number, tiles, queries }
+    }
+}
