@@ -217,7 +217,12 @@ impl<'k> Attention<'k, '_> {
             k.wgmma_wait(0);
             self.release(g, g.value_place);
         };
-        k.if_else(block.ge(blocks.begin), some, free);
+        k.if_else(block.ge(blocks.begin), some, || {
+            // Products keep the warps together; without any, one could still wait for the queries that
+            // another has let go.
+            k.barrier_at(g.number + 1, WARPGROUP);
+            free();
+        });
     }
 
     /// Whether a row may have seen no key after a block.
