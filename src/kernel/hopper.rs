@@ -45,6 +45,16 @@ impl<'k> Descriptor<'k> {
         Self { low: stage * (bytes / 16) + self.low, ..self }
     }
 
+    /// That from row or column 64 · `block` on.
+    pub fn rows(self, block: u32) -> Self {
+        let bytes = match self.transposed {
+            false => block * SLAB_BYTES,
+            true => block * self.column,
+        };
+        let low = if bytes == 0 { self.low } else { self.low + bytes / 16 };
+        Self { low, ..self }
+    }
+
     /// 16 elements along K.
     pub fn operand(self, step: u32) -> Operand<'k> {
         let bytes = match self.transposed {

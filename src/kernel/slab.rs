@@ -1,4 +1,4 @@
-//! Fragments of sums to slabs of 64 swizzled lines, as the copy engine stores them.
+//! Fragments of sums to slabs of swizzled lines, as the copy engine stores them.
 
 use super::Element;
 use super::hopper::LINE;
@@ -29,6 +29,21 @@ pub fn write<'k>(
     match out {
         Element::Half(half) => write_half(k, half, sums, to, seat),
         Element::F32 => write_f32(k, sums, to, seat),
+    }
+}
+
+/// Writes a slab whose lines are columns, each of the warpgroup's 64 rows: 16-bit elements in one piece,
+/// f32 in two of 32 rows each. `sums` are a thread's fragments of all columns, a multiple of 16.
+pub fn write_columns<'k>(
+    k: &'k Kernel,
+    out: Element,
+    sums: &[Reg<'k, f32>],
+    to: Reg<'k, u32>,
+    seat: Seat<'k>,
+) {
+    match out {
+        Element::Half(half) => write_half_columns(k, half, sums, to, seat),
+        Element::F32 => write_f32_columns(k, sums, to, seat),
     }
 }
 
@@ -64,5 +79,43 @@ fn write_f32<'k>(
         let at = start + chunk * 16;
         k.st_shared(at, [quad[0], quad[1]]);
         k.st_shared(at.at((8 * LINE).into()), [quad[2], quad[3]]);
+    }
+}
+
+fn write_half_columns<'k>(
+    k: &'k Kernel,
+    half: Half,
+    sums: &[Reg<'k, f32>],
+    to: Reg<'k, u32>,
+    Seat { lane, warp }: Seat<'k>,
+) {
+    // Two blocks of 8 columns, of 8 rows and the 8 below them.
+    let line = lane / 16 * 8 + lane % 8;
+    let chunk = (warp * 2 + lane / 8 % 2) ^ (lane % 8);
+    let start = to + line * LINE + chunk * 16;
+    for (i, eight) in (0..).zip(sums.chunks(8)) {
+        let packed = std::array::from_fn(|j| k.pack(half, eight[2 * j], eight[2 * j + 1]));
+        k.stmatrix(start.at((i * 16 * LINE).into()), packed, true);
+    }
+}
+
+fn write_f32_columns<'k>(
+    k: &'k Kernel,
+    sums: &[Reg<'k, f32>],
+    to: Reg<'k, u32>,
+    Seat { lane, warp }: Seat<'k>,
+) {
+    let row = lane / 4;
+    let piece = to + warp / 2 * (sums.len() as u32 * 2 * LINE) + row % 4 * 4;
+    for odd in 0..2 {
+        let line = lane % 4 * 2 + odd;
+        for below in 0..2 {
+            let chunk = (warp % 2 * 4 + row / 4 + 2 * below) ^ line;
+            let start = piece + line * LINE + chunk * 16;
+            for (i, quad) in (0..).zip(sums.chunks(4)) {
+                let sum = quad[(2 * below + odd) as usize];
+                k.st_shared(start.at((i * 8 * LINE).into()), [sum]);
+            }
+        }
     }
 }

@@ -317,14 +317,14 @@ impl<'k> Attention<'k, '_> {
 
     /// This warpgroup has read a stage.
     fn release(&self, g: &Group<'k>, place: Cursor<'k>) {
-        let done = place.done(self.base);
+        let done = place.done();
         self.k.when(g.leader, || self.k.mbarrier_arrive(done));
         place.advance();
     }
 
     /// The next queries may come.
     fn release_queries(&self, g: &Group<'k>) {
-        let done = g.query_place.done(self.base);
+        let done = g.query_place.done();
         self.k.when(g.leader, || self.k.mbarrier_arrive(done));
     }
 

@@ -2,23 +2,14 @@
 
 use crate::kernel::Arena;
 use crate::kernel::gemm::{Epilogue, Major, Problem};
+use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::ring::Ring;
 use crate::kernel::turns::Turns;
 use crate::ptx::Half;
 
 /// Depth of a stage: the 64 16-bit elements of a 128-byte swizzled line.
 pub const DEPTH: u32 = 64;
-/// Bytes of a swizzled line.
-pub(super) const LINE: u32 = 128;
-/// Eight lines: what the swizzle repeats after.
-pub(super) const ATOM: u32 = 8 * LINE;
-/// Rows of a wgmma, of a slab of the result, and elements of a line.
-pub(super) const SLAB: u32 = 64;
-pub(super) const SLAB_BYTES: u32 = SLAB * LINE;
-pub(super) const WARPGROUP: u32 = 128;
-/// Dynamic shared memory that a block can have on sm_90, and what a multiprocessor has, of which
-/// each block takes 1 KiB besides.
-pub const MAX_SHARED: u32 = 232_448;
+/// Shared memory of a multiprocessor, of which each block takes 1 KiB besides its own.
 const SM_SHARED: u32 = 233_472;
 
 /// Which matrix the tiles are tiles of.

@@ -6,20 +6,20 @@
 //! the tokens.
 
 mod config;
-mod descriptor;
 mod load;
 mod slabs;
 mod store;
 
-pub use config::{Boxes, Config, DEPTH, Launch, MAX_SHARED, Order, Orient, Store};
+pub use config::{Boxes, Config, DEPTH, Launch, Order, Orient, Store};
 
+use super::Major;
 use super::share::Share;
+use crate::kernel::hopper::{Descriptor, SLAB_BYTES, WARPGROUP};
 use crate::kernel::raster::{Raster, Tile};
 use crate::kernel::ring::Cursor;
 use crate::kernel::turns::Turn;
 use crate::ptx::{Kernel, Reg, Source, Target, Wgmma};
-use config::{Plan, SLAB_BYTES, WARPGROUP};
-use descriptor::Descriptor;
+use config::Plan;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
@@ -189,8 +189,8 @@ impl<'k> Gemm<'k, '_> {
                 k.var(0)
             }
         };
-        let lhs = Descriptor::new(self.base + self.plan.lhs + first_rows, c.lhs);
-        let rhs = Descriptor::new(self.base + self.plan.rhs, c.rhs);
+        let lhs = descriptor(self.base + self.plan.lhs + first_rows, c.lhs, c.rows);
+        let rhs = descriptor(self.base + self.plan.rhs, c.rhs, c.cols);
         let Share { count, .. } = self.share();
         let behind = k.reg::<u32>();
         k.for_(0, count, 1, |i| {
@@ -220,5 +220,13 @@ impl<'k> Gemm<'k, '_> {
         }
         k.wgmma_wait(0);
         k.when(leader, || k.mbarrier_arrive(behind));
+    }
+}
+
+/// Of the first stage of an operand, which has so many rows or columns.
+fn descriptor(address: Reg<u32>, major: Major, extent: u32) -> Descriptor {
+    match major {
+        Major::K => Descriptor::along_k(address, extent),
+        Major::Outer => Descriptor::across_k(address, DEPTH),
     }
 }

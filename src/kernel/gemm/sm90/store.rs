@@ -1,8 +1,9 @@
 //! From registers to the result through a tile in shared memory, which the threads store.
 
 use super::Gemm;
-use super::config::{Orient, WARPGROUP};
+use super::config::Orient;
 use crate::kernel::gemm::result::TileOfResult;
+use crate::kernel::hopper::WARPGROUP;
 use crate::kernel::raster::Tile;
 use crate::ptx::Reg;
 
