@@ -58,11 +58,12 @@ fn write_half<'k>(
     for (i, eight) in sums.chunks(8).enumerate() {
         // Two blocks of 8 columns: lanes 0 to 15 address the first, the others the second.
         let chunk = (lane / 16 + 2 * i as u32) ^ (lane % 8);
+        let to = start + chunk * 16;
         let packed = std::array::from_fn(|j| match eight.get(2 * j..2 * j + 2) {
             Some(pair) => k.pack(half, pair[0], pair[1]),
             None => k.var(0),
         });
-        k.stmatrix(start + chunk * 16, packed, false);
+        k.stmatrix(to, packed, false);
     }
 }
 
