@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use kaio_candle::Activation;
 use kaio_candle::kernel::gemm::{Epilogue, Major, Problem, choose, sm80, sm90};
 use kaio_candle::kernel::{Config, Device, Element};
+use kaio_candle::kernel::{attention, attention::Lengths};
 use kaio_candle::ptx::{Half, Target};
 
 /// What a chooser chooses for, and its kernels are assembled for.
@@ -26,16 +27,20 @@ pub struct Chooser {
     gpus: &'static [Gpu],
     /// Kernels of each shape that are assembled.
     of_a_shape: usize,
-    choose: fn(&Problem, &Device) -> Vec<Config>,
+    choose: fn(&Facts, &Device) -> Vec<Config>,
+}
+
+/// A problem of any family.
+#[derive(Clone, Copy, Debug)]
+pub enum Facts {
+    Matmul(Problem),
+    Attention(attention::Problem),
 }
 
 /// All families: a new one is a line here. H100 SXM and PCIe; A100, RTX 4090 and H100.
-pub static CHOOSERS: [Chooser; 2] = [
-    Chooser {
-        gpus: &[gpu("sm_90a", 132, 232_448), gpu("sm_90a", 114, 232_448)],
-        of_a_shape: 3,
-        choose: hopper,
-    },
+pub static CHOOSERS: [Chooser; 3] = [
+    Chooser { gpus: &HOPPERS, of_a_shape: 3, choose: hopper },
+    Chooser { gpus: &HOPPERS, of_a_shape: 3, choose: flash },
     Chooser {
         gpus: &[gpu("sm_80", 108, 166_912), gpu("sm_89", 128, 101_376), gpu("sm_90", 132, 232_448)],
         of_a_shape: 2,
@@ -43,11 +48,29 @@ pub static CHOOSERS: [Chooser; 2] = [
     },
 ];
 
-fn hopper(problem: &Problem, device: &Device) -> Vec<Config> {
-    vec![Config::MatmulSm90(choose::choose(problem, device))]
+static HOPPERS: [Gpu; 2] = [gpu("sm_90a", 132, 232_448), gpu("sm_90a", 114, 232_448)];
+
+fn hopper(facts: &Facts, device: &Device) -> Vec<Config> {
+    match facts {
+        Facts::Matmul(problem) => vec![Config::MatmulSm90(choose::choose(problem, device))],
+        Facts::Attention(_) => vec![],
+    }
 }
 
-fn portable(problem: &Problem, device: &Device) -> Vec<Config> {
+fn flash(facts: &Facts, device: &Device) -> Vec<Config> {
+    let Facts::Attention(problem) = facts else { return vec![] };
+    let config = attention::choose::choose(problem, device);
+    let launch = attention::sm90::Launch::new(&config, problem, device.multiprocessors);
+    let combine = config.split.then(|| {
+        let dim = config.value_dim;
+        let of = attention::combine::Config::new(problem.out, dim, launch.parts, problem.lse);
+        Config::FlashCombine(of)
+    });
+    [Config::FlashSm90(config)].into_iter().chain(combine).collect()
+}
+
+fn portable(facts: &Facts, device: &Device) -> Vec<Config> {
+    let Facts::Matmul(problem) = facts else { return vec![] };
     let config = sm80::choose(problem, problem.batch > 1, device);
     match config.reduce() {
         None => vec![Config::MatmulSm80(config)],
@@ -70,8 +93,85 @@ pub enum Extent {
 
 const BF16: Element = Element::Half(Half::Bf16);
 
+/// All families'.
+pub fn problems(extent: Extent) -> impl Iterator<Item = Facts> {
+    let products = products(extent).map(Facts::Matmul);
+    products.chain(attentions(extent).into_iter().map(Facts::Attention))
+}
+
+/// Sizes, each with one drawing of everything else.
+fn attentions(extent: Extent) -> Vec<attention::Problem> {
+    use attention::{Bias, Scores};
+    let (dims, queries, keys): (&[(u64, u64)], &[u64], &[u64]) = match extent {
+        Extent::Few => (&[(64, 64), (128, 128), (72, 40)], &[1, 100, 4096], &[100, 4096]),
+        Extent::All => (
+            &[
+                (8, 8),
+                (32, 32),
+                (64, 64),
+                (72, 40),
+                (96, 96),
+                (128, 128),
+                (192, 128),
+                (192, 192),
+                (256, 256),
+            ],
+            &[1, 40, 64, 100, 512, 4096],
+            &[1, 100, 1000, 4096, 65_536],
+        ),
+    };
+    let heads = [(32, 32), (32, 8), (28, 4)];
+    let biases = [
+        None,
+        None,
+        None,
+        Some(Bias { element: BF16, pairs: true }),
+        Some(Bias { element: BF16, pairs: false }),
+        Some(Bias { element: Element::F32, pairs: true }),
+        Some(Bias { element: Element::F32, pairs: false }),
+    ];
+    let lengths = [Lengths::Full, Lengths::Full, Lengths::Padded, Lengths::Packed];
+    let mut all = Vec::new();
+    for &(head_dim, value_dim) in dims {
+        for (queries, keys) in cross(queries, keys) {
+            for (heads, kv_heads) in heads {
+                for mask in 0..3 {
+                    for plain in [true, false] {
+                        let seed = format!("{head_dim} {queries} {keys} {heads} {mask} {plain}");
+                        let draw = hash(&seed) >> 8;
+                        let pick = |shift: u32, of: usize| (draw >> shift) as usize % of;
+                        let scores = Scores {
+                            shrunk: pick(0, 7) == 0,
+                            softcap: pick(4, 2) == 0,
+                            alibi: pick(8, 2) == 0,
+                            bias: biases[pick(12, biases.len())],
+                        };
+                        all.push(attention::Problem {
+                            batch: [1, 4][pick(20, 2)],
+                            heads,
+                            kv_heads,
+                            queries,
+                            keys,
+                            head_dim,
+                            value_dim,
+                            half: Half::Bf16,
+                            out: if plain || pick(24, 2) == 0 { BF16 } else { Element::F32 },
+                            left: (mask == 2).then_some(500),
+                            right: (mask > 0).then_some(0),
+                            scores: if plain { Scores::default() } else { scores },
+                            lengths: if plain { Lengths::Full } else { lengths[pick(28, 4)] },
+                            lse: pick(32, 2) == 0,
+                        });
+                    }
+                }
+            }
+        }
+    }
+    all
+}
+
 /// Of bf16 operands, without bias and activation.
-pub fn problems(extent: Extent) -> impl Iterator<Item = Problem> {
+fn products(extent: Extent) -> impl Iterator<Item = Problem> {
     let (outer, depths): (&[u64], &[u64]) = match extent {
         Extent::Few => (&[1, 16, 100, 1000, 4096, 50_257], &[1, 65, 1024, 16_384]),
         Extent::All => (
@@ -106,7 +206,9 @@ fn cross<'a>(a: &'a [u64], b: &'a [u64]) -> impl Iterator<Item = (u64, u64)> + u
 pub struct Choice {
     pub kernel: Config,
     pub gpu: Gpu,
-    pub problem: Problem,
+    pub problem: Facts,
+    /// Its family's number.
+    family: usize,
     /// The problem's number.
     index: usize,
 }
@@ -122,8 +224,7 @@ impl Choice {
     }
 
     fn family(&self) -> &'static Chooser {
-        let family = CHOOSERS.iter().find(|chooser| chooser.gpus.contains(&self.gpu));
-        family.expect("a chooser chose it")
+        &CHOOSERS[self.family]
     }
 
     /// What decides about resources.
@@ -156,10 +257,10 @@ pub fn for_each_choice(extent: Extent, each: impl Fn(Choice) + Sync) {
                 break;
             }
             for (index, problem) in some {
-                for chooser in &CHOOSERS {
+                for (family, chooser) in CHOOSERS.iter().enumerate() {
                     for &gpu in chooser.gpus {
                         for kernel in (chooser.choose)(&problem, &gpu.device) {
-                            each(Choice { kernel, gpu, problem, index });
+                            each(Choice { kernel, gpu, problem, family, index });
                         }
                     }
                 }
@@ -227,13 +328,14 @@ pub fn spread<T>(mut items: Vec<T>, name: impl Fn(&T) -> String) -> impl Iterato
 /// What is chosen if something comes after the sum: for a third of the kernels with one such thing,
 /// with all of them for those that do little else.
 fn with_epilogue(name: &str, choice: &Choice) -> Vec<(String, Choice)> {
+    let Facts::Matmul(of) = choice.problem else { return vec![] };
     let draw = (hash(name) % (3 * VARIANTS.len() as u64)) as usize;
     let variants = match choice.kernel {
         Config::MatmulReduce(_) => &VARIANTS[..],
         _ => VARIANTS.get(draw..=draw).unwrap_or_default(),
     };
     let chosen = variants.iter().flat_map(|variant| {
-        let problem = variant.of(choice.problem);
+        let problem = Facts::Matmul(variant.of(of));
         let kernels = (choice.family().choose)(&problem, &choice.gpu.device);
         kernels.into_iter().map(move |kernel| Choice { kernel, problem, ..*choice })
     });
@@ -305,11 +407,21 @@ static VARIANTS: [Variant; 15] = {
 fn choices_fit_their_problems() {
     for_each_choice(Extent::Few, |choice| {
         let Choice { kernel, gpu, problem, .. } = &choice;
-        let fits = match kernel {
-            Config::MatmulSm90(config) => hopper_fits(config, gpu, problem),
-            Config::MatmulSm80(config) => portable_fits(config, gpu, problem),
-            Config::MatmulReduce(reduce) => divides(reduce.unit, problem),
-            Config::FlashSm90(_) | Config::FlashCombine(_) => Err("another family".into()),
+        let fits = match (kernel, problem) {
+            (Config::MatmulSm90(config), Facts::Matmul(problem)) => {
+                hopper_fits(config, gpu, problem)
+            }
+            (Config::MatmulSm80(config), Facts::Matmul(problem)) => {
+                portable_fits(config, gpu, problem)
+            }
+            (Config::MatmulReduce(reduce), Facts::Matmul(problem)) => divides(reduce.unit, problem),
+            (Config::FlashSm90(config), Facts::Attention(problem)) => {
+                flash_fits(config, gpu, problem)
+            }
+            (Config::FlashCombine(config), Facts::Attention(problem)) => {
+                rule(config.out == problem.out, "another type")
+            }
+            _ => Err("another family".into()),
         };
         if let Err(why) = fits {
             panic!("{why}: {} for {problem:?}", choice.name());
@@ -338,6 +450,29 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
     rule(x > 0 && x < 1 << 31 && y.max(z) < 1 << 16 && y.min(z) > 0, "a grid that is too large")?;
     rule(x.is_multiple_of(config.split), "a cluster that is cut off")?;
     rule(config.split <= launch.depth, "a block without depth")
+}
+
+fn flash_fits(
+    config: &attention::sm90::Config,
+    gpu: &Gpu,
+    problem: &attention::Problem,
+) -> Result<(), String> {
+    config.check()?;
+    let facts = (config.half, config.mask, config.scores, config.lengths);
+    let wanted = (problem.half, problem.mask(), problem.scores, problem.lengths);
+    rule(facts == wanted, "another problem's facts")?;
+    rule(config.split || config.out == problem.out, "another type")?;
+    rule(config.lse || !problem.lse, "sums that are not stored")?;
+    let dims = [config.head_dim, config.value_dim].map(u64::from);
+    rule(dims[0] >= problem.head_dim && dims[1] == problem.value_dim, "other sizes")?;
+    let group = problem.heads / problem.kv_heads;
+    rule(group.is_multiple_of(config.pack.into()), "heads that share no keys")?;
+    let launch = attention::sm90::Launch::new(config, problem, gpu.device.multiprocessors);
+    let tiles = launch.order.heads * launch.order.columns;
+    rule(launch.order.tiles == tiles && tiles > 0, "tiles that are not counted")?;
+    rule((1..=tiles).contains(&launch.blocks), "blocks without tiles")?;
+    rule((1..=launch.order.heads).contains(&launch.order.section), "sections without heads")?;
+    rule(launch.order.columns.is_multiple_of(launch.parts), "parts of no tile")
 }
 
 fn portable_fits(config: &sm80::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {

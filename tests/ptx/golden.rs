@@ -6,7 +6,7 @@ use std::fs;
 
 use kaio_candle::Activation;
 use kaio_candle::kernel::gemm::{Epilogue, Major, sm80, sm90};
-use kaio_candle::kernel::{Config, Element};
+use kaio_candle::kernel::{Config, Element, attention};
 use kaio_candle::ptx::{Half, Source};
 
 use crate::{golden_folder, instructions, set};
@@ -51,6 +51,61 @@ const PORTABLE: sm80::Config = sm80::Config {
     unit: 4,
     epilogue: PLAIN,
 };
+
+/// Attention on Hopper: 128×32, 64 wide, nothing hidden.
+const FLASH: attention::sm90::Config = attention::sm90::Config {
+    half: Half::Bf16,
+    out: BF16,
+    head_dim: 64,
+    value_dim: 64,
+    rows: 128,
+    keys: 32,
+    stages: 2,
+    slabs: 1,
+    turns: true,
+    mask: attention::Mask::None,
+    scores: NOTHING,
+    lengths: attention::Lengths::Full,
+    pack: 1,
+    split: false,
+    lse: true,
+    store: attention::sm90::Store::Tma,
+};
+
+const NOTHING: attention::Scores =
+    attention::Scores { shrunk: false, softcap: false, bias: None, alibi: false };
+
+fn flash() -> [(&'static str, Config); 5] {
+    use attention::sm90::{Config as Flash, Store};
+    use attention::{Bias, Lengths, Mask, Scores};
+    let small = Flash { head_dim: 16, value_dim: 8, rows: 64, keys: 16, turns: false, ..FLASH };
+    let bias = Some(Bias { element: BF16, pairs: true });
+    let all = Flash {
+        mask: Mask::Window,
+        scores: Scores { softcap: true, alibi: true, bias, ..NOTHING },
+        lengths: Lengths::Padded,
+        ..small
+    };
+    let packed = Flash {
+        half: Half::F16,
+        out: Element::F32,
+        value_dim: 72,
+        mask: Mask::Right,
+        lengths: Lengths::Packed,
+        slabs: 2,
+        ..small
+    };
+    let split =
+        Flash { out: Element::F32, pack: 4, split: true, store: Store::Direct, slabs: 0, ..small };
+    let combine = attention::combine::Config::new(BF16, 8, 5, true);
+    [
+        ("flash90_plain", Config::FlashSm90(FLASH)),
+        ("flash90_window_all", Config::FlashSm90(all)),
+        ("flash90_packed", Config::FlashSm90(packed)),
+        ("flash90_split", Config::FlashSm90(split)),
+        ("flash_combine", Config::FlashCombine(combine)),
+    ]
+}
 
 /// Kernels that together show all that the emitters have, small where size shows nothing.
 fn kernels() -> Vec<(&'static str, Config)> {
@@ -127,7 +182,8 @@ fn kernels() -> Vec<(&'static str, Config)> {
     let reduce = split.reduce().expect("it is split");
     let hopper = hopper.into_iter().map(|(name, config)| (name, Config::MatmulSm90(config)));
     let portable = portable.into_iter().map(|(name, config)| (name, Config::MatmulSm80(config)));
-    hopper.chain(portable).chain([("sm80_reduce", Config::MatmulReduce(reduce))]).collect()
+    let reduce = [("sm80_reduce", Config::MatmulReduce(reduce))];
+    hopper.chain(portable).chain(reduce).chain(flash()).collect()
 }
 
 /// The text, after what a launch must match.

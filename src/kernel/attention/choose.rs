@@ -71,3 +71,121 @@ fn pack(problem: &Problem) -> u32 {
         _ => 1,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::attention::sm90::Launch;
+    use crate::kernel::attention::{Bias, Scores};
+    use crate::ptx::{Half, Target};
+
+    const H200: Device =
+        Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
+
+    fn problem(queries: u64, keys: u64, dim: u64) -> Problem {
+        Problem {
+            batch: 2,
+            heads: 32,
+            kv_heads: 8,
+            queries,
+            keys,
+            head_dim: dim,
+            value_dim: dim,
+            half: Half::Bf16,
+            out: Element::Half(Half::Bf16),
+            left: None,
+            right: None,
+            scores: Scores::default(),
+            lengths: Lengths::Full,
+            lse: false,
+        }
+    }
+
+    fn causal(queries: u64, keys: u64, dim: u64) -> Problem {
+        Problem { right: Some(0), ..problem(queries, keys, dim) }
+    }
+
+    #[test]
+    fn long_sequences_take_the_tiles_that_were_fastest() {
+        let tile = |problem| {
+            let c = choose(&problem, &H200);
+            (c.rows, c.keys, c.turns)
+        };
+        assert_eq!(tile(problem(4096, 4096, 64)), (192, 128, false));
+        assert_eq!(tile(problem(4096, 4096, 128)), (128, 176, true));
+        assert_eq!(tile(causal(4096, 4096, 128)), (128, 128, true));
+        assert_eq!(tile(problem(4096, 4096, 192)), (128, 112, true));
+        assert_eq!(tile(problem(4096, 4096, 256)), (128, 80, true));
+    }
+
+    #[test]
+    fn one_token_packs_heads_and_splits_keys() {
+        let one = Problem { batch: 1, ..causal(1, 8192, 128) };
+        let c = choose(&one, &H200);
+        assert_eq!((c.rows, c.pack, c.split), (64, 4, true));
+        let launch = Launch::new(&c, &one, 132);
+        assert!((96..=132).contains(&launch.order.tiles), "{launch:?}");
+        assert_eq!(launch.order.tiles, 8 * launch.parts);
+    }
+
+    #[test]
+    fn no_part_is_empty() {
+        for keys in [1024, 5000, 8192, 100_000] {
+            for heads in [1, 2, 8, 13] {
+                let p = Problem { batch: 1, heads, kv_heads: heads, ..problem(1, keys, 128) };
+                let c = choose(&p, &H200);
+                let launch = Launch::new(&c, &p, 132);
+                let blocks = keys.div_ceil(c.keys.into());
+                let each = blocks.div_ceil(launch.parts.into());
+                assert!(c.split && u64::from(launch.parts - 1) * each < blocks, "{launch:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn few_tiles_are_small() {
+        let p = Problem { batch: 1, heads: 4, kv_heads: 4, ..problem(512, 512, 128) };
+        assert_eq!(choose(&p, &H200).rows, 64);
+        assert!(!choose(&p, &H200).split);
+    }
+
+    #[test]
+    fn a_bias_takes_keys_for_its_registers() {
+        let bias = |pairs| Some(Bias { element: Element::F32, pairs });
+        let with = |pairs| Problem {
+            scores: Scores { bias: bias(pairs), ..Scores::default() },
+            ..problem(4096, 4096, 128)
+        };
+        let keys =
+            [problem(4096, 4096, 128), with(true), with(false)].map(|p| choose(&p, &H200).keys);
+        assert!(keys.is_sorted_by(|a, b| a > b), "{keys:?}");
+    }
+
+    #[test]
+    fn every_choice_can_be_built() {
+        let lengths = [Lengths::Full, Lengths::Padded, Lengths::Packed];
+        for dim in (8..=256).step_by(8) {
+            for value_dim in [8, 64, 136, 256] {
+                for (queries, keys) in [(1, 1), (1, 4096), (70, 10_000), (4096, 4096)] {
+                    for lengths in lengths {
+                        for out in [Element::F32, Element::Half(Half::Bf16)] {
+                            let p =
+                                Problem { value_dim, lengths, out, ..causal(queries, keys, dim) };
+                            choose(&p, &H200).check().unwrap();
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sections_hold_what_fits_l2() {
+        let p = causal(4096, 4096, 128);
+        let order = Launch::new(&choose(&p, &H200), &p, 132).order;
+        // 2 MiB of keys and values for four heads.
+        assert_eq!((order.heads, order.columns, order.section), (64, 32, 64));
+        let long = causal(65_536, 65_536, 128);
+        assert_eq!(Launch::new(&choose(&long, &H200), &long, 132).order.section, 4);
+    }
+}
