@@ -57,7 +57,7 @@ impl<'k> Sequences<'k> {
     /// Declares the parameters `lengths_q` and `lengths_k` unless all are full, and `sequences` if they
     /// are packed.
     pub fn params(k: &'k Kernel, lengths: Lengths, size: [Reg<'k, i32>; 2]) -> Self {
-        let memory = (lengths != Lengths::Full).then(|| ["lengths_q", "lengths_k"]);
+        let memory = (lengths != Lengths::Full).then_some(["lengths_q", "lengths_k"]);
         Self {
             size,
             memory: memory.map(|names| names.map(|name| k.pointer(name))),

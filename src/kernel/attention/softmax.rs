@@ -31,21 +31,19 @@ impl<'k> Softmax<'k> {
 
     /// Rows without any key.
     pub fn reset(&self) {
-        for row in 0..2 {
-            self.max[row].set(f32::NEG_INFINITY);
-            self.sum[row].set(0.0);
-        }
+        self.max.iter().for_each(|max| max.set(f32::NEG_INFINITY));
+        self.sum.iter().for_each(|sum| sum.set(0.0));
     }
 
     /// The first block: the exponentials of its scores. `holes` says that a row may not have seen a
     /// key yet.
     pub fn first(&self, scores: &[Reg<'k, f32>], holes: bool) -> Vec<Reg<'k, f32>> {
-        for row in 0..2 {
-            self.max[row].set(across_quad(fold(scores, row, Reg::max), Reg::max));
+        for (row, max) in self.max.iter().enumerate() {
+            max.set(across_quad(fold(scores, row, Reg::max), Reg::max));
         }
         let exponentials = self.exponentials(scores, holes);
-        for row in 0..2 {
-            self.sum[row].set(fold(&exponentials, row, |a, b| a + b));
+        for (row, sum) in self.sum.iter().enumerate() {
+            sum.set(fold(&exponentials, row, |a, b| a + b));
         }
         exponentials
     }
@@ -57,16 +55,16 @@ impl<'k> Softmax<'k> {
         holes: bool,
     ) -> (Vec<Reg<'k, f32>>, [Reg<'k, f32>; 2]) {
         let before = self.max.map(|max| max.kernel().var(max));
-        for row in 0..2 {
+        for (row, max) in self.max.iter().enumerate() {
             let here = fold(scores, row, Reg::max).max(before[row]);
-            self.max[row].set(across_quad(here, Reg::max));
+            max.set(across_quad(here, Reg::max));
         }
         let used = self.used(holes);
         let factors = std::array::from_fn(|row| self.scaled(before[row] - used[row]).exp2_ftz());
         let exponentials = self.exponentials(scores, holes);
-        for row in 0..2 {
-            self.sum[row].scale(factors[row]);
-            self.sum[row].increase(fold(&exponentials, row, |a, b| a + b));
+        for (row, sum) in self.sum.iter().enumerate() {
+            sum.scale(factors[row]);
+            sum.increase(fold(&exponentials, row, |a, b| a + b));
         }
         (exponentials, factors)
     }
