@@ -100,9 +100,9 @@ pub enum Error {
         /// That argument's device.
         want: String,
     },
-    /// An input tracks a gradient, and the op has none.
+    /// An input tracks a gradient, and the op has none for it.
     #[error(
-        "{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if nothing that it was computed from is to be trained"
+        "{op}: `{arg}` tracks a gradient, but this op has none for it; call `.detach()` on it if nothing that it was computed from is to be trained"
     )]
     Tracked {
         /// The method that was called.
@@ -121,6 +121,18 @@ pub enum Error {
         got: String,
         /// What was wanted.
         want: String,
+        /// What to do.
+        fix: &'static str,
+    },
+    /// Two options exclude each other.
+    #[error("{op}: `{name}` and `{with}` exclude each other; {fix}")]
+    Conflict {
+        /// The method that was called.
+        op: &'static str,
+        /// One option's name.
+        name: &'static str,
+        /// The other's.
+        with: &'static str,
         /// What to do.
         fix: &'static str,
     },

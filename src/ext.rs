@@ -256,11 +256,31 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// ```
     fn kaio_flash_attn(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor>;
 
-    /// [`kaio_flash_attn`](Self::kaio_flash_attn) with a choice of scale and engine.
+    /// [`kaio_flash_attn`](Self::kaio_flash_attn) with [`FlashAttnOptions`]: causal masks and sliding
+    /// windows, scale, softcap, ALiBi, a bias on the scores, packed and padded batches of several
+    /// lengths, the other layout, an f32 result, and the engine.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`q`) | `[Sq, D]`, `[Hq, Sq, D]` or `[B, Hq, Sq, D]`; by `layout` `[Sq, Hq, D]` or `[B, Sq, Hq, D]` | f16, bf16 or f32 |
+    /// | `k` | the same with `Hkv`, `Sk`; Hq a multiple of Hkv | the same |
+    /// | `v` | like `k`, with head dimension Dv | the same |
+    /// | `bias` of the options | `[B, Hq, Sq, Sk]`, each but Sk or 1 | the same, or f32 |
+    /// | `alibi_slopes` | `[Hq]` or `[B, Hq]` | f32 |
+    /// | `cu_seqlens_q`, `cu_seqlens_k` | `[B + 1]` | u32 |
+    /// | `seqlens_q`, `seqlens_k` | `[B]` | u32 |
+    /// | result | like `self`, with Dv | `out_dtype`: the same, or f32 |
+    ///
+    /// # Gradient
+    ///
+    /// q, k, v and the bias, each in its dtype, in O(S·D) memory and the size of the bias. Slopes and
+    /// lengths have none.
     ///
     /// # Errors
     ///
-    /// Also a scale that is not finite, and an engine that cannot take the problem.
+    /// Also options that exclude each other, a scale or softcap out of range, another `out_dtype`, a
+    /// bias, slopes or lengths of another dtype or shape, slopes or lengths that track a gradient, on
+    /// the CPU lengths that do not fit, and an engine that cannot take the problem.
     ///
     /// # Example
     ///
@@ -270,6 +290,17 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// let x = Tensor::ones((6, 16), DType::F32, &Device::Cpu)?;
     /// let o = x.kaio_flash_attn_with(&x, &x, &FlashAttnOptions::default().softmax_scale(0.))?;
     /// assert_eq!(o.to_vec2::<f32>()?, x.to_vec2::<f32>()?);
+    ///
+    /// // Two sequences of 4 and 2 rows behind one another, 3 heads of width 16.
+    /// let ends = Tensor::new(&[0u32, 4, 6], &Device::Cpu)?;
+    /// let opts = FlashAttnOptions::default()
+    ///     .layout(AttnLayout::Bshd)
+    ///     .causal(true)
+    ///     .window_size_left(2)
+    ///     .cu_seqlens_q(ends.clone())
+    ///     .cu_seqlens_k(ends);
+    /// let x = Tensor::randn(0f32, 1., (6, 3, 16), &Device::Cpu)?;
+    /// assert_eq!(x.kaio_flash_attn_with(&x, &x, &opts)?.dims(), [6, 3, 16]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     fn kaio_flash_attn_with(
@@ -278,6 +309,44 @@ pub trait KaioTensorExt: sealed::Sealed {
         v: &Tensor,
         opts: &FlashAttnOptions,
     ) -> Result<Tensor>;
+
+    /// [`kaio_flash_attn_with`](Self::kaio_flash_attn_with), and each query's log-sum-exp
+    /// `ln Σ exp(score)`, with which results over parts of the keys can be put together.
+    ///
+    /// | | shape | dtype |
+    /// |---|---|---|
+    /// | result | as there | as there |
+    /// | log-sum-exp | `[Sq]`, `[Hq, Sq]` or `[B, Hq, Sq]` by the rank of `self`, under each layout | f32 |
+    ///
+    /// It is −∞ where a query sees no key.
+    ///
+    /// # Gradient
+    ///
+    /// As there, of the result. The log-sum-exp is a constant for the backward pass: what is computed
+    /// from it has no gradient.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let q = Tensor::zeros((2, 3, 16), DType::F32, &Device::Cpu)?;
+    /// let k = Tensor::zeros((2, 8, 16), DType::F32, &Device::Cpu)?;
+    /// let (out, lse) = q.kaio_flash_attn_with_lse(&k, &k, &FlashAttnOptions::default())?;
+    /// assert_eq!((out.dims(), lse.dims()), ([2, 3, 16].as_slice(), [2, 3].as_slice()));
+    /// assert_eq!(lse.to_vec2::<f32>()?[1][2], 8f32.ln());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_flash_attn_with_lse(
+        &self,
+        k: &Tensor,
+        v: &Tensor,
+        opts: &FlashAttnOptions,
+    ) -> Result<(Tensor, Tensor)>;
 
     /// Query, key and value projections of one input with int8 weights: `scales[i] · x·weights[i]`.
     ///
@@ -386,6 +455,15 @@ impl KaioTensorExt for Tensor {
         opts: &FlashAttnOptions,
     ) -> Result<Tensor> {
         op::flash_attn("kaio_flash_attn_with", self, k, v, opts)
+    }
+
+    fn kaio_flash_attn_with_lse(
+        &self,
+        k: &Tensor,
+        v: &Tensor,
+        opts: &FlashAttnOptions,
+    ) -> Result<(Tensor, Tensor)> {
+        op::flash_attn_with_lse("kaio_flash_attn_with_lse", self, k, v, opts)
     }
 
     fn kaio_qkv_project_int8(

@@ -72,7 +72,7 @@ pub use cuda::native::tune;
 pub use cuda::{launch, registry};
 pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
-pub use options::{Activation, Engine, FlashAttnOptions, MatmulOptions};
+pub use options::{Activation, AttnLayout, Engine, FlashAttnOptions, MatmulOptions};
 
 /// The README's code, run by `cargo test`.
 #[cfg(doctest)]

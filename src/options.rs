@@ -94,20 +94,83 @@ impl MatmulOptions {
     }
 }
 
-/// Options of [`kaio_flash_attn_with`](crate::KaioTensorExt::kaio_flash_attn_with).
+/// How heads and rows lie in the tensors of attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum AttnLayout {
+    /// `[B, H, S, D]`, `[H, S, D]` or `[S, D]`.
+    #[default]
+    Bhsd,
+    /// `[B, S, H, D]`, `[S, H, D]` or `[S, D]`: what a projection followed by a reshape gives.
+    Bshd,
+}
+
+/// Options of [`kaio_flash_attn_with`](crate::KaioTensorExt::kaio_flash_attn_with) and
+/// [`kaio_flash_attn_with_lse`](crate::KaioTensorExt::kaio_flash_attn_with_lse).
+///
+/// With o = Sk − Sq, the score of query `i` and key `j` is, in f32,
+///
+/// `softcap · tanh(softmax_scale · q·k / softcap) + bias − slope · |i + o − j|`,
+///
+/// and the softmax is over the keys that the masks leave. All masks are aligned bottom-right: the last
+/// query stands at the last key. A query that no mask leaves a key, or none with a bias over −∞, gives
+/// 0, its log-sum-exp is −∞, and no gradient comes from it.
 ///
 /// ```
 /// use kaio_candle::prelude::*;
 ///
-/// let opts = FlashAttnOptions::default().causal(true).softmax_scale(0.1);
+/// // Each query sees its own key and the 255 before it.
+/// let opts = FlashAttnOptions::default().causal(true).window_size_left(255).softmax_scale(0.1);
 /// ```
+///
+/// # Lengths
+///
+/// Batches of sequences of several lengths come in two forms, which exclude each other:
+///
+/// - padded, rank 4: `seqlens_q` and `seqlens_k` (or one of them) say how many rows of each batch
+///   count. Rows behind them have no part in anything; those of the result are 0;
+/// - packed, rank 3: all sequences behind one another, `[Tq, Hq, D]` or, by `layout`, `[Hq, Tq, D]`;
+///   `cu_seqlens_q` and `cu_seqlens_k` (both) say where each begins and the last ends. Sequence `b`
+///   is the rows from entry `b` to before entry `b + 1`; rows of no sequence give 0.
+///
+/// Sq, Sk and o are then each sequence's own. On the CPU a length that does not fit is an error that
+/// names its entry. On a GPU the lengths are not read back, which would make the host wait: the
+/// kernels clamp them to the tensor.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct FlashAttnOptions {
-    /// Query `i` of `Sq` sees the keys `j` with `j - Sk <= i - Sq`: the last query sees all keys.
+    /// Query `i` sees the keys `j <= i + o`. The same as `window_size_right` 0.
     pub causal: bool,
     /// The factor on `q·kᵀ`. `None` is `1/√D`.
     pub softmax_scale: Option<f32>,
+    /// Which dimension is heads, and which is rows. The result has the layout of `q`, contiguous.
+    pub layout: AttnLayout,
+    /// Query `i` sees the keys `j >= i + o − window_size_left`. `None` is no bound.
+    pub window_size_left: Option<usize>,
+    /// Query `i` sees the keys `j <= i + o + window_size_right`. `None` is no bound.
+    pub window_size_right: Option<usize>,
+    /// Bends scores so that their magnitude stays under it (Gemma 2): above 0.
+    pub softcap: Option<f32>,
+    /// ALiBi (Press, Smith and Lewis, 2021): f32 `[Hq]` or `[B, Hq]`, for packed batches with B the
+    /// number of sequences. It has no gradient.
+    pub alibi_slopes: Option<Tensor>,
+    /// Added to the scores: f32 or the dtype of `q`, `[B, Hq, Sq, Sk]` in this order under each
+    /// `layout`, where each but Sk may be 1 and leading ones may be left out. It is read by its
+    /// strides and never expanded. Not with packed batches.
+    ///
+    /// It is an input: its gradient is that of the scores, summed in f32 over what was broadcast, in
+    /// its own shape and dtype.
+    pub bias: Option<Tensor>,
+    /// The result's dtype: that of `q` (`None`) or f32.
+    pub out_dtype: Option<DType>,
+    /// Packed batches: u32 `[B + 1]` from 0 on, nowhere decreasing, to at most Tq.
+    pub cu_seqlens_q: Option<Tensor>,
+    /// The same of `k` and `v`.
+    pub cu_seqlens_k: Option<Tensor>,
+    /// How many rows of each batch of `q` count: u32 `[B]`, at most Sq.
+    pub seqlens_q: Option<Tensor>,
+    /// How many rows of each batch of `k` and `v` count: u32 `[B]`, at most Sk.
+    pub seqlens_k: Option<Tensor>,
     /// Who computes on the GPU.
     pub engine: Engine,
 }
@@ -122,6 +185,72 @@ impl FlashAttnOptions {
     /// Sets the factor on `q·kᵀ`; it must be finite.
     pub fn softmax_scale(mut self, scale: f32) -> Self {
         self.softmax_scale = Some(scale);
+        self
+    }
+
+    /// Sets how heads and rows lie.
+    pub fn layout(mut self, layout: AttnLayout) -> Self {
+        self.layout = layout;
+        self
+    }
+
+    /// Sets how many keys before its own a query sees.
+    pub fn window_size_left(mut self, keys: usize) -> Self {
+        self.window_size_left = Some(keys);
+        self
+    }
+
+    /// Sets how many keys behind its own a query sees.
+    pub fn window_size_right(mut self, keys: usize) -> Self {
+        self.window_size_right = Some(keys);
+        self
+    }
+
+    /// Sets under which magnitude scores stay; it must be finite and above 0.
+    pub fn softcap(mut self, cap: f32) -> Self {
+        self.softcap = Some(cap);
+        self
+    }
+
+    /// Sets what each head takes from a score for each key of distance.
+    pub fn alibi_slopes(mut self, slopes: Tensor) -> Self {
+        self.alibi_slopes = Some(slopes);
+        self
+    }
+
+    /// Sets what is added to the scores.
+    pub fn bias(mut self, bias: Tensor) -> Self {
+        self.bias = Some(bias);
+        self
+    }
+
+    /// Sets the result's dtype.
+    pub fn out_dtype(mut self, dtype: DType) -> Self {
+        self.out_dtype = Some(dtype);
+        self
+    }
+
+    /// Sets where the sequences of a packed `q` begin, and the last ends.
+    pub fn cu_seqlens_q(mut self, ends: Tensor) -> Self {
+        self.cu_seqlens_q = Some(ends);
+        self
+    }
+
+    /// Sets where the sequences of a packed `k` and `v` begin, and the last ends.
+    pub fn cu_seqlens_k(mut self, ends: Tensor) -> Self {
+        self.cu_seqlens_k = Some(ends);
+        self
+    }
+
+    /// Sets how many rows of each batch of `q` count.
+    pub fn seqlens_q(mut self, lengths: Tensor) -> Self {
+        self.seqlens_q = Some(lengths);
+        self
+    }
+
+    /// Sets how many rows of each batch of `k` and `v` count.
+    pub fn seqlens_k(mut self, lengths: Tensor) -> Self {
+        self.seqlens_k = Some(lengths);
         self
     }
 

@@ -43,6 +43,11 @@ impl Stack {
         self
     }
 
+    /// Length and stride of each batch dimension, outermost first.
+    pub fn batch(&self) -> &[(usize, usize)] {
+        &self.batch
+    }
+
     /// Number of matrices.
     pub fn count(&self) -> usize {
         self.batch.iter().map(|&(len, _)| len).product()
@@ -156,11 +161,6 @@ fn merge(dims: &[(usize, usize)]) -> Option<(usize, usize)> {
 /// What the GPU's engines ask besides.
 #[cfg(feature = "cuda")]
 impl Stack {
-    /// Length and stride of each batch dimension, outermost first.
-    pub fn batch(&self) -> &[(usize, usize)] {
-        &self.batch
-    }
-
     /// The first rows and columns of each matrix.
     pub fn narrow(self, rows: usize, cols: usize) -> Self {
         Self { rows, cols, ..self }

@@ -5,7 +5,9 @@ use candle_core::{CudaStorage, Error, Result};
 
 use super::Operand;
 use crate::Engine;
-use crate::op::{AttentionProblem, Epilogue, MatmulProblem, View};
+use crate::op::{
+    AttentionInputs, AttentionProblem, AttentionUpstream, Epilogue, MatmulProblem, View,
+};
 
 /// Defines functions with the engine's signatures that report the missing feature.
 macro_rules! absent {
@@ -29,9 +31,13 @@ absent! {
     fn qkv_int8(Name, Operand, &[Operand], [f32; 3]) -> CudaStorage;
     fn qkv_int4(Name, Operand, &[Operand], &[Operand]) -> CudaStorage;
     fn attention_tc(Name, &AttentionProblem, [&CudaStorage; 3]) -> CudaStorage;
-    fn flash_attn(Name, &AttentionProblem, bool, [&CudaStorage; 3]) -> (CudaStorage, Option<CudaStorage>);
+    fn flash_attn(
+        Name, &AttentionProblem, Engine, bool, &AttentionInputs<CudaStorage>
+    ) -> (CudaStorage, Option<CudaStorage>);
+    fn differentiates_flash_attn(&AttentionProblem, Engine) -> bool;
     fn flash_attn_backward(
-        Name, &AttentionProblem, [&CudaStorage; 3], View<CudaStorage>, View<CudaStorage>, &CudaStorage
+        Name, &AttentionProblem, Engine,
+        &AttentionInputs<CudaStorage>, &AttentionUpstream<CudaStorage>
     ) -> CudaStorage;
 }
 

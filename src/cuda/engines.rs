@@ -2,12 +2,12 @@
 
 use candle_core::{CudaStorage, Result};
 
-pub(crate) use super::kaio_ops::{
-    attention_tc, flash_attn, flash_attn_backward, matmul_int4, matmul_int8, qkv_int4, qkv_int8,
-};
+pub(crate) use super::kaio_ops::{attention_tc, matmul_int4, matmul_int8, qkv_int4, qkv_int8};
 use super::{kaio_ops, native};
 use crate::Engine;
-use crate::op::{Epilogue, MatmulProblem, View};
+use crate::op::{
+    AttentionInputs, AttentionProblem, AttentionUpstream, Epilogue, MatmulProblem, View,
+};
 
 /// Whether [`matmul_int4`] takes a weight of `n` columns.
 pub(crate) fn takes_int4(n: usize) -> bool {
@@ -30,5 +30,47 @@ pub(crate) fn matmul(
         }
         // An empty product is zeros, to which candle's kernels add the bias.
         _ => kaio_ops::matmul(op, problem, epilogue, a, b, bias),
+    }
+}
+
+/// The result, which lies as the problem says, and if wanted the log-sum-exp, f32 `[B, Hq, Sq]`: −∞ where
+/// a row sees no key.
+pub(crate) fn flash_attn(
+    op: &'static str,
+    problem: &AttentionProblem,
+    engine: Engine,
+    wants_lse: bool,
+    inputs: &AttentionInputs<CudaStorage>,
+) -> Result<(CudaStorage, Option<CudaStorage>)> {
+    match engine {
+        // `op::check::engine` still refuses `Engine::Native`.
+        Engine::Auto | Engine::KaioOps | Engine::Native => {
+            kaio_ops::flash_attn(op, problem, wants_lse, inputs)
+        }
+    }
+}
+
+/// Whether an engine has the backward pass of a problem. Without one, the op has it in candle's ops.
+pub(crate) fn differentiates_flash_attn(
+    problem: &AttentionProblem,
+    engine: Engine,
+) -> Result<bool> {
+    match engine {
+        Engine::Auto | Engine::KaioOps | Engine::Native => Ok(kaio_ops::flash_takes(problem)),
+    }
+}
+
+/// dq, dk and dv in a row, packed, heads before rows, in the inputs' dtype.
+pub(crate) fn flash_attn_backward(
+    op: &'static str,
+    problem: &AttentionProblem,
+    engine: Engine,
+    inputs: &AttentionInputs<CudaStorage>,
+    upstream: &AttentionUpstream<CudaStorage>,
+) -> Result<CudaStorage> {
+    match engine {
+        Engine::Auto | Engine::KaioOps | Engine::Native => {
+            kaio_ops::flash_attn_backward(op, problem, inputs, upstream)
+        }
     }
 }

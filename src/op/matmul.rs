@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
-use super::{Differentiable, Node, Op, View, check, eval};
+use super::{Differentiable, Op, View, apply, check, eval, sum_to};
 use crate::{
     Activation, Engine, MatmulOptions, cpu, cuda,
     error::Error,
@@ -56,11 +56,8 @@ pub(crate) fn matmul(
         Some(_) => Epilogue::round(DType::F32),
         None => Epilogue { out_dtype, activation: opts.activation },
     };
-    let node = Node(Matmul { name: op, engine: opts.engine, epilogue });
-    let product = match &opts.bias {
-        None => lhs.apply_op2(rhs, node)?,
-        Some(bias) => lhs.apply_op3(rhs, bias, node)?,
-    };
+    let inputs: Vec<_> = [Some(a), Some(b), bias].into_iter().flatten().map(|(_, t)| t).collect();
+    let product = apply(Matmul { name: op, engine: opts.engine, epilogue }, &inputs)?;
     match after {
         None => Ok(product),
         Some(activation) => activate(&product, activation)?.to_dtype(out_dtype),
@@ -270,19 +267,4 @@ impl Scaled {
             None => Ok(product),
         }
     }
-}
-
-/// Sums over the dimensions along which `shape` was broadcast.
-fn sum_to(t: &Tensor, shape: &Shape) -> Result<Tensor> {
-    let extra = t.rank() - shape.rank();
-    let mut t = t.clone();
-    for _ in 0..extra {
-        t = t.sum(0)?;
-    }
-    for (i, &len) in shape.dims().iter().enumerate() {
-        if len == 1 && t.dims()[i] != 1 {
-            t = t.sum_keepdim(i)?;
-        }
-    }
-    Ok(t)
 }

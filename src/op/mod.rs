@@ -1,25 +1,29 @@
 //! What each op means: its arguments, its result's shape, its gradient.
 //!
 //! A method of [`KaioTensorExt`](crate::KaioTensorExt) lands here. The op's module checks the
-//! arguments and describes the work as a value that implements [`Op`]; [`eval`] runs it, and the
-//! [`Node`] adaptor puts it into candle's graph if it is [`Differentiable`].
+//! arguments and describes the work as a value that implements [`Op`]; [`eval`] runs it, and [`apply`]
+//! puts it into candle's graph if it is [`Differentiable`].
 
 mod attention;
 pub(crate) mod check;
 mod matmul;
+mod node;
 mod qkv;
 mod quantized;
 
-pub(crate) use attention::{AttentionProblem, attention_tc, flash_attn};
+pub(crate) use attention::{
+    AttentionInputs, AttentionProblem, AttentionUpstream, Mask, attention_tc, flash_attn,
+    flash_attn_with_lse,
+};
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
+pub(crate) use node::apply;
 pub(crate) use qkv::{QkvWeights, qkv_project};
 pub(crate) use quantized::{matmul_int4, matmul_int8};
 
+use std::ops::Deref;
+
 use candle_core::op::BackpropOp;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
-    bail,
-};
+use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 /// A storage and the view of it that is meant.
 pub(crate) type View<'a, S> = (&'a S, &'a Layout);
@@ -51,19 +55,11 @@ pub(crate) fn eval(op: &impl Op, inputs: &[&Tensor]) -> Result<Tensor> {
     let guards: Vec<_> = inputs.iter().map(|t| t.storage_and_layout()).collect();
     let (storage, shape) = match &*guards[0].0 {
         Storage::Cpu(_) => {
-            let views = guards.iter().map(|(storage, layout)| match &**storage {
-                Storage::Cpu(s) => Ok((s, *layout)),
-                _ => bail!("{}: inputs on several devices", op.name()),
-            });
-            let (storage, shape) = op.cpu(&views.collect::<Result<Vec<_>>>()?)?;
+            let (storage, shape) = op.cpu(&on_cpu(op.name(), &guards)?)?;
             (Storage::Cpu(storage), shape)
         }
         Storage::Cuda(_) => {
-            let views = guards.iter().map(|(storage, layout)| match &**storage {
-                Storage::Cuda(s) => Ok((s, *layout)),
-                _ => bail!("{}: inputs on several devices", op.name()),
-            });
-            let (storage, shape) = op.cuda(&views.collect::<Result<Vec<_>>>()?)?;
+            let (storage, shape) = op.cuda(&on_cuda(op.name(), &guards)?)?;
             (Storage::Cuda(storage), shape)
         }
         Storage::Metal(_) => bail!("{}: no Metal kernels", op.name()),
@@ -71,86 +67,40 @@ pub(crate) fn eval(op: &impl Op, inputs: &[&Tensor]) -> Result<Tensor> {
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }
 
-/// An op as candle's graph knows it. candle keeps it alive as long as the graph, so that what the
-/// forward pass stores in it is there for the backward pass. One node serves one call.
-pub(crate) struct Node<O>(pub O);
-
-impl<O: Differentiable> CustomOp2 for Node<O> {
-    fn name(&self) -> &'static str {
-        self.0.name()
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.0.cpu(&[(s1, l1), (s2, l2)])
-    }
-
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.0.cuda(&[(s1, l1), (s2, l2)])
-    }
-
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        out: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut grads = self.0.grad(&[a, b], out, grad)?.into_iter();
-        Ok((grads.next().flatten(), grads.next().flatten()))
-    }
+/// What locked storages hold.
+fn on_cpu<'a, G: Deref<Target = Storage>>(
+    op: &str,
+    guards: &'a [(G, &'a Layout)],
+) -> Result<Vec<View<'a, CpuStorage>>> {
+    let view = |(storage, layout): &'a (G, &'a Layout)| match &**storage {
+        Storage::Cpu(s) => Ok((s, *layout)),
+        _ => bail!("{op}: inputs on several devices"),
+    };
+    guards.iter().map(view).collect()
 }
 
-impl<O: Differentiable> CustomOp3 for Node<O> {
-    fn name(&self) -> &'static str {
-        self.0.name()
-    }
+fn on_cuda<'a, G: Deref<Target = Storage>>(
+    op: &str,
+    guards: &'a [(G, &'a Layout)],
+) -> Result<Vec<View<'a, CudaStorage>>> {
+    let view = |(storage, layout): &'a (G, &'a Layout)| match &**storage {
+        Storage::Cuda(s) => Ok((s, *layout)),
+        _ => bail!("{op}: inputs on several devices"),
+    };
+    guards.iter().map(view).collect()
+}
 
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.0.cpu(&[(s1, l1), (s2, l2), (s3, l3)])
+/// Sums over the dimensions along which `shape` was broadcast.
+fn sum_to(t: &Tensor, shape: &Shape) -> Result<Tensor> {
+    let extra = t.rank() - shape.rank();
+    let mut t = t.clone();
+    for _ in 0..extra {
+        t = t.sum(0)?;
     }
-
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.0.cuda(&[(s1, l1), (s2, l2), (s3, l3)])
+    for (i, &len) in shape.dims().iter().enumerate() {
+        if len == 1 && t.dims()[i] != 1 {
+            t = t.sum_keepdim(i)?;
+        }
     }
-
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        c: &Tensor,
-        out: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut grads = self.0.grad(&[a, b, c], out, grad)?.into_iter();
-        let mut next = || grads.next().flatten();
-        Ok((next(), next(), next()))
-    }
+    Ok(t)
 }

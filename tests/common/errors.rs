@@ -353,7 +353,7 @@ pub fn tracked(device: &Device) {
     for (op, args, call) in WITHOUT_GRADIENT {
         for (i, (arg, ..)) in args.iter().enumerate() {
             let text = format!(
-                "{op}: `{arg}` tracks a gradient, but this op has none; call `.detach()` on it if nothing that it was computed from is to be trained"
+                "{op}: `{arg}` tracks a gradient, but this op has none for it; call `.detach()` on it if nothing that it was computed from is to be trained"
             );
             let run = |change: fn(&Tensor) -> Result<Tensor>| {
                 let mut inputs = zeros(args, device)?;

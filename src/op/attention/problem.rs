@@ -1,0 +1,342 @@
+//! The facts of one attention, as the CPU path and the engines take them.
+
+use std::ops::Range;
+
+use candle_core::{DType, Layout, Result, Shape, Tensor};
+
+use super::super::View;
+use crate::stack::{Stack, batch_dims, broadcast_batch};
+use crate::{AttnLayout, Engine, FlashAttnOptions};
+
+/// The facts of one attention. In each stack of [`flash_attn`](super::flash_attn) matrices are those
+/// of `[B, heads, rows, columns]`, whatever the tensor's rank and layout.
+pub(crate) struct AttentionProblem {
+    /// `[B, Hq, Sq, D]`.
+    pub q: Stack,
+    /// `[B, Hkv, Sk, D]`.
+    pub k: Stack,
+    /// `[B, Hkv, Sk, Dv]`.
+    pub v: Stack,
+    /// `[B, Hq, Sq, Dv]`, in a storage that has no other elements.
+    pub out: Stack,
+    /// What the user sees of the result.
+    pub shape: Shape,
+    pub out_dtype: DType,
+    /// Query heads in turn that share one key and value head.
+    pub group: usize,
+    pub mask: Mask,
+    /// The factor on `q·kᵀ`.
+    pub scale: f32,
+    pub softcap: Option<f32>,
+    /// Where the other operands lie, repeated by strides of 0.
+    pub extras: Extras<Stack>,
+    /// The number of sequences in a packed batch, where B is 1 and sequences are rows. Without one,
+    /// each batch is a sequence, or the first rows of it.
+    pub packed: Option<usize>,
+}
+
+impl AttentionProblem {
+    /// Attention from f16 to f32 over batch dimensions that are broadcast.
+    pub fn broadcast(q: &Layout, k: &Layout, v: &Layout, causal: bool) -> Self {
+        let batch = [k, v].iter().fold(batch_dims(q.dims()).to_vec(), |batch, layout| {
+            broadcast_batch(&batch, batch_dims(layout.dims()))
+                .expect("checked before the op was made")
+        });
+        let [q, k, v] = [q, k, v].map(|layout| Stack::new(layout).broadcast(&batch));
+        let shape = Shape::from([batch.as_slice(), &[q.rows, v.cols]].concat());
+        Self {
+            out: Stack::new(&Layout::contiguous(&shape)),
+            shape,
+            out_dtype: DType::F32,
+            group: 1,
+            mask: Mask::new(None, causal.then_some(0), q.rows, k.rows),
+            scale: 1.0 / (q.cols as f32).sqrt(),
+            softcap: None,
+            extras: Extras::default(),
+            packed: None,
+            q,
+            k,
+            v,
+        }
+    }
+
+    pub fn seq_q(&self) -> usize {
+        self.q.rows
+    }
+
+    pub fn seq_k(&self) -> usize {
+        self.k.rows
+    }
+
+    pub fn head_dim(&self) -> usize {
+        self.q.cols
+    }
+
+    pub fn value_dim(&self) -> usize {
+        self.v.cols
+    }
+
+    /// Whether there is nothing to compute: the result has no elements, or no key is visible.
+    pub fn is_empty(&self) -> bool {
+        self.out.elements() == 0 || self.seq_k() == 0 || self.packed == Some(0)
+    }
+}
+
+/// Which keys a query sees. With `o = Sk − Sq`, query `i` sees the keys `i + o − left` to
+/// `i + o + right`; `None` is no bound.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Mask {
+    pub left: Option<usize>,
+    pub right: Option<usize>,
+}
+
+impl Mask {
+    /// For at most `sq` queries and `sk` keys: a bound that hides nothing is none.
+    pub fn new(left: Option<usize>, right: Option<usize>, sq: usize, sk: usize) -> Self {
+        let bounds = |span: usize, len: usize| span.saturating_add(1) < len;
+        Self {
+            left: left.filter(|&left| bounds(left, sk)),
+            right: right.filter(|&right| bounds(right, sq)),
+        }
+    }
+
+    /// The keys that query `i` of `sq` sees of `sk`.
+    pub fn visible(&self, i: usize, sq: usize, sk: usize) -> Range<usize> {
+        let end = self.right.map_or(sk, |right| (i + sk + right + 1).saturating_sub(sq).min(sk));
+        let start = self.left.map_or(0, |left| (i + sk).saturating_sub(sq + left));
+        start.min(end)..end
+    }
+}
+
+/// The operands besides q, k and v, or something about each.
+#[derive(Clone, Debug)]
+pub(crate) struct Extras<T> {
+    /// `[B, Hq, Sq, Sk]`, f32 or the dtype of q.
+    pub bias: Option<T>,
+    /// f32 `[B, Hq, 1, 1]`, in a packed batch one for each sequence and head.
+    pub slopes: Option<T>,
+    /// u32, side by side: of q and of k, `[1, B]`, or both `[1, packed + 1]` where each sequence
+    /// begins and the last ends. On a GPU they may be anything.
+    pub lengths: [Option<T>; 2],
+}
+
+impl<T> Default for Extras<T> {
+    fn default() -> Self {
+        Self { bias: None, slopes: None, lengths: [None, None] }
+    }
+}
+
+impl<T> Extras<T> {
+    /// In the order in which they follow q, k and v.
+    pub fn map<'a, U>(&'a self, mut f: impl FnMut(&'a T) -> U) -> Extras<U> {
+        let mut each = |t: &'a Option<T>| t.as_ref().map(&mut f);
+        let (bias, slopes) = (each(&self.bias), each(&self.slopes));
+        let [q, k] = &self.lengths;
+        Extras { bias, slopes, lengths: [each(q), each(k)] }
+    }
+
+    pub fn list(&self) -> Vec<&T> {
+        let mut list = vec![];
+        self.map(|t| list.push(t));
+        list
+    }
+}
+
+/// The storages of one attention; the problem says where in them the operands lie.
+pub(crate) struct AttentionInputs<'a, S> {
+    pub q: &'a S,
+    pub k: &'a S,
+    pub v: &'a S,
+    pub extras: Extras<&'a S>,
+}
+
+/// What the backward pass has besides.
+pub(crate) struct AttentionUpstream<'a, S> {
+    /// The result, which lies as the problem says.
+    pub out: &'a S,
+    /// Its gradient, in its dtype, and where that lies.
+    pub grad: (&'a S, Stack),
+    /// f32 `[B, Hq, Sq]`: what the forward pass kept.
+    pub lse: &'a S,
+}
+
+/// What a call of flash attention says beside its tensors.
+#[derive(Clone)]
+pub(super) struct Call {
+    pub name: &'static str,
+    pub layout: AttnLayout,
+    /// Bounds on the left and the right.
+    window: [Option<usize>; 2],
+    scale: Option<f32>,
+    softcap: Option<f32>,
+    out_dtype: DType,
+    pub engine: Engine,
+    /// Which of the optional operands follow q, k and v.
+    extras: Extras<()>,
+    packed: bool,
+}
+
+impl Call {
+    pub fn new<T>(
+        name: &'static str,
+        dtype: DType,
+        opts: &FlashAttnOptions,
+        extras: &Extras<T>,
+    ) -> Self {
+        Self {
+            name,
+            layout: opts.layout,
+            window: [
+                opts.window_size_left,
+                if opts.causal { Some(0) } else { opts.window_size_right },
+            ],
+            scale: opts.softmax_scale,
+            softcap: opts.softcap,
+            out_dtype: opts.out_dtype.unwrap_or(dtype),
+            engine: opts.engine,
+            extras: extras.map(|_| ()),
+            packed: opts.cu_seqlens_q.is_some(),
+        }
+    }
+
+    /// The inputs in their order.
+    pub fn inputs<'a, T>(&self, list: &[&'a T]) -> AttentionInputs<'a, T> {
+        let mut rest = list[3..].iter();
+        let extras = self.extras.map(|()| *rest.next().expect("one input for each"));
+        AttentionInputs { q: list[0], k: list[1], v: list[2], extras }
+    }
+
+    /// The facts and the storages of the inputs in their order.
+    pub fn read<'a, S>(
+        &self,
+        views: &[View<'a, S>],
+    ) -> (AttentionProblem, AttentionInputs<'a, S>) {
+        let storages: Vec<_> = views.iter().map(|&(storage, _)| storage).collect();
+        (self.problem(views.iter().map(|&(_, layout)| layout)), self.inputs(&storages))
+    }
+
+    /// The facts, given the layouts of the inputs in their order.
+    pub fn problem<'a>(&self, layouts: impl Iterator<Item = &'a Layout>) -> AttentionProblem {
+        let layouts: Vec<_> = layouts.collect();
+        let [q, k, v] = [0, 1, 2].map(|i| heads_first(self.layout, layouts[i]));
+        let (dims, dv) = (layouts[0].dims(), v.cols);
+        let shape = Shape::from([&dims[..dims.len() - 1], &[dv]].concat());
+        let out = heads_first(self.layout, &Layout::contiguous(&shape));
+        let [batch, heads] = [q.batch()[0].0, q.batch()[1].0];
+        let mut rest = layouts[3..].iter();
+        let extras = self.extras.map(|()| *rest.next().expect("one input for each"));
+        let vector = |layout: &&Layout| {
+            let strides = vec![0, layout.stride()[0]];
+            let dims = Shape::from((1, layout.dims()[0]));
+            Stack::new(&Layout::new(dims, strides, layout.start_offset()))
+        };
+        let lengths = extras.lengths.each_ref().map(|t| t.as_ref().map(vector));
+        let packed = match (self.packed, &lengths[0]) {
+            (true, Some(ends)) => Some(ends.cols - 1),
+            _ => None,
+        };
+        let repeated = |layout: &Layout, dims: &[usize]| {
+            layout.broadcast_as(dims).expect("checked before the op was made")
+        };
+        let bias = extras.bias.map(|t| Stack::new(&repeated(t, &[batch, heads, q.rows, k.rows])));
+        let slopes = extras.slopes.map(|t| {
+            let dims = [packed.unwrap_or(batch), heads];
+            let each = repeated(t, &dims);
+            let strides = [each.stride(), &[0, 0]].concat();
+            Stack::new(&Layout::new([&dims[..], &[1, 1]].concat().into(), strides, each.start_offset()))
+        });
+        let [left, right] = self.window;
+        AttentionProblem {
+            group: heads / k.batch()[1].0.max(1),
+            mask: Mask::new(left, right, q.rows, k.rows),
+            scale: self.scale.unwrap_or(1.0 / (q.cols as f32).sqrt()),
+            softcap: self.softcap,
+            extras: Extras { bias, slopes, lengths },
+            packed,
+            out_dtype: self.out_dtype,
+            shape,
+            out,
+            q,
+            k,
+            v,
+        }
+    }
+}
+
+/// The matrices of a tensor of rank 2 to 4 as those of `[B, H, S, D]`.
+pub(super) fn heads_first(layout: AttnLayout, tensor: &Layout) -> Stack {
+    let rank = tensor.dims().len();
+    let stack = match layout {
+        AttnLayout::Bshd if rank > 2 => {
+            Stack::new(&tensor.transpose(rank - 3, rank - 2).expect("it has these dimensions"))
+        }
+        _ => Stack::new(tensor),
+    };
+    let batch: Vec<_> = stack.batch().iter().map(|&(len, _)| len).collect();
+    stack.broadcast(&[[1, 1].as_slice(), &batch].concat()[batch.len()..])
+}
+
+/// A tensor of rank 2 to 4 as `[B, H, S, D]`.
+pub(super) fn heads_first_view(layout: AttnLayout, t: &Tensor) -> Result<Tensor> {
+    let mut view = match layout {
+        AttnLayout::Bshd if t.rank() > 2 => t.transpose(t.rank() - 3, t.rank() - 2)?,
+        _ => t.clone(),
+    };
+    while view.rank() < 4 {
+        view = view.unsqueeze(0)?;
+    }
+    Ok(view)
+}
+
+/// Elements in the order of `[B, H, S, D]`, without gaps, in the shape of `like`.
+pub(super) fn heads_first_back(layout: AttnLayout, t: &Tensor, like: &Tensor) -> Result<Tensor> {
+    match layout {
+        AttnLayout::Bshd if like.rank() > 2 => {
+            let (heads, rows) = (like.rank() - 2, like.rank() - 3);
+            let mut dims = like.dims().to_vec();
+            dims.swap(heads, rows);
+            t.reshape(dims)?.transpose(heads, rows)
+        }
+        _ => t.reshape(like.shape()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(left: Option<usize>, right: Option<usize>, sq: usize, sk: usize) -> Vec<Range<usize>> {
+        let mask = Mask::new(left, right, sq, sk);
+        (0..sq).map(|i| mask.visible(i, sq, sk)).collect()
+    }
+
+    #[test]
+    fn masks_are_aligned_bottom_right() {
+        assert_eq!(seen(None, Some(0), 2, 4), [0..3, 0..4]);
+        assert_eq!(seen(None, Some(0), 3, 2), [0..0, 0..1, 0..2]);
+        assert_eq!(seen(Some(1), Some(0), 3, 3), [0..1, 0..2, 1..3]);
+        assert_eq!(seen(Some(0), Some(1), 2, 3), [1..3, 2..3]);
+        assert_eq!(seen(Some(0), None, 4, 2), [0..2, 0..2, 0..2, 1..2]);
+        // A window before the first key.
+        assert_eq!(seen(Some(0), Some(0), 4, 2), [0..0, 0..0, 0..1, 1..2]);
+    }
+
+    #[test]
+    fn bounds_that_hide_nothing_are_none() {
+        let none = Mask::default();
+        assert_eq!(Mask::new(None, Some(0), 1, 9), none);
+        assert_eq!(Mask::new(Some(usize::MAX), Some(usize::MAX), 9, 9), none);
+        assert_eq!(Mask::new(Some(8), Some(8), 9, 9), none);
+        assert_ne!(Mask::new(Some(7), None, 9, 9), none);
+        assert_ne!(Mask::new(None, Some(7), 9, 9), none);
+        for (sq, sk) in [(1, 1), (3, 5), (5, 3), (4, 4), (1, 4), (4, 1)] {
+            for bound in 0..6 {
+                for (left, right) in [(Some(bound), None), (None, Some(bound))] {
+                    let exact = Mask { left, right };
+                    let all = (0..sq).map(|i| exact.visible(i, sq, sk)).collect::<Vec<_>>();
+                    assert_eq!(seen(left, right, sq, sk), all, "{exact:?} {sq} x {sk}");
+                }
+            }
+        }
+    }
+}
