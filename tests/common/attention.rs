@@ -1,7 +1,12 @@
 //! Tables of attention and its gradients.
 
 mod loops;
+mod options;
+mod plain;
 mod problem;
+mod variants;
+
+pub use variants::*;
 
 use std::ops::Range;
 
@@ -13,7 +18,9 @@ use proptest::test_runner::{Config, TestRunner};
 
 use super::Layout::{self, *};
 use super::{Nd, Source, Tally, close, identical, ulp};
-use loops::{Loops, dot, matrix, nds, plain};
+use loops::{Loops, dot, matrix, nds};
+use options::{Options, Rules};
+use plain::plain;
 use problem::{Leaves, Loss, Problem};
 
 const DTYPES: [DType; 3] = [F32, F16, BF16];
@@ -99,7 +106,9 @@ pub fn upstream(device: &Device) {
 pub fn scales(device: &Device) {
     let sizes = [SMALL, (&[2], 2, [40, 300, 8, 8])];
     let scales = [0.0, -1.0, 1e-30, 0.1, 40.0, 1e3].into_iter().map(Some);
-    let problems = scales.flat_map(|scale| grid(&sizes).map(move |p| Problem { scale, ..p }));
+    let problems = scales.flat_map(|scale| {
+        grid(&sizes).map(move |p| Problem { options: Options { scale, ..p.options }, ..p })
+    });
     run("flash_attn scales", device, problems);
 }
 
@@ -119,7 +128,8 @@ pub fn random(device: &Device) {
         let ((leading, batch, hkv, group), [sq, sk, d, dv]) = (heads, sizes);
         let dims = |heads, rows, cols| [batch, heads, rows, cols][2 - leading..].to_vec();
         let dims = [dims(hkv * group, sq, d), dims(hkv, sk, d), dims(hkv, sk, dv)];
-        let problem = Problem { dims, leaves, causal, ..Problem::new(dtype, SMALL) };
+        let options = Options { causal, ..Options::default() };
+        let problem = Problem { dims, leaves, options, ..Problem::new(dtype, SMALL) };
         problem.check(device).map_err(|e| TestCaseError::fail(format!("{problem:?}: {e}")))
     });
     tally.case("64 random problems", || ran.map_err(Error::msg));
@@ -131,7 +141,7 @@ pub fn random(device: &Device) {
 pub fn specials(device: &Device) {
     let mut tally = Tally::new("flash_attn specials", device);
     for mut problem in grid(&[(&[2], 1, [6, 20, 8, 8]), (&[], 1, [70, 300, 8, 8])]) {
-        if device.is_cuda() && problem.causal {
+        if device.is_cuda() && problem.options.causal {
             // The backward kernels of kaio-ops multiply hidden rows by their zero weight, as the plain
             // formula does: NaN and infinities reach gradients. README says so.
             problem.tracked = [false; 3];
@@ -164,7 +174,7 @@ pub fn specials(device: &Device) {
             case(1, 0..block, f64::NAN);
             case(1, sk - block..sk, f64::NAN);
             // Causal rows that see only −∞ are not the plain formula's NaN on the GPU.
-            if device.is_cpu() || !problem.causal {
+            if device.is_cpu() || !problem.options.causal {
                 case(1, 0..block, f64::NEG_INFINITY);
             }
             case(1, sk - block..sk, f64::NEG_INFINITY);
@@ -208,26 +218,30 @@ fn replace(t: &Tensor, rows: Range<usize>, value: f64) -> Result<Tensor> {
 
 /// Gradients, and the closed form that the other suites compare with, against central differences.
 pub fn finite_differences(device: &Device) {
-    let mut tally = Tally::new("flash_attn finite differences", device);
     let sizes: [Sizes; 4] = [
         (&[], 1, [1, 3, 2, 2]),
         (&[], 1, [4, 3, 3, 1]),
         (&[4], 2, [3, 5, 2, 3]),
         (&[2, 2], 1, [2, 2, 3, 2]),
     ];
-    for problem in grid(&sizes) {
+    differences("flash_attn finite differences", device, grid(&sizes));
+}
+
+fn differences(suite: &'static str, device: &Device, problems: impl IntoIterator<Item = Problem>) {
+    let mut tally = Tally::new(suite, device);
+    for problem in problems {
         tally.case(format!("{problem:?}"), || {
             let mut source = Source::new(&format!("{problem:?}"), device);
             let inputs = problem.inputs(&mut source)?;
             let mut want = problem.reference(&inputs)?;
-            let x = nds(&problem.qkv(&inputs)?)?;
-            let weights = Nd::of(&inputs[3])?.data;
-            for leaf in 0..3 {
+            let x = nds(&problem.views(&inputs[..inputs.len() - 1])?)?;
+            let weights = Nd::of(&inputs[inputs.len() - 1])?.data;
+            for leaf in 0..x.len() {
                 for i in 0..x[leaf].data.len() {
                     let moved = |by: f64| {
                         let mut x = x.clone();
                         x[leaf].data[i] += by;
-                        dot(&Loops::new(x, problem.causal, None).forward().data, &weights)
+                        dot(&problem.loops(&x).forward().data, &weights)
                     };
                     let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
                     let closed = std::mem::replace(&mut want[1 + leaf].value.data[i], slope);
@@ -278,6 +292,9 @@ pub fn attention_tc(device: &Device) {
                     let mut input = |i: usize| source.tensor(F16, &dims[i], layouts[i]);
                     let inputs = [input(0)?, input(1)?, input(2)?];
                     let before = nds(&inputs)?;
+                    let heads = batch.iter().product();
+                    let options = Options { causal, ..Options::default() };
+                    let rules = Rules::new(&options, [1, heads, sq, sk], d, None);
                     let out = inputs[0].kaio_attention_tc(&inputs[1], &inputs[2], causal)?;
                     if out.dtype() != F32 {
                         bail!("the result is {:?}", out.dtype());
@@ -287,10 +304,11 @@ pub fn attention_tc(device: &Device) {
                         inputs[i].broadcast_as([batch, matrix].concat())
                     };
                     let wide = [wide(0)?, wide(1)?, wide(2)?];
-                    let want = Loops::new(nds(&wide)?, causal, None).forward();
+                    let exact = [Nd::of(&wide[0])?, Nd::of(&wide[1])?, Nd::of(&wide[2])?];
+                    let want = Loops::new(exact, &rules).forward();
                     let allowed = match want.data.is_empty() || sk == 0 {
                         true => 0.0,
-                        false => 2.0 * want.max_error(&plain(&wide, causal, None)?)?,
+                        false => 2.0 * want.max_error(&plain(&wide, None, &rules)?)?,
                     };
                     close("out", &out, &want, |i| allowed + ulp(F32, want.data[i]))?;
                     (0..3).try_for_each(|i| identical("input", &inputs[i], &before[i]))
@@ -314,7 +332,10 @@ fn grid(sizes: &[Sizes]) -> impl Iterator<Item = Problem> + Clone + use<> {
     let sizes = sizes.to_vec();
     sizes.into_iter().flat_map(|sizes| {
         DTYPES.into_iter().flat_map(move |dtype| {
-            [false, true].map(|causal| Problem { causal, ..Problem::new(dtype, sizes) })
+            [false, true].map(|causal| {
+                let options = Options { causal, ..Options::default() };
+                Problem { options, ..Problem::new(dtype, sizes) }
+            })
         })
     })
 }

@@ -426,6 +426,11 @@ impl Tally {
         self.skipped += 1;
     }
 
+    /// Says why none of the suite's cases applies to the device.
+    pub fn inapplicable(self, why: impl Display) {
+        self.say(&format!("does not apply: {why}"));
+    }
+
     /// Prints the count, past the test harness's capture.
     pub fn finish(self) {
         let Self { ran, not_applicable, skipped, .. } = self;

@@ -95,8 +95,7 @@ impl Block<'_> {
     pub fn add_keys(&self, out: &mut [f32], p: &[f32], b: Rows, factor: f32) {
         let Self { m, n, .. } = *self;
         if self.heads.zeros_hide {
-            let product =
-                Product { m, n: b.width, k: n, factor, add: true, threads: Threads::One };
+            let product = Product { m, n: b.width, k: n, factor, add: true, threads: Threads::One };
             return product.run(out, Mat::rows(p, n), b.from(self.key()));
         }
         for r in 0..m {

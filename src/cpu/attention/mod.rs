@@ -133,10 +133,13 @@ fn sequences(
         }
         (None, None) => vec![vec![Sequence { index: 0, rows: 0..sq, keys: 0..sk }]],
         (q, k) => {
-            let first = |of: &Option<Vec<usize>>, b: usize, all| 0..of.as_ref().map_or(all, |of| of[b]);
+            let first =
+                |of: &Option<Vec<usize>>, b: usize, all| 0..of.as_ref().map_or(all, |of| of[b]);
             let each = 0..p.q.batch()[0].0;
-            each.map(|b| vec![Sequence { index: 0, rows: first(&q, b, sq), keys: first(&k, b, sk) }])
-                .collect()
+            each.map(|b| {
+                vec![Sequence { index: 0, rows: first(&q, b, sq), keys: first(&k, b, sk) }]
+            })
+            .collect()
         }
     })
 }

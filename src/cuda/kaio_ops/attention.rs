@@ -1,23 +1,53 @@
 //! Attention: the f32 flash kernels with their backward, and the f16 tensor-core kernel.
 //!
 //! The flash kernels take one square head: as many queries as keys, D ≤ 256, scale 1/√D, top-left
-//! causal. Everything else is cut and padded to that, with rows and columns of zeros that change no
-//! number (see [`Square`]).
+//! causal. Sizes are cut and padded to that, with rows and columns of zeros that change no number (see
+//! [`Square`]); other options are refused, in [`limit`].
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;
 use candle_core::op::ReduceOp;
+use candle_core::scalar::Scalar;
 use candle_core::{CudaStorage, DType, Layout, Result, Shape};
 use half::f16;
 
 use super::fit::{self, Fitted, Want, fit};
 use super::session::Session;
 use super::{cast, crop, indexable, unsupported, zeros};
-use crate::op::{AttentionProblem, View};
+use crate::op::{AttentionInputs, AttentionProblem, AttentionUpstream, Mask};
 use crate::stack::Stack;
 
 /// The flash kernels give each column of the result a thread of a block of 256.
 const MAX_HEAD_DIM: usize = 256;
+
+/// What of a problem no flash kernel can take, and what to do instead.
+fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
+    let Mask { left, right } = p.mask;
+    let [lengths_q, lengths_k] = p.extras.lengths.each_ref().map(Option::is_some);
+    let options = [
+        (left.is_some(), "`window_size_left`"),
+        (right.is_some_and(|right| right != 0), "`window_size_right`"),
+        (p.softcap.is_some(), "`softcap`"),
+        (p.extras.slopes.is_some(), "`alibi_slopes`"),
+        (p.extras.bias.is_some(), "`bias`"),
+        (p.packed.is_some(), "`cu_seqlens_q`"),
+        (lengths_q, "`seqlens_q`"),
+        (lengths_k, "`seqlens_k`"),
+    ];
+    if let Some((_, option)) = options.into_iter().find(|&(given, _)| given) {
+        return Some((option.into(), "run it on the CPU, or leave it out"));
+    }
+    let width = p.head_dim().max(p.value_dim());
+    (width > MAX_HEAD_DIM).then(|| {
+        let problem = format!("a head dimension of {width} (at most {MAX_HEAD_DIM})");
+        (problem, "run it on the CPU, or use narrower heads")
+    })
+}
+
+/// Whether the flash kernels take a problem, forward and backward.
+pub(crate) fn flash_takes(p: &AttentionProblem) -> bool {
+    p.is_empty() || limit(p).is_none()
+}
 
 /// How the rows of a problem become squares of `sk` queries by `sk` keys.
 ///
@@ -28,6 +58,7 @@ const MAX_HEAD_DIM: usize = 256;
 /// Rows of zeros are queries whose results are thrown away and whose upstream gradient is zero.
 struct Square {
     op: &'static str,
+    causal: bool,
     /// Queries that see no key.
     unseen: usize,
     /// Rows of zeros before the first query.
@@ -45,19 +76,19 @@ struct Square {
 impl Square {
     fn new(op: &'static str, p: &AttentionProblem) -> Result<Self> {
         let (sq, side) = (p.seq_q(), p.seq_k());
-        let width = p.head_dim().max(p.value_dim());
-        if width > MAX_HEAD_DIM {
-            let problem = format!("a head dimension of {width} (at most {MAX_HEAD_DIM})");
-            let fix = "run it on the CPU, or use narrower heads";
+        if let Some((problem, fix)) = limit(p) {
             return Err(unsupported(op, &problem, fix).into());
         }
-        let pieces = if p.causal { 1 } else { sq.div_ceil(side) };
+        let width = p.head_dim().max(p.value_dim());
+        let causal = p.mask.right.is_some();
+        let pieces = if causal { 1 } else { sq.div_ceil(side) };
         indexable(op, "q", pieces * side, width)?;
         let kernel_scale = 1.0 / (width as f32).sqrt();
         Ok(Self {
             op,
-            unseen: if p.causal { sq.saturating_sub(side) } else { 0 },
-            before: if p.causal { side.saturating_sub(sq) } else { 0 },
+            causal,
+            unseen: if causal { sq.saturating_sub(side) } else { 0 },
+            before: if causal { side.saturating_sub(sq) } else { 0 },
             pieces,
             side,
             width,
@@ -99,45 +130,72 @@ impl Square {
         fit(self.op, (storage, stack), want)
     }
 
-    /// The way back from squares to `[heads, sq, cols]`; queries that saw no key become zero.
+    /// The way back from squares to `[heads, sq, cols]`; queries that saw no key become `unseen`.
     fn restore(
         &self,
         squares: CudaStorage,
         heads: usize,
         width: usize,
         (sq, cols): (usize, usize),
+        unseen: f32,
     ) -> Result<CudaStorage> {
         let seen = sq - self.unseen;
         let out = crop(self.op, squares, heads, (self.rows(), width), self.before, (seen, cols))?;
-        match self.unseen {
-            0 => Ok(out),
-            unseen => fit::pad(&out, heads, seen * cols, unseen * cols, sq * cols),
+        if self.unseen == 0 {
+            return Ok(out);
         }
+        let mut all = full(&out, heads * sq * cols, unseen)?;
+        out.copy2d(&mut all, heads, seen * cols, seen * cols, sq * cols, 0, self.unseen * cols)?;
+        Ok(all)
     }
 }
 
-/// The result in the inputs' dtype and, if wanted, the log-sum-exp `[heads, Sq]` in f32.
+/// `len` times a number, in f32.
+fn full(like: &CudaStorage, len: usize, value: f32) -> Result<CudaStorage> {
+    let mut out = zeros(like, len, DType::F32)?;
+    if len > 0 && value != 0.0 {
+        out.const_set(Scalar::F32(value), &Layout::contiguous(len))?;
+    }
+    Ok(out)
+}
+
+/// The result and, if wanted, the log-sum-exp `[heads, Sq]` in f32.
 pub(crate) fn flash_attn(
     op: &'static str,
     p: &AttentionProblem,
-    keep_lse: bool,
-    [q, k, v]: [&CudaStorage; 3],
+    wants_lse: bool,
+    inputs: &AttentionInputs<CudaStorage>,
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
-    let (len, dtype) = (p.out.elem_count(), q.dtype());
+    let len = p.out.elements();
+    let AttentionInputs { q, k, v, .. } = *inputs;
     if p.is_empty() {
-        // No gradient reads the log-sum-exp of a problem without results or without keys.
         let rows = p.q.count() * p.seq_q();
-        let lse = keep_lse.then(|| zeros(q, rows, DType::F32)).transpose()?;
-        return Ok((zeros(q, len, dtype)?, lse));
+        let lse = match wants_lse {
+            false => None,
+            // Without columns of v the scores are still there: any matrix stands in for it.
+            true if rows > 0 && p.seq_k() > 0 => {
+                let scores = AttentionProblem { v: p.k.clone(), ..p.clone() };
+                flash_f32(op, &scores, true, [q, k, k])?.1
+            }
+            true => Some(full(q, rows, f32::NEG_INFINITY)?),
+        };
+        return Ok((zeros(q, len, p.out_dtype)?, lse));
     }
-    let (out, lse) = flash_f32(op, p, keep_lse, [q, k, v])?;
-    Ok((cast(op, out, len, dtype)?, lse))
+    let (out, lse) = flash_f32(op, p, wants_lse, [q, k, v])?;
+    let out = cast(op, out, len, p.out_dtype)?;
+    if p.out.contiguous().is_some() {
+        return Ok((out, lse));
+    }
+    // Heads behind rows: packed again, in the order of the result.
+    fit::copyable(op, len)?;
+    let heads_first = Layout::contiguous(p.out.layout().shape());
+    Ok((fit::pack(&out, &heads_first.transpose(1, 2)?)?, lse))
 }
 
 fn flash_f32(
     op: &'static str,
     p: &AttentionProblem,
-    keep_lse: bool,
+    wants_lse: bool,
     [q, k, v]: [&CudaStorage; 3],
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
     let (heads, sq) = (p.q.count(), p.seq_q());
@@ -148,17 +206,17 @@ fn flash_f32(
 
     let session = Session::new(op, &[q.storage(), k.storage(), v.storage()])?;
     let mut out = session.alloc::<f32>(heads * square.pieces * len)?;
-    let mut lse = keep_lse.then(|| session.alloc::<f32>(heads * square.rows())).transpose()?;
+    let mut lse = wants_lse.then(|| session.alloc::<f32>(heads * square.rows())).transpose()?;
     {
         let (pq, pk, pv) =
             (session.input(q.storage())?, session.input(k.storage())?, session.input(v.storage())?);
         let po = session.output(&mut out)?;
         let pl = lse.as_mut().map(|lse| session.output(lse)).transpose()?;
-        let plain = match p.causal {
+        let plain = match square.causal {
             false => kaio_ops::attention_flash,
             true => kaio_ops::attention_flash_causal,
         };
-        let with_stats = match p.causal {
+        let with_stats = match square.causal {
             false => kaio_ops::attention_flash_with_stats,
             true => kaio_ops::attention_flash_causal_with_stats,
         };
@@ -181,24 +239,24 @@ fn flash_f32(
             Ok(())
         })?;
     }
-    let out = square.restore(wrap(&session, out), heads, width, (sq, p.value_dim()))?;
-    let lse = lse.map(|lse| square.restore(wrap(&session, lse), heads, 1, (sq, 1))).transpose()?;
-    Ok((out, lse))
+    let out = square.restore(wrap(&session, out), heads, width, (sq, p.value_dim()), 0.0)?;
+    let unseen = f32::NEG_INFINITY;
+    let lse = lse.map(|lse| square.restore(wrap(&session, lse), heads, 1, (sq, 1), unseen));
+    Ok((out, lse.transpose()?))
 }
 
 fn wrap(session: &Session, slice: cudarc::driver::CudaSlice<f32>) -> CudaStorage {
     CudaDType::wrap_cuda_slice(slice, session.device.clone())
 }
 
-/// dq, dk and dv in a row, packed, in the inputs' dtype.
+/// dq, dk and dv in a row, packed, heads before rows, in the inputs' dtype.
 pub(crate) fn flash_attn_backward(
     op: &'static str,
     p: &AttentionProblem,
-    [q, k, v]: [&CudaStorage; 3],
-    out: View<CudaStorage>,
-    grad: View<CudaStorage>,
-    lse: &CudaStorage,
+    inputs: &AttentionInputs<CudaStorage>,
+    upstream: &AttentionUpstream<CudaStorage>,
 ) -> Result<CudaStorage> {
+    let AttentionInputs { q, k, v, .. } = *inputs;
     let lens = [&p.q, &p.k, &p.v].map(Stack::elements);
     let total: usize = lens.iter().sum();
     let dtype = q.dtype();
@@ -210,10 +268,10 @@ pub(crate) fn flash_attn_backward(
     let (heads, sq) = (p.q.count(), p.seq_q());
     let q = square.queries((q, &p.q), width, square.factor)?;
     let (k, v) = (square.keys(k, &p.k)?, square.keys(v, &p.v)?);
-    let out = square.queries((out.0, &Stack::new(out.1)), width, None)?;
-    let grad = square.queries((grad.0, &Stack::new(grad.1)), width, None)?;
+    let out = square.queries((upstream.out, &p.out), width, None)?;
+    let grad = square.queries((upstream.grad.0, &upstream.grad.1), width, None)?;
     let rows = Stack::new(&Layout::contiguous((heads, sq, 1)));
-    let lse = square.queries((lse, &rows), 1, None)?;
+    let lse = square.queries((upstream.lse, &rows), 1, None)?;
 
     let fitted = [&q, &k, &v, &out, &grad, &lse];
     let session = Session::new(op, &fitted.map(Fitted::storage))?;
@@ -227,7 +285,7 @@ pub(crate) fn flash_attn_backward(
         let (pq, pk, pv, po, pg, pl) = (pq?, pk?, pv?, po?, pg?, pl?);
         let (pdq, pdk, pdv) =
             (session.output(&mut dq)?, session.output(&mut dk)?, session.output(&mut dv)?);
-        let kernel = match p.causal {
+        let kernel = match square.causal {
             false => kaio_ops::attention_flash_bwd,
             true => kaio_ops::attention_flash_bwd_causal,
         };
@@ -254,7 +312,7 @@ pub(crate) fn flash_attn_backward(
         })?;
     }
     let (d, v_dim) = (p.head_dim(), p.value_dim());
-    let dq = square.restore(wrap(&session, dq), heads, width, (sq, d))?;
+    let dq = square.restore(wrap(&session, dq), heads, width, (sq, d), 0.0)?;
     let dq = match square.factor {
         Some(factor) => dq.affine(&Layout::contiguous(lens[0]), f64::from(factor), 0.0)?,
         None => dq,
@@ -299,10 +357,11 @@ pub(crate) fn attention_tc(
 ) -> Result<CudaStorage> {
     let (sq, sk, d, dv) = (p.seq_q(), p.seq_k(), p.head_dim(), p.value_dim());
     // Keys of zeros have weight unless the causal mask hides them from every query.
-    let keys_fit = if p.causal { sq == sk } else { sk.is_multiple_of(tc::SEQ_TILE) };
+    let causal = p.mask.right.is_some();
+    let keys_fit = if causal { sq == sk } else { sk.is_multiple_of(tc::SEQ_TILE) };
     let dims_fit = d.is_multiple_of(tc::D_TILE) && d.max(dv) <= tc::MAX_DIM;
     if p.is_empty() {
-        return zeros(inputs[0], p.out.elem_count(), DType::F32);
+        return zeros(inputs[0], p.out.elements(), DType::F32);
     }
     if !keys_fit || !dims_fit || sk > tc::MAX_SEQ_K {
         return Ok(flash_f32(op, p, false, inputs)?.0);
@@ -323,7 +382,7 @@ pub(crate) fn attention_tc(
         let (pq, pk, pv) =
             (session.input(q.storage())?, session.input(k.storage())?, session.input(v.storage())?);
         let po = session.output(&mut out)?;
-        let kernel = match p.causal {
+        let kernel = match causal {
             false => kaio_ops::attention_tc,
             true => kaio_ops::attention_tc_causal,
         };

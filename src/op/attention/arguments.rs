@@ -85,9 +85,8 @@ pub(super) fn flash(
     }
     let constant: Vec<_> = given[1..].iter().flatten().copied().collect();
     check::untracked(op, &constant)?;
-    let [lengths_q, lengths_k] = lengths.map(|arg| {
-        arg.map(|(arg, rows)| values(op, arg, rows, cu_q.is_some())).transpose()
-    });
+    let [lengths_q, lengths_k] =
+        lengths.map(|arg| arg.map(|(arg, rows)| values(op, arg, rows, cu_q.is_some())).transpose());
     Ok(Extras {
         bias: opts.bias.clone(),
         slopes: opts.alibi_slopes.clone(),
@@ -257,12 +256,7 @@ fn counts(op: &'static str, (arg, t): Arg, shape: &'static str) -> Result<()> {
 }
 
 /// `[Hq]` or `[B, Hq]`.
-fn check_slopes(
-    op: &'static str,
-    (arg, t): Arg,
-    batch: (usize, &str),
-    heads: usize,
-) -> Result<()> {
+fn check_slopes(op: &'static str, (arg, t): Arg, batch: (usize, &str), heads: usize) -> Result<()> {
     check::dtype(op, (arg, t), &[DType::F32])?;
     let fix = "give each head a slope, or each batch and head";
     check::rank(op, (arg, t), 1..=2, "[Hq] or [B, Hq]", fix)?;

@@ -4,6 +4,8 @@ mod arguments;
 mod flash;
 mod problem;
 mod recompute;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use problem::{AttentionInputs, AttentionProblem, AttentionUpstream, Mask};
 

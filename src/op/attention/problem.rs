@@ -10,6 +10,7 @@ use crate::{AttnLayout, Engine, FlashAttnOptions};
 
 /// The facts of one attention. In each stack of [`flash_attn`](super::flash_attn) matrices are those
 /// of `[B, heads, rows, columns]`, whatever the tensor's rank and layout.
+#[derive(Clone)]
 pub(crate) struct AttentionProblem {
     /// `[B, Hq, Sq, D]`.
     pub q: Stack,
@@ -207,10 +208,7 @@ impl Call {
     }
 
     /// The facts and the storages of the inputs in their order.
-    pub fn read<'a, S>(
-        &self,
-        views: &[View<'a, S>],
-    ) -> (AttentionProblem, AttentionInputs<'a, S>) {
+    pub fn read<'a, S>(&self, views: &[View<'a, S>]) -> (AttentionProblem, AttentionInputs<'a, S>) {
         let storages: Vec<_> = views.iter().map(|&(storage, _)| storage).collect();
         (self.problem(views.iter().map(|&(_, layout)| layout)), self.inputs(&storages))
     }
@@ -243,7 +241,11 @@ impl Call {
             let dims = [packed.unwrap_or(batch), heads];
             let each = repeated(t, &dims);
             let strides = [each.stride(), &[0, 0]].concat();
-            Stack::new(&Layout::new([&dims[..], &[1, 1]].concat().into(), strides, each.start_offset()))
+            Stack::new(&Layout::new(
+                [&dims[..], &[1, 1]].concat().into(),
+                strides,
+                each.start_offset(),
+            ))
         });
         let [left, right] = self.window;
         AttentionProblem {

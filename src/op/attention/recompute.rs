@@ -122,7 +122,8 @@ impl Rows {
         let nothing = rows.zeros_like()?;
         let (anchor, start, end, sequence) = match p.packed {
             None => {
-                let (lq, lk) = (lengths_q.reshape(((), 1, 1, 1))?, lengths_k.reshape(((), 1, 1, 1))?);
+                let (lq, lk) =
+                    (lengths_q.reshape(((), 1, 1, 1))?, lengths_k.reshape(((), 1, 1, 1))?);
                 let anchor = rows.broadcast_add(&(lk.broadcast_sub(&lq)?))?;
                 let inside = rows.broadcast_lt(&lq)?.to_dtype(DType::F32)?;
                 (anchor, nothing, inside.broadcast_mul(&lk)?, None)

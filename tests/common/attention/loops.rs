@@ -1,60 +1,76 @@
-//! Attention twice over: by loops in f64, the reference, and by candle's ops, the yardstick.
+//! Attention and its gradients by loops in f64: the reference.
 
-use candle_core::{D, Result, Tensor};
-use candle_nn::ops::softmax;
+use candle_core::{Result, Tensor};
 
+use super::options::Rules;
 use crate::common::Nd;
 
-/// The formula in candle's ops, in the dtype of its inputs. Rows that see no key are left out and
-/// become zeros.
-pub fn plain([q, k, v]: &[Tensor; 3], causal: bool, scale: Option<f32>) -> Result<Tensor> {
-    let matrices = |t: &Tensor| t.reshape(((), t.dim(D::Minus2)?, t.dim(D::Minus1)?));
-    let (shape, q, k, v) = (q.dims(), matrices(q)?, matrices(k)?, matrices(v)?);
-    let ((heads, sq, d), (kv_heads, sk, dv)) = (q.dims3()?, v.dims3()?);
-    let repeat = |t: Tensor| {
-        let (rows, cols) = (t.dim(1)?, t.dim(2)?);
-        let wide = t.unsqueeze(1)?.broadcast_as((kv_heads, heads / kv_heads, rows, cols))?;
-        wide.reshape((heads, rows, cols))
-    };
-    let blind = if causal { sq.saturating_sub(sk) } else { 0 };
-    let q = q.narrow(1, blind, sq - blind)?.contiguous()?;
-    let scale = scale.map_or(1.0 / (d as f64).sqrt(), f64::from);
-    let mut scores = (q.matmul(&repeat(k)?.t()?.contiguous()?)? * scale)?;
-    if causal {
-        let hidden = |i, j| if j + sq > i + sk { f32::NEG_INFINITY } else { 0.0 };
-        let mask = (blind..sq).flat_map(|i| (0..sk).map(move |j| hidden(i, j)));
-        let mask = Tensor::from_iter(mask, q.device())?.reshape((sq - blind, sk))?;
-        scores = scores.broadcast_add(&mask.to_dtype(q.dtype())?)?;
-    }
-    let out = softmax(&scores, D::Minus1)?.matmul(&repeat(v)?)?.pad_with_zeros(1, blind, 0)?;
-    out.reshape([&shape[..shape.len() - 1], &[dv]].concat())
-}
-
-/// Attention and its gradients by loops in f64 over the keys that each row sees.
+/// The formula over the keys that each row sees.
 pub struct Loops {
     /// q, k and v.
     x: [Nd; 3],
     scale: f64,
-    /// For each query row, counted over all heads: the key rows that it sees and their weights.
-    weights: Vec<Vec<(usize, f64)>>,
+    /// For each query row, counted over all heads.
+    weights: Vec<Vec<Weight>>,
+    /// The natural log-sum-exp of each row.
+    pub lse: Nd,
+    /// Of a shape, what the log-sum-exp's terms are in proportion to.
+    pub lse_size: Nd,
+    /// The shape of the bias.
+    bias: Option<Vec<usize>>,
+}
+
+/// A key row, counted over all heads, that a query row sees.
+#[derive(Clone, Copy)]
+struct Weight {
+    j: usize,
+    p: f64,
+    /// The score's slope by its product: not 1 under a softcap.
+    bend: f64,
+    /// The sum of the magnitudes of the score's terms.
+    size: f64,
+    /// Where in the bias its element stands.
+    at: usize,
 }
 
 impl Loops {
-    pub fn new(x: [Nd; 3], causal: bool, scale: Option<f32>) -> Self {
+    pub fn new(x: [Nd; 3], rules: &Rules) -> Self {
         let heads = |nd: &Nd| nd.dims[..nd.dims.len() - 2].iter().product::<usize>();
-        let ([sq, d], [sk, _]) = (matrix(&x[0].dims), matrix(&x[1].dims));
+        let ([sq, _], [sk, _]) = (matrix(&x[0].dims), matrix(&x[1].dims));
         let group = heads(&x[0]) / heads(&x[1]).max(1);
-        let scale = scale.map_or(1.0 / (d as f64).sqrt(), f64::from);
+        let lse = Nd::full(&x[0].dims[..x[0].dims.len() - 1], f64::NEG_INFINITY);
+        let (mut lse, mut lse_size) = (lse.clone(), lse.map(|_| 0.0));
         let weights = |i: usize| {
-            let seen = if causal { (i % sq + 1 + sk).saturating_sub(sq) } else { sk };
-            let keys = (0..seen).map(|j| i / sq / group * sk + j);
-            let scores: Vec<_> = keys.map(|j| (j, scale * dot(x[0].row(i), x[1].row(j)))).collect();
-            let max = scores.iter().fold(f64::NEG_INFINITY, |max, &(_, s)| max.max(s));
-            let sum: f64 = scores.iter().map(|(_, s)| (s - max).exp()).sum();
-            scores.into_iter().map(|(j, s)| (j, (s - max).exp() / sum)).collect()
+            let score = |key: super::options::Key| {
+                let j = i / sq / group * sk + key.j;
+                let (row, other) = (x[0].row(i), x[1].row(j));
+                let product = rules.scale * dot(row, other);
+                let (score, bend) = match rules.softcap() {
+                    None => (product, 1.0),
+                    Some(cap) => {
+                        (cap * (product / cap).tanh(), 1.0 - (product / cap).tanh().powi(2))
+                    }
+                };
+                let magnitudes = row.iter().zip(other).map(|(a, b)| (a * b).abs()).sum::<f64>();
+                let bias = if key.bias.is_finite() { key.bias.abs() } else { 0.0 };
+                let size = rules.scale.abs() * magnitudes + key.penalty + bias;
+                let p = score - key.penalty + key.bias;
+                Weight { j, p, bend, size, at: key.at }
+            };
+            let mut weights: Vec<_> = rules.keys(i).into_iter().map(score).collect();
+            let max = weights.iter().fold(f64::NEG_INFINITY, |max, w| max.max(w.p));
+            let sum: f64 = weights.iter().map(|w| (w.p - max).exp()).sum();
+            weights.iter_mut().for_each(|w| w.p = (w.p - max).exp() / sum);
+            if !weights.is_empty() {
+                lse.data[i] = max + sum.ln();
+                let size = |w: &Weight| if w.p == 0.0 { 0.0 } else { w.p * (1.0 + w.size) };
+                lse_size.data[i] = lse.data[i].abs() + weights.iter().map(size).sum::<f64>();
+            }
+            weights
         };
         let weights = (0..heads(&x[0]) * sq).map(weights).collect();
-        Self { x, scale, weights }
+        let bias = rules.bias.as_ref().map(|nd| nd.dims.clone());
+        Self { scale: rules.scale, weights, lse, lse_size, bias, x }
     }
 
     /// The same sums over the magnitudes of their terms, to which rounding errors are in proportion.
@@ -62,44 +78,47 @@ impl Loops {
     /// it for the gradient, the log-sum-exp in f32: score − ln(weight).
     pub fn sizes(&self, rebuilt: bool) -> Self {
         let (x, scale) = (self.x.each_ref().map(|nd| nd.map(f64::abs)), self.scale.abs());
-        let size = |i, (j, p): (usize, f64)| match p {
-            0.0 => (j, 0.0),
-            _ => {
-                let lse = if rebuilt { -p.ln() } else { 0.0 };
-                (j, p * (1.0 + scale * dot(x[0].row(i), x[1].row(j)) + lse))
-            }
+        let size = |&w: &Weight| {
+            let lse = if rebuilt { -w.p.ln() } else { 0.0 };
+            let p = if w.p == 0.0 { 0.0 } else { w.p * (1.0 + w.size + lse) };
+            Weight { p, bend: 1.0, ..w }
         };
-        let sizes = |(i, weights): (usize, &Vec<_>)| weights.iter().map(|&w| size(i, w)).collect();
-        let weights = self.weights.iter().enumerate().map(sizes).collect();
-        Self { x, scale, weights }
+        let weights = self.weights.iter().map(|row| row.iter().map(size).collect()).collect();
+        let (lse, lse_size, bias) = (self.lse.clone(), self.lse_size.clone(), self.bias.clone());
+        Self { x, scale, weights, lse, lse_size, bias }
     }
 
     pub fn forward(&self) -> Nd {
         let (q, [_, dv]) = (&self.x[0].dims, matrix(&self.x[2].dims));
         let mut out = Nd::full(&[&q[..q.len() - 1], &[dv]].concat(), 0.0);
         for (i, weights) in self.weights.iter().enumerate() {
-            for &(j, p) in weights {
-                out.add(i, p, self.x[2].row(j));
+            for w in weights {
+                out.add(i, w.p, self.x[2].row(w.j));
             }
         }
         out
     }
 
-    /// `sign` is that of the term which all scores of a row lose: −1, or 1 for sizes.
-    pub fn backward(&self, grad: &Nd, out: &Nd, sign: f64) -> [Nd; 3] {
+    /// Of q, k, v and the bias. `sign` is that of the term which all scores of a row lose: −1, or 1 for
+    /// sizes.
+    pub fn backward(&self, grad: &Nd, out: &Nd, sign: f64) -> Vec<Nd> {
         let [q, k, v] = &self.x;
         let [mut dq, mut dk, mut dv] = self.x.each_ref().map(|nd| Nd::full(&nd.dims, 0.0));
+        let mut dbias = self.bias.as_ref().map(|dims| Nd::full(dims, 0.0));
         for (i, weights) in self.weights.iter().enumerate() {
             let (grad, out) = (grad.row(i), out.row(i));
             let shared = sign * dot(grad, out);
-            for &(j, p) in weights {
-                let ds = p * (dot(grad, v.row(j)) + shared) * self.scale;
-                dq.add(i, ds, k.row(j));
-                dk.add(j, ds, q.row(i));
+            for &Weight { j, p, bend, at, .. } in weights {
+                let ds = p * (dot(grad, v.row(j)) + shared);
+                if let Some(dbias) = &mut dbias {
+                    dbias.data[at] += ds;
+                }
+                dq.add(i, ds * bend * self.scale, k.row(j));
+                dk.add(j, ds * bend * self.scale, q.row(i));
                 dv.add(j, p, grad);
             }
         }
-        [dq, dk, dv]
+        [dq, dk, dv].into_iter().chain(dbias).collect()
     }
 }
 
@@ -125,6 +144,6 @@ pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-pub fn nds(qkv: &[Tensor; 3]) -> Result<[Nd; 3]> {
-    Ok([Nd::of(&qkv[0])?, Nd::of(&qkv[1])?, Nd::of(&qkv[2])?])
+pub fn nds(tensors: &[Tensor]) -> Result<Vec<Nd>> {
+    tensors.iter().map(Nd::of).collect()
 }

@@ -1,0 +1,136 @@
+//! The two backward passes that need no engine: loops, and candle's ops.
+
+use candle_core::Device::Cpu;
+use candle_core::{DType, Result, Tensor, Var};
+
+use super::flash::FlashAttention;
+use super::problem::Call;
+use super::{arguments, recompute};
+use crate::op::eval;
+use crate::{AttnLayout, FlashAttnOptions};
+
+/// Calls with each option, over more than one block of keys.
+fn calls() -> Result<Vec<(&'static str, [Tensor; 3], FlashAttnOptions)>> {
+    let opts = FlashAttnOptions::default();
+    let randn = |dims: &[usize]| Tensor::randn(0f32, 1., dims, &Cpu);
+    let qkv = |b: usize, sq: usize, sk: usize| -> Result<[Tensor; 3]> {
+        Ok([randn(&[b, 4, sq, 12])?, randn(&[b, 2, sk, 12])?, randn(&[b, 2, sk, 20])?])
+    };
+    let padded = || qkv(2, 70, 300);
+    let packed = || -> Result<_> {
+        let [q, k, v] = qkv(1, 70, 300)?;
+        Ok([q.squeeze(0)?, k.squeeze(0)?, v.squeeze(0)?])
+    };
+    let rows_first = |t: [Tensor; 3]| -> Result<[Tensor; 3]> {
+        let turn = |t: &Tensor| t.transpose(t.rank() - 3, t.rank() - 2);
+        Ok([turn(&t[0])?, turn(&t[1])?, turn(&t[2])?])
+    };
+    let u32s = |values: &[u32]| Tensor::new(values, &Cpu);
+    let bias = |dims: &[usize]| {
+        Ok::<_, candle_core::Error>(Var::randn(0f32, 1., dims, &Cpu)?.into_inner())
+    };
+    let hiding = |dims: &[usize]| {
+        let bias = Tensor::randn(0f32, 1., dims, &Cpu)?;
+        let low = Tensor::full(f32::NEG_INFINITY, dims, &Cpu)?;
+        Ok::<_, candle_core::Error>(bias.le(-0.8)?.where_cond(&low, &bias)?)
+    };
+    let slopes = |dims: &[usize]| Tensor::rand(0f32, 1., dims, &Cpu);
+    let of_both = |opts: FlashAttnOptions, q: &[u32], k: &[u32]| {
+        Ok::<_, candle_core::Error>(opts.cu_seqlens_q(u32s(q)?).cu_seqlens_k(u32s(k)?))
+    };
+    let alibi = opts.clone().alibi_slopes(slopes(&[2, 4])?);
+    let mut f16 = padded()?;
+    for t in &mut f16 {
+        *t = t.to_dtype(DType::F16)?;
+    }
+    Ok(vec![
+        ("plain", padded()?, opts.clone()),
+        ("blind rows", qkv(2, 300, 70)?, opts.clone().causal(true)),
+        ("window", padded()?, opts.clone().window_size_left(40).window_size_right(9)),
+        ("softcap", padded()?, opts.clone().softcap(1.5).softmax_scale(0.7)),
+        ("slopes", padded()?, alibi.clone()),
+        ("bias", padded()?, opts.clone().bias(bias(&[2, 4, 70, 300])?)),
+        ("row of bias", padded()?, opts.clone().softcap(2.).bias(bias(&[4, 1, 300])?)),
+        ("one bias", padded()?, opts.clone().causal(true).bias(bias(&[300])?)),
+        ("−∞", padded()?, opts.clone().bias(hiding(&[70, 300])?)),
+        ("f16 to f32", f16, opts.clone().out_dtype(DType::F32)),
+        ("rows first", rows_first(padded()?)?, opts.clone().layout(AttnLayout::Bshd)),
+        (
+            "padded",
+            padded()?,
+            alibi.clone().causal(true).seqlens_q(u32s(&[70, 9])?).seqlens_k(u32s(&[280, 0])?),
+        ),
+        ("padded keys", padded()?, alibi.window_size_left(50).seqlens_k(u32s(&[280, 31])?)),
+        (
+            "packed",
+            packed()?,
+            of_both(opts.clone().causal(true), &[0, 3, 3, 60], &[0, 9, 19, 270])?
+                .alibi_slopes(slopes(&[3, 4])?),
+        ),
+        (
+            "packed rows first",
+            rows_first(packed()?)?,
+            of_both(opts.layout(AttnLayout::Bshd), &[0, 30, 60, 70], &[0, 0, 40, 300])?
+                .window_size_left(60)
+                .alibi_slopes(slopes(&[4])?),
+        ),
+    ])
+}
+
+/// The same twice, and how far it may be apart.
+fn compare(what: &str, a: &[Option<Tensor>], b: &[Option<Tensor>], tolerance: f64) -> Result<()> {
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        let (Some(a), Some(b)) = (a, b) else {
+            assert_eq!(a.is_some(), b.is_some(), "{what}: gradient {i}");
+            continue;
+        };
+        assert_eq!((a.shape(), a.dtype()), (b.shape(), b.dtype()), "{what}: gradient {i}");
+        let wide = |t: &Tensor| t.to_dtype(DType::F64);
+        let error = (wide(a)? - wide(b)?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
+        let peak = wide(b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
+        assert!(error <= tolerance * peak, "{what}: gradient {i} is {error:e} of {peak} off");
+        assert!(peak > 0.0, "{what}: gradient {i} is zero");
+    }
+    Ok(())
+}
+
+/// Calls `check` with each call's op, inputs and what follows them.
+fn each(
+    mut check: impl FnMut(&str, &FlashAttention, &[&Tensor], [&Tensor; 3]) -> Result<()>,
+) -> Result<()> {
+    for (what, [q, k, v], opts) in calls()? {
+        let extras = arguments::flash("test", [("q", &q), ("k", &k), ("v", &v)], &opts)?;
+        let call = Call::new("test", q.dtype(), &opts, &extras);
+        let flash = FlashAttention { call, keeps_lse: true, lse: Default::default() };
+        let inputs = [[&q, &k, &v].as_slice(), &extras.list()].concat();
+        let out = eval(&flash, &inputs)?;
+        let grad = out.randn_like(0., 1.)?;
+        let lse = flash.lse.get().expect("kept").clone();
+        check(what, &flash, &inputs, [&out, &grad, &lse])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn agrees_with_the_loops() -> Result<()> {
+    each(|what, flash, inputs, after| {
+        let tolerance = if inputs[0].dtype() == DType::F16 { 1e-3 } else { 2e-5 };
+        let loops = flash.by_kernel(inputs, &after)?;
+        compare(what, &recompute::gradients(&flash.call, inputs, after)?, &loops, tolerance)
+    })
+}
+
+#[test]
+fn loops_do_not_depend_on_threads() -> Result<()> {
+    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");
+    let (one, five) = (pool(1), pool(5));
+    each(|what, flash, inputs, after| {
+        let run = || {
+            let (call, lse) = (flash.call.clone(), Default::default());
+            let [q, k, v, bias] = flash.by_kernel(inputs, &after)?;
+            let out = eval(&FlashAttention { call, keeps_lse: true, lse }, inputs)?;
+            Ok::<_, candle_core::Error>(vec![Some(out), q, k, v, bias])
+        };
+        compare(what, &one.install(run)?, &five.install(run)?, 0.0)
+    })
+}
