@@ -5,6 +5,7 @@ use candle_core::{CudaStorage, Result};
 pub(crate) use super::kaio_ops::{attention_tc, matmul_int4, matmul_int8, qkv_int4, qkv_int8};
 use super::{kaio_ops, native};
 use crate::Engine;
+use crate::error::Error;
 use crate::op::{
     AttentionInputs, AttentionProblem, AttentionUpstream, Epilogue, MatmulProblem, View,
 };
@@ -42,22 +43,32 @@ pub(crate) fn flash_attn(
     wants_lse: bool,
     inputs: &AttentionInputs<CudaStorage>,
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
-    match engine {
-        // `op::check::engine` still refuses `Engine::Native`.
-        Engine::Auto | Engine::KaioOps | Engine::Native => {
-            kaio_ops::flash_attn(op, problem, wants_lse, inputs)
-        }
+    if problem.is_empty() {
+        return kaio_ops::empty_flash_attn(problem, wants_lse, inputs, |scores, inputs| {
+            flash_attn(op, scores, engine, true, inputs)
+        });
+    }
+    let native = match engine {
+        Engine::KaioOps => false,
+        Engine::Auto => native::flash_limit(op, problem, inputs.q)?.is_none(),
+        Engine::Native => match native::flash_limit(op, problem, inputs.q)? {
+            None => true,
+            Some((what, fix)) => {
+                let (engine, limit) = ("Engine::Native".into(), format!("cannot take {what}"));
+                let fix = fix.into();
+                return Err(Error::Unsupported { op, what: engine, limit, fix }.into());
+            }
+        },
+    };
+    match native {
+        true => native::flash_attn(op, problem, wants_lse, inputs),
+        false => kaio_ops::flash_attn(op, problem, wants_lse, inputs),
     }
 }
 
 /// Whether an engine has the backward pass of a problem. Without one, the op has it in candle's ops.
-pub(crate) fn differentiates_flash_attn(
-    problem: &AttentionProblem,
-    engine: Engine,
-) -> Result<bool> {
-    match engine {
-        Engine::Auto | Engine::KaioOps | Engine::Native => Ok(kaio_ops::flash_takes(problem)),
-    }
+pub(crate) fn differentiates_flash_attn(problem: &AttentionProblem, _: Engine) -> Result<bool> {
+    Ok(kaio_ops::flash_takes(problem))
 }
 
 /// dq, dk and dv in a row, packed, heads before rows, in the inputs' dtype.
@@ -68,9 +79,6 @@ pub(crate) fn flash_attn_backward(
     inputs: &AttentionInputs<CudaStorage>,
     upstream: &AttentionUpstream<CudaStorage>,
 ) -> Result<CudaStorage> {
-    match engine {
-        Engine::Auto | Engine::KaioOps | Engine::Native => {
-            kaio_ops::flash_attn_backward(op, problem, inputs, upstream)
-        }
-    }
+    let _ = engine;
+    kaio_ops::flash_attn_backward(op, problem, inputs, upstream)
 }

@@ -43,6 +43,11 @@ impl<'a> Fitted<'a> {
         Self { held: Held::View(storage), stack }
     }
 
+    /// What was made for it.
+    pub fn copy(storage: CudaStorage, stack: Stack) -> Self {
+        Self { held: Held::Copy(storage), stack }
+    }
+
     pub fn storage(&self) -> &CudaStorage {
         match &self.held {
             Held::View(storage) => storage,

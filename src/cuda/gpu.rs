@@ -12,8 +12,9 @@ use parking_lot::RwLock;
 use super::cache::Cache;
 use super::compile;
 use super::launch::Function;
-use super::native::Plan;
+use super::native::{AttentionPlan, Plan};
 use crate::error::{Error, Result};
+use crate::kernel::attention;
 use crate::kernel::gemm::Problem;
 use crate::kernel::{Config, Device};
 use crate::ptx::{Source, Target};
@@ -25,6 +26,7 @@ pub(super) struct Gpu {
     pub capability: Capability,
     pub device: Device,
     plans: Cache<Problem, Plan>,
+    attention: Cache<attention::Problem, AttentionPlan>,
     native: Cache<Config, Function>,
     /// The users' own kernels.
     custom: Cache<Source, Function>,
@@ -69,6 +71,7 @@ impl Gpu {
             capability,
             device,
             plans: Cache::of_at_most(MOST_PLANS),
+            attention: Cache::of_at_most(MOST_PLANS),
             native: Cache::new(),
             custom: Cache::new(),
         })
@@ -81,6 +84,15 @@ impl Gpu {
         make: impl FnOnce() -> CandleResult<Plan>,
     ) -> CandleResult<Arc<Plan>> {
         self.plans.get(problem, make)
+    }
+
+    /// What was decided for an attention.
+    pub fn attention(
+        &self,
+        problem: &attention::Problem,
+        make: impl FnOnce() -> CandleResult<AttentionPlan>,
+    ) -> CandleResult<Arc<AttentionPlan>> {
+        self.attention.get(problem, make)
     }
 
     /// The compiled kernel of a configuration. The GPU's context is current.

@@ -7,7 +7,7 @@
 pub mod attention;
 mod epilogue;
 pub mod gemm;
-mod hopper;
+pub(crate) mod hopper;
 mod name;
 mod raster;
 mod ring;

@@ -135,19 +135,6 @@ pub(super) fn batch(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Resu
     Err(Error::Batch { op, arg, got: got.to_vec(), with, want: want.to_vec() })
 }
 
-/// For an op without native kernels.
-pub(super) fn engine(op: &'static str, engine: Engine) -> Result<()> {
-    match engine {
-        Engine::Auto | Engine::KaioOps => Ok(()),
-        Engine::Native => Err(Error::Unsupported {
-            op,
-            what: format!("Engine::{engine:?}"),
-            limit: "has no kernels in this release".into(),
-            fix: "use Engine::Auto or Engine::KaioOps".into(),
-        }),
-    }
-}
-
 const ONE_MATRIX: &str = "a weight is one matrix";
 
 /// Rows of an int4 weight that share one scale.

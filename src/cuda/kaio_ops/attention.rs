@@ -159,6 +159,31 @@ fn full(like: &CudaStorage, len: usize, value: f32) -> Result<CudaStorage> {
     Ok(out)
 }
 
+/// The result and log-sum-exp of a problem without elements in its result, or without keys.
+pub(crate) fn empty_flash_attn(
+    p: &AttentionProblem,
+    wants_lse: bool,
+    inputs: &AttentionInputs<CudaStorage>,
+    attend: impl FnOnce(
+        &AttentionProblem,
+        &AttentionInputs<CudaStorage>,
+    ) -> Result<(CudaStorage, Option<CudaStorage>)>,
+) -> Result<(CudaStorage, Option<CudaStorage>)> {
+    let AttentionInputs { q, k, ref extras, .. } = *inputs;
+    let rows = p.q.count() * p.seq_q();
+    let lse = match wants_lse {
+        false => None,
+        // Without columns of v the scores are still there: any matrix stands in for it.
+        true if rows > 0 && p.seq_k() > 0 && p.packed != Some(0) => {
+            let out = p.q.packed();
+            let scores = AttentionProblem { v: p.k.clone(), out, ..p.clone() };
+            attend(&scores, &AttentionInputs { q, k, v: k, extras: extras.clone() })?.1
+        }
+        true => Some(full(q, rows, f32::NEG_INFINITY)?),
+    };
+    Ok((zeros(q, p.out.elements(), p.out_dtype)?, lse))
+}
+
 /// The result and, if wanted, the log-sum-exp `[heads, Sq]` in f32.
 pub(crate) fn flash_attn(
     op: &'static str,
@@ -168,19 +193,6 @@ pub(crate) fn flash_attn(
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
     let len = p.out.elements();
     let AttentionInputs { q, k, v, .. } = *inputs;
-    if p.is_empty() {
-        let rows = p.q.count() * p.seq_q();
-        let lse = match wants_lse {
-            false => None,
-            // Without columns of v the scores are still there: any matrix stands in for it.
-            true if rows > 0 && p.seq_k() > 0 => {
-                let scores = AttentionProblem { v: p.k.clone(), ..p.clone() };
-                flash_f32(op, &scores, true, [q, k, k])?.1
-            }
-            true => Some(full(q, rows, f32::NEG_INFINITY)?),
-        };
-        return Ok((zeros(q, len, p.out_dtype)?, lse));
-    }
     let (out, lse) = flash_f32(op, p, wants_lse, [q, k, v])?;
     let out = cast(op, out, len, p.out_dtype)?;
     if p.out.contiguous().is_some() {

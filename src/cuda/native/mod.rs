@@ -1,9 +1,11 @@
 //! The engine `Engine::Native`: this crate's own kernels on candle's stream.
 
+mod attention;
 mod matmul;
 mod operand;
 mod sm80;
 mod sm90;
 pub mod tune;
 
+pub(crate) use attention::{Plan as AttentionPlan, flash_attn, limit as flash_limit};
 pub(crate) use matmul::{Plan, matmul};

@@ -11,7 +11,7 @@ use crate::ptx::Half;
 use crate::stack::Stack;
 
 /// Elements of 16 bytes: what a kernel's strides are multiples of.
-const UNIT: usize = 8;
+pub(super) const UNIT: usize = 8;
 
 /// The matrices of an operand, `outer × depth`, as lines of contiguous elements.
 #[derive(Clone, Copy, Debug)]

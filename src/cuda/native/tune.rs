@@ -25,7 +25,7 @@ pub fn matmul(
     let plan = match config {
         Some(Config::MatmulSm90(config)) => Plan::Sm90(Sm90::new(&call, config)?),
         Some(Config::MatmulSm80(config)) => Plan::Sm80(Sm80::new(&call, config)?),
-        Some(Config::MatmulReduce(_)) => bail!("not a product"),
+        Some(_) => bail!("not a product"),
         None => Plan::chosen(&call)?,
     };
     let storage = Storage::Cuda(call.run(&plan)?);
