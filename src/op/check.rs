@@ -3,7 +3,6 @@
 use candle_core::{DType, DeviceLocation, Tensor};
 
 use crate::{
-    Engine,
     error::{Error, Result},
     stack::{batch_dims, broadcast_batch},
 };
