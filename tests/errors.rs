@@ -5,7 +5,7 @@ mod common;
 use candle_core::Device::Cpu;
 
 common::tests_on! {
-    Cpu, errors: matmul int8 int4 qkv attention_tc flash_attn tracked layers
+    Cpu, errors: matmul int8 int4 qkv attention_tc flash_attn flash_options tracked layers
 }
 
 #[test]

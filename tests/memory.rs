@@ -1,7 +1,7 @@
 //! Attention needs O(S·D) memory, forward and backward. A binary of its own: the peak is the process's.
 #![cfg(target_os = "linux")]
 
-use candle_core::{Device::Cpu, Result, Var};
+use candle_core::{DType, Device::Cpu, Result, Tensor, Var};
 use kaio_candle::prelude::*;
 
 /// `VmHWM` (the peak) or `VmRSS` (now) in MB.
@@ -17,15 +17,22 @@ fn memory(key: &str) -> f64 {
 fn attention_over_8192_keys() -> Result<()> {
     let var = || Var::rand(-1f32, 1.0, (1, 1, 8192, 64), &Cpu);
     let (q, k, v) = (var()?, var()?, var()?);
+    // Of every option, at the width of a row.
+    let slopes = Tensor::new(&[0.01f32], &Cpu)?;
+    let bias = Var::zeros((1, 1, 1, 8192), DType::F32, &Cpu)?;
+    let lengths = Tensor::new(&[8000u32], &Cpu)?;
+    let opts = FlashAttnOptions::default().causal(true).window_size_left(6000).softcap(20.);
+    let opts = opts.alibi_slopes(slopes).bias(bias.as_tensor().clone()).seqlens_q(lengths);
     let before = memory("VmRSS");
-    let out = q.kaio_flash_attn(&k, &v, true)?;
+    let plain = q.kaio_flash_attn(&k, &v, true)?;
+    let out = q.kaio_flash_attn_with(&k, &v, &opts)?;
     let forward = memory("VmHWM") - before;
-    let grads = out.sum_all()?.backward()?;
+    let grads = (plain + out)?.sum_all()?.backward()?;
     let both = memory("VmHWM") - before;
     println!(
         "8192 keys: {forward:.0} MB for the forward pass, {both:.0} MB with the backward pass"
     );
-    assert!(grads.get(&k).is_some());
+    assert!(grads.get(&k).is_some() && grads.get(&bias).is_some());
     // The scores alone would be 256 MB.
     assert!(both < 200.0, "{both:.0} MB");
     Ok(())

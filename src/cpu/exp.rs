@@ -47,7 +47,7 @@ pub(super) fn exp(x: f32) -> f32 {
 pub(super) fn tanh(x: f32) -> f32 {
     let (z, e) = (x * x, exp(-2.0 * x.abs()));
     let mut p = -5.704_988_7e-3;
-    for c in [2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
+    for c in [2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1] {
         p = p * z + c;
     }
     let far = ((1.0 - e) / (1.0 + e)).copysign(x);

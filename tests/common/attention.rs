@@ -6,6 +6,7 @@ mod plain;
 mod problem;
 mod variants;
 
+#[allow(unused_imports)] // Each test binary uses a part.
 pub use variants::*;
 
 use std::ops::Range;

@@ -20,6 +20,12 @@ macro_rules! refused {
     })+};
 }
 
+// Behind the macro, which it uses.
+mod attention;
+
+#[allow(unused_imports)] // Each test binary uses a part.
+pub use attention::{attention_tc, flash_attn, flash_options};
+
 /// Zeros on one device.
 #[derive(Clone, Copy)]
 struct On<'a>(&'a Device);
@@ -209,81 +215,6 @@ pub fn qkv(device: &Device) {
     tally.finish();
 }
 
-const HEADS: &str =
-    "give heads a dimension of their own with `.reshape(..)?` and `.transpose(..)?`";
-
-pub fn attention_tc(device: &Device) {
-    let on = On(device);
-    let mut tally = Tally::new("errors of attention_tc", device);
-    let op = "kaio_attention_tc";
-    let (q, k, v) = (&on.f16([4, 8]), &on.f16([5, 8]), &on.f16([5, 6]));
-    let run = |q: &Tensor, k: &Tensor, v: &Tensor| q.kaio_attention_tc(k, v, false);
-    let f16 = |batch, rows, cols| on.f16([batch, rows, cols]);
-    refused! { tally;
-        run(&on.f16([8]), k, v) => Rank, "{op}: `q` has shape [8] (rank 1), wanted [.., S, D]; {ADD}";
-        run(q, &on.f16([8]), v) => Rank, "{op}: `k` has shape [8] (rank 1), wanted [.., S, D]; {ADD}";
-        run(q, k, &on.f16([])) => Rank, "{op}: `v` has shape [] (rank 0), wanted [.., S, D]; {ADD}";
-        run(&on.f32([4, 8]), k, v) => DType, "{op}: `q` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
-        run(q, &on.bf16([5, 8]), v) => DType, "{op}: `k` is bf16, wanted f16; cast it with `.to_dtype(DType::F16)?`";
-        run(q, k, &on.f32([5, 6])) => DType, "{op}: `v` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
-        run(q, &on.f16([5, 9]), v) => Dimension, "{op}: `k` has D = 9, wanted 8, the head dimension of `q`; {HEADS}";
-        run(q, k, q) => Dimension, "{op}: `v` has Sk = 4, wanted 5, the keys of `k`; give `v` one row for each key";
-        run(&on.f16([4, 0]), &on.f16([5, 0]), v) => Dimension, "{op}: `q` has D = 0, wanted at least 1; give `q` and `k` at least one column";
-        run(&f16(2, 4, 8), &f16(3, 5, 8), v) => Batch, "{op}: batch dimensions [3] of `k` do not broadcast with [2] of `q`; make them equal or 1";
-        run(q, &f16(2, 5, 8), &f16(3, 5, 6)) => Batch, "{op}: batch dimensions [3] of `v` do not broadcast with [2] of `k`; make them equal or 1";
-        run(&f16(2, 4, 8), k, &f16(3, 5, 6)) => Batch, "{op}: batch dimensions [3] of `v` do not broadcast with [2] of `q`; make them equal or 1";
-    }
-    tally.finish();
-}
-
-pub fn flash_attn(device: &Device) {
-    let on = On(device);
-    let mut tally = Tally::new("errors of flash_attn", device);
-    let with = |q: &Tensor, k: &Tensor, v: &Tensor| {
-        q.kaio_flash_attn_with(k, v, &FlashAttnOptions::default())
-    };
-    let plain = |q: &Tensor, k: &Tensor, v: &Tensor| q.kaio_flash_attn(k, v, true);
-    type Named<'a> = (&'a str, &'a dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>);
-    let methods: [Named; 2] = [("kaio_flash_attn", &plain), ("kaio_flash_attn_with", &with)];
-
-    let (shapes, fix) =
-        ("[S, D], [H, S, D] or [B, H, S, D]", "reshape it, or use `.unsqueeze(..)?`");
-    let (group, pair) = (
-        "equally many query heads share a key head: repeat or drop key heads",
-        "give `v` as many heads as `k`",
-    );
-    let (q, k, v) = (&on.f32([2, 4, 3, 8]), &on.f32([2, 2, 5, 8]), &on.f32([2, 2, 5, 6]));
-    let f32 = |heads, rows, cols| on.f32([2, heads, rows, cols]);
-    for (op, run) in methods {
-        refused! { tally;
-            run(&on.f32([8]), k, v) => Rank, "{op}: `q` has shape [8] (rank 1), wanted {shapes}; {fix}";
-            run(q, &on.f32([1, 2, 2, 5, 8]), v) => Rank, "{op}: `k` has shape [1, 2, 2, 5, 8] (rank 5), wanted {shapes}; {fix}";
-            run(q, k, &on.f32([])) => Rank, "{op}: `v` has shape [] (rank 0), wanted {shapes}; {fix}";
-            run(q, &on.f32([2, 5, 8]), v) => Dimension, "{op}: `k` has rank = 3, wanted 4, the rank of `q`; add the missing dimensions with `.unsqueeze(..)?`";
-            run(q, k, &on.f32([5, 6])) => Dimension, "{op}: `v` has rank = 2, wanted 4, the rank of `q`; add the missing dimensions with `.unsqueeze(..)?`";
-            run(&on.zeros(DType::F64, [2, 4, 3, 8]), k, v) => DType, "{op}: `q` is f64, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F16)?`";
-            run(q, &on.f16([2, 2, 5, 8]), v) => DType, "{op}: `k` is f16, wanted f32, the dtype of `q`; cast it with `.to_dtype(DType::F32)?`";
-            run(q, k, &on.bf16([2, 2, 5, 6])) => DType, "{op}: `v` is bf16, wanted f32, the dtype of `q`; cast it with `.to_dtype(DType::F32)?`";
-            run(q, &f32(2, 5, 4), v) => Dimension, "{op}: `k` has D = 4, wanted 8, the head dimension of `q`; {HEADS}";
-            run(q, k, &f32(2, 3, 6)) => Dimension, "{op}: `v` has Sk = 3, wanted 5, the keys of `k`; give `v` one row for each key";
-            run(&f32(4, 3, 0), &f32(2, 5, 0), v) => Dimension, "{op}: `q` has D = 0, wanted at least 1; give `q` and `k` at least one column";
-            run(&on.f32([1, 4, 3, 8]), k, v) => Dimension, "{op}: `k` has B = 2, wanted 1, the batch of `q`; expand a batch of 1 with `.broadcast_as(..)?`";
-            run(q, k, &on.f32([1, 2, 5, 6])) => Dimension, "{op}: `v` has B = 1, wanted 2, the batch of `q`; expand a batch of 1 with `.broadcast_as(..)?`";
-            run(q, k, &f32(4, 5, 6)) => Dimension, "{op}: `v` has heads = 4, wanted 2, the heads of `k`; {pair}";
-            run(q, &f32(3, 5, 8), &f32(3, 5, 6)) => Dimension, "{op}: `k` has heads = 3, wanted a divisor of 4, the heads of `q`; {group}";
-            run(q, &f32(0, 5, 8), &f32(0, 5, 6)) => Dimension, "{op}: `k` has heads = 0, wanted a divisor of 4, the heads of `q`; {group}";
-        }
-    }
-    let scale = |s| q.kaio_flash_attn_with(k, v, &FlashAttnOptions::default().softmax_scale(s));
-    let native = FlashAttnOptions::default().engine(Engine::Native);
-    refused! { tally;
-        scale(f32::NAN) => Value, "kaio_flash_attn_with: `softmax_scale` is NaN, wanted a finite number; check how it was computed";
-        scale(f32::INFINITY) => Value, "kaio_flash_attn_with: `softmax_scale` is inf, wanted a finite number; check how it was computed";
-        q.kaio_flash_attn_with(k, v, &native) => Unsupported, "kaio_flash_attn_with: Engine::Native has no kernels in this release; use Engine::Auto or Engine::KaioOps";
-    }
-    tally.finish();
-}
-
 /// A method, its arguments, and a call with one tensor for each.
 type Method = (&'static str, &'static [Arg], fn(&[Tensor]) -> Result<()>);
 type Arg = (&'static str, DType, [usize; 2]);
@@ -292,7 +223,32 @@ const MATMUL: &[Arg] = &[("lhs", F16, [4, 128]), ("rhs", F16, [128, 6])];
 const BIASED: &[Arg] = &[("lhs", F16, [4, 128]), ("rhs", F16, [128, 6]), ("bias", F32, [1, 6])];
 const ATTENTION: &[Arg] = &[("q", F16, [4, 8]), ("k", F16, [5, 8]), ("v", F16, [5, 6])];
 
-const WITH_GRADIENT: [Method; 6] = [
+const BIASED_SCORES: &[Arg] =
+    &[("q", F16, [4, 8]), ("k", F16, [5, 8]), ("v", F16, [5, 6]), ("bias", F32, [4, 5])];
+const ALIBI: &[Arg] =
+    &[("q", F16, [4, 8]), ("k", F16, [5, 8]), ("v", F16, [5, 6]), ("alibi_slopes", F32, [1, 1])];
+const PACKED: &[Arg] = &[
+    ("q", F16, [4, 8]),
+    ("k", F16, [5, 8]),
+    ("v", F16, [5, 6]),
+    ("cu_seqlens_q", U32, [1, 2]),
+    ("cu_seqlens_k", U32, [1, 2]),
+];
+const PADDED: &[Arg] = &[
+    ("q", F16, [4, 8]),
+    ("k", F16, [5, 8]),
+    ("v", F16, [5, 6]),
+    ("seqlens_q", U32, [1, 1]),
+    ("seqlens_k", U32, [1, 1]),
+];
+
+/// q, k and v with dimensions of 1 before them.
+fn attend(t: &[Tensor], ones: usize, opts: FlashAttnOptions) -> Result<()> {
+    let wide = |t: &Tensor| (0..ones).try_fold(t.clone(), |t, _| t.unsqueeze(0));
+    wide(&t[0])?.kaio_flash_attn_with(&wide(&t[1])?, &wide(&t[2])?, &opts).map(drop)
+}
+
+const WITH_GRADIENT: [Method; 10] = [
     ("kaio_matmul_tc", MATMUL, |t| t[0].kaio_matmul_tc(&t[1]).map(drop)),
     ("kaio_matmul_tc_async", MATMUL, |t| t[0].kaio_matmul_tc_async(&t[1]).map(drop)),
     ("kaio_matmul_with", MATMUL, |t| {
@@ -303,8 +259,20 @@ const WITH_GRADIENT: [Method; 6] = [
         t[0].kaio_matmul_with(&t[1], &opts).map(drop)
     }),
     ("kaio_flash_attn", ATTENTION, |t| t[0].kaio_flash_attn(&t[1], &t[2], false).map(drop)),
-    ("kaio_flash_attn_with", ATTENTION, |t| {
-        t[0].kaio_flash_attn_with(&t[1], &t[2], &FlashAttnOptions::default()).map(drop)
+    ("kaio_flash_attn_with", ATTENTION, |t| attend(t, 0, FlashAttnOptions::default())),
+    ("kaio_flash_attn_with", BIASED_SCORES, |t| {
+        attend(t, 0, FlashAttnOptions::default().bias(t[3].clone()))
+    }),
+    ("kaio_flash_attn_with", ALIBI, |t| {
+        attend(t, 0, FlashAttnOptions::default().alibi_slopes(t[3].clone()))
+    }),
+    ("kaio_flash_attn_with", PACKED, |t| {
+        let opts = FlashAttnOptions::default().cu_seqlens_q(t[3].squeeze(0)?);
+        attend(t, 1, opts.cu_seqlens_k(t[4].squeeze(0)?))
+    }),
+    ("kaio_flash_attn_with", PADDED, |t| {
+        let opts = FlashAttnOptions::default().seqlens_q(t[3].squeeze(0)?);
+        attend(t, 2, opts.seqlens_k(t[4].squeeze(0)?))
     }),
 ];
 

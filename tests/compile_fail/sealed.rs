@@ -19,6 +19,7 @@ impl KaioTensorExt for Mine {
         kaio_attention_tc(&Tensor, &Tensor, bool) -> Tensor;
         kaio_flash_attn(&Tensor, &Tensor, bool) -> Tensor;
         kaio_flash_attn_with(&Tensor, &Tensor, &FlashAttnOptions) -> Tensor;
+        kaio_flash_attn_with_lse(&Tensor, &Tensor, &FlashAttnOptions) -> (Tensor, Tensor);
         kaio_qkv_project_int8([&Tensor; 3], [f32; 3]) -> (Tensor, Tensor, Tensor);
         kaio_qkv_project_int4([&Tensor; 3], [&Tensor; 3]) -> (Tensor, Tensor, Tensor);
     }

@@ -50,7 +50,7 @@ pub(super) fn flash(
     let [bias, slopes, cu_q, cu_k, len_q, len_k] = given;
     let [q_sizes, k_sizes] = [q, k].map(|(_, t)| Sizes::new(opts.layout, t));
     if let (Some((with, _)), Some((name, _))) = (cu_q.or(cu_k), len_q.or(len_k)) {
-        let fix = "the first belongs to padded batches, the second to packed ones";
+        let fix = "one is for padded batches, the other for packed ones";
         return Err(Error::Conflict { op, name, with, fix }.into());
     }
     let lengths = match (cu_q, cu_k) {

@@ -117,9 +117,9 @@ pub fn biases(device: &Device) {
         .enumerate()
         .map(|(i, bias)| Options {
             bias: Some(bias),
-            causal: i % 2 == 0,
-            softcap: (i % 3 == 0).then_some(2.0),
-            bshd: i % 5 == 0,
+            causal: i.is_multiple_of(2),
+            softcap: i.is_multiple_of(3).then_some(2.0),
+            bshd: i.is_multiple_of(5),
             ..defaults()
         })
         .collect();
@@ -195,10 +195,10 @@ pub fn large_logits(device: &Device) {
 /// Upstream gradients and views of all kinds through the other layout and a bias.
 pub fn option_layouts(device: &Device) {
     let options = |i: usize| Options {
-        bshd: i % 2 == 0,
-        causal: i % 3 == 0,
-        wide: i % 5 == 0,
-        bias: (i % 4 == 0).then(Bias::default),
+        bshd: i.is_multiple_of(2),
+        causal: i.is_multiple_of(3),
+        wide: i.is_multiple_of(5),
+        bias: i.is_multiple_of(4).then(Bias::default),
         ..defaults()
     };
     let ranks: [Sizes; 3] = [(&[], 1, [9, 13, 8, 24]), (&[4], 2, [9, 13, 8, 24]), SMALL];
