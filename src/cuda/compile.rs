@@ -2,6 +2,9 @@
 //!
 //! `KAIO_DUMP_PTX=dir` writes each kernel's text there. `KAIO_CACHE_DIR=dir` keeps compiled kernels
 //! there, so that a second process starts without compiling; the driver has a cache of its own besides.
+//! That one has to do for kernels whose warpgroups move registers: a compiled kernel as bytes is only
+//! to be had from the driver's linker, which assembles for linking, and then ignores `setmaxnreg`
+//! (ptxas's C7504): sums spill, and wgmma is serialised.
 #![allow(unsafe_code)]
 
 use std::ffi::{CString, c_void};
@@ -51,7 +54,7 @@ pub(super) fn load(op: &'static str, source: &Source, gpu: &Gpu) -> Result<Funct
         write_whole(&directory, &name, source.text.as_bytes());
     }
     let compile = || load_image(text.as_bytes_with_nul());
-    let module = match directory("KAIO_CACHE_DIR") {
+    let module = match directory("KAIO_CACHE_DIR").filter(|_| !source.moves_registers) {
         None => compiled(compile()),
         Some(directory) => {
             let key = (&source.text, gpu.capability, driver_version());

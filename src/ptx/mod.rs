@@ -81,6 +81,8 @@ pub struct Source {
     /// Whether it may start while the kernel before it in the stream still runs: it waits by itself
     /// ([`Kernel::wait_for_stream`]).
     pub starts_early: bool,
+    /// Whether warpgroups give and take registers ([`Kernel::take_registers`]).
+    pub moves_registers: bool,
     /// Sizes in bytes of the parameters, in order.
     pub params: Vec<usize>,
 }
@@ -109,6 +111,7 @@ struct State {
     cluster: u32,
     blocks_per_sm: u32,
     starts_early: bool,
+    moves_registers: bool,
 }
 
 /// Bytes of a TMA descriptor (`CUtensorMap`).
@@ -194,6 +197,7 @@ impl Kernel {
             shared: state.shared,
             cluster: state.cluster,
             starts_early: state.starts_early,
+            moves_registers: state.moves_registers,
             params: state.params.iter().map(|&(_, size)| size).collect(),
         }
     }

@@ -58,6 +58,7 @@ impl Kernel {
     /// `setmaxnreg.inc`: the warpgroup takes registers that others gave back.
     pub fn take_registers(&self, have: u32) {
         self.needs(8, 0);
+        self.state.borrow_mut().moves_registers = true;
         self.emit(format_args!("setmaxnreg.inc.sync.aligned.u32 {have}"));
     }
 
