@@ -33,14 +33,13 @@ impl Scores {
         *self == Self::default()
     }
 
-    /// Registers of a thread that wait for the bias of `scores` scores.
+    /// Registers of a thread for the bias of `scores` scores on its way, and for its addresses.
     pub fn registers(&self, scores: u32) -> u32 {
         match self.bias {
             None => 0,
-            Some(Bias { element: Element::Half(_), pairs: true }) => scores / 2,
-            Some(Bias { pairs: true, .. }) => scores,
-            // And addresses.
-            Some(Bias { pairs: false, .. }) => scores + 24,
+            Some(Bias { element: Element::Half(_), pairs: true }) => scores / 2 + 24,
+            Some(Bias { element: Element::F32, pairs: true }) => scores + 24,
+            Some(Bias { pairs: false, .. }) => scores + scores / 2 + 24,
         }
     }
 }

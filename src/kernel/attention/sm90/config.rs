@@ -154,7 +154,7 @@ impl Config {
 
     /// Whether it can be built with registers to spare, which ptxas uses to overlap more.
     pub fn roomy(&self) -> bool {
-        let spare = if self.consumers() == 2 { 12 } else { 0 };
+        let spare = if self.consumers() == 3 { 0 } else { 12 };
         self.check().is_ok() && self.needed_registers() + spare <= self.most_registers()
     }
 
