@@ -7,9 +7,8 @@ use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CudaStorage, Result, Shape, Storage, Tensor};
 
 use super::super::{Differentiable, Op, View, eval};
-use super::problem::{
-    AttentionInputs, AttentionProblem, AttentionUpstream, Call, heads_first, heads_first_back,
-};
+use super::call::{Call, heads_first, heads_first_back};
+use super::problem::{AttentionInputs, AttentionProblem, AttentionUpstream};
 use super::recompute;
 use crate::{cpu, cuda};
 

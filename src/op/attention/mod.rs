@@ -1,6 +1,7 @@
 //! `softmax(q·kᵀ·scale + mask)·v`: flash attention with gradients, and the f32 output variant.
 
 mod arguments;
+mod call;
 mod flash;
 mod problem;
 mod recompute;
@@ -15,8 +16,9 @@ use candle_core::{CpuStorage, CudaStorage, Result, Shape, Tensor};
 
 use super::{Op, View, apply, eval};
 use crate::{FlashAttnOptions, cpu, cuda};
+use call::Call;
 use flash::FlashAttention;
-use problem::{Call, Extras};
+use problem::Extras;
 
 /// Attention in the dtype of the inputs, `[S, D]`, `[H, S, D]` or `[B, H, S, D]`.
 pub(crate) fn flash_attn(

@@ -2,11 +2,9 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Layout, Result, Shape, Tensor};
+use candle_core::{DType, Layout, Shape};
 
-use super::super::View;
 use crate::stack::{Stack, batch_dims, broadcast_batch};
-use crate::{AttnLayout, Engine, FlashAttnOptions};
 
 /// The facts of one attention. In each stack of [`flash_attn`](super::flash_attn) matrices are those
 /// of `[B, heads, rows, columns]`, whatever the tensor's rank and layout.
@@ -159,148 +157,6 @@ pub(crate) struct AttentionUpstream<'a, S> {
     pub grad: (&'a S, Stack),
     /// f32 `[B, Hq, Sq]`: what the forward pass kept.
     pub lse: &'a S,
-}
-
-/// What a call of flash attention says beside its tensors.
-#[derive(Clone)]
-pub(super) struct Call {
-    pub name: &'static str,
-    pub layout: AttnLayout,
-    /// Bounds on the left and the right.
-    window: [Option<usize>; 2],
-    scale: Option<f32>,
-    softcap: Option<f32>,
-    out_dtype: DType,
-    pub engine: Engine,
-    /// Which of the optional operands follow q, k and v.
-    extras: Extras<()>,
-    packed: bool,
-}
-
-impl Call {
-    pub fn new<T>(
-        name: &'static str,
-        dtype: DType,
-        opts: &FlashAttnOptions,
-        extras: &Extras<T>,
-    ) -> Self {
-        Self {
-            name,
-            layout: opts.layout,
-            window: [
-                opts.window_size_left,
-                if opts.causal { Some(0) } else { opts.window_size_right },
-            ],
-            scale: opts.softmax_scale,
-            softcap: opts.softcap,
-            out_dtype: opts.out_dtype.unwrap_or(dtype),
-            engine: opts.engine,
-            extras: extras.map(|_| ()),
-            packed: opts.cu_seqlens_q.is_some(),
-        }
-    }
-
-    /// The inputs in their order.
-    pub fn inputs<'a, T>(&self, list: &[&'a T]) -> AttentionInputs<'a, T> {
-        let mut rest = list[3..].iter();
-        let extras = self.extras.map(|()| *rest.next().expect("one input for each"));
-        AttentionInputs { q: list[0], k: list[1], v: list[2], extras }
-    }
-
-    /// The facts and the storages of the inputs in their order.
-    pub fn read<'a, S>(&self, views: &[View<'a, S>]) -> (AttentionProblem, AttentionInputs<'a, S>) {
-        let storages: Vec<_> = views.iter().map(|&(storage, _)| storage).collect();
-        (self.problem(views.iter().map(|&(_, layout)| layout)), self.inputs(&storages))
-    }
-
-    /// The facts, given the layouts of the inputs in their order.
-    pub fn problem<'a>(&self, layouts: impl Iterator<Item = &'a Layout>) -> AttentionProblem {
-        let layouts: Vec<_> = layouts.collect();
-        let [q, k, v] = [0, 1, 2].map(|i| heads_first(self.layout, layouts[i]));
-        let (dims, dv) = (layouts[0].dims(), v.cols);
-        let shape = Shape::from([&dims[..dims.len() - 1], &[dv]].concat());
-        let out = heads_first(self.layout, &Layout::contiguous(&shape));
-        let [batch, heads] = [q.batch()[0].0, q.batch()[1].0];
-        let mut rest = layouts[3..].iter();
-        let extras = self.extras.map(|()| *rest.next().expect("one input for each"));
-        let vector = |layout: &&Layout| {
-            let strides = vec![0, layout.stride()[0]];
-            let dims = Shape::from((1, layout.dims()[0]));
-            Stack::new(&Layout::new(dims, strides, layout.start_offset()))
-        };
-        let lengths = extras.lengths.each_ref().map(|t| t.as_ref().map(vector));
-        let packed = match (self.packed, &lengths[0]) {
-            (true, Some(ends)) => Some(ends.cols - 1),
-            _ => None,
-        };
-        let repeated = |layout: &Layout, dims: &[usize]| {
-            layout.broadcast_as(dims).expect("checked before the op was made")
-        };
-        let bias = extras.bias.map(|t| Stack::new(&repeated(t, &[batch, heads, q.rows, k.rows])));
-        let slopes = extras.slopes.map(|t| {
-            let dims = [packed.unwrap_or(batch), heads];
-            let each = repeated(t, &dims);
-            let strides = [each.stride(), &[0, 0]].concat();
-            Stack::new(&Layout::new(
-                [&dims[..], &[1, 1]].concat().into(),
-                strides,
-                each.start_offset(),
-            ))
-        });
-        let [left, right] = self.window;
-        AttentionProblem {
-            group: heads / k.batch()[1].0.max(1),
-            mask: Mask::new(left, right, q.rows, k.rows),
-            scale: self.scale.unwrap_or(1.0 / (q.cols as f32).sqrt()),
-            softcap: self.softcap,
-            extras: Extras { bias, slopes, lengths },
-            packed,
-            out_dtype: self.out_dtype,
-            shape,
-            out,
-            q,
-            k,
-            v,
-        }
-    }
-}
-
-/// The matrices of a tensor of rank 2 to 4 as those of `[B, H, S, D]`.
-pub(super) fn heads_first(layout: AttnLayout, tensor: &Layout) -> Stack {
-    let rank = tensor.dims().len();
-    let stack = match layout {
-        AttnLayout::Bshd if rank > 2 => {
-            Stack::new(&tensor.transpose(rank - 3, rank - 2).expect("it has these dimensions"))
-        }
-        _ => Stack::new(tensor),
-    };
-    let batch: Vec<_> = stack.batch().iter().map(|&(len, _)| len).collect();
-    stack.broadcast(&[[1, 1].as_slice(), &batch].concat()[batch.len()..])
-}
-
-/// A tensor of rank 2 to 4 as `[B, H, S, D]`.
-pub(super) fn heads_first_view(layout: AttnLayout, t: &Tensor) -> Result<Tensor> {
-    let mut view = match layout {
-        AttnLayout::Bshd if t.rank() > 2 => t.transpose(t.rank() - 3, t.rank() - 2)?,
-        _ => t.clone(),
-    };
-    while view.rank() < 4 {
-        view = view.unsqueeze(0)?;
-    }
-    Ok(view)
-}
-
-/// Elements in the order of `[B, H, S, D]`, without gaps, in the shape of `like`.
-pub(super) fn heads_first_back(layout: AttnLayout, t: &Tensor, like: &Tensor) -> Result<Tensor> {
-    match layout {
-        AttnLayout::Bshd if like.rank() > 2 => {
-            let (heads, rows) = (like.rank() - 2, like.rank() - 3);
-            let mut dims = like.dims().to_vec();
-            dims.swap(heads, rows);
-            t.reshape(dims)?.transpose(heads, rows)
-        }
-        _ => t.reshape(like.shape()),
-    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,8 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::super::{cast, sum_to};
-use super::problem::{AttentionInputs, AttentionProblem, Call, heads_first_back, heads_first_view};
+use super::call::{Call, heads_first_back, heads_first_view};
+use super::problem::{AttentionInputs, AttentionProblem};
 
 /// Keys of a block.
 const BLOCK: usize = 256;

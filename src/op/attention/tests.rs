@@ -3,8 +3,8 @@
 use candle_core::Device::Cpu;
 use candle_core::{DType, Result, Tensor, Var};
 
+use super::call::Call;
 use super::flash::FlashAttention;
-use super::problem::Call;
 use super::{arguments, recompute};
 use crate::op::eval;
 use crate::{AttnLayout, FlashAttnOptions};
