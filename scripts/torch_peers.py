@@ -5,7 +5,7 @@
     python3 scripts/torch_peers.py rows.json >torch.json
     cargo bench --features cuda --bench matmul -- --torch torch.json
 
-Times are taken as the bench takes them (benches/matmul/gpu.rs says why): events around one call while the
+Times are taken as the bench takes them (benches/common/gpu.rs says why): events around one call while the
 GPU is kept busy until the call is enqueued, L2 flushed for the rows that say so, a rest after each call,
 medians. Host rows and what PyTorch cannot do are left out. `--quick` takes fewer samples.
 """
@@ -54,20 +54,21 @@ def matrix(rows, cols, dtype, transposed):
     return torch.randn(rows, cols, device="cuda", dtype=dtype)
 
 
-def call(row):
-    """What to time, or None."""
+def calls(row):
+    """What to time, by the peer's name."""
     dtype, out = DTYPES[row["dtype"]], DTYPES[row["out"]]
     m, n, k = row["m"], row["n"], row["k"]
     a = matrix(m, k, dtype, row["layout"][0] == "t")
     b = matrix(k, n, dtype, row["layout"][1] == "t")
     if row["op"] == "matmul":
-        return (lambda: torch.mm(a, b)) if out == dtype else lambda: torch.mm(a, b, out_dtype=out)
+        wider = {} if out == dtype else {"out_dtype": out}
+        return {"torch": lambda: torch.mm(a, b, **wider)}
     if row["op"] == "forward+backward" and out == dtype:
         a.requires_grad_()
         b.requires_grad_()
         upstream = torch.randn(m, n, device="cuda", dtype=dtype)
-        return lambda: torch.autograd.grad(torch.mm(a, b), (a, b), upstream)
-    return None
+        return {"torch": lambda: torch.autograd.grad(torch.mm(a, b), (a, b), upstream)}
+    return {}
 
 
 def main():
@@ -79,13 +80,11 @@ def main():
         rows = json.load(file)
     gpu, times = Gpu(), {}
     for row in rows:
-        run = call(row)
-        if run is None:
-            continue
-        try:
-            times[row["id"]] = gpu.time(run, row["cold"], samples)
-        except (RuntimeError, TypeError) as error:  # TypeError: no `out_dtype` before 2.8
-            print(f"{row['id']}: {error}", file=sys.stderr)
+        for name, run in calls(row).items():
+            try:
+                times.setdefault(row["id"], {})[name] = gpu.time(run, row["cold"], samples)
+            except (RuntimeError, TypeError) as error:  # TypeError: no `out_dtype` before 2.8
+                print(f"{row['id']}: no {name}: {error}", file=sys.stderr)
     peer = f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
     json.dump({"peer": peer, "us": times}, sys.stdout, indent=1)
     print()

@@ -1,31 +1,22 @@
-//! Who competes in a row. Before anyone is timed, our results are compared with cuBLASLt's: a peer
-//! that was given the wrong layout would flatter us, and a wrong kernel is soon fast.
+//! Who competes in a row. The results to compare ours with are cuBLASLt's.
 
 use std::rc::Rc;
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor, Var, bail,
+    CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, Var, bail,
 };
 use kaio_candle::prelude::*;
 
+use super::common::contest::{CANDLE, Contest, OURS, agree};
+use super::common::gpu::Gpu;
+use super::common::table::Row as _;
 use super::cublaslt::{Library, Product};
-use super::gpu::Gpu;
 use super::rows::{Op, Row};
-use super::turns::{Contestant, contestant};
 
-pub const OURS: &str = "kaio-candle";
-pub const CANDLE: &str = "candle";
 pub const LT: &str = "cuBLASLt";
 pub const LT_BEST: &str = "cuBLASLt best";
 
-/// We are the first of the contestants.
-pub struct Contest {
-    pub contestants: Vec<Contestant>,
-    pub notes: Vec<String>,
-}
-
 pub fn prepare(gpu: &mut Gpu, library: &Rc<Library>, row: &Row) -> Result<Contest> {
-    gpu.new_contest();
     match row.op {
         Op::Matmul => matmul(gpu, library, row),
         Op::Linear | Op::Products => linear(gpu, library, row),
@@ -43,11 +34,11 @@ fn matmul(gpu: &mut Gpu, library: &Rc<Library>, row: &Row) -> Result<Contest> {
     agree("product", &ours, product.out(), row.k)?;
     drop(ours);
 
-    let mut contest = Contest { contestants: Vec::new(), notes: Vec::new() };
+    let mut contest = Contest::default();
     let [x, y] = [a.clone(), b.clone()];
-    contest.add(contestant(OURS, move || x.kaio_matmul_with(&y, &opts).map(drop)));
+    contest.add(OURS, move || x.kaio_matmul_with(&y, &opts).map(drop));
     if row.out == row.dtype {
-        contest.add_if_able(contestant(CANDLE, move || a.matmul(&b).map(drop)));
+        contest.add_if_able(CANDLE, move || a.matmul(&b).map(drop));
     }
     contest.add_cublaslt(gpu, row, vec![product])?;
     Ok(contest)
@@ -95,11 +86,11 @@ fn linear(gpu: &mut Gpu, library: &Rc<Library>, row: &Row) -> Result<Contest> {
     }
     drop(results);
 
-    let mut contest = Contest { contestants: Vec::new(), notes: Vec::new() };
-    contest.add(contestant(OURS, move || ours().map(drop)));
+    let mut contest = Contest::default();
+    contest.add(OURS, move || ours().map(drop));
     if row.out == row.dtype {
         let candle = move || step(&|x, w| x.matmul(w)).map(drop);
-        contest.add_if_able(contestant(CANDLE, candle));
+        contest.add_if_able(CANDLE, candle);
     }
     contest.add_cublaslt(gpu, row, vec![forward, dx, dw])?;
     contest.notes.push("cuBLASLt: the three products alone, without candle's graph".into());
@@ -130,12 +121,12 @@ fn three_products(
         peer.run(0)?;
         agree("product", &ours, peer.out(), row.k)?;
     }
-    let mut contest = Contest { contestants: Vec::new(), notes: Vec::new() };
+    let mut contest = Contest::default();
     let same = step.clone();
-    contest.add(contestant(OURS, move || same(ours).map(drop)));
+    contest.add(OURS, move || same(ours).map(drop));
     if out == dtype {
         let candle = move || step(|a, b, _| a.matmul(b)).map(drop);
-        contest.add_if_able(contestant(CANDLE, candle));
+        contest.add_if_able(CANDLE, candle);
     }
     contest.add_cublaslt(gpu, row, peers)?;
     Ok(contest)
@@ -145,40 +136,28 @@ fn host(gpu: &Gpu, row: &Row) -> Result<Contest> {
     let [a, b] = operands(gpu, row)?;
     let opts = MatmulOptions::default().out_dtype(row.out);
     let [x, y] = [a.clone(), b.clone()];
-    let ours = contestant(OURS, move || x.kaio_matmul_with(&y, &opts).map(drop));
-    let candle = contestant(CANDLE, move || a.matmul(&b).map(drop));
-    Ok(Contest { contestants: vec![ours, candle], notes: Vec::new() })
+    let mut contest = Contest::default();
+    contest.add(OURS, move || x.kaio_matmul_with(&y, &opts).map(drop));
+    contest.add(CANDLE, move || a.matmul(&b).map(drop));
+    Ok(contest)
 }
 
 impl Contest {
-    fn add(&mut self, contestant: Contestant) {
-        self.contestants.push(contestant);
-    }
-
-    /// A peer that cannot do the row is left out of it, and the table says so.
-    fn add_if_able(&mut self, mut contestant: Contestant) {
-        match (contestant.run)() {
-            Ok(()) => self.add(contestant),
-            Err(error) => self.notes.push(format!("no {}: {error}", contestant.name)),
-        }
-    }
-
     /// The products one after the other, by cuBLASLt's own choices and, where another one is faster,
     /// by the fastest.
     fn add_cublaslt(&mut self, gpu: &mut Gpu, row: &Row, products: Vec<Rc<Product>>) -> Result<()> {
         let fastest = products.iter().map(|p| p.fastest(gpu, row.cold()));
         let fastest = fastest.collect::<Result<Vec<_>>>()?;
         let firsts = products.clone();
-        self.add(contestant(LT, move || firsts.iter().try_for_each(|p| p.run(0))));
-        if fastest.iter().all(|&choice| choice == 0) {
-            return Ok(());
-        }
+        self.add(LT, move || firsts.iter().try_for_each(|p| p.run(0)));
         let ranks = fastest.iter().zip(&products);
         let ranks = ranks.map(|(choice, p)| format!("{} of {}", choice + 1, p.choices()));
         self.notes.push(format!("best: choice {}", ranks.collect::<Vec<_>>().join(", ")));
-        self.add(contestant(LT_BEST, move || {
-            products.iter().zip(&fastest).try_for_each(|(p, &choice)| p.run(choice))
-        }));
+        if fastest.iter().any(|&choice| choice != 0) {
+            self.add(LT_BEST, move || {
+                products.iter().zip(&fastest).try_for_each(|(p, &choice)| p.run(choice))
+            });
+        }
         Ok(())
     }
 }
@@ -204,32 +183,6 @@ fn view(t: &Tensor, transposed: bool) -> Result<Tensor> {
 fn operands(gpu: &Gpu, row: &Row) -> Result<[Tensor; 2]> {
     let ([a, b], [a_t, b_t]) = (inputs(gpu, row)?, row.transposed());
     Ok([view(&a, a_t)?, view(&b, b_t)?])
-}
-
-/// Two results of the same sums in f32, each rounded once, are at most an ulp of the largest element
-/// apart, plus what another order of `terms` additions makes. A forgotten slice of K is far more.
-fn agree(name: &str, ours: &Tensor, peer: &Tensor, terms: usize) -> Result<()> {
-    let ulp = match peer.dtype() {
-        DType::BF16 => 2f64.powi(-7),
-        DType::F16 => 2f64.powi(-10),
-        _ => 2f64.powi(-23),
-    };
-    if ours.dims() != peer.dims() || ours.dtype() != peer.dtype() {
-        bail!("{name}: ours is {:?}, cuBLASLt's {:?}", ours.shape(), peer.shape());
-    }
-    let largest =
-        |t: &Tensor| t.abs()?.max(D::Minus1)?.max_all()?.to_scalar::<f32>().map(f64::from);
-    let (ours, peer) = (ours.to_dtype(DType::F32)?, peer.to_dtype(DType::F32)?);
-    let difference = (ours - &peer)?;
-    let bound = largest(&peer)? * (ulp + (terms as f64).sqrt() * 2f64.powi(-18));
-    let worst = largest(&difference)?;
-    // The maximum skips NaN, the sum does not.
-    let sum = difference.abs()?.sum(D::Minus1)?.sum_all()?.to_scalar::<f32>()?;
-    if worst <= bound && sum.is_finite() {
-        return Ok(());
-    }
-    let nan = if sum.is_finite() { "" } else { " and NaN or infinity" };
-    bail!("{name}: ours and cuBLASLt's differ by {worst:.3e}{nan}, rounding explains {bound:.3e}")
 }
 
 /// Hands `self.0` to its input as the gradient. A loss would add elementwise kernels to the time.

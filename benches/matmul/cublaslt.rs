@@ -11,8 +11,8 @@ use candle_core::{CudaDevice, DType, Error, Result, Storage, Tensor, bail};
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
-use super::gpu::Gpu;
-use super::turns::median;
+use super::common::gpu::Gpu;
+use super::common::turns::median;
 
 /// What cuBLAS itself takes on Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;

@@ -3,6 +3,8 @@
 use candle_core::DType;
 use serde_json::{Value, json};
 
+use super::common::table;
+
 /// The groups' letters and headings.
 pub const GROUPS: [(char, &str); 7] = [
     ('a', "large, all layouts"),
@@ -61,37 +63,18 @@ impl Row {
             Op::Host => "host",
         }
     }
+}
 
-    /// With few rows the weights' way from memory is the work, and in a model they never wait in L2.
-    pub fn cold(&self) -> bool {
-        self.op == Op::Matmul && self.m <= 64
+impl table::Row for Row {
+    fn group(&self) -> char {
+        self.group
     }
 
-    pub fn flops(&self) -> f64 {
-        let products = if matches!(self.op, Op::Linear | Op::Products) { 3.0 } else { 1.0 };
-        products * 2.0 * self.m as f64 * self.n as f64 * self.k as f64
+    fn id(&self) -> String {
+        format!("{} {} {} {} {}", self.group, self.op(), self.layout, self.shape(), self.dtypes())
     }
 
-    pub fn weight_bytes(&self) -> f64 {
-        (self.n * self.k * self.dtype.size_in_bytes()) as f64
-    }
-
-    /// What one product has to read and write.
-    pub fn bytes(&self) -> f64 {
-        let inputs = self.m * self.k * self.dtype.size_in_bytes();
-        let results = self.m * self.n * self.out.size_in_bytes();
-        (inputs + results) as f64 + self.weight_bytes()
-    }
-
-    /// About as many rounds as fit a time budget on a current GPU.
-    pub fn rounds(&self, quick: bool) -> usize {
-        let us = (self.flops() / 600e6).max(self.bytes() / 4e6);
-        let (budget_us, range) = if quick { (6_000.0, (8, 25)) } else { (40_000.0, (20, 100)) };
-        ((budget_us / us) as usize).clamp(range.0, range.1)
-    }
-
-    /// Names the row to `scripts/torch_peers.py`, which also reads the other fields.
-    pub fn json(&self) -> Value {
+    fn json(&self) -> Value {
         let (dtype, out, layout) = (self.dtype.as_str(), self.out.as_str(), self.layout);
         json!({
             "id": self.id(), "group": self.group, "op": self.op(), "dtype": dtype, "out": out,
@@ -99,8 +82,35 @@ impl Row {
         })
     }
 
-    pub fn id(&self) -> String {
-        format!("{} {} {} {} {}", self.group, self.op(), self.layout, self.shape(), self.dtypes())
+    /// With few rows the weights' way from memory is the work, and in a model they never wait in L2.
+    fn cold(&self) -> bool {
+        self.op == Op::Matmul && self.m <= 64
+    }
+
+    fn flops(&self) -> f64 {
+        let products = if matches!(self.op, Op::Linear | Op::Products) { 3.0 } else { 1.0 };
+        products * 2.0 * self.m as f64 * self.n as f64 * self.k as f64
+    }
+
+    /// The weights'.
+    fn cold_bytes(&self) -> f64 {
+        (self.n * self.k * self.dtype.size_in_bytes()) as f64
+    }
+
+    /// Those of one product.
+    fn bytes(&self) -> f64 {
+        let inputs = self.m * self.k * self.dtype.size_in_bytes();
+        let results = self.m * self.n * self.out.size_in_bytes();
+        (inputs + results) as f64 + self.cold_bytes()
+    }
+
+    fn host(&self) -> bool {
+        self.op == Op::Host
+    }
+
+    fn sustained(&self) -> bool {
+        let plain = self.layout == "nn" && self.dtype == DType::BF16;
+        plain && self.op == Op::Matmul && !self.cold()
     }
 }
 

@@ -1,7 +1,6 @@
 //! Every candidate of the chooser on many problems, as lines of JSON: what its estimate is fitted to.
 
 use std::io::Write;
-use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use kaio_candle::kernel::gemm::{choose, sm90};
@@ -10,9 +9,10 @@ use kaio_candle::ptx::Target;
 use kaio_candle::tune;
 use serde_json::json;
 
-use super::Result;
-use super::gpu::Gpu;
-use super::turns::median;
+use super::common::Result;
+use super::common::args::directory;
+use super::common::gpu::Gpu;
+use super::common::turns::median;
 
 const WEIGHTS: [[usize; 2]; 5] =
     [[4096, 4096], [6144, 4096], [4096, 14336], [28672, 4096], [128256, 4096]];
@@ -55,8 +55,9 @@ fn problems() -> Vec<([usize; 3], bool, DType)> {
 const H200: Device =
     Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
 
-pub fn run(gpu: &mut Gpu, directory: &Path, filter: &str) -> Result<()> {
-    std::fs::create_dir_all(directory)?;
+pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
+    let directory = directory();
+    std::fs::create_dir_all(&directory)?;
     let mut file = std::fs::File::create(directory.join("sweep.jsonl"))?;
     for ([m, n, k], transposed, out) in problems() {
         let name = format!("{m}x{n}x{k} {}", if transposed { "nt" } else { "nn" });
