@@ -68,6 +68,39 @@ pub fn line_chart(
     })
 }
 
+/// Draws each pair of series as lines of one colour, the second of them thin and with rings, against
+/// powers of two. A series may be empty.
+pub fn pair_chart(
+    path: &Path,
+    title: &str,
+    x_label: &str,
+    y_label: &str,
+    pairs: &[[Series; 2]],
+) -> Result<()> {
+    let x = span(pairs.as_flattened(), |&(x, _)| x)?;
+    let y = span(pairs.as_flattened(), |&(_, y)| y)?;
+    let x = (x.start / 1.1..x.end * 1.1).log_scale().base(2.0);
+    let y = 0.0..1.05 * y.end;
+    plot(path, title, (x_label, x), (y_label, y), SeriesLabelPosition::LowerRight, |chart| {
+        for (pair, color) in pairs.iter().zip(PALETTE.iter().cycle()) {
+            for (line, second) in pair.iter().zip([false, true]) {
+                if line.points.is_empty() {
+                    continue;
+                }
+                let style = color.stroke_width(if second { 1 } else { 4 });
+                let dot = if second { (6, color.stroke_width(2)) } else { (4, color.filled()) };
+                let points = || line.points.iter().copied();
+                chart.draw_series(points().map(|p| Circle::new(p, dot.0, dot.1)))?;
+                chart
+                    .draw_series(LineSeries::new(points(), style))?
+                    .label(&line.name)
+                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
+            }
+        }
+        Ok(())
+    })
+}
+
 /// Draws each series as points of (FLOP a byte, TFLOP/s) on logarithmic axes, under the roofs that
 /// the memory (TB/s) and the arithmetic (TFLOP/s) set.
 pub fn roofline(
