@@ -1,13 +1,14 @@
 //! The rows of the table: each op at sizes that fill the device, beside candle's own way and, on a
 //! GPU, a direct call of kaio-ops.
 
-use candle_core::{D, DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use kaio_candle::prelude::*;
 use kaio_candle::quant;
 
 #[cfg(feature = "cuda")]
 use super::direct;
 use super::turns::{Contestant, contestant};
+use super::unfused::unfused;
 
 pub struct Case {
     pub op: &'static str,
@@ -205,17 +206,6 @@ fn qkv_int4(device: &Device, m: usize, n: usize) -> Result<Case> {
             candle,
         ],
     })
-}
-
-/// Attention of candle's ops, which keeps all scores.
-fn unfused(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
-    let scores = (q.matmul(&k.t()?)? * scale)?;
-    let scores = match mask {
-        Some(mask) => scores.broadcast_add(mask)?,
-        None => scores,
-    };
-    candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(v)
 }
 
 fn mask(device: &Device, s: usize, causal: bool) -> Result<Option<Tensor>> {

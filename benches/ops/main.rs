@@ -18,6 +18,8 @@ mod direct;
 mod timing;
 #[path = "../common/turns.rs"]
 mod turns;
+#[path = "../common/unfused.rs"]
+mod unfused;
 
 use std::path::{Path, PathBuf};
 
