@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""PyTorch's times for the rows of the matmul bench, as one more peer:
+"""PyTorch's times for the rows of the benches matmul and attention, as more peers:
 
     cargo bench --features cuda --bench matmul -- --list >rows.json
     python3 scripts/torch_peers.py rows.json >torch.json
     cargo bench --features cuda --bench matmul -- --torch torch.json
 
+Attention is scaled_dot_product_attention on [B, H, S, D], with cuDNN and with FlashAttention; windows, which it
+does not have, are that FlashAttention's own.
+
 Times are taken as the bench takes them (benches/common/gpu.rs says why): events around one call while the
 GPU is kept busy until the call is enqueued, L2 flushed for the rows that say so, a rest after each call,
-medians. Host rows and what PyTorch cannot do are left out. `--quick` takes fewer samples.
+medians. Host rows are left out, and what PyTorch cannot do, which stderr says. `--quick` takes fewer samples.
 """
 
 import json
@@ -16,6 +19,8 @@ import sys
 import time
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 CYCLES_PER_US = 2000
@@ -54,8 +59,38 @@ def matrix(rows, cols, dtype, transposed):
     return torch.randn(rows, cols, device="cuda", dtype=dtype)
 
 
+def attention(row):
+    shapes = [("heads", "queries"), ("kv_heads", "keys"), ("kv_heads", "keys")]
+    q, k, v = (
+        torch.randn(row["batch"], row[heads], row[length], row["dim"], device="cuda", dtype=DTYPES[row["dtype"]])
+        for heads, length in shapes
+    )
+    grouped = row["heads"] != row["kv_heads"]
+
+    def fused(backend):
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=row["causal"], enable_gqa=grouped)
+
+    def window():
+        rows = (t.transpose(1, 2) for t in (q, k, v))
+        lengths = (None, None, row["queries"], row["keys"])
+        sizes = {"window_size_left": row["window"], "window_size_right": 0}
+        return torch.ops.aten._flash_attention_forward(*rows, *lengths, 0.0, False, False, **sizes)
+
+    if row["window"] is not None:
+        return {"FlashAttention": window}
+    return {
+        "cuDNN": lambda: fused(SDPBackend.CUDNN_ATTENTION),
+        "FlashAttention": lambda: fused(SDPBackend.FLASH_ATTENTION),
+    }
+
+
 def calls(row):
     """What to time, by the peer's name."""
+    if row["op"] == "host":
+        return {}
+    if row["op"] == "attention":
+        return attention(row)
     dtype, out = DTYPES[row["dtype"]], DTYPES[row["out"]]
     m, n, k = row["m"], row["n"], row["k"]
     a = matrix(m, k, dtype, row["layout"][0] == "t")
