@@ -1,0 +1,92 @@
+//! Our flash attention beside candle's own operations and, from a file, PyTorch's with cuDNN and with
+//! FlashAttention, on the first GPU:
+//!
+//! ```text
+//! cargo bench --features cuda --bench attention -- --quick --rows a,c
+//! ```
+//!
+//! - `--rows a,c`: only these groups (`rows.rs` has them)
+//! - `--quick`: fewer rounds
+//! - `--sustained`: for long bf16 calls also blocks of 0.3 s, ours and the best peer's in turn, under the
+//!   power cap
+//! - `--torch FILE`: PyTorch's times (`scripts/torch_peers.py` makes them)
+//! - `--list`: the rows as JSON, and no GPU
+//!
+//! It measures as the matmul bench does: contestants in turns, random inputs, device events around one
+//! call of a GPU that was kept busy, medians, rests. candle multiplies, scales, masks, takes the softmax
+//! and multiplies, where the scores fit easily; PyTorch has no turns.
+//!
+//! The table goes to the terminal, the same as JSON and a chart to `out/bench` (`KAIO_BENCH_DIR`).
+
+#[path = "../../examples/common/chart.rs"]
+mod chart;
+#[path = "../common/mod.rs"]
+mod common;
+mod contest;
+mod rows;
+#[path = "../common/unfused.rs"]
+mod unfused;
+
+use candle_core::DType;
+use common::args::{Args, directory};
+use common::contest::{CANDLE, Contest, OURS};
+use common::gpu::Gpu;
+use common::table::{Bench, Outcome, Row as _, Time};
+use common::{Result, race};
+use rows::Row;
+
+/// As `scripts/torch_peers.py` calls them.
+const CUDNN: &str = "cuDNN";
+const FLASH: &str = "FlashAttention";
+
+fn main() -> Result<()> {
+    let args = Args::parse(&rows::GROUPS, |_, _| Ok(false))?;
+    let rows = args.select(rows::all());
+    if args.list {
+        return race::list(&rows);
+    }
+    race::run(&Attention, &mut Gpu::new(0)?, &rows, &args)
+}
+
+struct Attention;
+
+impl Bench for Attention {
+    type Row = Row;
+    const NAME: &str = "attention";
+    const GROUPS: &[(char, &str)] = &rows::GROUPS;
+    const LEGEND: &str = "B batches of H heads (of queries/of keys) of S positions (queries/keys), \
+         D wide; 4·B·H·S·S·D FLOP, half of them if causal; GB/s of keys and values, and caches \
+         flushed, for decoding";
+    const COLUMNS: &[(&str, usize)] = &[("shape", 25), ("mask", 11), ("dtype", 5)];
+    const PEERS: &[&'static str] = &[CANDLE, CUDNN, FLASH];
+
+    fn cells(&self, row: &Row) -> Vec<String> {
+        vec![row.shape(), row.mask(), row.dtype.as_str().into()]
+    }
+
+    fn prepare(&self, gpu: &mut Gpu, row: &Row) -> candle_core::Result<Contest> {
+        contest::prepare(gpu, row)
+    }
+
+    /// How fast we and cuDNN are by the length.
+    fn draw(&self, outcomes: &[Outcome<Row>], gpu: &Gpu) -> Result<()> {
+        let groups = [('a', "D 128"), ('b', "D 128 causal"), ('c', "D 64"), ('d', "D 64 causal")];
+        let line = |group, case, contestant: &str| {
+            let points = outcomes.iter().filter_map(|o| {
+                let time: &Time = o.of(contestant)?;
+                Some((o.row.keys as f64, o.row.tflops(time.us)))
+                    .filter(|_| o.row.group == group && o.row.dtype == DType::BF16)
+            });
+            chart::Series { name: format!("{contestant}, {case}"), points: points.collect() }
+        };
+        let pairs = groups.map(|(group, case)| [OURS, CUDNN].map(|who| line(group, case, who)));
+        if pairs.iter().flatten().all(|line| line.points.len() < 2) {
+            return Ok(());
+        }
+        let path = directory().join("attention-cuda.png");
+        let title = format!("Flash attention, bf16, on {}", gpu.name);
+        chart::pair_chart(&path, &title, "S", "TFLOP/s", &pairs)?;
+        println!("wrote {}", path.display());
+        Ok(())
+    }
+}
