@@ -211,6 +211,13 @@ impl Stack {
         Self { batch, ..packed }
     }
 
+    /// The same matrices with the batch dimensions merged to two, `None` if these strides cannot be.
+    pub fn in_two_dims(&self, inner: usize) -> Option<Self> {
+        let split = self.batch.len().checked_sub(inner)?;
+        let (outer, inner) = self.batch.split_at(split);
+        Some(Self { batch: vec![merge(outer)?, merge(inner)?], ..self.clone() })
+    }
+
     /// Numbers that all share an alignment exactly if all matrices begin at multiples of it.
     pub fn origins(&self) -> impl Iterator<Item = usize> + '_ {
         let strides = self.batch.iter().filter(|&&(len, _)| len > 1).map(|&(_, stride)| stride);

@@ -2,7 +2,7 @@
 
 use candle_core::{CudaStorage, Result};
 
-pub(crate) use super::kaio_ops::{attention_tc, matmul_int4, matmul_int8, qkv_int4, qkv_int8};
+pub(crate) use super::kaio_ops::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
 use super::{kaio_ops, native};
 use crate::Engine;
 use crate::error::Error;
@@ -31,6 +31,22 @@ pub(crate) fn matmul(
         }
         // An empty product is zeros, to which candle's kernels add the bias.
         _ => kaio_ops::matmul(op, problem, epilogue, a, b, bias),
+    }
+}
+
+/// Attention from f16 to f32, over any batch dimensions.
+pub(crate) fn attention_tc(
+    op: &'static str,
+    problem: &AttentionProblem,
+    inputs: [&CudaStorage; 3],
+) -> Result<CudaStorage> {
+    let [q, k, v] = inputs;
+    match problem.is_empty() || native::flash_limit(op, problem, q)?.is_some() {
+        true => kaio_ops::attention_tc(op, problem, inputs),
+        false => {
+            let extras = Default::default();
+            native::attention_tc(op, problem, &AttentionInputs { q, k, v, extras })
+        }
     }
 }
 

@@ -100,6 +100,33 @@ pub(crate) fn flash_attn(
     call.run(p, &plan)
 }
 
+/// The same over any batch dimensions, all of them in q, k and v.
+pub(crate) fn attention_tc(
+    op: &'static str,
+    p: &AttentionProblem,
+    inputs: &AttentionInputs<CudaStorage>,
+) -> Result<CudaStorage> {
+    let stacks = [&p.q, &p.k, &p.v, &p.out];
+    let in_two = |inner: usize| {
+        let [q, k, v, out] = stacks.map(|stack| stack.in_two_dims(inner));
+        Some(AttentionProblem { q: q?, k: k?, v: v?, out: out?, ..p.clone() })
+    };
+    if let Some(problem) = (0..=p.q.batch().len()).find_map(in_two) {
+        return Ok(flash_attn(op, &problem, false, inputs)?.0);
+    }
+    // Batch dimensions that no two strides walk: copies.
+    let AttentionInputs { q, k, v, .. } = *inputs;
+    let pack = |storage: &CudaStorage, stack: &Stack| {
+        fit::copyable(op, stack.elements())?;
+        fit::pack(storage, &stack.layout())
+    };
+    let (q, k, v) = (pack(q, &p.q)?, pack(k, &p.k)?, pack(v, &p.v)?);
+    let [ps, ks, vs] = [&p.q, &p.k, &p.v].map(Stack::packed);
+    let problem = AttentionProblem { q: ps, k: ks, v: vs, ..p.clone() };
+    let inputs = AttentionInputs { q: &q, k: &k, v: &v, extras: inputs.extras.clone() };
+    attention_tc(op, &problem, &inputs)
+}
+
 /// One call: operands that fit, and the facts.
 struct Call<'a> {
     op: &'static str,
@@ -195,6 +222,13 @@ impl<'a> Call<'a> {
         let alloc = |len: usize, dtype| fit::uninit(device, &Shape::from(len), dtype);
         let mut out = alloc(rows * width, p.out_dtype)?;
         let mut lse = facts.lse.then(|| alloc(rows, DType::F32)).transpose()?;
+        if facts.lengths == Lengths::Packed {
+            // Rows of no sequence are nobody's to write.
+            out.const_set(Scalar::zero(p.out_dtype), &Layout::contiguous(rows * width))?;
+            if let Some(lse) = &mut lse {
+                lse.const_set(Scalar::F32(f32::NEG_INFINITY), &Layout::contiguous(rows))?;
+            }
+        }
         let parts = if config.split { plan.launch.parts as usize } else { 0 };
         let mut part_out = alloc(parts * rows * width, DType::F32)?;
         let mut part_lse = alloc(parts * rows, DType::F32)?;

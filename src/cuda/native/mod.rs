@@ -7,5 +7,5 @@ mod sm80;
 mod sm90;
 pub mod tune;
 
-pub(crate) use attention::{Plan as AttentionPlan, flash_attn, limit as flash_limit};
+pub(crate) use attention::{Plan as AttentionPlan, attention_tc, flash_attn, limit as flash_limit};
 pub(crate) use matmul::{Plan, matmul};

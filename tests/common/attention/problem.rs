@@ -259,13 +259,17 @@ impl Problem {
         vars.iter().map(|var| Nd::of(store.get(var).expect("the sum depends on it"))).collect()
     }
 
-    /// Twice the largest error of the plain formula in the dtype of the result. In f32 it has to agree
-    /// with the loops: that makes it, and candle's autograd, a third opinion.
+    /// Twice the largest error of the plain formula in the dtype of the result, or, as tensor cores have
+    /// it, of the operands. In f32 it has to agree with the loops: that makes it, and candle's
+    /// autograd, a third opinion.
     pub fn allowed(&self, inputs: &[Tensor], want: &[Want]) -> Result<Vec<f64>> {
         if self.is_empty() {
             return Ok(vec![0.0; want.len()]);
         }
-        let dtype = self.options.out_dtype(self.dtype);
+        let dtype = match inputs[0].device().is_cpu() {
+            true => self.options.out_dtype(self.dtype),
+            false => self.dtype,
+        };
         let got = self.run(inputs, |views| {
             let cast = |i: usize| views[i].to_dtype(dtype);
             let bias = views.get(3);
