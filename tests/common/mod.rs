@@ -414,7 +414,12 @@ impl Tally {
             Ok(Err(e)) => {
                 let text = e.to_string();
                 let lines: Vec<_> = text.lines().take_while(|l| !l.contains("   0: ")).collect();
-                self.failed.push(format!("{name}: {}", lines.join("\n    ")));
+                let failure = format!("{name}: {}", lines.join("\n    "));
+                // At once: what follows may hang.
+                if self.failed.len() < 3 {
+                    self.say(&failure);
+                }
+                self.failed.push(failure);
             }
             Err(_) => self.failed.push(format!("{name}: panicked, see above")),
         }

@@ -255,9 +255,8 @@ fn guarded<'k, T>(left: Option<Reg<'k, i32>>, col: i32, load: impl FnOnce() -> T
     }
 }
 
-/// `(1 - t) / (1 + t)`, `t = e^(-2|x|)`, with the sign of `x`: to a few times 2^-24, absolutely.
-/// (`tanh.approx` is good to 2^-11.)
+/// `1 - 2 / (1 + e^2x)`: to a few times 2^-24, absolutely. (`tanh.approx` is good to 2^-11.)
 fn tanh(x: Reg<f32>) -> Reg<f32> {
-    let t = (x.abs() * (-2.0 * std::f32::consts::LOG2_E)).exp2_ftz();
-    ((-t + 1.0) * (t + 1.0).recip()).with_sign(x)
+    let t = (x * (2.0 * std::f32::consts::LOG2_E)).exp2_ftz();
+    (t + 1.0).recip().fma(-2.0, 1.0)
 }

@@ -35,13 +35,12 @@ impl<'k> Softmax<'k> {
         self.sum.iter().for_each(|sum| sum.set(0.0));
     }
 
-    /// The first block: the exponentials of its scores. `holes` says that a row may not have seen a
-    /// key yet.
-    pub fn first(&self, scores: &[Reg<'k, f32>], holes: bool) -> Vec<Reg<'k, f32>> {
+    /// The first block: the exponentials of its scores.
+    pub fn first(&self, scores: &[Reg<'k, f32>]) -> Vec<Reg<'k, f32>> {
         for (row, max) in self.max.iter().enumerate() {
             max.set(across_quad(fold(scores, row, Reg::max), Reg::max));
         }
-        let exponentials = self.exponentials(scores, holes);
+        let exponentials = self.exponentials(scores);
         for (row, sum) in self.sum.iter().enumerate() {
             sum.set(fold(&exponentials, row, |a, b| a + b));
         }
@@ -49,19 +48,15 @@ impl<'k> Softmax<'k> {
     }
 
     /// Another block: the exponentials of its scores, and by what both rows' former sums shrink.
-    pub fn next(
-        &self,
-        scores: &[Reg<'k, f32>],
-        holes: bool,
-    ) -> (Vec<Reg<'k, f32>>, [Reg<'k, f32>; 2]) {
+    pub fn next(&self, scores: &[Reg<'k, f32>]) -> (Vec<Reg<'k, f32>>, [Reg<'k, f32>; 2]) {
         let before = self.max.map(|max| max.kernel().var(max));
         for (row, max) in self.max.iter().enumerate() {
             let here = fold(scores, row, Reg::max).max(before[row]);
             max.set(across_quad(here, Reg::max));
         }
-        let used = self.used(holes);
+        let used = self.used();
         let factors = std::array::from_fn(|row| self.scaled(before[row] - used[row]).exp2_ftz());
-        let exponentials = self.exponentials(scores, holes);
+        let exponentials = self.exponentials(scores);
         for (row, sum) in self.sum.iter().enumerate() {
             sum.scale(factors[row]);
             sum.increase(fold(&exponentials, row, |a, b| a + b));
@@ -69,21 +64,18 @@ impl<'k> Softmax<'k> {
         (exponentials, factors)
     }
 
-    /// What is subtracted from the scores: the largest one, or 0 while there is none, since -∞ - -∞
-    /// is no number.
-    fn used(&self, holes: bool) -> [Reg<'k, f32>; 2] {
-        match holes {
-            true => self.max.map(|max| max.or_else(max.gt(f32::NEG_INFINITY), 0.0)),
-            false => self.max,
-        }
+    /// What is subtracted from the scores: the largest one, or 0 while a row has seen no key or none but
+    /// of -∞, since -∞ - -∞ is no number.
+    fn used(&self) -> [Reg<'k, f32>; 2] {
+        self.max.map(|max| max.or_else(max.gt(f32::NEG_INFINITY), 0.0))
     }
 
     fn scaled(&self, score: Reg<'k, f32>) -> Reg<'k, f32> {
         self.scale.map_or(score, |scale| score * scale)
     }
 
-    fn exponentials(&self, scores: &[Reg<'k, f32>], holes: bool) -> Vec<Reg<'k, f32>> {
-        let least = self.used(holes).map(|max| -self.scaled(max));
+    fn exponentials(&self, scores: &[Reg<'k, f32>]) -> Vec<Reg<'k, f32>> {
+        let least = self.used().map(|max| -self.scaled(max));
         let exponential = |(i, &score): (usize, &Reg<'k, f32>)| {
             let least = least[i / 2 % 2];
             match self.scale {

@@ -188,7 +188,7 @@ impl Problem {
     }
 
     /// The result and the gradients of the tracked leaves. The op gets q, k, v and the bias.
-    fn run(
+    pub fn run(
         &self,
         inputs: &[Tensor],
         op: impl FnOnce(&[Tensor]) -> Result<Tensor>,

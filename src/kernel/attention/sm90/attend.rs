@@ -188,7 +188,7 @@ impl<'k> Attention<'k, '_> {
                 Mask::None => k.if_(beyond, || tile.hide(g, first)),
                 Mask::Right | Mask::Window => tile.hide(g, first),
             }
-            let weights = g.softmax.first(&g.scores, self.holes(true));
+            let weights = g.softmax.first(&g.scores);
             self.keep(g, &weights);
             if c.lengths != Lengths::Full {
                 k.if_(beyond, || self.clear_values(g, (work.keys.count - from).cast()));
@@ -225,11 +225,6 @@ impl<'k> Attention<'k, '_> {
         });
     }
 
-    /// Whether a row may have seen no key after a block.
-    fn holes(&self, masked: bool) -> bool {
-        masked && self.c.mask != Mask::None || self.c.scores.bias.is_some()
-    }
-
     /// Another block of keys, of which the thread's first column is `first`, and the values of the one
     /// before it.
     fn step(&self, g: &Group<'k>, tile: &Tile<'k, '_>, first: Reg<'k, i32>, masked: bool) {
@@ -252,7 +247,7 @@ impl<'k> Attention<'k, '_> {
         if masked {
             tile.hide(g, first);
         }
-        let (weights, factors) = g.softmax.next(&g.scores, self.holes(masked));
+        let (weights, factors) = g.softmax.next(&g.scores);
         k.wgmma_wait(0);
         self.release(g, g.value_place);
         self.keep(g, &weights);
