@@ -11,6 +11,7 @@
 //!   power cap
 //! - `--torch FILE`: PyTorch's times (`scripts/torch_peers.py` makes them)
 //! - `--list`: the rows as JSON, and no GPU
+//! - `--sweep 64,128`: instead, many configurations for heads of these widths
 //!
 //! It measures as the matmul bench does: contestants in turns, random inputs, device events around one
 //! call of a GPU that was kept busy, medians, rests. candle multiplies, scales, masks, takes the softmax
@@ -24,6 +25,7 @@ mod chart;
 mod common;
 mod contest;
 mod rows;
+mod sweep;
 #[path = "../common/unfused.rs"]
 mod unfused;
 
@@ -33,6 +35,7 @@ use common::contest::{CANDLE, Contest, OURS};
 use common::gpu::Gpu;
 use common::table::{Bench, Outcome, Row as _, Time};
 use common::{Result, race};
+use lexopt::ValueExt as _;
 use rows::Row;
 
 /// As `scripts/torch_peers.py` calls them.
@@ -40,12 +43,22 @@ const CUDNN: &str = "cuDNN";
 const FLASH: &str = "FlashAttention";
 
 fn main() -> Result<()> {
-    let args = Args::parse(&rows::GROUPS, |_, _| Ok(false))?;
+    let mut sweep = None;
+    let args = Args::parse(&rows::GROUPS, |option, parser| {
+        if option == "sweep" {
+            sweep = Some(parser.value()?.string()?);
+        }
+        Ok(option == "sweep")
+    })?;
     let rows = args.select(rows::all());
     if args.list {
         return race::list(&rows);
     }
-    race::run(&Attention, &mut Gpu::new(0)?, &rows, &args)
+    let mut gpu = Gpu::new(0)?;
+    if let Some(widths) = &sweep {
+        return sweep::run(&mut gpu, widths);
+    }
+    race::run(&Attention, &mut gpu, &rows, &args)
 }
 
 struct Attention;

@@ -21,8 +21,8 @@ pub const GROUPS: [(char, &str); 11] = [
 ];
 
 /// Tokens of a batch, and the width of all its heads.
-const TOKENS: usize = 16 << 10;
-const WIDTH: usize = 2048;
+pub const TOKENS: usize = 16 << 10;
+pub const WIDTH: usize = 2048;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mask {

@@ -44,9 +44,9 @@ fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
     })
 }
 
-/// Whether the flash kernels take a problem, forward and backward.
+/// Whether the flash kernels take a problem and its gradients.
 pub(crate) fn flash_takes(p: &AttentionProblem) -> bool {
-    p.is_empty() || limit(p).is_none()
+    limit(p).is_none()
 }
 
 /// How the rows of a problem become squares of `sk` queries by `sk` keys.

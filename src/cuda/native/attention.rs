@@ -75,7 +75,16 @@ pub(crate) struct Plan {
 
 impl Plan {
     fn chosen(op: &'static str, gpu: &Gpu, problem: &Problem) -> Result<Self> {
-        let config = choose::choose(problem, &gpu.device);
+        Self::new(op, gpu, problem, choose::choose(problem, &gpu.device))
+    }
+
+    /// Of a configuration for the problem.
+    pub(super) fn new(
+        op: &'static str,
+        gpu: &Gpu,
+        problem: &Problem,
+        config: Config,
+    ) -> Result<Self> {
         let launch = Launch::new(&config, problem, gpu.device.multiprocessors);
         let function = gpu.native(op, &kernel::Config::FlashSm90(config))?;
         let combine = config.split.then(|| {
@@ -128,12 +137,12 @@ pub(crate) fn attention_tc(
 }
 
 /// One call: operands that fit, and the facts.
-struct Call<'a> {
+pub(super) struct Call<'a> {
     op: &'static str,
     device: CudaDevice,
     order: Order,
-    gpu: Arc<Gpu>,
-    facts: Problem,
+    pub gpu: Arc<Gpu>,
+    pub facts: Problem,
     /// Queries, keys and values.
     operands: [Fitted<'a>; 3],
     bias: Option<(&'a CudaStorage, &'a Stack)>,
@@ -144,7 +153,7 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    fn new(
+    pub fn new(
         op: &'static str,
         p: &'a AttentionProblem,
         wants_lse: bool,
@@ -216,7 +225,11 @@ impl<'a> Call<'a> {
         Ok((Some([side(0)?, side(1)?]), kind))
     }
 
-    fn run(&self, p: &AttentionProblem, plan: &Plan) -> Result<(CudaStorage, Option<CudaStorage>)> {
+    pub fn run(
+        &self,
+        p: &AttentionProblem,
+        plan: &Plan,
+    ) -> Result<(CudaStorage, Option<CudaStorage>)> {
         let (device, facts, config) = (&self.device, &self.facts, &plan.config);
         let (rows, width) = (p.q.count() * p.seq_q(), facts.value_dim as usize);
         let alloc = |len: usize, dtype| fit::uninit(device, &Shape::from(len), dtype);

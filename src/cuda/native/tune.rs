@@ -1,14 +1,16 @@
-//! For the benches: products by configurations that nobody chose.
+//! For the benches: products and attention by configurations that nobody chose.
 
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Result, Storage, Tensor, bail};
 
+use super::attention;
 use super::matmul::{Call, Plan};
 use super::sm80::Plan as Sm80;
 use super::sm90::Plan as Sm90;
 use crate::kernel::Config;
+use crate::kernel::attention::{self as flash, choose};
 use crate::kernel::gemm::Problem;
-use crate::op::{Epilogue, MatmulProblem};
+use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem};
 
 /// The product by `config`, or by the chooser's, of two matrices on one GPU; and the problem that the
 /// chooser sees.
@@ -31,4 +33,28 @@ pub fn matmul(
     let storage = Storage::Cuda(call.run(&plan)?);
     let tensor = Tensor::from_storage(storage, problem.out.clone(), BackpropOp::none(), false);
     Ok((tensor, call.facts))
+}
+
+/// Attention by `config`, or by the chooser's, of `[B, H, S, D]` with as many heads of keys, on one GPU;
+/// and the problem that the chooser sees.
+pub fn flash_attn(
+    [q, k, v]: [&Tensor; 3],
+    causal: bool,
+    config: Option<flash::sm90::Config>,
+) -> Result<(Tensor, flash::Problem)> {
+    let all = [q, k, v].map(|t| t.storage_and_layout());
+    let [(Storage::Cuda(sq), lq), (Storage::Cuda(sk), lk), (Storage::Cuda(sv), lv)] =
+        all.each_ref().map(|(storage, layout)| (&**storage, *layout))
+    else {
+        bail!("not on a GPU")
+    };
+    let out_dtype = q.dtype();
+    let problem = AttentionProblem { out_dtype, ..AttentionProblem::broadcast(lq, lk, lv, causal) };
+    let inputs = AttentionInputs { q: sq, k: sk, v: sv, extras: Default::default() };
+    let call = attention::Call::new("tune", &problem, false, &inputs)?;
+    let config = config.unwrap_or_else(|| choose::choose(&call.facts, &call.gpu.device));
+    let plan = attention::Plan::new("tune", &call.gpu, &call.facts, config)?;
+    let storage = Storage::Cuda(call.run(&problem, &plan)?.0);
+    let shape = problem.shape.clone();
+    Ok((Tensor::from_storage(storage, shape, BackpropOp::none(), false), call.facts))
 }

@@ -10,33 +10,23 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let head_dim = (problem.head_dim as u32).next_multiple_of(16);
     let value_dim = problem.value_dim as u32;
     let pack = pack(problem);
-    let sequences = match problem.lengths {
-        Lengths::Full | Lengths::Padded => problem.batch,
-        Lengths::Packed => 1,
-    };
-    // Tiles of so many warpgroups.
-    let groups = problem.queries.div_ceil((64 / pack).into());
-    let tiles =
-        |warpgroups: u64| groups.div_ceil(warpgroups) * problem.heads / u64::from(pack) * sequences;
+    // So many warpgroups have registers for their sums.
     let most = if head_dim.max(value_dim) <= 64 { 3 } else { 2 };
-    let whole = groups.min(most);
-    // Few tiles: smaller ones, so that more multiprocessors have one.
-    let few = tiles(whole) * 2 <= device.multiprocessors.into();
-    let warpgroups = if few { 1 } else { whole };
-    // The few that are left take a while each: the time of some blocks pays for putting parts together.
-    let long = problem.seen_keys(64) >= 8 * 128;
-    let split =
-        tiles(1) * 2 <= device.multiprocessors.into() && long && problem.lengths != Lengths::Packed;
+    let warpgroups = warpgroups(problem, pack, most, device.multiprocessors);
+    // Few tiles that take a while each: the time of some blocks pays for putting parts together.
+    let few = tiles(problem, pack, 1) * 2 <= device.multiprocessors.into();
+    let long = problem.seen_keys(64) >= 8 * KEYS;
+    let split = few && long && problem.lengths != Lengths::Packed;
     let mut config = Config {
         half: problem.half,
         out: if split { Element::F32 } else { problem.out },
         head_dim,
         value_dim,
-        rows: 64 * warpgroups as u32,
+        rows: 64 * warpgroups,
         keys: 16,
         stages: 2,
         slabs: 0,
-        turns: warpgroups == 2,
+        turns: warpgroups > 1,
         mask: problem.mask(),
         scores: problem.scores,
         lengths: problem.lengths,
@@ -45,9 +35,10 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         lse: problem.lse || split,
         store: if split { Store::Direct } else { Store::Tma },
     };
-    // H200, plain-PTX experiments: 176 keys were faster than 128, 160 and 192 at D = 128, and 128 than
-    // 96 and 112 at D = 64, without a mask. Blocks that the mask cuts are half in vain.
-    let most = if warpgroups == 2 && config.mask == Mask::None { 176 } else { 128 };
+    // H200: 176 keys were faster than 128, 160 and 192 at D = 128, and 128 than all others at D = 64,
+    // without a mask. Blocks that the mask cuts are half in vain.
+    let wide = head_dim.max(value_dim) > 64;
+    let most = if warpgroups == 2 && wide && config.mask == Mask::None { 176 } else { 128 };
     let fits = |keys: &u32| Config { keys: *keys, ..config }.roomy();
     config.keys = (1..=most / 16).map(|n| 16 * n).rev().find(fits).unwrap_or(16);
     if config.store == Store::Tma {
@@ -57,6 +48,57 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let fits = |stages: &u32| Config { stages: *stages, ..config }.check().is_ok();
     config.stages = (2..=4).rev().find(fits).unwrap_or(2);
     config
+}
+
+/// Keys of a block, about.
+const KEYS: u64 = 128;
+/// H200, D = 64: so long take tiles of one to three warpgroups, for the same keys. The more share a
+/// block of keys, the better their products and exponentials overlap.
+const TILE_TIME: [u64; 3] = [107, 157, 192];
+
+/// Warpgroups of a tile: those that are done first.
+fn warpgroups(problem: &Problem, pack: u32, most: u64, multiprocessors: u32) -> u32 {
+    let time = |warpgroups: &u64| {
+        let each = tiles_of_head(problem, pack, *warpgroups);
+        let (mut all, mut longest) = (0, 0);
+        for tile in 0..each.min(MOST_TILES) {
+            // Spread over all of them, if they are too many to look at.
+            let tile = tile * each / each.min(MOST_TILES);
+            let positions = warpgroups * u64::from(64 / pack);
+            let blocks = problem.keys_of(tile * positions, positions).div_ceil(KEYS).max(1);
+            all += blocks;
+            longest = longest.max(blocks);
+        }
+        let multiprocessors = u64::from(multiprocessors);
+        let tiles = tiles(problem, pack, *warpgroups);
+        let each = each.clamp(1, MOST_TILES);
+        // Tiles that differ are dealt out so that all multiprocessors have as much; equal ones come
+        // in rounds.
+        let blocks = match problem.mask() {
+            Mask::Right => (tiles * all).div_ceil(each * multiprocessors).max(longest),
+            Mask::None | Mask::Window => tiles.div_ceil(multiprocessors) * longest,
+        };
+        blocks * TILE_TIME[*warpgroups as usize - 1]
+    };
+    (1..=most).rev().min_by_key(time).expect("at least one") as u32
+}
+
+/// Tiles of a head that are looked at.
+const MOST_TILES: u64 = 64;
+
+/// Tiles of so many warpgroups of a head, or of a pack of them.
+fn tiles_of_head(problem: &Problem, pack: u32, warpgroups: u64) -> u64 {
+    problem.queries.div_ceil((64 / pack).into()).div_ceil(warpgroups)
+}
+
+/// Those of all heads.
+fn tiles(problem: &Problem, pack: u32, warpgroups: u64) -> u64 {
+    let sequences = match problem.lengths {
+        Lengths::Full | Lengths::Padded => problem.batch,
+        Lengths::Packed => 1,
+    };
+    let packs = problem.heads / u64::from(pack) * sequences;
+    tiles_of_head(problem, pack, warpgroups).saturating_mul(packs)
 }
 
 /// Heads of a tile: more than one where a head alone would not fill its rows.
@@ -111,7 +153,15 @@ mod tests {
             let c = choose(&problem, &H200);
             (c.rows, c.keys, c.turns)
         };
-        assert_eq!(tile(problem(4096, 4096, 64)), (192, 128, false));
+        assert_eq!(tile(problem(4096, 4096, 64)), (192, 128, true));
+        assert_eq!(tile(causal(2048, 2048, 64)), (192, 128, true));
+        // A diagonal of small tiles is less in vain.
+        assert_eq!(tile(causal(1024, 1024, 64)), (128, 128, true));
+        assert_eq!(tile(causal(512, 512, 64)), (128, 128, true));
+        // Two rounds, in which the smaller tiles are through sooner.
+        assert_eq!(tile(problem(512, 512, 64)), (128, 128, true));
+        let many = Problem { batch: 32, ..problem(512, 512, 64) };
+        assert_eq!(tile(many), (192, 128, true));
         assert_eq!(tile(problem(4096, 4096, 128)), (128, 176, true));
         assert_eq!(tile(causal(4096, 4096, 128)), (128, 128, true));
         assert_eq!(tile(problem(4096, 4096, 192)), (128, 112, true));

@@ -62,6 +62,16 @@ impl Problem {
         }
     }
 
+    /// About how many keys `count` queries from `first` on see together.
+    pub fn keys_of(&self, first: u64, count: u64) -> u64 {
+        // Positions from -queries on, so that none is below 0.
+        let at = |query: u64| self.keys + query;
+        let end = self.right.map_or(u64::MAX, |right| at(first + count).saturating_add(right));
+        let end = end.clamp(self.queries, self.queries + self.keys);
+        let begin = self.left.map_or(0, |left| at(first).saturating_sub(left));
+        end - begin.clamp(self.queries, end)
+    }
+
     /// About how many keys the queries of a tile see, at most.
     pub fn seen_keys(&self, queries: u64) -> u64 {
         match (self.left, self.right) {

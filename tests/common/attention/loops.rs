@@ -74,13 +74,14 @@ impl Loops {
     }
 
     /// The same sums over the magnitudes of their terms, to which rounding errors are in proportion.
-    /// A score that is off by its ulp takes its weight with it. So does, where weights are rebuilt from
-    /// it for the gradient, the log-sum-exp in f32: score − ln(weight).
+    /// A score that is off by its ulp takes its weight with it. Where weights are rebuilt for the gradient,
+    /// the score is computed again, in an order of its own, and the log-sum-exp in f32, score −
+    /// ln(weight), is off by its ulp, too.
     pub fn sizes(&self, rebuilt: bool) -> Self {
         let (x, scale) = (self.x.each_ref().map(|nd| nd.map(f64::abs)), self.scale.abs());
         let size = |&w: &Weight| {
-            let lse = if rebuilt { -w.p.ln() } else { 0.0 };
-            let p = if w.p == 0.0 { 0.0 } else { w.p * (1.0 + w.size + lse) };
+            let again = if rebuilt { w.size - w.p.ln() } else { 0.0 };
+            let p = if w.p == 0.0 { 0.0 } else { w.p * (1.0 + w.size + again) };
             Weight { p, bend: 1.0, ..w }
         };
         let weights = self.weights.iter().map(|row| row.iter().map(size).collect()).collect();
