@@ -20,6 +20,8 @@ mod registry;
 mod streams;
 #[path = "gpu/tables.rs"]
 mod tables;
+#[path = "gpu/work.rs"]
+mod work;
 
 use std::io::Write;
 use std::sync::OnceLock;

@@ -1,5 +1,6 @@
 //! Tables of attention and its gradients.
 
+mod kinds;
 mod loops;
 mod options;
 mod plain;
@@ -7,7 +8,7 @@ mod problem;
 mod variants;
 
 #[allow(unused_imports)] // Each test binary uses a part.
-pub use variants::*;
+pub use {kinds::*, variants::*};
 
 use std::ops::Range;
 

@@ -9,10 +9,10 @@ use kaio_candle::launch::{Args, Function};
 use kaio_candle::prelude::*;
 use kaio_candle::ptx::{Kernel, Source as Text, Target};
 
-use super::case::{Case, Inputs};
+use super::case::Case;
 use super::common::{Layout, Source, Tally, poison};
 use super::streams::bits;
-use super::{custom_kernel, gpu, say};
+use super::{custom_kernel, gpu, say, work};
 
 /// `KAIO_RANDOM_CASES`, or as many as take about a minute.
 fn random_cases() -> usize {
@@ -65,13 +65,12 @@ fn engines_agree() {
 fn runs_are_identical() {
     let Some(gpu) = gpu() else { return };
     let mut tally = Tally::new("native run to run", &gpu);
-    for i in 0..200 {
-        let case = Case::random("repeated", i, 500, 500);
-        tally.case(format!("{case:?}"), || {
-            let first = bits(&case.inputs(&gpu)?.product(Engine::Native)?);
+    for work in work::products("repeated", 200, 500, 500).chain(work::attentions()) {
+        tally.case(&work.name, || {
+            let first = bits(&work.call(&gpu)?()?);
             for run in 1..5 {
                 poison(&gpu, first.len() + run * 1000);
-                let again = bits(&case.inputs(&gpu)?.product(Engine::Native)?);
+                let again = bits(&work.call(&gpu)?()?);
                 if let Some(i) = first.iter().zip(&again).position(|(a, b)| a != b) {
                     bail!("element {i} differs in run {run}");
                 }
@@ -136,28 +135,26 @@ fn every_kind() -> Result<()> {
     Ok(())
 }
 
-/// `launches` mixed products from eight threads, each result compared with that of a single thread.
+/// `launches` mixed calls from eight threads, each result compared with that of a single thread.
 fn threads(device: &Device, what: &str, launches: usize) -> Result<()> {
     const THREADS: usize = 8;
     const AT_ONCE: usize = 25;
-    let cases: Vec<_> = (0..60).map(|i| Case::random("threads", i, 300, 200)).collect();
-    let product = |inputs: &Inputs| inputs.product(Engine::Native);
-    let alone = cases.iter().map(|case| Ok(bits(&product(&case.inputs(device)?)?)));
+    let all: Vec<_> = work::products("threads", 60, 300, 200).chain(work::attentions()).collect();
+    let alone = all.iter().map(|work| Ok(bits(&work.call(device)?()?)));
     let alone = alone.collect::<Result<Vec<_>>>()?;
     let done = AtomicUsize::new(0);
-    let work = |thread: usize| -> Result<()> {
+    let run = |thread: usize| -> Result<()> {
         // Each thread makes its own: candle's default stream is another one on each thread, and
         // nothing but the host orders them.
-        let inputs = cases.iter().map(|case| case.inputs(device)).collect::<Result<Vec<_>>>()?;
+        let calls = all.iter().map(|work| work.call(device)).collect::<Result<Vec<_>>>()?;
         let mut order = Source::new(&format!("order {thread}"), device);
         for _ in 0..launches / THREADS / AT_ONCE {
             let chosen: Vec<_> =
-                (0..AT_ONCE).map(|_| (order.bits() % cases.len() as u64) as usize).collect();
-            let results =
-                chosen.iter().map(|&i| product(&inputs[i])).collect::<Result<Vec<_>>>()?;
+                (0..AT_ONCE).map(|_| (order.bits() % calls.len() as u64) as usize).collect();
+            let results = chosen.iter().map(|&i| calls[i]()).collect::<Result<Vec<_>>>()?;
             for (&i, result) in chosen.iter().zip(&results) {
                 if bits(result) != alone[i] {
-                    bail!("thread {thread}: {:?} differs", cases[i]);
+                    bail!("thread {thread}: {} differs", all[i].name);
                 }
             }
             done.fetch_add(AT_ONCE, Ordering::Relaxed);
@@ -165,13 +162,13 @@ fn threads(device: &Device, what: &str, launches: usize) -> Result<()> {
         Ok(())
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..THREADS).map(|i| scope.spawn(move || work(i))).collect();
+        let threads: Vec<_> = (0..THREADS).map(|i| scope.spawn(move || run(i))).collect();
         threads.into_iter().try_for_each(|thread| thread.join().expect("no thread panics"))
     })?;
     let done = done.into_inner();
     say(&format!(
-        "suite native threads: {done} launches of {} products from {THREADS} threads on {what}",
-        cases.len()
+        "suite native threads: {done} launches of {} kinds of work from {THREADS} threads on {what}",
+        all.len()
     ));
     assert_eq!(done, launches);
     Ok(())
@@ -219,16 +216,16 @@ fn streams_of_several_devices_are_ordered() -> Result<()> {
     Ok(())
 }
 
-/// A product in a graph: its leaves, which get new contents, and where its result is put.
+/// An op in a graph: its leaves, which get new contents, and where its result is put.
 struct Node {
     leaves: Vec<Tensor>,
     /// What the leaves are filled with, in turn.
     contents: Vec<Vec<Tensor>>,
-    product: Product,
+    op: GraphOp,
     result: Tensor,
 }
 
-type Product = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+type GraphOp = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
 
 const CONTENTS: usize = 3;
 
@@ -237,15 +234,15 @@ impl Node {
         device: &Device,
         name: &str,
         bases: &[&[usize]],
-        product: impl Fn(&[Tensor]) -> Result<Tensor> + 'static,
+        op: impl Fn(&[Tensor]) -> Result<Tensor> + 'static,
     ) -> Result<Self> {
         let source = &mut Source::new(name, device);
         let mut tensors =
             || bases.iter().map(|base| source.tensor(DType::BF16, base, Layout::Plain)).collect();
         let leaves: Vec<Tensor> = tensors()?;
         let contents = (0..CONTENTS).map(|_| tensors()).collect::<Result<_>>()?;
-        let result = product(&leaves)?;
-        Ok(Self { leaves, contents, product: Box::new(product), result })
+        let result = op(&leaves)?;
+        Ok(Self { leaves, contents, op: Box::new(op), result })
     }
 
     fn fill(&self, turn: usize) -> Result<()> {
@@ -255,11 +252,11 @@ impl Node {
 
     /// The result's own memory is given back within the graph.
     fn run(&self) -> Result<()> {
-        self.result.slice_set(&(self.product)(&self.leaves)?, 0, 0)
+        self.result.slice_set(&(self.op)(&self.leaves)?, 0, 0)
     }
 }
 
-/// Products on candle's stream are captured, and replayed on other contents of the same memory.
+/// Products and attention on candle's stream are captured, and replayed on other contents of the same memory.
 ///
 /// In a process of its own: nobody may wait for the whole context during a capture, as new streams do.
 pub fn graphs() -> Result<()> {
@@ -274,6 +271,11 @@ pub fn graphs() -> Result<()> {
     let plain = |opts: &MatmulOptions| {
         let opts = opts.clone();
         move |t: &[Tensor]| t[0].kaio_matmul_with(&t[1], &opts)
+    };
+    let causal = FlashAttnOptions::default().causal(true).engine(Engine::Native);
+    let attend = |opts: &FlashAttnOptions| {
+        let opts = opts.clone();
+        move |t: &[Tensor]| t[0].kaio_flash_attn_with(&t[1], &t[2], &opts)
     };
     let nodes = [
         Node::new(&device, "stored by TMA", &[&[256, 192], &[192, 256]], plain(&bf16))?,
@@ -294,13 +296,36 @@ pub fn graphs() -> Result<()> {
             let opts = f32.clone();
             move |t| t[0].narrow(2, 1, 1)?.squeeze(2)?.kaio_matmul_with(&t[1], &opts)
         })?,
+        Node::new(&device, "attention", &[[2, 4, 200, 64].as_slice(); 3], attend(&causal))?,
+        Node::new(
+            &device,
+            "keys in parts",
+            &[&[1, 8, 1, 128], &[1, 2, 3000, 128], &[1, 2, 3000, 128]],
+            attend(&causal),
+        )?,
+        Node::new(&device, "one view of three", &[&[2, 100, 3, 4, 64]], {
+            let opts = causal.clone().layout(AttnLayout::Bshd);
+            move |t| {
+                let part = |i: usize| t[0].narrow(2, i, 1)?.squeeze(2);
+                part(0)?.kaio_flash_attn_with(&part(1)?, &part(2)?, &opts)
+            }
+        })?,
+        Node::new(
+            &device,
+            "a biased attention",
+            &[&[2, 150, 96], &[2, 170, 96], &[2, 170, 96], &[150, 170]],
+            {
+                let opts = causal.clone().window_size_left(60);
+                move |t| t[0].kaio_flash_attn_with(&t[1], &t[2], &opts.clone().bias(t[3].clone()))
+            },
+        )?,
     ];
     let eager = |turn: usize| {
-        let products = nodes.iter().map(|node| {
+        let results = nodes.iter().map(|node| {
             node.fill(turn)?;
-            Ok(bits(&(node.product)(&node.leaves)?))
+            Ok(bits(&(node.op)(&node.leaves)?))
         });
-        products.collect::<Result<Vec<_>>>()
+        results.collect::<Result<Vec<_>>>()
     };
     let want = (0..CONTENTS).map(eager).collect::<Result<Vec<_>>>()?;
 
@@ -329,12 +354,12 @@ pub fn graphs() -> Result<()> {
         }
         graph.launch().map_err(failed)?;
         for (i, (node, want)) in nodes.iter().zip(&want[turn]).enumerate() {
-            assert!(&bits(&node.result) == want, "product {i} of the graph, contents {turn}");
+            assert!(&bits(&node.result) == want, "result {i} of the graph, contents {turn}");
         }
     }
     drop(graph);
     assert!(eager(0)? == want[0], "after the graph");
-    say(&format!("suite native graphs: {} products captured, replayed 5 times", nodes.len()));
+    say(&format!("suite native graphs: {} ops captured, replayed 5 times", nodes.len()));
     Ok(())
 }
 
@@ -369,6 +394,42 @@ fn sizes_over_the_kernels_limits() {
             )
         );
     }
+}
+
+/// Queries and keys of more than 2³¹ elements: the last of a long sequence are the same as on their own,
+/// and keys in two halves, joined by their log-sum-exp, as all of them.
+#[test]
+fn attention_over_two_to_the_31_elements() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let (dim, rows, times) = (128, 1 << 16, 257);
+    let source = &mut Source::new("2^31 elements", &gpu);
+    let short = source.tensor(DType::BF16, &[rows, dim], Layout::Plain)?;
+    let long = short.repeat((times, 1))?;
+    assert!(long.elem_count() > 1 << 31);
+    let few = source.tensor(DType::BF16, &[70, dim], Layout::Plain)?;
+
+    let opts = FlashAttnOptions::default().engine(Engine::Native);
+    let (all, lse) = long.kaio_flash_attn_with_lse(&few, &few, &opts)?;
+    let (part, part_lse) = short.kaio_flash_attn_with_lse(&few, &few, &opts)?;
+    for turn in [0, times / 2, times - 1] {
+        let same = bits(&all.narrow(0, turn * rows, rows)?.to_dtype(DType::F32)?)
+            == bits(&part.to_dtype(DType::F32)?);
+        assert!(same, "the results of queries from {} on", turn * rows);
+        let same = bits(&lse.narrow(0, turn * rows, rows)?) == bits(&part_lse);
+        assert!(same, "the log-sum-exp of queries from {} on", turn * rows);
+    }
+    drop((all, lse));
+
+    let (out, lse) = few.kaio_flash_attn_with_lse(&long, &long, &opts)?;
+    let (part, part_lse) = few.kaio_flash_attn_with_lse(&short, &short, &opts)?;
+    // So often the same keys: the same result, and a sum so many times as large.
+    let differs = |a: &Tensor, b: &Tensor| {
+        (a.to_dtype(DType::F32)? - b.to_dtype(DType::F32)?)?.abs()?.max_all()?.to_scalar::<f32>()
+    };
+    let grown = (lse - (times as f64).ln())?;
+    let (out, lse) = (differs(&out, &part)?, differs(&grown, &part_lse)?);
+    assert!(out < 4e-3 && lse < 1e-3, "differ by {out}, log-sum-exp by {lse}");
+    Ok(())
 }
 
 fn cuda(device: &Device) -> &CudaDevice {

@@ -56,6 +56,7 @@ tables! {
     attention_random_options: attention::random_options;
     attention_log_sum_exp: attention::log_sum_exp;
     attention_shared_graph: attention::shared_graph;
+    attention_kinds: attention::every_kind;
     errors_matmul: errors::matmul;
     errors_int8: errors::int8;
     errors_int4: errors::int4;

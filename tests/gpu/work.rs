@@ -1,0 +1,47 @@
+//! Work that is done again and again, to the same bits.
+
+use candle_core::DType::{BF16, F16, F32};
+use candle_core::{Device, Result, Tensor};
+use kaio_candle::prelude::*;
+
+use super::case::Case;
+use super::common::attention;
+
+/// Inputs on a device, and what is computed of them.
+pub type Call = Box<dyn Fn() -> Result<Tensor>>;
+
+/// One op on inputs that are the same whenever they are made.
+pub struct Work {
+    pub name: String,
+    make: Box<dyn Fn(&Device) -> Result<Call> + Sync>,
+}
+
+impl Work {
+    pub fn call(&self, device: &Device) -> Result<Call> {
+        (self.make)(device)
+    }
+}
+
+/// Random products of `Engine::Native`.
+pub fn products(series: &str, count: usize, m: usize, nk: usize) -> impl Iterator<Item = Work> {
+    (0..count).map(move |i| {
+        let case = Case::random(series, i, m, nk);
+        let name = format!("{case:?}");
+        let make = move |device: &Device| {
+            let inputs = case.inputs(device)?;
+            Ok(Box::new(move || inputs.product(Engine::Native)) as Call)
+        };
+        Work { name, make: Box::new(make) }
+    })
+}
+
+/// Attention of every kind.
+pub fn attentions() -> impl Iterator<Item = Work> {
+    let of = |dtype| attention::kinds(dtype).into_iter().map(move |(kind, p)| (kind, dtype, p));
+    [BF16, F16, F32].into_iter().flat_map(of).map(|(kind, dtype, problem)| {
+        let name = format!("attention: {kind}, {}", dtype.as_str());
+        let make =
+            move |device: &Device| Ok(Box::new(attention::call(problem.clone(), device)?) as Call);
+        Work { name, make: Box::new(make) }
+    })
+}
