@@ -10,10 +10,12 @@ use super::common::attention;
 /// Inputs on a device, and what is computed of them.
 pub type Call = Box<dyn Fn() -> Result<Tensor>>;
 
+type Make = Box<dyn Fn(&Device) -> Result<Call> + Sync>;
+
 /// One op on inputs that are the same whenever they are made.
 pub struct Work {
     pub name: String,
-    make: Box<dyn Fn(&Device) -> Result<Call> + Sync>,
+    make: Make,
 }
 
 impl Work {

@@ -37,9 +37,9 @@ impl Scores {
     pub fn registers(&self, scores: u32) -> u32 {
         match self.bias {
             None => 0,
-            Some(Bias { element: Element::Half(_), pairs: true }) => scores / 2 + 24,
-            Some(Bias { element: Element::F32, pairs: true }) => scores + 24,
-            Some(Bias { pairs: false, .. }) => scores + scores / 2 + 24,
+            Some(Bias { element: Element::Half(_), pairs: true }) => scores / 2 + 28,
+            Some(Bias { element: Element::F32, pairs: true }) => scores + 28,
+            Some(Bias { pairs: false, .. }) => scores + scores / 2 + 28,
         }
     }
 }
