@@ -11,9 +11,15 @@ does not have, are that FlashAttention's own.
 Times are taken as the bench takes them (benches/common/gpu.rs says why): events around one call while the
 GPU is kept busy until the call is enqueued, L2 flushed for the rows that say so, a rest after each call,
 medians. Host rows are left out, and what PyTorch cannot do, which stderr says. `--quick` takes fewer samples.
+
+How far results of attention are from the formula in f64, ours beside PyTorch's on the same inputs:
+
+    cargo bench --features cuda --bench attention -- --accuracy results.safetensors
+    python3 scripts/torch_peers.py --accuracy results.safetensors
 """
 
 import json
+import mmap
 import statistics
 import sys
 import time
@@ -22,6 +28,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention": SDPBackend.FLASH_ATTENTION}
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 CYCLES_PER_US = 2000
 LONGEST_HEAD_START_US = 1600
@@ -79,10 +86,7 @@ def attention(row):
 
     if row["window"] is not None:
         return {"FlashAttention": window}
-    return {
-        "cuDNN": lambda: fused(SDPBackend.CUDNN_ATTENTION),
-        "FlashAttention": lambda: fused(SDPBackend.FLASH_ATTENTION),
-    }
+    return {name: lambda backend=backend: fused(backend) for name, backend in BACKENDS.items()}
 
 
 def calls(row):
@@ -106,7 +110,44 @@ def calls(row):
     return {}
 
 
+def read_safetensors(path):
+    """The format: https://huggingface.co/docs/safetensors, eight bytes of length, JSON, the tensors' bytes."""
+    dtypes = {name.upper(): dtype for name, dtype in DTYPES.items()}
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(data[8:begin]).items():
+        if name != "__metadata__":
+            dtype, shape, offset = dtypes[entry["dtype"]], entry["shape"], begin + entry["data_offsets"][0]
+            count = torch.Size(shape).numel()
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=offset).reshape(shape).cuda()
+    return tensors
+
+
+def accuracy(path):
+    tensors = read_safetensors(path)
+    print("root mean square and largest difference from f64, in units of 1e-6")
+    for case in sorted({name.rsplit("/", 1)[0] for name in tensors}):
+        q, k, v, ours = (tensors[f"{case}/{part}"] for part in ("q", "k", "v", "out"))
+        causal = case.endswith("causal")
+        with sdpa_kernel(SDPBackend.MATH):
+            exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
+        results = {"kaio-candle": ours}
+        for name, backend in {**BACKENDS, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION}.items():
+            try:
+                with sdpa_kernel(backend):
+                    results[name] = scaled_dot_product_attention(q, k, v, is_causal=causal)
+            except RuntimeError:
+                pass
+        errors = {name: (result.double() - exact).abs() for name, result in results.items()}
+        cells = (f"{n} {e.square().mean().sqrt() * 1e6:.4g}, {e.max() * 1e6:.4g}" for n, e in errors.items())
+        print(f"{case}: {'; '.join(cells)}")
+
+
 def main():
+    if "--accuracy" in sys.argv:
+        return accuracy(sys.argv[-1])
     paths = [arg for arg in sys.argv[1:] if arg != "--quick"]
     samples = 10 if "--quick" in sys.argv else 30
     if len(paths) != 1:

@@ -12,6 +12,8 @@
 //! - `--torch FILE`: PyTorch's times (`scripts/torch_peers.py` makes them)
 //! - `--list`: the rows as JSON, and no GPU
 //! - `--sweep 64,128`: instead, many configurations for heads of these widths
+//! - `--accuracy FILE`: instead, inputs and our results, whose errors `scripts/torch_peers.py --accuracy FILE`
+//!   prints beside those of PyTorch's
 //!
 //! It measures as the matmul bench does: contestants in turns, random inputs, device events around one
 //! call of a GPU that was kept busy, medians, rests. candle multiplies, scales, masks, takes the softmax
@@ -19,6 +21,7 @@
 //!
 //! The table goes to the terminal, the same as JSON and a chart to `out/bench` (`KAIO_BENCH_DIR`).
 
+mod accuracy;
 #[path = "../../examples/common/chart.rs"]
 mod chart;
 #[path = "../common/mod.rs"]
@@ -43,12 +46,14 @@ const CUDNN: &str = "cuDNN";
 const FLASH: &str = "FlashAttention";
 
 fn main() -> Result<()> {
-    let mut sweep = None;
+    let (mut sweep, mut accuracy) = (None, None);
     let args = Args::parse(&rows::GROUPS, |option, parser| {
-        if option == "sweep" {
-            sweep = Some(parser.value()?.string()?);
+        match option {
+            "sweep" => sweep = Some(parser.value()?.string()?),
+            "accuracy" => accuracy = Some(parser.value()?),
+            _ => return Ok(false),
         }
-        Ok(option == "sweep")
+        Ok(true)
     })?;
     let rows = args.select(rows::all());
     if args.list {
@@ -57,6 +62,9 @@ fn main() -> Result<()> {
     let mut gpu = Gpu::new(0)?;
     if let Some(widths) = &sweep {
         return sweep::run(&mut gpu, widths);
+    }
+    if let Some(path) = &accuracy {
+        return accuracy::run(&gpu.device, path.as_ref());
     }
     race::run(&Attention, &mut gpu, &rows, &args)
 }
