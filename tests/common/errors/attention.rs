@@ -72,11 +72,9 @@ pub fn flash_attn(device: &Device) {
         }
     }
     let scale = |s| q.kaio_flash_attn_with(k, v, &FlashAttnOptions::default().softmax_scale(s));
-    let native = FlashAttnOptions::default().engine(Engine::Native);
     refused! { tally;
         scale(f32::NAN) => Value, "kaio_flash_attn_with: `softmax_scale` is NaN, wanted a finite number; check how it was computed";
         scale(f32::INFINITY) => Value, "kaio_flash_attn_with: `softmax_scale` is inf, wanted a finite number; check how it was computed";
-        q.kaio_flash_attn_with(k, v, &native) => Unsupported, "kaio_flash_attn_with: Engine::Native has no kernels in this release; use Engine::Auto or Engine::KaioOps";
     }
     tally.finish();
 }
