@@ -1,16 +1,19 @@
 //! Attention, `softmax(mask(scores))·V`, f16 and bf16 with f32 sums, and a score for each pair of a
 //! query and a key: `scale·q·k`, then a soft cap, then a bias, then ALiBi.
 
+mod launch;
 mod lengths;
 mod mask;
 mod schedule;
 mod scores;
 mod softmax;
+mod work;
 
 pub mod choose;
 pub mod combine;
 pub mod sm90;
 
+pub use launch::{Launch, MAX_LENGTH, Tiling};
 pub use lengths::Lengths;
 pub use mask::Mask;
 pub use schedule::Section;

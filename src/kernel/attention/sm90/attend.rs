@@ -1,8 +1,9 @@
 //! The consumers: a warpgroup's 64 rows of a tile against all blocks of keys.
 
-use super::{Attention, Work};
-use crate::kernel::attention::scores::{Query, Shape};
+use super::Attention;
+use crate::kernel::attention::scores::Shape;
 use crate::kernel::attention::softmax::Softmax;
+use crate::kernel::attention::work::{Row, Work};
 use crate::kernel::attention::{Lengths, Mask};
 use crate::kernel::hopper::{Descriptor, LINE, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::ring::Cursor;
@@ -30,16 +31,6 @@ pub(super) struct Group<'k> {
     key_place: Cursor<'k>,
     value_place: Cursor<'k>,
     turns: Option<Turns<'k>>,
-}
-
-/// A row of a thread.
-#[derive(Clone, Copy)]
-pub(super) struct Row<'k> {
-    pub query: Query<'k>,
-    /// Whether it is stored.
-    pub inside: Reg<'k, bool>,
-    /// Whether it is a query, where others are stored, too.
-    pub some: Option<Reg<'k, bool>>,
 }
 
 /// What the blocks of a tile have in common.
@@ -87,7 +78,7 @@ impl<'k> Attention<'k, '_> {
         if let Some(turns) = group.turns {
             k.if_(last, || turns.pass(k));
         }
-        self.tiles(|work| {
+        self.tiles.for_each(|work| {
             let rows = self.rows(&group, &work);
             self.attend(&group, &work, rows);
             self.store(&group, &work, rows);
@@ -133,25 +124,8 @@ impl<'k> Attention<'k, '_> {
         let c = self.c;
         let first = work.first + (g.number * c.positions()).cast();
         let row = g.seat.warp * 16 + g.seat.lane / 4;
-        let limit = match c.lengths {
-            Lengths::Full | Lengths::Packed => work.queries.count,
-            Lengths::Padded => self.size[0],
-        };
-        [row, row + 8].map(|r| {
-            let (position, head) = match c.pack {
-                1 => (r, work.head),
-                pack => (r / pack, work.head + r % pack),
-            };
-            let position = first + position.cast();
-            let mut inside = position.lt(limit);
-            if c.used_rows() < SLAB {
-                inside = inside & r.lt(c.used_rows());
-            }
-            let query = Query { batch: work.sequence, head, row: position };
-            // What pads a tensor becomes 0.
-            let some = (c.lengths == Lengths::Padded).then(|| position.lt(work.queries.count));
-            Row { query, inside, some }
-        })
+        let used = (c.used_rows() < SLAB).then(|| c.used_rows());
+        [row, row + 8].map(|row| self.tiles.row(work, first, row, used))
     }
 
     /// The sums of a tile's rows.

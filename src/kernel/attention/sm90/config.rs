@@ -1,7 +1,6 @@
-//! The choices, what follows from them, and the numbers of a launch.
+//! The choices, and what follows from them.
 
-use crate::kernel::attention::combine::MAX_PARTS;
-use crate::kernel::attention::{Lengths, Mask, Problem, Scores, Section};
+use crate::kernel::attention::{Lengths, Mask, Scores, Tiling};
 use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::ring::Ring;
 use crate::kernel::{Arena, Element, slab};
@@ -13,8 +12,8 @@ const REGISTERS: u32 = 65_536;
 const MOST_REGISTERS: u32 = 240;
 /// Registers of a thread that multiplies, beside sums, scores and exponentials: with fewer ptxas spills.
 const SPARE_REGISTERS: u32 = 32;
-/// Sequences, and the widths of masks, are shorter: the sum of three is a number of 32 bits.
-pub const MAX_LENGTH: u64 = 1 << 29;
+/// Bytes of keys and values that stay in L2 together, of the 50 or 60 MB that Hopper has.
+const SECTION_BYTES: u64 = 32 << 20;
 
 /// How tiles reach memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -230,69 +229,17 @@ impl Config {
     }
 }
 
-/// The numbers of a launch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Launch {
-    /// The order of tiles.
-    pub order: Section,
-    /// Parts of the keys of a tile: 1 unless the configuration splits them.
-    pub parts: u32,
-    /// Query `i` sees keys from `i + o - left` on, where that is a parameter.
-    pub left: i32,
-    /// Query `i` sees keys up to `i + o + right`, where that is a parameter.
-    pub right: i32,
-    /// Blocks of the grid.
-    pub blocks: u32,
-}
-
-/// Bytes of keys and values that stay in L2 together, of the 50 or 60 MB that Hopper has.
-const SECTION_BYTES: u64 = 32 << 20;
-
-impl Launch {
-    /// Of a configuration on a problem.
-    pub fn new(config: &Config, problem: &Problem, multiprocessors: u32) -> Self {
-        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        let packs = problem.heads / u64::from(config.pack);
-        let positions = u64::from(config.tile_positions());
-        let (heads, each) = match config.lengths {
-            Lengths::Full | Lengths::Padded => {
-                (packs * problem.batch, problem.queries.div_ceil(positions))
-            }
-            // The last tile of each sequence may be cut off.
-            Lengths::Packed => (packs, problem.queries.div_ceil(positions) + problem.batch),
-        };
-        let parts = match config.split {
-            false => 1,
-            true => {
-                let blocks = problem.seen_keys(positions).div_ceil(config.keys.into());
-                let most = blocks.min(MAX_PARTS.into());
-                let parts = u64::from(multiprocessors) / heads.saturating_mul(each).max(1);
-                // No more than have blocks.
-                blocks.div_ceil(blocks.div_ceil(parts.clamp(1, most)))
-            }
-        };
-        let tiles = heads.saturating_mul(each * parts);
-        // Under a causal mask the tiles of a head differ, so that those of several are sorted.
-        let section = match config.mask {
-            Mask::Right => {
-                let dims = problem.head_dim + problem.value_dim;
-                let group = (problem.heads / problem.kv_heads / u64::from(config.pack)).max(1);
-                (SECTION_BYTES / (problem.keys * dims * 2).max(1)).max(1) * group
-            }
-            Mask::None | Mask::Window => 1,
-        };
-        let width = |keys: Option<u64>| keys.unwrap_or(MAX_LENGTH).min(MAX_LENGTH) as i32;
+impl From<&Config> for Tiling {
+    fn from(config: &Config) -> Self {
         Self {
-            order: Section {
-                heads: count(heads),
-                columns: count(each * parts),
-                tiles: count(tiles),
-                section: count(section.min(heads)),
-            },
-            parts: count(parts),
-            left: width(problem.left),
-            right: width(problem.right),
-            blocks: count(tiles).min(multiprocessors),
+            positions: config.tile_positions(),
+            pack: config.pack,
+            keys: config.keys,
+            mask: config.mask,
+            lengths: config.lengths,
+            split: config.split,
+            blocks_per_sm: 1,
+            section_bytes: SECTION_BYTES,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The producer: one thread that fetches queries, and keeps the rings of keys and values full.
 
-use super::{Attention, Work};
+use super::Attention;
 use crate::kernel::attention::Lengths;
+use crate::kernel::attention::work::Work;
 use crate::kernel::hopper::{LINE, SLAB};
 use crate::kernel::ring::Cursor;
 use crate::ptx::{Delivery, Kernel, Reg};
@@ -61,7 +62,7 @@ impl<'k> Attention<'k, '_> {
                 plan.value_ring.producer(k, self.base),
             ];
             let all = [&queries, &keys, &values];
-            self.tiles(|work| match c.lengths {
+            self.tiles.for_each(|work| match c.lengths {
                 // The warp looks for the next tile together.
                 Lengths::Packed => {
                     k.if_(elected, || self.fill(&work, all, places));

@@ -9,13 +9,12 @@ mod config;
 mod load;
 mod store;
 
-pub use config::{Config, Launch, MAX_LENGTH, Store};
+pub use super::{Launch, MAX_LENGTH};
+pub use config::{Config, Store};
 
-use super::lengths::{Sequences, Side};
-use super::mask::{Blocks, Sight};
-use super::schedule::{Place, Schedule};
+use super::Lengths;
 use super::scores::Shaping;
-use super::{Lengths, Mask};
+use super::work::{Logarithms, Memory, Tiles};
 use crate::kernel::hopper::WARPGROUP;
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::Plan;
@@ -40,7 +39,7 @@ use config::Plan;
 /// | `bias`, `bias_batch`, `bias_head`, `bias_query`, `bias_key` | address, 4 × u64 | only with a bias |
 /// | `slopes`, `slopes_batch`, `slopes_head` | address, 2 × u64 | only with ALiBi: f32 |
 /// | `right` | i32 | only with a mask: that of [`Launch`] |
-/// | `left` | i32 | only for [`Mask::Window`]: that of [`Launch`] |
+/// | `left` | i32 | only for [`Mask::Window`](super::Mask::Window): that of [`Launch`] |
 /// | `lengths_q`, `lengths_k` | addresses | u32. [`Lengths::Padded`]: of each sequence; [`Lengths::Packed`]: where each begins, and the last one's end |
 /// | `sequences` | u32 | only for [`Lengths::Packed`] |
 /// | `parts` | u32 | only for a split: that of [`Launch`] |
@@ -64,23 +63,13 @@ pub fn emit(config: &Config) -> Source {
     let maps = [k.tensor_map("q"), k.tensor_map("k"), k.tensor_map("v")];
     let out_map = (config.store == Store::Tma).then(|| k.tensor_map("out"));
     let packed = config.lengths == Lengths::Packed;
-    let part = |name| config.split.then(|| k.param(name));
-    let out_memory = (config.store == Store::Direct || packed).then(|| Memory {
-        address: k.pointer("out_at"),
-        row: k.param("out_row"),
-        head: k.param("out_head"),
-        batch: k.param("out_batch"),
-        part: part("out_part"),
-    });
-    let lse = config.lse.then(|| (k.pointer("lse"), part("lse_part")));
+    let out_memory =
+        (config.store == Store::Direct || packed).then(|| Memory::params(k, config.split));
+    let lse = config.lse.then(|| Logarithms::params(k, config.split));
     let size = [k.param("queries"), k.param("keys")];
     let heads = [k.param("heads"), k.param("group")];
     let shaping = Shaping::params(k, config.scores);
-    let right = (config.mask != Mask::None).then(|| k.param("right"));
-    let left = (config.mask == Mask::Window).then(|| k.param("left"));
-    let sequences = Sequences::params(k, config.lengths, size);
-    let parts = config.split.then(|| k.param("parts"));
-    let schedule = Schedule::params(k);
+    let tiles = Tiles::params(k, config.into(), size, heads);
     let base = k.shared(plan.bytes);
     let thread = k.thread();
     let warp = k.broadcast(thread / 32, 0);
@@ -98,24 +87,7 @@ pub fn emit(config: &Config) -> Source {
     k.wait_for_stream();
     k.let_next_start();
 
-    let a = Attention {
-        k,
-        c: config,
-        plan,
-        maps,
-        out_map,
-        out_memory,
-        lse,
-        size,
-        heads,
-        shaping,
-        right,
-        left,
-        sequences,
-        parts,
-        schedule,
-        base,
-    };
+    let a = Attention { k, c: config, plan, maps, out_map, out_memory, lse, shaping, tiles, base };
     k.if_else(
         group.eq(0),
         || {
@@ -134,16 +106,6 @@ pub fn emit(config: &Config) -> Source {
     k.finish()
 }
 
-/// The result, for threads.
-#[derive(Clone, Copy)]
-struct Memory<'k> {
-    address: Reg<'k, u64>,
-    row: Reg<'k, u64>,
-    head: Reg<'k, u64>,
-    batch: Reg<'k, u64>,
-    part: Option<Reg<'k, u64>>,
-}
-
 struct Attention<'k, 'c> {
     k: &'k Kernel,
     c: &'c Config,
@@ -152,99 +114,8 @@ struct Attention<'k, 'c> {
     maps: [Reg<'k, u64>; 3],
     out_map: Option<Reg<'k, u64>>,
     out_memory: Option<Memory<'k>>,
-    /// And the stride of parts.
-    lse: Option<(Reg<'k, u64>, Option<Reg<'k, u64>>)>,
-    /// Queries and keys of the tensors.
-    size: [Reg<'k, i32>; 2],
-    /// Heads of the queries, and of those how many share keys.
-    heads: [Reg<'k, u32>; 2],
+    lse: Option<Logarithms<'k>>,
     shaping: Shaping<'k>,
-    right: Option<Reg<'k, i32>>,
-    left: Option<Reg<'k, i32>>,
-    sequences: Sequences<'k>,
-    parts: Option<Reg<'k, u32>>,
-    schedule: Schedule<'k>,
+    tiles: Tiles<'k>,
     base: Reg<'k, u32>,
-}
-
-/// A tile of queries, or a part of its keys.
-#[derive(Clone, Copy)]
-struct Work<'k> {
-    /// In the tensors.
-    batch: Reg<'k, u32>,
-    sequence: Reg<'k, u32>,
-    /// The number of its pack of heads, and the first one.
-    pack: Reg<'k, u32>,
-    head: Reg<'k, u32>,
-    /// Of keys and values.
-    kv_head: Reg<'k, u32>,
-    part: Option<Reg<'k, u32>>,
-    /// The tile's first query.
-    first: Reg<'k, i32>,
-    queries: Side<'k>,
-    keys: Side<'k>,
-    sight: Sight<'k>,
-    blocks: Blocks<'k>,
-}
-
-impl<'k> Attention<'k, '_> {
-    /// Runs `body` for each tile of this block.
-    fn tiles(&self, body: impl FnOnce(Work<'k>)) {
-        let (k, c) = (self.k, self.c);
-        let packs = if c.pack == 1 { self.heads[0] } else { self.heads[0] / c.pack };
-        self.schedule.for_each(|Place { head, column }| {
-            if c.lengths == Lengths::Packed {
-                let found = self.sequences.find(column, c.tile_positions());
-                // Those with the most keys first.
-                let tile = match c.mask {
-                    Mask::Right => found.tiles - 1 - found.tile,
-                    Mask::None | Mask::Window => found.tile,
-                };
-                k.if_(found.exists, || {
-                    let queries = found.queries;
-                    body(self.work((k.var(0), found.sequence), head, (tile, None), queries));
-                });
-            } else {
-                let (tile, part) = match self.parts {
-                    None => (column, None),
-                    Some(parts) => (column / parts, Some(column % parts)),
-                };
-                let batch = head / packs;
-                let queries = self.sequences.side(0, batch);
-                body(self.work((batch, batch), head - batch * packs, (tile, part), queries));
-            }
-        });
-    }
-
-    fn work(
-        &self,
-        (batch, sequence): (Reg<'k, u32>, Reg<'k, u32>),
-        pack: Reg<'k, u32>,
-        (tile, part): (Reg<'k, u32>, Option<Reg<'k, u32>>),
-        queries: Side<'k>,
-    ) -> Work<'k> {
-        let c = self.c;
-        let keys = self.sequences.side(1, sequence);
-        let first = (tile * c.tile_positions()).cast::<i32>();
-        let offset = keys.count - queries.count;
-        let sight = Sight {
-            keys: keys.count,
-            end: self.right.map(|right| offset + right + 1),
-            begin: self.left.map(|left| offset - left),
-        };
-        let last = (first + c.tile_positions() as i32).min(queries.count);
-        let mut blocks = sight.blocks(first, last, c.keys);
-        if c.lengths == Lengths::Padded {
-            blocks.end = blocks.end.or_else(first.lt(queries.count), 0);
-        }
-        if let (Some(part), Some(parts)) = (part, self.parts) {
-            let each = (blocks.end - blocks.begin).or_zero() + (parts - 1);
-            let each = each / parts;
-            blocks.begin = blocks.begin + (part * each).cast();
-            blocks.end = blocks.end.min(blocks.begin + each.cast());
-        }
-        let head = if c.pack == 1 { pack } else { pack * c.pack };
-        let kv_head = head / self.heads[1];
-        Work { batch, sequence, pack, head, kv_head, part, first, queries, keys, sight, blocks }
-    }
 }

@@ -1,8 +1,9 @@
 //! From sums to the result: normalised, staged, stored.
 
-use super::attend::{Group, Row};
-use super::{Attention, Memory, Work};
+use super::Attention;
+use super::attend::Group;
 use crate::kernel::attention::Lengths;
+use crate::kernel::attention::work::{Memory, Row, Work};
 use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::{Element, slab};
 use crate::ptx::Reg;
@@ -34,19 +35,9 @@ impl<'k> Attention<'k, '_> {
             }
             (None, None) => unreachable!("there is a result"),
         }
-        if let Some((lse, part)) = self.lse {
+        if let Some(lse) = self.lse {
             let writes = (g.seat.lane % 4).eq(0);
-            for (row, &value) in rows.iter().zip(&finished.lse) {
-                let value = row.some.map_or(value, |some| value.or_else(some, f32::NEG_INFINITY));
-                let head = work.batch * self.heads[0] + row.query.head;
-                let mut index = head.mul_wide(self.size[0].cast::<u32>());
-                index = index + work.queries.at(row.query.row).wide();
-                if let (Some(stride), Some(part)) = (part, work.part) {
-                    index = index + part.wide() * stride;
-                }
-                let at = lse + index * 4u64;
-                k.when(writes & row.inside, || k.st_global(at, [value]));
-            }
+            lse.store(&self.tiles, work, rows, finished.lse, writes);
         }
     }
 
@@ -107,15 +98,10 @@ impl<'k> Attention<'k, '_> {
     ) {
         let (k, c) = (self.k, self.c);
         let size = c.out.size();
-        let mut start = work.batch.wide() * memory.batch;
-        if let (Some(stride), Some(part)) = (memory.part, work.part) {
-            start = start + part.wide() * stride;
-        }
+        let start = memory.start(work);
         let col = g.seat.lane % 4 * 2;
         for (h, row) in rows.iter().enumerate() {
-            let at = start + row.query.head.wide() * memory.head + col.wide();
-            let at = at + work.queries.at(row.query.row).wide() * memory.row;
-            let at = memory.address + at * u64::from(size);
+            let at = memory.at(start, work, row, col, size);
             let pairs: Vec<_> = sums.chunks(4).map(|quad| &quad[2 * h..][..2]).collect();
             k.if_(row.inside, || {
                 for (j, pair) in pairs.iter().enumerate() {

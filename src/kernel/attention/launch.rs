@@ -1,0 +1,94 @@
+//! The numbers of a launch.
+
+use super::combine::MAX_PARTS;
+use super::{Lengths, Mask, Problem, Section};
+
+/// Sequences, and the widths of masks, are shorter: the sum of three is a number of 32 bits.
+pub const MAX_LENGTH: u64 = 1 << 29;
+
+/// What of a configuration says which tiles there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Tiling {
+    /// Queries of each head in a tile.
+    pub positions: u32,
+    /// Heads of a tile.
+    pub pack: u32,
+    /// Keys of a block.
+    pub keys: u32,
+    /// What hides keys.
+    pub mask: Mask,
+    /// How long sequences are.
+    pub lengths: Lengths,
+    /// Whether the keys of a tile are divided.
+    pub split: bool,
+    /// Blocks of threads that share a multiprocessor.
+    pub blocks_per_sm: u32,
+    /// Bytes of keys and values that are meant to stay in L2 together.
+    pub section_bytes: u64,
+}
+
+/// The numbers of a launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// The order of tiles.
+    pub order: Section,
+    /// Parts of the keys of a tile: 1 unless the configuration splits them.
+    pub parts: u32,
+    /// Query `i` sees keys from `i + o - left` on, where that is a parameter.
+    pub left: i32,
+    /// Query `i` sees keys up to `i + o + right`, where that is a parameter.
+    pub right: i32,
+    /// Blocks of the grid.
+    pub blocks: u32,
+}
+
+impl Launch {
+    /// Of a configuration on a problem.
+    pub fn new(config: impl Into<Tiling>, problem: &Problem, multiprocessors: u32) -> Self {
+        let tiling = config.into();
+        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        let room = multiprocessors * tiling.blocks_per_sm;
+        let packs = problem.heads / u64::from(tiling.pack);
+        let positions = u64::from(tiling.positions);
+        let (heads, each) = match tiling.lengths {
+            Lengths::Full | Lengths::Padded => {
+                (packs * problem.batch, problem.queries.div_ceil(positions))
+            }
+            // The last tile of each sequence may be cut off.
+            Lengths::Packed => (packs, problem.queries.div_ceil(positions) + problem.batch),
+        };
+        let parts = match tiling.split {
+            false => 1,
+            true => {
+                let blocks = problem.seen_keys(positions).div_ceil(tiling.keys.into());
+                let most = blocks.min(MAX_PARTS.into());
+                let parts = u64::from(room) / heads.saturating_mul(each).max(1);
+                // No more than have blocks.
+                blocks.div_ceil(blocks.div_ceil(parts.clamp(1, most)))
+            }
+        };
+        let tiles = heads.saturating_mul(each * parts);
+        // Under a causal mask the tiles of a head differ, so that those of several are sorted.
+        let section = match tiling.mask {
+            Mask::Right => {
+                let dims = problem.head_dim + problem.value_dim;
+                let group = (problem.heads / problem.kv_heads / u64::from(tiling.pack)).max(1);
+                (tiling.section_bytes / (problem.keys * dims * 2).max(1)).max(1) * group
+            }
+            Mask::None | Mask::Window => 1,
+        };
+        let width = |keys: Option<u64>| keys.unwrap_or(MAX_LENGTH).min(MAX_LENGTH) as i32;
+        Self {
+            order: Section {
+                heads: count(heads),
+                columns: count(each * parts),
+                tiles: count(tiles),
+                section: count(section.min(heads)),
+            },
+            parts: count(parts),
+            left: width(problem.left),
+            right: width(problem.right),
+            blocks: count(tiles).min(room),
+        }
+    }
+}

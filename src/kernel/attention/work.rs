@@ -1,0 +1,243 @@
+//! What a block of threads works at: tiles of queries, the keys that each sees, and their rows.
+
+use super::launch::Tiling;
+use super::lengths::{Sequences, Side};
+use super::mask::{Blocks, Sight};
+use super::schedule::{Place, Schedule};
+use super::scores::Query;
+use super::{Lengths, Mask};
+use crate::ptx::{Kernel, Reg};
+
+/// The tiles of a launch.
+pub struct Tiles<'k> {
+    tiling: Tiling,
+    /// Queries and keys of the tensors.
+    size: [Reg<'k, i32>; 2],
+    /// Heads of the queries, and of those how many share keys.
+    heads: [Reg<'k, u32>; 2],
+    right: Option<Reg<'k, i32>>,
+    left: Option<Reg<'k, i32>>,
+    sequences: Sequences<'k>,
+    parts: Option<Reg<'k, u32>>,
+    schedule: Schedule<'k>,
+}
+
+/// A tile of queries, or a part of its keys.
+#[derive(Clone, Copy)]
+pub struct Work<'k> {
+    /// In the tensors.
+    pub batch: Reg<'k, u32>,
+    pub sequence: Reg<'k, u32>,
+    /// The number of its pack of heads, and the first one.
+    pub pack: Reg<'k, u32>,
+    pub head: Reg<'k, u32>,
+    /// Of keys and values.
+    pub kv_head: Reg<'k, u32>,
+    pub part: Option<Reg<'k, u32>>,
+    /// The tile's first query.
+    pub first: Reg<'k, i32>,
+    pub queries: Side<'k>,
+    pub keys: Side<'k>,
+    pub sight: Sight<'k>,
+    pub blocks: Blocks<'k>,
+}
+
+/// A row of a thread.
+#[derive(Clone, Copy)]
+pub struct Row<'k> {
+    pub query: Query<'k>,
+    /// Whether it is stored.
+    pub inside: Reg<'k, bool>,
+    /// Whether it is a query, where others are stored, too.
+    pub some: Option<Reg<'k, bool>>,
+}
+
+impl<'k> Tiles<'k> {
+    /// Declares the parameters `right` with a mask, `left` for a window, those of
+    /// [`Sequences::params`], `parts` for a split, and those of [`Schedule::params`].
+    pub fn params(
+        k: &'k Kernel,
+        tiling: Tiling,
+        size: [Reg<'k, i32>; 2],
+        heads: [Reg<'k, u32>; 2],
+    ) -> Self {
+        let right = (tiling.mask != Mask::None).then(|| k.param("right"));
+        let left = (tiling.mask == Mask::Window).then(|| k.param("left"));
+        let sequences = Sequences::params(k, tiling.lengths, size);
+        let parts = tiling.split.then(|| k.param("parts"));
+        let schedule = Schedule::params(k);
+        Self { tiling, size, heads, right, left, sequences, parts, schedule }
+    }
+
+    /// Runs `body` for each tile of this block.
+    pub fn for_each(&self, body: impl FnOnce(Work<'k>)) {
+        let (k, c) = (self.size[0].kernel(), &self.tiling);
+        let packs = if c.pack == 1 { self.heads[0] } else { self.heads[0] / c.pack };
+        self.schedule.for_each(|Place { head, column }| {
+            if c.lengths == Lengths::Packed {
+                let found = self.sequences.find(column, c.positions);
+                // Those with the most keys first.
+                let tile = match c.mask {
+                    Mask::Right => found.tiles - 1 - found.tile,
+                    Mask::None | Mask::Window => found.tile,
+                };
+                k.if_(found.exists, || {
+                    let queries = found.queries;
+                    body(self.work((k.var(0), found.sequence), head, (tile, None), queries));
+                });
+            } else {
+                let (tile, part) = match self.parts {
+                    None => (column, None),
+                    Some(parts) => (column / parts, Some(column % parts)),
+                };
+                let batch = head / packs;
+                let queries = self.sequences.side(0, batch);
+                body(self.work((batch, batch), head - batch * packs, (tile, part), queries));
+            }
+        });
+    }
+
+    fn work(
+        &self,
+        (batch, sequence): (Reg<'k, u32>, Reg<'k, u32>),
+        pack: Reg<'k, u32>,
+        (tile, part): (Reg<'k, u32>, Option<Reg<'k, u32>>),
+        queries: Side<'k>,
+    ) -> Work<'k> {
+        let c = &self.tiling;
+        let keys = self.sequences.side(1, sequence);
+        let first = (tile * c.positions).cast::<i32>();
+        let offset = keys.count - queries.count;
+        let sight = Sight {
+            keys: keys.count,
+            end: self.right.map(|right| offset + right + 1),
+            begin: self.left.map(|left| offset - left),
+        };
+        let last = (first + c.positions as i32).min(queries.count);
+        let mut blocks = sight.blocks(first, last, c.keys);
+        if c.lengths == Lengths::Padded {
+            blocks.end = blocks.end.or_else(first.lt(queries.count), 0);
+        }
+        if let (Some(part), Some(parts)) = (part, self.parts) {
+            let each = (blocks.end - blocks.begin).or_zero() + (parts - 1);
+            let each = each / parts;
+            blocks.begin = blocks.begin + (part * each).cast();
+            blocks.end = blocks.end.min(blocks.begin + each.cast());
+        }
+        let head = if c.pack == 1 { pack } else { pack * c.pack };
+        let kv_head = head / self.heads[1];
+        Work { batch, sequence, pack, head, kv_head, part, first, queries, keys, sight, blocks }
+    }
+
+    /// Row `row` of those that begin with query `first` of a tile, and whether it is a query of the
+    /// tensor. `used` of them are, if not all.
+    pub fn row(
+        &self,
+        work: &Work<'k>,
+        first: Reg<'k, i32>,
+        row: Reg<'k, u32>,
+        used: Option<u32>,
+    ) -> Row<'k> {
+        let limit = match self.tiling.lengths {
+            Lengths::Full | Lengths::Packed => work.queries.count,
+            Lengths::Padded => self.size[0],
+        };
+        let (position, head) = match self.tiling.pack {
+            1 => (row, work.head),
+            pack => (row / pack, work.head + row % pack),
+        };
+        let position = first + position.cast();
+        let mut inside = position.lt(limit);
+        if let Some(used) = used {
+            inside = inside & row.lt(used);
+        }
+        let query = Query { batch: work.sequence, head, row: position };
+        // What pads a tensor becomes 0.
+        let padded = self.tiling.lengths == Lengths::Padded;
+        let some = padded.then(|| position.lt(work.queries.count));
+        Row { query, inside, some }
+    }
+}
+
+/// The result, for threads: an address, and strides in elements.
+#[derive(Clone, Copy)]
+pub struct Memory<'k> {
+    pub address: Reg<'k, u64>,
+    row: Reg<'k, u64>,
+    head: Reg<'k, u64>,
+    batch: Reg<'k, u64>,
+    part: Option<Reg<'k, u64>>,
+}
+
+impl<'k> Memory<'k> {
+    /// Declares the parameters `out_at`, `out_row`, `out_head`, `out_batch`, and `out_part` for a split.
+    pub fn params(k: &'k Kernel, split: bool) -> Self {
+        Self {
+            address: k.pointer("out_at"),
+            row: k.param("out_row"),
+            head: k.param("out_head"),
+            batch: k.param("out_batch"),
+            part: split.then(|| k.param("out_part")),
+        }
+    }
+
+    /// Where a tile begins.
+    pub fn start(&self, work: &Work<'k>) -> Reg<'k, u64> {
+        let mut start = work.batch.wide() * self.batch;
+        if let (Some(stride), Some(part)) = (self.part, work.part) {
+            start = start + part.wide() * stride;
+        }
+        start
+    }
+
+    /// The address of an element of `size` bytes in a row of a tile that begins at `start`.
+    pub fn at(
+        &self,
+        start: Reg<'k, u64>,
+        work: &Work<'k>,
+        row: &Row<'k>,
+        col: Reg<'k, u32>,
+        size: u32,
+    ) -> Reg<'k, u64> {
+        let at = start + row.query.head.wide() * self.head + col.wide();
+        let at = at + work.queries.at(row.query.row).wide() * self.row;
+        self.address + at * u64::from(size)
+    }
+}
+
+/// Where the logarithms of the sums go: f32, `[batch, heads, queries]`.
+#[derive(Clone, Copy)]
+pub struct Logarithms<'k> {
+    address: Reg<'k, u64>,
+    part: Option<Reg<'k, u64>>,
+}
+
+impl<'k> Logarithms<'k> {
+    /// Declares the parameters `lse`, and `lse_part` for a split.
+    pub fn params(k: &'k Kernel, split: bool) -> Self {
+        Self { address: k.pointer("lse"), part: split.then(|| k.param("lse_part")) }
+    }
+
+    /// Stores those of two rows by the lanes that are asked to.
+    pub fn store(
+        &self,
+        tiles: &Tiles<'k>,
+        work: &Work<'k>,
+        rows: [Row<'k>; 2],
+        values: [Reg<'k, f32>; 2],
+        writes: Reg<'k, bool>,
+    ) {
+        let k = writes.kernel();
+        for (row, value) in rows.iter().zip(values) {
+            let value = row.some.map_or(value, |some| value.or_else(some, f32::NEG_INFINITY));
+            let head = work.batch * tiles.heads[0] + row.query.head;
+            let mut index = head.mul_wide(tiles.size[0].cast::<u32>());
+            index = index + work.queries.at(row.query.row).wide();
+            if let (Some(stride), Some(part)) = (self.part, work.part) {
+                index = index + part.wide() * stride;
+            }
+            let at = self.address + index * 4u64;
+            k.when(writes & row.inside, || k.st_global(at, [value]));
+        }
+    }
+}
