@@ -5,6 +5,7 @@
 //! alone decides the text, so that it is the key under which compiled kernels are kept.
 
 pub mod attention;
+mod chunk;
 mod epilogue;
 pub mod gemm;
 pub(crate) mod hopper;

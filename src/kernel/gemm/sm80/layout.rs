@@ -1,31 +1,11 @@
 //! Where an operand's part of a stage lies in shared memory: who writes which 16 bytes, who reads
 //! them. The formulas work on registers in a kernel and on integers in the tests below.
 
-use std::ops::{Add, BitXor, Div, Mul, Rem};
-
+pub use crate::kernel::chunk::{CHUNK, CHUNK_ELEMENTS, Word};
 use crate::kernel::gemm::Major;
-use crate::ptx::Reg;
 
-/// Bytes of one asynchronous copy and of one line of an 8×8 matrix.
-pub const CHUNK: u32 = 16;
-/// Elements of those.
-pub const CHUNK_ELEMENTS: u32 = 8;
 /// Bytes that shared memory gives in a cycle.
 const BANKS: u32 = 128;
-
-/// What addresses are computed with.
-pub trait Word:
-    Copy
-    + Add<Output = Self>
-    + Add<u32, Output = Self>
-    + Mul<u32, Output = Self>
-    + Div<u32, Output = Self>
-    + Rem<u32, Output = Self>
-    + BitXor<Output = Self>
-{
-}
-impl Word for u32 {}
-impl Word for Reg<'_, u32> {}
 
 /// Which operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
