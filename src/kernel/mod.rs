@@ -58,6 +58,8 @@ pub enum Config {
     MatmulReduce(gemm::sm80::Reduce),
     /// Attention on Hopper.
     FlashSm90(attention::sm90::Config),
+    /// Attention on any GPU from Ampere on.
+    FlashSm80(attention::sm80::Config),
     /// The results of an attention's parts, put together.
     FlashCombine(attention::combine::Config),
 }
@@ -70,6 +72,7 @@ impl Config {
             Self::MatmulSm80(config) => gemm::sm80::emit(config),
             Self::MatmulReduce(config) => gemm::sm80::emit_reduce(config),
             Self::FlashSm90(config) => attention::sm90::emit(config),
+            Self::FlashSm80(config) => attention::sm80::emit(config),
             Self::FlashCombine(config) => attention::combine::emit(config),
         }
     }

@@ -3,6 +3,7 @@
 
 use std::fmt::Write;
 
+use super::attention::{Lengths, Mask, Scores};
 use super::gemm::{Epilogue, Major, sm80, sm90};
 use super::{Config, Element, attention};
 use crate::Activation;
@@ -16,6 +17,7 @@ impl Config {
             Self::MatmulSm80(config) => config.name(),
             Self::MatmulReduce(config) => config.name(),
             Self::FlashSm90(config) => config.name(),
+            Self::FlashSm80(config) => config.name(),
             Self::FlashCombine(config) => config.name(),
         }
     }
@@ -82,7 +84,6 @@ impl attention::sm90::Config {
     /// rows of a tile and keys of a block, elements of a query and of a value, stages, slabs of the
     /// result, heads of a tile; types, mask, bias, lengths, what becomes of scores, how what is stored.
     pub fn name(&self) -> String {
-        use attention::{Lengths, Mask};
         let Self { rows, keys, head_dim, value_dim, stages, slabs, scores, .. } = self;
         let mut name =
             format!("flash90 {rows}x{keys} d{head_dim}/{value_dim} x{stages} slabs{slabs}");
@@ -90,30 +91,28 @@ impl attention::sm90::Config {
         if self.pack > 1 {
             add(&mut name, format_args!(" pack{}", self.pack));
         }
-        add(&mut name, format_args!(", {}→{}", self.half.name(), element(self.out)));
-        name.push_str(match self.mask {
-            Mask::None => "",
-            Mask::Right => " causal",
-            Mask::Window => " window",
-        });
-        if let Some(bias) = scores.bias {
-            let pairs = if bias.pairs { "x2" } else { "" };
-            add(&mut name, format_args!(" +{}{pairs}", element(bias.element)));
-        }
-        name.push_str(match self.lengths {
-            Lengths::Full => "",
-            Lengths::Padded => " padded",
-            Lengths::Packed => " packed",
-        });
         let direct = self.store == attention::sm90::Store::Direct;
-        let words = [
-            (scores.shrunk, " shrunk"),
-            (scores.softcap, " softcap"),
-            (scores.alibi, " alibi"),
-            (self.lse, " lse"),
-            (direct, " direct"),
-            (self.split, " split"),
-        ];
+        flash(&mut name, (self.half, self.out), self.mask, scores, self.lengths);
+        let words = [(self.lse, " lse"), (direct, " direct"), (self.split, " split")];
+        words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
+        name
+    }
+}
+
+impl attention::sm80::Config {
+    /// `flash80 128x64 d128/64 2/sm kept pack4, bf16→f32 causal +bf16 softcap alibi packed lse split`: as
+    /// for [`attention::sm90::Config::name`], with the blocks of a multiprocessor, and whether queries
+    /// stay in registers.
+    pub fn name(&self) -> String {
+        let Self { keys, head_dim, value_dim, scores, .. } = self;
+        let mut name = format!("flash80 {}x{keys} d{head_dim}/{value_dim}", self.rows());
+        shared_sm(&mut name, self.blocks_per_sm);
+        name.push_str(if self.kept { " kept" } else { "" });
+        if self.pack > 1 {
+            add(&mut name, format_args!(" pack{}", self.pack));
+        }
+        flash(&mut name, (self.half, self.out), self.mask, scores, self.lengths);
+        let words = [(self.lse, " lse"), (self.split, " split")];
         words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
         name
     }
@@ -126,6 +125,34 @@ impl attention::combine::Config {
         let (dim, parts) = (self.value_dim, 32 * self.rounds);
         format!("combine d{dim} parts{parts}, →{}{lse}", element(self.out))
     }
+}
+
+/// The variant of an attention.
+fn flash(
+    name: &mut String,
+    (half, out): (Half, Element),
+    mask: Mask,
+    scores: &Scores,
+    lengths: Lengths,
+) {
+    add(name, format_args!(", {}→{}", half.name(), element(out)));
+    name.push_str(match mask {
+        Mask::None => "",
+        Mask::Right => " causal",
+        Mask::Window => " window",
+    });
+    if let Some(bias) = scores.bias {
+        let pairs = if bias.pairs { "x2" } else { "" };
+        add(name, format_args!(" +{}{pairs}", element(bias.element)));
+    }
+    name.push_str(match lengths {
+        Lengths::Full => "",
+        Lengths::Padded => " padded",
+        Lengths::Packed => " packed",
+    });
+    let words =
+        [(scores.shrunk, " shrunk"), (scores.softcap, " softcap"), (scores.alibi, " alibi")];
+    words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
 }
 
 fn add(name: &mut String, text: std::fmt::Arguments) {

@@ -38,15 +38,15 @@ pub enum Facts {
 }
 
 /// All families: a new one is a line here. H100 SXM and PCIe; A100, RTX 4090 and H100.
-pub static CHOOSERS: [Chooser; 3] = [
+pub static CHOOSERS: [Chooser; 4] = [
     Chooser { gpus: &HOPPERS, of_a_shape: 3, choose: hopper },
     Chooser { gpus: &HOPPERS, of_a_shape: 1, choose: flash },
-    Chooser {
-        gpus: &[gpu("sm_80", 108, 166_912), gpu("sm_89", 128, 101_376), gpu("sm_90", 132, 232_448)],
-        of_a_shape: 2,
-        choose: portable,
-    },
+    Chooser { gpus: &ALL, of_a_shape: 2, choose: portable },
+    Chooser { gpus: &ALL, of_a_shape: 1, choose: portable_flash },
 ];
+
+static ALL: [Gpu; 3] =
+    [gpu("sm_80", 108, 166_912), gpu("sm_89", 128, 101_376), gpu("sm_90", 132, 232_448)];
 
 static HOPPERS: [Gpu; 2] = [gpu("sm_90a", 132, 232_448), gpu("sm_90a", 114, 232_448)];
 
@@ -60,13 +60,24 @@ fn hopper(facts: &Facts, device: &Device) -> Vec<Config> {
 fn flash(facts: &Facts, device: &Device) -> Vec<Config> {
     let Facts::Attention(problem) = facts else { return vec![] };
     let config = attention::choose::choose(problem, device);
-    let launch = attention::sm90::Launch::new(&config, problem, device.multiprocessors);
-    let combine = config.split.then(|| {
-        let dim = config.value_dim;
-        let of = attention::combine::Config::new(problem.out, dim, launch.parts, problem.lse);
-        Config::FlashCombine(of)
-    });
+    let launch = attention::Launch::new(&config, problem, device.multiprocessors);
+    let combine = config.split.then(|| combine(problem, &launch));
     [Config::FlashSm90(config)].into_iter().chain(combine).collect()
+}
+
+fn portable_flash(facts: &Facts, device: &Device) -> Vec<Config> {
+    let Facts::Attention(problem) = facts else { return vec![] };
+    let config = attention::sm80::choose(problem, device);
+    let launch = attention::Launch::new(&config, problem, device.multiprocessors);
+    let combine = config.split.then(|| combine(problem, &launch));
+    [Config::FlashSm80(config)].into_iter().chain(combine).collect()
+}
+
+/// What puts parts together.
+fn combine(problem: &attention::Problem, launch: &attention::Launch) -> Config {
+    let dim = problem.value_dim as u32;
+    let of = attention::combine::Config::new(problem.out, dim, launch.parts, problem.lse);
+    Config::FlashCombine(of)
 }
 
 fn portable(facts: &Facts, device: &Device) -> Vec<Config> {
@@ -209,6 +220,7 @@ impl Choice {
         match self.kernel {
             Config::MatmulSm90(config) => config.blocks_per_sm,
             Config::MatmulSm80(config) => config.blocks_per_sm,
+            Config::FlashSm80(config) => config.blocks_per_sm,
             Config::MatmulReduce(_) | Config::FlashSm90(_) | Config::FlashCombine(_) => 1,
         }
     }
@@ -408,6 +420,9 @@ fn choices_fit_their_problems() {
             (Config::FlashSm90(config), Facts::Attention(problem)) => {
                 flash_fits(config, gpu, problem)
             }
+            (Config::FlashSm80(config), Facts::Attention(problem)) => {
+                portable_flash_fits(config, gpu, problem)
+            }
             (Config::FlashCombine(config), Facts::Attention(problem)) => {
                 rule(config.out == problem.out, "another type")
             }
@@ -457,7 +472,28 @@ fn flash_fits(
     rule(dims[0] >= problem.head_dim && dims[1] == problem.value_dim, "other sizes")?;
     let group = problem.heads / problem.kv_heads;
     rule(group.is_multiple_of(config.pack.into()), "heads that share no keys")?;
-    let launch = attention::sm90::Launch::new(config, problem, gpu.device.multiprocessors);
+    launch_fits(&attention::Launch::new(config, problem, gpu.device.multiprocessors))
+}
+
+fn portable_flash_fits(
+    config: &attention::sm80::Config,
+    gpu: &Gpu,
+    problem: &attention::Problem,
+) -> Result<(), String> {
+    config.check(gpu.device.shared_per_block)?;
+    let facts = (config.half, config.mask, config.scores, config.lengths);
+    let wanted = (problem.half, problem.mask(), problem.scores, problem.lengths);
+    rule(facts == wanted, "another problem's facts")?;
+    rule(config.split || config.out == problem.out, "another type")?;
+    rule(config.lse || !problem.lse, "sums that are not stored")?;
+    let dims = [config.head_dim, config.value_dim].map(u64::from);
+    rule(dims == [problem.head_dim, problem.value_dim], "other sizes")?;
+    let group = problem.heads / problem.kv_heads;
+    rule(group.is_multiple_of(config.pack.into()), "heads that share no keys")?;
+    launch_fits(&attention::Launch::new(config, problem, gpu.device.multiprocessors))
+}
+
+fn launch_fits(launch: &attention::Launch) -> Result<(), String> {
     let tiles = launch.order.heads * launch.order.columns;
     rule(launch.order.tiles == tiles && tiles > 0, "tiles that are not counted")?;
     rule((1..=tiles).contains(&launch.blocks), "blocks without tiles")?;

@@ -9,7 +9,7 @@ use crate::kernel::{Device, Element};
 pub fn choose(problem: &Problem, device: &Device) -> Config {
     let head_dim = (problem.head_dim as u32).next_multiple_of(16);
     let value_dim = problem.value_dim as u32;
-    let pack = pack(problem);
+    let pack = pack(problem, 64);
     // So many warpgroups have registers for their sums.
     let most = if head_dim.max(value_dim) <= 64 { 3 } else { 2 };
     let warpgroups = warpgroups(problem, pack, most, device.multiprocessors);
@@ -101,15 +101,16 @@ fn tiles(problem: &Problem, pack: u32, warpgroups: u64) -> u64 {
     tiles_of_head(problem, pack, warpgroups).saturating_mul(packs)
 }
 
-/// Heads of a tile: more than one where a head alone would not fill its rows.
-fn pack(problem: &Problem) -> u32 {
+/// Heads of a tile: more than one where a head alone would not fill its rows, which come in groups of
+/// `rows`.
+pub(super) fn pack(problem: &Problem, rows: u64) -> u32 {
     let group = problem.heads / problem.kv_heads;
-    // Groups of 64 rows for the heads that share keys.
-    let rows = |pack: u64| problem.queries.div_ceil(64 / pack) * (group / pack);
+    // Groups of rows for the heads that share keys.
+    let groups = |pack: u64| problem.queries.div_ceil(rows / pack) * (group / pack);
     let best =
-        (1..=group.min(64)).filter(|&pack| group.is_multiple_of(pack)).min_by_key(|&p| rows(p));
+        (1..=group.min(rows)).filter(|&pack| group.is_multiple_of(pack)).min_by_key(|&p| groups(p));
     match best {
-        Some(best) if rows(best) * 10 < rows(1) * 9 => best as u32,
+        Some(best) if groups(best) * 10 < groups(1) * 9 => best as u32,
         _ => 1,
     }
 }

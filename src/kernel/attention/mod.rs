@@ -11,6 +11,7 @@ mod work;
 
 pub mod choose;
 pub mod combine;
+pub mod sm80;
 pub mod sm90;
 
 pub use launch::{Launch, MAX_LENGTH, Tiling};

@@ -1,0 +1,155 @@
+//! Which configuration a problem gets.
+
+use super::Config;
+use crate::kernel::attention::choose::pack;
+use crate::kernel::attention::{Lengths, Problem};
+use crate::kernel::{Device, Element};
+
+/// Warps, keys of a block, blocks of a multiprocessor, and whether queries stay in registers: the first
+/// that fits is taken. Four warps are for problems of few tiles.
+const TILES: [(u32, u32, u32, bool); 13] = [
+    (8, 64, 2, false),
+    (8, 64, 1, true),
+    (8, 64, 1, false),
+    (8, 32, 1, true),
+    (8, 32, 1, false),
+    (4, 64, 2, true),
+    (4, 64, 2, false),
+    (4, 64, 1, true),
+    (4, 64, 1, false),
+    (4, 32, 1, true),
+    (4, 32, 1, false),
+    (4, 16, 1, true),
+    (4, 16, 1, false),
+];
+
+/// The configuration for a problem. If it splits the keys, a kernel of
+/// [`combine`](crate::kernel::attention::combine) follows.
+pub fn choose(problem: &Problem, device: &Device) -> Config {
+    // Tiles of 64 rows.
+    let pack = pack(problem, 64);
+    let sequences = match problem.lengths {
+        Lengths::Full | Lengths::Padded => problem.batch,
+        Lengths::Packed => 1,
+    };
+    let groups = problem.queries.div_ceil((64 / pack).into());
+    let tiles = groups * problem.heads / u64::from(pack) * sequences;
+    // Few tiles: smaller ones, so that more multiprocessors have one.
+    let few = groups == 1 || tiles <= u64::from(device.multiprocessors) * 2;
+    // The few that are left take a while each: the time of some blocks pays for putting parts together.
+    let long = problem.seen_keys(64) >= 8 * 64;
+    let idle = tiles * 2 <= device.multiprocessors.into();
+    let split = idle && long && problem.lengths != Lengths::Packed;
+    let config = |(warps, keys, blocks_per_sm, kept)| Config {
+        half: problem.half,
+        out: if split { Element::F32 } else { problem.out },
+        head_dim: problem.head_dim as u32,
+        value_dim: problem.value_dim as u32,
+        warps,
+        keys,
+        blocks_per_sm,
+        kept,
+        mask: problem.mask(),
+        scores: problem.scores,
+        lengths: problem.lengths,
+        pack,
+        split,
+        lse: problem.lse || split,
+    };
+    TILES
+        .into_iter()
+        .filter(|&(warps, ..)| warps == 4 || !few)
+        .map(config)
+        .find(|config| config.check(device.shared_per_block).is_ok())
+        .expect("the small tiles fit every device")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::attention::sm80::Launch;
+    use crate::kernel::attention::{Bias, Scores};
+    use crate::ptx::{Half, Target};
+
+    const fn device(multiprocessors: u32, shared_per_block: u32) -> Device {
+        Device { target: Target::Sm80, multiprocessors, shared_per_block }
+    }
+    const A100: Device = device(108, 166_912);
+    const ADA: Device = device(128, 101_376);
+    const H200: Device = device(132, 232_448);
+
+    fn problem(queries: u64, keys: u64, dim: u64) -> Problem {
+        Problem {
+            batch: 2,
+            heads: 32,
+            kv_heads: 8,
+            queries,
+            keys,
+            head_dim: dim,
+            value_dim: dim,
+            half: Half::F16,
+            out: Element::Half(Half::F16),
+            left: None,
+            right: Some(0),
+            scores: Scores::default(),
+            lengths: Lengths::Full,
+            lse: false,
+        }
+    }
+
+    #[test]
+    fn long_sequences_take_large_tiles() {
+        for device in [A100, ADA, H200] {
+            let tile = |dim| {
+                let c = choose(&problem(4096, 4096, dim), &device);
+                (c.rows(), c.keys, c.blocks_per_sm)
+            };
+            assert_eq!(tile(64), (128, 64, 2));
+            assert_eq!(tile(128), (128, 64, 1));
+        }
+    }
+
+    #[test]
+    fn wide_heads_take_few_keys_where_memory_is_short() {
+        let keys = |device| {
+            let c = choose(&problem(4096, 4096, 256), device);
+            (c.rows(), c.keys)
+        };
+        assert_eq!([keys(&A100), keys(&ADA)], [(128, 32), (64, 32)]);
+    }
+
+    #[test]
+    fn one_token_packs_heads_and_splits_keys() {
+        let one = Problem { batch: 1, ..problem(1, 8192, 128) };
+        for device in [A100, ADA, H200] {
+            let c = choose(&one, &device);
+            assert_eq!((c.rows(), c.pack, c.split, c.out), (64, 4, true, Element::F32));
+            let launch = Launch::new(&c, &one, device.multiprocessors);
+            assert_eq!(launch.order.tiles, 8 * launch.parts);
+            assert!(launch.order.tiles >= device.multiprocessors * 3 / 4, "{launch:?}");
+        }
+    }
+
+    #[test]
+    fn every_choice_can_be_built() {
+        let bias = |element| Some(Bias { element, pairs: false });
+        let biases = [None, bias(Element::F32), bias(Element::Half(Half::F16))];
+        for device in [A100, ADA, H200] {
+            for dim in 1..=256 {
+                for value_dim in [8, 64, 136, 256] {
+                    for (queries, keys) in [(1, 1), (1, 4096), (70, 10_000), (4096, 4096)] {
+                        for (lengths, bias) in [Lengths::Full, Lengths::Padded, Lengths::Packed]
+                            .into_iter()
+                            .zip(biases)
+                        {
+                            let scores = Scores { bias, ..Scores::default() };
+                            let p = problem(queries, keys, dim);
+                            let p = Problem { value_dim, lengths, scores, left: Some(9), ..p };
+                            choose(&p, &device).check(device.shared_per_block).unwrap();
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

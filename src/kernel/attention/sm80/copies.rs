@@ -1,0 +1,144 @@
+//! A thread's copies of queries, keys and values to shared memory. What no sequence has becomes zeros.
+
+use super::lines::Lines;
+use crate::kernel::chunk::{CHUNK, CHUNK_ELEMENTS};
+use crate::ptx::{Address, Kernel, Reg, Value};
+
+/// Bytes of an element.
+const HALF: u32 = 2;
+
+/// An operand in global memory, strides in elements.
+#[derive(Clone, Copy)]
+pub struct Operand<'k> {
+    address: Reg<'k, u64>,
+    row: Reg<'k, u64>,
+    head: Reg<'k, u64>,
+    batch: Reg<'k, u64>,
+}
+
+impl<'k> Operand<'k> {
+    /// Declares the parameters `NAME`, `NAME_row`, `NAME_head`, `NAME_batch`.
+    pub fn params(k: &'k Kernel, name: &str) -> Self {
+        let address = k.pointer(name);
+        let [row, head, batch] =
+            ["row", "head", "batch"].map(|stride| k.param(&format!("{name}_{stride}")));
+        Self { address, row, head, batch }
+    }
+
+    fn head(&self, batch: Reg<'k, u32>, head: Reg<'k, u32>) -> Reg<'k, u64> {
+        batch.wide() * self.batch + head.wide() * self.head
+    }
+}
+
+/// One thread's part of a stage of an operand.
+pub struct Copies<'k> {
+    operand: Operand<'k>,
+    lines: Lines,
+    /// How many are copied together.
+    together: u32,
+    /// The first of this thread's lines.
+    line: Reg<'k, u32>,
+    /// The elements before its chunks in a panel.
+    along: Reg<'k, u32>,
+    /// The address of its first copy in the first stage.
+    to: Reg<'k, u32>,
+    /// Of the last panel, if that is not whole: whether it has the thread's chunk, and how many of its
+    /// bytes are in memory.
+    last: Option<(Reg<'k, bool>, Reg<'k, u32>)>,
+}
+
+impl<'k> Copies<'k> {
+    /// By `threads` threads to lines that begin at `to`.
+    pub fn new(
+        operand: Operand<'k>,
+        lines: Lines,
+        threads: u32,
+        thread: Reg<'k, u32>,
+        to: Reg<'k, u32>,
+    ) -> Self {
+        let k = to.kernel();
+        let (line, chunk) = Lines::first_copy(thread);
+        let along = chunk * CHUNK_ELEMENTS;
+        let left = lines.dim % Lines::WIDTH;
+        let last = (left > 0).then(|| {
+            let bytes = (k.var(left) - along.min(left)).min(CHUNK_ELEMENTS) * HALF;
+            (chunk.lt(lines.chunks(lines.panels() - 1)), bytes)
+        });
+        let together = Lines::lines_together(threads);
+        Self { operand, lines, together, line, along, to: to + Lines::place(line, chunk), last }
+    }
+
+    /// This thread's lines, from its first.
+    fn further(&self) -> impl Iterator<Item = u32> {
+        (0..self.lines.count).step_by(self.together as usize)
+    }
+
+    /// Copies a line, `further` lines behind the thread's first, if it is `valid`, or else zeros.
+    fn copy(
+        &self,
+        stage: Reg<'k, u32>,
+        further: u32,
+        from: Reg<'k, u64>,
+        valid: Option<Reg<'k, bool>>,
+    ) {
+        let k = stage.kernel();
+        for panel in 0..self.lines.panels() {
+            let to = stage.at((panel * self.lines.panel_bytes() + further * Lines::BYTES).into());
+            let from = Address::from(from).at((panel * Lines::BYTES).into());
+            match self.last {
+                Some((mine, bytes)) if panel + 1 == self.lines.panels() => {
+                    let bytes = valid.map_or(bytes, |valid| bytes.or_else(valid, 0));
+                    k.when(mine, || k.cp_async(to, from, bytes));
+                }
+                _ => {
+                    let all = |valid: Reg<'k, bool>| k.var(CHUNK).or_else(valid, 0);
+                    let bytes = valid.map_or(Value::Literal(CHUNK), |v| Value::Reg(all(v)));
+                    k.cp_async(to, from, bytes);
+                }
+            }
+        }
+    }
+
+    /// Copies lines, each from a position and head of its own, if it is somewhere.
+    pub fn gather(
+        &self,
+        batch: Reg<'k, u32>,
+        at: impl Fn(Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, u32>, Reg<'k, bool>),
+    ) {
+        for further in self.further() {
+            let (position, head, valid) = at(self.line + further);
+            let start = self.operand.head(batch, head) + position.wide() * self.operand.row;
+            let from = self.operand.address + (start + self.along.wide()) * u64::from(HALF);
+            self.copy(self.to, further, from, Some(valid));
+        }
+    }
+
+    /// Where the thread's first line is from, if the first line is `position` of a head.
+    pub fn begin(
+        &self,
+        batch: Reg<'k, u32>,
+        head: Reg<'k, u32>,
+        position: Reg<'k, u32>,
+    ) -> Reg<'k, u64> {
+        let start = self.operand.head(batch, head);
+        let start = start + (position + self.line).wide() * self.operand.row;
+        self.operand.address + (start + self.along.wide()) * u64::from(HALF)
+    }
+
+    /// Copies lines that follow each other to the stage that begins `stage` bytes behind the first, and
+    /// goes back to the ones before them. Those from line `limit` on become zeros.
+    pub fn next(&self, pointer: Reg<'k, u64>, stage: Reg<'k, u32>, limit: Option<Reg<'k, i32>>) {
+        let stage = self.to + stage;
+        let step = self.operand.row * u64::from(self.together * HALF);
+        let mut from = pointer;
+        for further in self.further() {
+            if further > 0 {
+                from = from + step;
+            }
+            let valid = limit.map(|limit| limit.gt((self.line + further).cast::<i32>()));
+            self.copy(stage, further, from, valid);
+        }
+        let back = self.operand.row * u64::from(self.lines.count * HALF);
+        pointer.set(pointer - back);
+    }
+}

@@ -1,0 +1,78 @@
+//! From sums to the result: normalised, and stored by the threads.
+
+use super::Attention;
+use super::attend::Thread;
+use crate::kernel::Element;
+use crate::kernel::attention::work::{Row, Work};
+use crate::ptx::Reg;
+
+impl<'k> Attention<'k, '_> {
+    /// A tile's result, of this warp.
+    pub(super) fn store(&self, t: &Thread<'k>, work: &Work<'k>, rows: [Row<'k>; 2]) {
+        let finished = t.softmax.finish();
+        for (h, row) in rows.iter().enumerate() {
+            let normalised = |&sum: &Reg<'k, f32>| {
+                let value = sum * finished.inverse[h];
+                row.some.map_or(value, |some| value.or_else(some, 0.0))
+            };
+            let of_row = t.sums.chunks(4).map(|quad| &quad[2 * h..][..2]);
+            let pairs: Vec<[_; 2]> =
+                of_row.map(|pair| [normalised(&pair[0]), normalised(&pair[1])]).collect();
+            self.store_row(t, work, row, &pairs);
+        }
+        if let Some(lse) = self.lse {
+            let writes = (t.lane % 4).eq(0);
+            lse.store(&self.tiles, work, rows, finished.lse, writes);
+        }
+    }
+
+    /// A row, of which this lane has the pairs from column `2 · (lane % 4)` of each 8 on.
+    fn store_row(
+        &self,
+        t: &Thread<'k>,
+        work: &Work<'k>,
+        row: &Row<'k>,
+        pairs: &[[Reg<'k, f32>; 2]],
+    ) {
+        let (k, size) = (self.k, self.c.out.size());
+        let start = self.out.start(work);
+        let at = |col: Reg<'k, u32>| self.out.at(start, work, row, col, size);
+        let bytes = |col: usize| (col * size as usize) as i64;
+        let col = t.lane % 4 * 2;
+        match self.c.out {
+            Element::F32 => {
+                let at = at(col);
+                k.if_(row.inside, || {
+                    for (j, &pair) in pairs.iter().enumerate() {
+                        k.st_global(at.at(bytes(8 * j)), pair);
+                    }
+                });
+            }
+            Element::Half(half) => {
+                let pairs: Vec<_> = pairs.iter().map(|&[a, b]| k.pack(half, a, b)).collect();
+                // Even lanes take both lanes' pairs of 8 columns, odd ones those of the next 8: the
+                // four lanes of a row store 32 bytes together.
+                let odd = (t.lane % 2).ne(0);
+                let both = pairs.chunks_exact(2);
+                let rest = both.remainder();
+                let quads: Vec<_> = both
+                    .map(|pair| {
+                        let kept = pair[1].or_else(odd, pair[0]);
+                        let got = k.butterfly(pair[0].or_else(odd, pair[1]), 1);
+                        [got.or_else(odd, kept), kept.or_else(odd, got)]
+                    })
+                    .collect();
+                let first = at(col + t.lane % 2 * 6);
+                let last = rest.first().map(|&pair| (pair, at(col)));
+                k.if_(row.inside, || {
+                    for (j, &quad) in quads.iter().enumerate() {
+                        k.st_global(first.at(bytes(16 * j)), quad);
+                    }
+                    if let Some((pair, last)) = last {
+                        k.st_global(last.at(bytes(16 * quads.len())), [pair]);
+                    }
+                });
+            }
+        }
+    }
+}
