@@ -417,11 +417,18 @@ fn choices_fit_their_problems() {
                 portable_fits(config, gpu, problem)
             }
             (Config::MatmulReduce(reduce), Facts::Matmul(problem)) => divides(reduce.unit, problem),
-            (Config::FlashSm90(config), Facts::Attention(problem)) => {
-                flash_fits(config, gpu, problem)
+            (&Config::FlashSm90(c), Facts::Attention(problem)) => {
+                let attention::sm90::Config { half, out, scores, lse, .. } = c;
+                let dims = [c.head_dim, c.value_dim];
+                let attends = Attends { half, out, scores, lse, dims };
+                c.check().and_then(|()| flash_fits((&c).into(), attends, gpu, problem))
             }
-            (Config::FlashSm80(config), Facts::Attention(problem)) => {
-                portable_flash_fits(config, gpu, problem)
+            (&Config::FlashSm80(c), Facts::Attention(problem)) => {
+                let attention::sm80::Config { half, out, scores, lse, .. } = c;
+                let dims = [c.head_dim, c.value_dim];
+                let attends = Attends { half, out, scores, lse, dims };
+                let fits = c.check(gpu.device.shared_per_block);
+                fits.and_then(|()| flash_fits((&c).into(), attends, gpu, problem))
             }
             (Config::FlashCombine(config), Facts::Attention(problem)) => {
                 rule(config.out == problem.out, "another type")
@@ -457,40 +464,32 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
     rule(config.split <= launch.depth, "a block without depth")
 }
 
-fn flash_fits(
-    config: &attention::sm90::Config,
-    gpu: &Gpu,
-    problem: &attention::Problem,
-) -> Result<(), String> {
-    config.check()?;
-    let facts = (config.half, config.mask, config.scores, config.lengths);
-    let wanted = (problem.half, problem.mask(), problem.scores, problem.lengths);
-    rule(facts == wanted, "another problem's facts")?;
-    rule(config.split || config.out == problem.out, "another type")?;
-    rule(config.lse || !problem.lse, "sums that are not stored")?;
-    let dims = [config.head_dim, config.value_dim].map(u64::from);
-    rule(dims[0] >= problem.head_dim && dims[1] == problem.value_dim, "other sizes")?;
-    let group = problem.heads / problem.kv_heads;
-    rule(group.is_multiple_of(config.pack.into()), "heads that share no keys")?;
-    launch_fits(&attention::Launch::new(config, problem, gpu.device.multiprocessors))
+/// What a kernel of attention says of its problem beside its tiles.
+struct Attends {
+    half: Half,
+    out: Element,
+    scores: attention::Scores,
+    lse: bool,
+    dims: [u32; 2],
 }
 
-fn portable_flash_fits(
-    config: &attention::sm80::Config,
+fn flash_fits(
+    tiling: attention::Tiling,
+    attends: Attends,
     gpu: &Gpu,
     problem: &attention::Problem,
 ) -> Result<(), String> {
-    config.check(gpu.device.shared_per_block)?;
-    let facts = (config.half, config.mask, config.scores, config.lengths);
+    let facts = (attends.half, tiling.mask, attends.scores, tiling.lengths);
     let wanted = (problem.half, problem.mask(), problem.scores, problem.lengths);
     rule(facts == wanted, "another problem's facts")?;
-    rule(config.split || config.out == problem.out, "another type")?;
-    rule(config.lse || !problem.lse, "sums that are not stored")?;
-    let dims = [config.head_dim, config.value_dim].map(u64::from);
-    rule(dims == [problem.head_dim, problem.value_dim], "other sizes")?;
+    rule(tiling.split || attends.out == problem.out, "another type")?;
+    rule(attends.lse || !problem.lse, "sums that are not stored")?;
+    let dims = attends.dims.map(u64::from);
+    let widened = [problem.head_dim, problem.head_dim.next_multiple_of(16)];
+    rule(widened.contains(&dims[0]) && dims[1] == problem.value_dim, "other sizes")?;
     let group = problem.heads / problem.kv_heads;
-    rule(group.is_multiple_of(config.pack.into()), "heads that share no keys")?;
-    launch_fits(&attention::Launch::new(config, problem, gpu.device.multiprocessors))
+    rule(group.is_multiple_of(tiling.pack.into()), "heads that share no keys")?;
+    launch_fits(&attention::Launch::new(tiling, problem, gpu.device.multiprocessors))
 }
 
 fn launch_fits(launch: &attention::Launch) -> Result<(), String> {

@@ -72,6 +72,24 @@ const FLASH: attention::sm90::Config = attention::sm90::Config {
     store: attention::sm90::Store::Tma,
 };
 
+/// Attention everywhere: 64×32, 64 wide, nothing hidden.
+const PORTABLE_FLASH: attention::sm80::Config = attention::sm80::Config {
+    half: Half::Bf16,
+    out: BF16,
+    head_dim: 64,
+    value_dim: 64,
+    warps: 4,
+    keys: 32,
+    blocks_per_sm: 2,
+    kept: true,
+    mask: attention::Mask::None,
+    scores: NOTHING,
+    lengths: attention::Lengths::Full,
+    pack: 1,
+    split: false,
+    lse: true,
+};
+
 const NOTHING: attention::Scores =
     attention::Scores { shrunk: false, softcap: false, bias: None, alibi: false };
 
@@ -104,6 +122,36 @@ fn flash() -> [(&'static str, Config); 5] {
         ("flash90_packed", Config::FlashSm90(packed)),
         ("flash90_split", Config::FlashSm90(split)),
         ("flash_combine", Config::FlashCombine(combine)),
+    ]
+}
+
+fn portable_flash() -> [(&'static str, Config); 4] {
+    use attention::sm80::Config as Flash;
+    use attention::{Bias, Lengths, Mask, Scores};
+    let small = Flash { head_dim: 16, value_dim: 8, keys: 16, ..PORTABLE_FLASH };
+    let bias = Some(Bias { element: Element::F32, pairs: false });
+    let all = Flash {
+        kept: false,
+        mask: Mask::Window,
+        scores: Scores { softcap: true, alibi: true, bias, ..NOTHING },
+        lengths: Lengths::Padded,
+        ..small
+    };
+    let packed = Flash {
+        half: Half::F16,
+        out: Element::F32,
+        head_dim: 20,
+        value_dim: 72,
+        mask: Mask::Right,
+        lengths: Lengths::Packed,
+        ..small
+    };
+    let split = Flash { out: Element::F32, pack: 4, split: true, ..small };
+    [
+        ("flash80_plain", Config::FlashSm80(PORTABLE_FLASH)),
+        ("flash80_window_all", Config::FlashSm80(all)),
+        ("flash80_packed", Config::FlashSm80(packed)),
+        ("flash80_split", Config::FlashSm80(split)),
     ]
 }
 
@@ -183,7 +231,7 @@ fn kernels() -> Vec<(&'static str, Config)> {
     let hopper = hopper.into_iter().map(|(name, config)| (name, Config::MatmulSm90(config)));
     let portable = portable.into_iter().map(|(name, config)| (name, Config::MatmulSm80(config)));
     let reduce = [("sm80_reduce", Config::MatmulReduce(reduce))];
-    hopper.chain(portable).chain(reduce).chain(flash()).collect()
+    hopper.chain(portable).chain(reduce).chain(flash()).chain(portable_flash()).collect()
 }
 
 /// The text, after what a launch must match.
@@ -205,6 +253,7 @@ fn texts_are_as_before() {
             Config::MatmulSm80(config) => config.check(166_912),
             Config::MatmulReduce(_) | Config::FlashCombine(_) => Ok(()),
             Config::FlashSm90(config) => config.check(),
+            Config::FlashSm80(config) => config.check(166_912),
         };
         check.unwrap_or_else(|why| panic!("{name}: {why}"));
         (name, with_facts(&kernel.name(), &kernel.emit()))

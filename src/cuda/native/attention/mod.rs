@@ -1,7 +1,8 @@
-//! Attention of f16 and bf16 operands on Hopper.
+//! Attention of f16 and bf16 operands.
 #![allow(unsafe_code)]
 
-use std::f32::consts::LOG2_E;
+mod args;
+
 use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
@@ -10,13 +11,12 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::super::fit::{self, Fitted, Want, fit};
 use super::super::gpu::Gpu;
-use super::super::launch::{Args, Function, Memory, TensorMap};
+use super::super::launch::{Function, Memory};
 use super::super::order::Order;
 use super::operand::{UNIT, element, half};
-use crate::kernel::attention::sm90::{Config, Launch, MAX_LENGTH, Store};
-use crate::kernel::attention::{Bias, Lengths, Mask, Problem, Scores, choose, combine};
-use crate::kernel::hopper::SLAB;
-use crate::kernel::{self, Element};
+use crate::kernel;
+use crate::kernel::attention::{Bias, Launch, Lengths, MAX_LENGTH, Problem, Scores, Tiling};
+use crate::kernel::attention::{choose, combine, sm80, sm90};
 use crate::op::{AttentionInputs, AttentionProblem};
 use crate::ptx::Target;
 use crate::stack::Stack;
@@ -25,20 +25,10 @@ use crate::stack::Stack;
 const MAX_HEAD_DIM: usize = 256;
 
 /// What of a problem the kernels cannot take, and what to do instead.
-pub(crate) fn limit(
-    op: &'static str,
-    p: &AttentionProblem,
-    q: &CudaStorage,
-) -> Result<Option<(String, &'static str)>> {
-    let gpu = Gpu::of(op, q.device())?;
+pub(crate) fn limit(p: &AttentionProblem, q: &CudaStorage) -> Option<(String, &'static str)> {
     let width = p.head_dim().max(p.value_dim());
     let length = p.seq_q().max(p.seq_k());
     let limits = [
-        (
-            gpu.device.target != Target::Sm90a,
-            "attention on a GPU that is not of compute capability 9.0".into(),
-            "use Engine::Auto",
-        ),
         (
             q.dtype() == DType::F32,
             "f32 operands".into(),
@@ -61,7 +51,37 @@ pub(crate) fn limit(
         ),
     ];
     let found = limits.into_iter().find(|(holds, ..)| *holds);
-    Ok(found.map(|(_, what, fix)| (what, fix)))
+    found.map(|(_, what, fix)| (what, fix))
+}
+
+/// A kernel for a problem.
+#[derive(Clone, Copy)]
+enum Config {
+    Sm90(sm90::Config),
+    Sm80(sm80::Config),
+}
+
+impl Config {
+    fn chosen(problem: &Problem, device: &kernel::Device) -> Self {
+        match device.target {
+            Target::Sm90a => Self::Sm90(choose::choose(problem, device)),
+            Target::Sm80 => Self::Sm80(sm80::choose(problem, device)),
+        }
+    }
+
+    fn tiling(&self) -> Tiling {
+        match self {
+            Self::Sm90(config) => config.into(),
+            Self::Sm80(config) => config.into(),
+        }
+    }
+
+    fn kernel(&self) -> kernel::Config {
+        match *self {
+            Self::Sm90(config) => kernel::Config::FlashSm90(config),
+            Self::Sm80(config) => kernel::Config::FlashSm80(config),
+        }
+    }
 }
 
 /// The kernels for a problem, and the numbers of their launch.
@@ -75,7 +95,7 @@ pub(crate) struct Plan {
 
 impl Plan {
     fn chosen(op: &'static str, gpu: &Gpu, problem: &Problem) -> Result<Self> {
-        Self::new(op, gpu, problem, choose::choose(problem, &gpu.device))
+        Self::new(op, gpu, problem, Config::chosen(problem, &gpu.device))
     }
 
     /// Of a configuration for the problem.
@@ -85,10 +105,11 @@ impl Plan {
         problem: &Problem,
         config: Config,
     ) -> Result<Self> {
-        let launch = Launch::new(&config, problem, gpu.device.multiprocessors);
-        let function = gpu.native(op, &kernel::Config::FlashSm90(config))?;
-        let combine = config.split.then(|| {
-            let value_dim = config.value_dim;
+        let tiling = config.tiling();
+        let launch = Launch::new(tiling, problem, gpu.device.multiprocessors);
+        let function = gpu.native(op, &config.kernel())?;
+        let combine = tiling.split.then(|| {
+            let value_dim = problem.value_dim as u32;
             let config = combine::Config::new(problem.out, value_dim, launch.parts, problem.lse);
             gpu.native(op, &kernel::Config::FlashCombine(config))
         });
@@ -230,7 +251,7 @@ impl<'a> Call<'a> {
         p: &AttentionProblem,
         plan: &Plan,
     ) -> Result<(CudaStorage, Option<CudaStorage>)> {
-        let (device, facts, config) = (&self.device, &self.facts, &plan.config);
+        let (device, facts) = (&self.device, &self.facts);
         let (rows, width) = (p.q.count() * p.seq_q(), facts.value_dim as usize);
         let alloc = |len: usize, dtype| fit::uninit(device, &Shape::from(len), dtype);
         let mut out = alloc(rows * width, p.out_dtype)?;
@@ -242,7 +263,7 @@ impl<'a> Call<'a> {
                 lse.const_set(Scalar::F32(f32::NEG_INFINITY), &Layout::contiguous(rows))?;
             }
         }
-        let parts = if config.split { plan.launch.parts as usize } else { 0 };
+        let parts = plan.combine.as_ref().map_or(0, |_| plan.launch.parts as usize);
         let mut part_out = alloc(parts * rows * width, DType::F32)?;
         let mut part_lse = alloc(parts * rows, DType::F32)?;
         {
@@ -278,82 +299,16 @@ impl<'a> Call<'a> {
         Ok((out, lse))
     }
 
-    /// The parameters of `kernel::attention::sm90::emit`.
     fn attend(&self, plan: &Plan, out: &Place, rows: usize) -> Result<()> {
-        let (Plan { config, launch, .. }, facts, device) = (plan, &self.facts, &self.device);
-        let inputs = self.operands.each_ref().map(|fitted| Memory::of(fitted.storage(), device));
-        let begin = |i: usize| inputs[i].at(self.operands[i].offset(0));
-        let [q, k, v] = self.operands.each_ref().map(|fitted| Lines::of(&fitted.stack));
-        let (pack, half) = (config.pack, Element::Half(facts.half));
-        let rows_of = |lines: &Lines, element, address, cols| match pack {
-            1 => lines.map(element, address, [cols, SLAB]),
-            _ => lines.packed(element, address, [cols, pack, config.positions()]),
-        };
-        let mut args = Args::new();
-        args.tensor_map(rows_of(&q, half, begin(0), SLAB)?)
-            .tensor_map(k.map(half, begin(1), [SLAB, config.keys])?)
-            .tensor_map(v.map(half, begin(2), [SLAB, config.keys])?);
-        if config.store == Store::Tma {
-            let lines = Lines { cols: facts.value_dim as usize, strides: out.strides, ..q };
-            args.tensor_map(rows_of(&lines, config.out, out.address, config.slab_cols())?);
-        }
-        let part = |args: &mut Args, each: usize| {
-            if config.split {
-                args.value(each as u64);
-            }
-        };
-        if config.store == Store::Direct || config.lengths == Lengths::Packed {
-            args.pointer(out.address);
-            strides(&mut args, &out.strides);
-            part(&mut args, rows * facts.value_dim as usize);
-        }
-        if let Some(lse) = out.lse {
-            args.pointer(lse);
-            part(&mut args, rows);
-        }
-        args.value(facts.queries as i32).value(facts.keys as i32);
-        args.value(facts.heads as u32).value((facts.heads / facts.kv_heads) as u32);
-        match self.softcap {
-            None => _ = args.value(self.scale * LOG2_E),
-            Some(cap) => _ = args.value(self.scale / cap).value(cap * LOG2_E),
-        }
-        let [bias, slopes] = [self.bias, self.slopes]
-            .map(|extra| extra.map(|(storage, stack)| (Memory::of(storage, device), stack)));
-        if let Some((memory, s)) = &bias {
-            args.pointer(memory.at(s.matrix_offset(0)));
-            strides(&mut args, &[s.batch()[0].1, s.batch()[1].1, s.row_stride, s.col_stride]);
-        }
-        if let Some((memory, s)) = &slopes {
-            args.pointer(memory.at(s.matrix_offset(0)));
-            strides(&mut args, &[s.batch()[0].1, s.batch()[1].1]);
-        }
-        match config.mask {
-            Mask::None => {}
-            Mask::Right => _ = args.value(launch.right),
-            Mask::Window => _ = args.value(launch.right).value(launch.left),
-        }
-        let lengths = self.lengths.as_ref().map(|sides| {
-            sides.each_ref().map(|side| (Memory::of(side.storage(), device), side.offset(0)))
-        });
-        for (memory, first) in lengths.iter().flatten() {
-            args.pointer(memory.at(*first));
-        }
-        if config.lengths == Lengths::Packed {
-            args.value(facts.batch as u32);
-        }
-        if config.split {
-            args.value(launch.parts);
-        }
-        let order = &launch.order;
-        args.value(order.heads).value(order.columns).value(order.tiles).value(order.section);
-        // SAFETY: the descriptors span the operands' views, inside their storages; the result and its
-        // sums have this size; bias, slopes and lengths are read within their views; all live until
-        // the work is submitted.
-        unsafe { plan.function.submit(self.op, device, [launch.blocks, 1, 1], &args)? };
+        let args = self.args(plan, out, rows)?;
+        let grid = [plan.launch.blocks, 1, 1];
+        // SAFETY: descriptors and strides span the operands' views, inside their storages; the result
+        // and its sums have this size; bias, slopes and lengths are read within their views; all live
+        // until the work is submitted.
+        unsafe { plan.function.submit(self.op, &self.device, grid, &args)? };
         Ok(())
     }
 
-    /// The parameters of `kernel::attention::combine::emit`.
     fn combine(
         &self,
         plan: &Plan,
@@ -362,15 +317,7 @@ impl<'a> Call<'a> {
         out: &Place,
         rows: usize,
     ) -> Result<()> {
-        let mut args = Args::new();
-        args.pointer(parts.address).pointer(parts.lse.expect("parts have sums"));
-        args.pointer(out.address);
-        strides(&mut args, &out.strides);
-        if let Some(lse) = out.lse {
-            args.pointer(lse);
-        }
-        args.value(plan.launch.parts).value(self.facts.queries as u32);
-        args.value(self.facts.heads as u32).value(rows as u32);
+        let args = self.combine_args(plan, parts, out, rows);
         let blocks = combine::Config::blocks(rows as u32);
         // SAFETY: parts, result and sums have this size; all live until the work is submitted.
         unsafe { function.submit(self.op, &self.device, [blocks, 1, 1], &args)? };
@@ -384,79 +331,6 @@ struct Place {
     /// Between rows, heads and sequences, in elements.
     strides: [usize; 3],
     lse: Option<u64>,
-}
-
-fn strides(args: &mut Args, strides: &[usize]) {
-    strides.iter().for_each(|&stride| _ = args.value(stride as u64));
-}
-
-/// The matrices of `[B, H, S, D]`, as rows of contiguous elements.
-#[derive(Clone, Copy)]
-struct Lines {
-    cols: usize,
-    /// Rows, heads and sequences.
-    lens: [usize; 3],
-    strides: [usize; 3],
-}
-
-impl Lines {
-    fn of(stack: &Stack) -> Self {
-        let [(batch, each_batch), (heads, each_head)] = [0, 1].map(|i| stack.batch()[i]);
-        Self {
-            cols: stack.cols,
-            lens: [stack.rows, heads, batch],
-            strides: [stack.row_stride, each_head, each_batch],
-        }
-    }
-
-    /// With boxes of some columns and rows.
-    fn map(&self, element: Element, address: u64, [cols, rows]: [u32; 2]) -> Result<TensorMap> {
-        let [len, heads, batch] = self.lens;
-        descriptor(
-            element,
-            address,
-            [self.cols, len, heads, batch],
-            self.strides,
-            [cols, rows, 1, 1],
-        )
-    }
-
-    /// With boxes of some columns, heads and rows of each.
-    fn packed(
-        &self,
-        element: Element,
-        address: u64,
-        [cols, pack, rows]: [u32; 3],
-    ) -> Result<TensorMap> {
-        let ([len, heads, batch], [row, head, each]) = (self.lens, self.strides);
-        let together = pack as usize;
-        let dims = [self.cols, together, len, heads / together, batch];
-        descriptor(
-            element,
-            address,
-            dims,
-            [head, row, head * together, each],
-            [cols, pack, rows, 1, 1],
-        )
-    }
-}
-
-fn descriptor<const N: usize, const M: usize>(
-    element: Element,
-    address: u64,
-    dims: [usize; N],
-    strides: [usize; M],
-    boxed: [u32; N],
-) -> Result<TensorMap> {
-    let dims = dims.map(|len| len as u64);
-    // The stride of a single row or matrix may be anything.
-    let mut bytes = strides.map(|stride| stride as u64 * u64::from(element.size()));
-    for (stride, &len) in bytes.iter_mut().zip(&dims[1..]) {
-        if len == 1 {
-            *stride = 16;
-        }
-    }
-    Ok(TensorMap::new(element, address, &dims, &bytes, &boxed)?)
 }
 
 /// An operand whose rows are contiguous and begin at multiples of 16 bytes: as it is, or a padded copy.
