@@ -100,12 +100,13 @@ impl attention::sm90::Config {
 }
 
 impl attention::sm80::Config {
-    /// `flash80 128x64 d128/64 2/sm kept pack4, bf16→f32 causal +bf16 softcap alibi packed lse split`: as
-    /// for [`attention::sm90::Config::name`], with the blocks of a multiprocessor, and whether queries
-    /// stay in registers.
+    /// `flash80 128x64 d128/64 4warps 2/sm kept pack4, bf16→f32 causal +bf16 softcap alibi packed lse
+    /// split`: as for [`attention::sm90::Config::name`], with warps, the blocks of a multiprocessor, and
+    /// whether queries stay in registers.
     pub fn name(&self) -> String {
         let Self { keys, head_dim, value_dim, scores, .. } = self;
-        let mut name = format!("flash80 {}x{keys} d{head_dim}/{value_dim}", self.rows());
+        let (rows, warps) = (self.rows(), self.warps);
+        let mut name = format!("flash80 {rows}x{keys} d{head_dim}/{value_dim} {warps}warps");
         shared_sm(&mut name, self.blocks_per_sm);
         name.push_str(if self.kept { " kept" } else { "" });
         if self.pack > 1 {

@@ -79,6 +79,7 @@ const PORTABLE_FLASH: attention::sm80::Config = attention::sm80::Config {
     head_dim: 64,
     value_dim: 64,
     warps: 4,
+    strips: 2,
     keys: 32,
     blocks_per_sm: 2,
     kept: true,
@@ -128,7 +129,7 @@ fn flash() -> [(&'static str, Config); 5] {
 fn portable_flash() -> [(&'static str, Config); 4] {
     use attention::sm80::Config as Flash;
     use attention::{Bias, Lengths, Mask, Scores};
-    let small = Flash { head_dim: 16, value_dim: 8, keys: 16, ..PORTABLE_FLASH };
+    let small = Flash { head_dim: 16, value_dim: 8, strips: 1, keys: 16, ..PORTABLE_FLASH };
     let bias = Some(Bias { element: Element::F32, pairs: false });
     let all = Flash {
         kept: false,

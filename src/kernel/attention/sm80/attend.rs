@@ -1,68 +1,68 @@
-//! A warp's 16 rows of a tile against all blocks of keys.
+//! A warp's strips of 16 rows of a tile against all blocks of keys.
 
 use super::Attention;
-use super::config::WARP;
+use super::config::{STRIP, WARP};
 use super::copies::Copies;
 use super::lines::{Lines, Order};
+use super::multiply::{Fragment, Places};
 use crate::kernel::attention::Mask;
 use crate::kernel::attention::scores::Shape;
 use crate::kernel::attention::softmax::Softmax;
 use crate::kernel::attention::work::{Row, Work};
-use crate::kernel::chunk::CHUNK;
-use crate::ptx::{Address, Mma, Reg};
-
-/// 16×16 elements, as `mma` takes them.
-type Fragment<'k> = [Reg<'k, u32>; 4];
+use crate::ptx::{Kernel, Reg};
 
 /// A thread, and the registers and places that it keeps.
 pub(super) struct Thread<'k> {
-    pub lane: Reg<'k, u32>,
-    pub warp: Reg<'k, u32>,
-    /// Products of queries and keys.
-    scores: Vec<Reg<'k, f32>>,
-    /// Products of the exponentials and values.
-    pub sums: Vec<Reg<'k, f32>>,
-    pub softmax: Softmax<'k>,
-    /// The warp's, if they stay.
-    queries: Vec<Fragment<'k>>,
-    query_copies: Copies<'k>,
+    pub strips: Vec<Strip<'k>>,
     /// Of keys and values.
     copies: [Copies<'k>; 2],
     /// Where the next block is from.
     pointers: [Reg<'k, u64>; 2],
     /// Where this lane finds its part of queries, keys and values, in the first stage.
-    places: [Reg<'k, u32>; 3],
+    pub places: [Reg<'k, u32>; 3],
     /// Bytes from the first stage to the one at work.
-    stage: Reg<'k, u32>,
+    pub stage: Reg<'k, u32>,
+}
+
+/// Which thread. It is asked for where it is needed: what is kept all the time takes registers.
+#[derive(Clone, Copy)]
+pub(super) struct Seat<'k> {
+    thread: Reg<'k, u32>,
+    pub lane: Reg<'k, u32>,
+    warp: Reg<'k, u32>,
+}
+
+impl<'k> Seat<'k> {
+    fn new(k: &'k Kernel) -> Self {
+        let thread = k.thread();
+        Self { thread, lane: thread % WARP, warp: thread / WARP }
+    }
+}
+
+/// 16 of a warp's rows.
+pub(super) struct Strip<'k> {
+    /// Products of queries and keys.
+    pub scores: Vec<Reg<'k, f32>>,
+    /// Products of the exponentials and values.
+    pub sums: Vec<Reg<'k, f32>>,
+    pub softmax: Softmax<'k>,
+    /// If they stay.
+    pub queries: Vec<Fragment<'k>>,
 }
 
 /// What the blocks of a tile have in common.
 struct Tile<'k, 'w> {
     work: &'w Work<'k>,
-    shape: Shape<'k>,
-    /// Of the thread's rows.
-    positions: [Reg<'k, i32>; 2],
+    /// Of each strip.
+    rows: Vec<Sights<'k>>,
     /// The block at work.
     block: Reg<'k, i32>,
 }
 
-/// Where a lane finds its parts of lines, by what is XORed.
-struct Places<'k> {
-    lines: Lines,
-    from: Vec<Reg<'k, u32>>,
-}
-
-impl<'k> Places<'k> {
-    fn new(lines: Lines, start: Reg<'k, u32>) -> Self {
-        let count = lines.steps().min(Lines::WIDTH / 16);
-        let from = (0..count).map(|i| if i == 0 { start } else { start ^ (i * 2 * CHUNK) });
-        Self { lines, from: from.collect() }
-    }
-
-    fn at(&self, block: u32, step: u32) -> Address<'k, u32> {
-        let (xor, add) = self.lines.block(block, step);
-        self.from[xor as usize].at(add.into())
-    }
+/// What the scores of a thread's two rows of a strip depend on.
+struct Sights<'k> {
+    shape: Shape<'k>,
+    positions: [Reg<'k, i32>; 2],
 }
 
 impl<'k> Attention<'k, '_> {
@@ -70,35 +70,45 @@ impl<'k> Attention<'k, '_> {
     pub(super) fn run(&self) {
         let t = self.thread();
         self.tiles.for_each(|work| {
-            let row = t.warp * 16 + t.lane / 4;
-            let rows = [row, row + 8]
-                .map(|row| self.tiles.row(&work, work.first, row, self.c.used_rows()));
-            self.attend(&t, &work, rows);
-            self.store(&t, &work, rows);
+            self.attend(&t, &work);
+            let seat = Seat::new(self.k);
+            for (strip, rows) in t.strips.iter().zip(self.rows(&work, seat)) {
+                self.store(strip, &work, seat, rows);
+            }
         });
+    }
+
+    /// A thread's rows of each strip.
+    fn rows(&self, work: &Work<'k>, seat: Seat<'k>) -> Vec<[Row<'k>; 2]> {
+        let row = seat.warp * self.c.warp_rows() + seat.lane / 4;
+        let row = |below: u32| {
+            let row = if below == 0 { row } else { row + below };
+            self.tiles.row(work, work.first, row, self.c.used_rows())
+        };
+        (0..self.c.strips).map(|strip| [0, 8].map(|h| row(STRIP * strip + h))).collect()
     }
 
     fn thread(&self) -> Thread<'k> {
         let (k, c, plan) = (self.k, self.c, &self.plan);
-        let thread = k.thread();
-        let (lane, warp) = (thread % WARP, thread / WARP);
+        let Seat { thread, lane, warp } = Seat::new(k);
         let places = [plan.queries, plan.keys, plan.values].map(|region| self.base + region);
-        let lines = [c.query_lines(), c.key_lines(), c.value_lines()];
         let copies =
-            |i: usize| Copies::new(self.operands[i], lines[i], c.threads(), thread, places[i]);
+            |i: usize, lines| Copies::new(self.operands[i], lines, c.threads(), thread, places[i]);
         let kept = if c.kept { c.query_lines().steps() } else { 0 };
-        Thread {
-            lane,
-            warp,
+        let strip = || Strip {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             sums: (0..c.value_dim / 2).map(|_| k.reg()).collect(),
             softmax: Softmax::new(k, c.scores.plain().then_some(self.shaping.scale)),
             queries: (0..kept).map(|_| k.regs()).collect(),
-            query_copies: copies(0),
-            copies: [copies(1), copies(2)],
+        };
+        Thread {
+            strips: (0..c.strips).map(|_| strip()).collect(),
+            copies: [copies(1, c.key_lines()), copies(2, c.value_lines())],
             pointers: k.regs(),
             places: [
-                places[0] + warp * (16 * Lines::BYTES) + Lines::fragment(Order::Lines, lane),
+                places[0]
+                    + warp * (c.warp_rows() * Lines::BYTES)
+                    + Lines::fragment(Order::Lines, lane),
                 places[1] + Lines::fragment(Order::Chunks, lane),
                 places[2] + Lines::fragment(Order::Lines, lane),
             ],
@@ -107,16 +117,21 @@ impl<'k> Attention<'k, '_> {
     }
 
     /// The sums of a tile's rows.
-    fn attend(&self, t: &Thread<'k>, work: &Work<'k>, rows: [Row<'k>; 2]) {
+    fn attend(&self, t: &Thread<'k>, work: &Work<'k>) {
         let (k, c, blocks) = (self.k, self.c, work.blocks);
-        let queries = rows.map(|row| row.query);
-        let positions = queries.map(|query| query.row);
         let offset = work.keys.count - work.queries.count;
-        let shape = self.shaping.rows(queries, work.queries.count, offset);
+        let sights = |rows: &[Row<'k>; 2]| {
+            let queries = rows.map(|row| row.query);
+            let shape = self.shaping.rows(queries, work.queries.count, offset);
+            Sights { shape, positions: queries.map(|query| query.row) }
+        };
+        let rows = self.rows(work, Seat::new(k));
         let block = k.var(blocks.end - 1);
-        let tile = Tile { work, shape, positions, block };
-        t.sums.iter().for_each(|sum| sum.set(0.0));
-        t.softmax.reset();
+        let tile = Tile { work, rows: rows.iter().map(sights).collect(), block };
+        for strip in &t.strips {
+            strip.sums.iter().for_each(|sum| sum.set(0.0));
+            strip.softmax.reset();
+        }
         // All warps are done with the tile before.
         k.sync_block();
         k.if_(block.ge(blocks.begin), || {
@@ -142,7 +157,9 @@ impl<'k> Attention<'k, '_> {
     /// Begins to copy queries and the last block.
     fn begin(&self, t: &Thread<'k>, tile: &Tile<'k, '_>) {
         let (k, c, work) = (self.k, self.c, tile.work);
-        t.query_copies.gather(work.batch, |line| {
+        let (thread, to) = (k.thread(), self.base + self.plan.queries);
+        let queries = Copies::new(self.operands[0], c.query_lines(), c.threads(), thread, to);
+        queries.gather(work.batch, |line| {
             let row = self.tiles.row(work, work.first, line, c.used_rows());
             // Behind the last query there may be another sequence's.
             let some = row.some.unwrap_or(row.inside) & row.inside;
@@ -170,76 +187,52 @@ impl<'k> Attention<'k, '_> {
             }
             k.cp_async_commit();
         });
-        if turn == Turn::First {
+        if turn == Turn::First && c.kept {
             let places = Places::new(c.query_lines(), t.places[0]);
-            for (&to, step) in t.queries.iter().zip(0..) {
-                k.ldmatrix_to(to, places.at(0, step), false);
+            for (strip, block) in t.strips.iter().zip(0..) {
+                for (&to, step) in strip.queries.iter().zip(0..) {
+                    k.ldmatrix_to(to, places.at(block, step), false);
+                }
             }
         }
         let from = tile.block * c.keys as i32;
-        let first = from + (t.lane % 4 * 2).cast::<i32>();
+        let first = from + (k.lane() % 4 * 2).cast::<i32>();
         // The block that ends behind the last key is the first.
         let limit = (turn == Turn::First).then_some(work.keys.count);
-        let bias = tile.shape.load(t.scores.len(), first, limit);
+        let load = |rows: &Sights<'k>| rows.shape.load(c.keys as usize / 2, first, limit);
+        let biases: Vec<_> = tile.rows.iter().map(load).collect();
         self.multiply_keys(t);
-        tile.shape.apply(&t.scores, &bias, first);
-        let hide = || work.sight.hide(&t.scores, tile.positions, first);
-        match turn {
-            Turn::First if c.mask == Mask::None => {
-                k.if_(work.sight.beyond(from, c.keys), hide);
-            }
-            Turn::First | Turn::Next { masked: true } => hide(),
-            Turn::Next { masked: false } => (),
-        }
-        let weights = match turn {
-            Turn::First => t.softmax.first(&t.scores),
-            Turn::Next { .. } => {
-                let (weights, factors) = t.softmax.next(&t.scores);
-                for (i, sum) in t.sums.iter().enumerate() {
-                    sum.scale(factors[i / 2 % 2]);
+        let mut weights = Vec::new();
+        for ((strip, rows), bias) in t.strips.iter().zip(&tile.rows).zip(&biases) {
+            rows.shape.apply(&strip.scores, bias, first);
+            let hide = || work.sight.hide(&strip.scores, rows.positions, first);
+            match turn {
+                Turn::First if c.mask == Mask::None => {
+                    k.if_(work.sight.beyond(from, c.keys), hide);
                 }
-                weights
+                Turn::First | Turn::Next { masked: true } => hide(),
+                Turn::Next { masked: false } => (),
             }
-        };
-        let pairs = weights.chunks(2).map(|pair| k.pack(c.half, pair[0], pair[1]));
-        self.multiply_values(t, &pairs.collect::<Vec<_>>());
+            weights.push(self.weigh(strip, turn));
+        }
+        self.multiply_values(t, &weights);
         t.stage.set(t.stage ^ self.plan.stage_bytes);
         tile.block.increase(-1);
     }
 
-    /// The products of the warp's queries and a block of keys.
-    fn multiply_keys(&self, t: &Thread<'k>) {
-        let (k, c) = (self.k, self.c);
-        let queries = Places::new(c.query_lines(), t.places[0]);
-        let keys = Places::new(c.key_lines(), t.places[1] + t.stage);
-        t.scores.iter().for_each(|score| score.set(0.0));
-        for step in 0..c.query_lines().steps() {
-            let kept = t.queries.get(step as usize).copied();
-            let a = kept.unwrap_or_else(|| k.ldmatrix(queries.at(0, step), false));
-            for (scores, block) in t.scores.chunks(8).zip(0..) {
-                self.multiply(scores, a, k.ldmatrix(keys.at(block, step), false));
+    /// The exponentials of a strip's scores, as a left operand; its sums shrink.
+    fn weigh(&self, strip: &Strip<'k>, turn: Turn) -> Vec<Fragment<'k>> {
+        let exponentials = match turn {
+            Turn::First => strip.softmax.first(&strip.scores),
+            Turn::Next { .. } => {
+                let (exponentials, factors) = strip.softmax.next(&strip.scores);
+                for (i, sum) in strip.sums.iter().enumerate() {
+                    sum.scale(factors[i / 2 % 2]);
+                }
+                exponentials
             }
-        }
-    }
-
-    /// Adds the products of the exponentials and a block of values.
-    fn multiply_values(&self, t: &Thread<'k>, weights: &[Reg<'k, u32>]) {
-        let (k, c) = (self.k, self.c);
-        let values = Places::new(c.value_lines(), t.places[2] + t.stage);
-        for (a, block) in weights.chunks(4).zip(0..) {
-            let a = a.try_into().expect("keys are a multiple of 16");
-            for (sums, step) in t.sums.chunks(8).zip(0..) {
-                self.multiply(sums, a, k.ldmatrix(values.at(block, step), true));
-            }
-        }
-    }
-
-    /// Adds a product of 16×16 elements to 16 columns, or to the 8 that there are.
-    fn multiply(&self, sums: &[Reg<'k, f32>], a: Fragment<'k>, b: Fragment<'k>) {
-        for (sums, b) in sums.chunks(4).zip(b.chunks(2)) {
-            let sums = sums.try_into().expect("columns are a multiple of 8");
-            self.k.mma(self.c.half, sums, Mma { a, b: [b[0], b[1]] });
-        }
+        };
+        self.left(&exponentials)
     }
 }
 

@@ -5,22 +5,24 @@ use crate::kernel::attention::choose::pack;
 use crate::kernel::attention::{Lengths, Problem};
 use crate::kernel::{Device, Element};
 
-/// Warps, keys of a block, blocks of a multiprocessor, and whether queries stay in registers: the first
-/// that fits is taken. Four warps are for problems of few tiles.
-const TILES: [(u32, u32, u32, bool); 13] = [
-    (8, 64, 2, false),
-    (8, 64, 1, true),
-    (8, 64, 1, false),
-    (8, 32, 1, true),
-    (8, 32, 1, false),
-    (4, 64, 2, true),
-    (4, 64, 2, false),
-    (4, 64, 1, true),
-    (4, 64, 1, false),
-    (4, 32, 1, true),
-    (4, 32, 1, false),
-    (4, 16, 1, true),
-    (4, 16, 1, false),
+/// Warps, strips of each, keys of a block, blocks of a multiprocessor, and whether queries stay in
+/// registers: the first that fits is taken. Two strips halve what is read from shared memory for each
+/// product, which is the narrowest of the ways; 64 rows are for problems of few tiles.
+const TILES: [(u32, u32, u32, u32, bool); 14] = [
+    (4, 2, 64, 2, true),
+    (4, 2, 64, 2, false),
+    (4, 2, 32, 2, false),
+    (8, 1, 64, 1, true),
+    (8, 1, 64, 1, false),
+    (8, 1, 32, 1, false),
+    (4, 1, 64, 2, true),
+    (4, 1, 64, 2, false),
+    (4, 1, 64, 1, true),
+    (4, 1, 64, 1, false),
+    (4, 1, 32, 1, true),
+    (4, 1, 32, 1, false),
+    (4, 1, 16, 1, true),
+    (4, 1, 16, 1, false),
 ];
 
 /// The configuration for a problem. If it splits the keys, a kernel of
@@ -40,12 +42,13 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let long = problem.seen_keys(64) >= 8 * 64;
     let idle = tiles * 2 <= device.multiprocessors.into();
     let split = idle && long && problem.lengths != Lengths::Packed;
-    let config = |(warps, keys, blocks_per_sm, kept)| Config {
+    let config = |(warps, strips, keys, blocks_per_sm, kept)| Config {
         half: problem.half,
         out: if split { Element::F32 } else { problem.out },
         head_dim: problem.head_dim as u32,
         value_dim: problem.value_dim as u32,
         warps,
+        strips,
         keys,
         blocks_per_sm,
         kept,
@@ -58,8 +61,8 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     };
     TILES
         .into_iter()
-        .filter(|&(warps, ..)| warps == 4 || !few)
         .map(config)
+        .filter(|config| config.rows() == 64 || !few)
         .find(|config| config.check(device.shared_per_block).is_ok())
         .expect("the small tiles fit every device")
 }
@@ -104,8 +107,8 @@ mod tests {
                 let c = choose(&problem(4096, 4096, dim), &device);
                 (c.rows(), c.keys, c.blocks_per_sm)
             };
-            assert_eq!(tile(64), (128, 64, 2));
-            assert_eq!(tile(128), (128, 64, 1));
+            assert_eq!(tile(64), (128, 64, if device == ADA { 1 } else { 2 }));
+            assert_eq!(tile(128), if device == ADA { (128, 64, 1) } else { (128, 32, 2) });
         }
     }
 

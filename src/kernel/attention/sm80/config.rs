@@ -7,16 +7,18 @@ use crate::ptx::Half;
 
 /// Lanes of a warp.
 pub(super) const WARP: u32 = 32;
-/// Rows of a warp.
-pub(super) const WARP_ROWS: u32 = 16;
+/// Rows of a strip: those of an `mma`.
+pub(super) const STRIP: u32 = 16;
 /// Stages of keys and values.
 pub(super) const STAGES: u32 = 2;
 /// Bytes of shared memory that a multiprocessor keeps for itself from each block.
 const RESERVED: u32 = 1024;
 /// Registers of a multiprocessor.
 const REGISTERS: u32 = 65_536;
-/// Registers of a thread beside sums, scores, exponentials and queries: with fewer ptxas spills.
-const SPARE_REGISTERS: u32 = 48;
+/// Registers of a thread beside sums, scores, exponentials and queries: with fewer ptxas spills. More
+/// for each strip.
+const SPARE_REGISTERS: u32 = 36;
+const STRIP_REGISTERS: u32 = 12;
 /// More of them for a window or lengths in memory, and for what becomes of scores.
 const MASK_REGISTERS: u32 = 16;
 const SCORE_REGISTERS: u32 = 8;
@@ -34,8 +36,10 @@ pub struct Config {
     pub head_dim: u32,
     /// Elements of a value, a multiple of 8, at most 256.
     pub value_dim: u32,
-    /// Warps of a block: 4 or 8, 16 rows of a tile each.
+    /// Warps of a block: 4 or 8.
     pub warps: u32,
+    /// 16 rows of a tile each, that a warp has: 1 or 2. What it loads is multiplied with all of them.
+    pub strips: u32,
     /// Keys of a block: a multiple of 4 for each warp, and of 16.
     pub keys: u32,
     /// Blocks of a multiprocessor.
@@ -77,7 +81,12 @@ impl Config {
 
     /// Rows of a tile.
     pub fn rows(&self) -> u32 {
-        WARP_ROWS * self.warps
+        self.warp_rows() * self.warps
+    }
+
+    /// Rows of a warp.
+    pub(super) fn warp_rows(&self) -> u32 {
+        STRIP * self.strips
     }
 
     /// Queries of each head in a tile.
@@ -118,7 +127,10 @@ impl Config {
                 self.value_dim.is_multiple_of(8) && (8..=256).contains(&self.value_dim),
                 format!("values of {} elements (a multiple of 8 up to 256)", self.value_dim),
             ),
-            (matches!(self.warps, 4 | 8), format!("{} warps (4 or 8)", self.warps)),
+            (
+                matches!(self.warps, 4 | 8) && matches!(self.strips, 1 | 2),
+                format!("{} warps of {} strips (4 or 8 of 1 or 2)", self.warps, self.strips),
+            ),
             (
                 self.keys.is_multiple_of(16)
                     && self.keys.is_multiple_of(4 * self.warps)
@@ -150,14 +162,15 @@ impl Config {
     fn needed_registers(&self) -> u32 {
         let scores = self.keys / 2;
         let queries = if self.kept { self.query_lines().steps() * 4 } else { 0 };
-        let mut spare = SPARE_REGISTERS + self.scores.registers(scores);
+        let strip = self.value_dim / 2 + scores + scores / 2 + queries;
+        let mut spare = SPARE_REGISTERS;
         if self.mask == Mask::Window || self.lengths != Lengths::Full {
             spare += MASK_REGISTERS;
         }
         if !self.scores.plain() {
             spare += SCORE_REGISTERS;
         }
-        self.value_dim / 2 + scores + scores / 2 + queries + spare
+        spare + self.strips * (STRIP_REGISTERS + strip + self.scores.registers(scores))
     }
 
     pub(super) fn plan(&self) -> Plan {

@@ -1,5 +1,6 @@
 //! Attention on every GPU from Ampere on: warps copy keys and values into two stages (`cp.async`), and
-//! multiply with `mma.sync` what they load from there (`ldmatrix`), 16 rows of queries each.
+//! multiply with `mma.sync` what they load from there (`ldmatrix`), one or two strips of 16 rows of
+//! queries each.
 //!
 //! While a block of keys is at work, the next one is on its way. A warp's softmax runs while others
 //! multiply.
@@ -9,6 +10,7 @@ mod choose;
 mod config;
 mod copies;
 mod lines;
+mod multiply;
 mod store;
 
 pub use super::{Launch, MAX_LENGTH};

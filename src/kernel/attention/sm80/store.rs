@@ -1,27 +1,33 @@
 //! From sums to the result: normalised, and stored by the threads.
 
 use super::Attention;
-use super::attend::Thread;
+use super::attend::{Seat, Strip};
 use crate::kernel::Element;
 use crate::kernel::attention::work::{Row, Work};
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
-    /// A tile's result, of this warp.
-    pub(super) fn store(&self, t: &Thread<'k>, work: &Work<'k>, rows: [Row<'k>; 2]) {
-        let finished = t.softmax.finish();
+    /// A tile's result, of a strip of this warp.
+    pub(super) fn store(
+        &self,
+        strip: &Strip<'k>,
+        work: &Work<'k>,
+        seat: Seat<'k>,
+        rows: [Row<'k>; 2],
+    ) {
+        let finished = strip.softmax.finish();
         for (h, row) in rows.iter().enumerate() {
             let normalised = |&sum: &Reg<'k, f32>| {
                 let value = sum * finished.inverse[h];
                 row.some.map_or(value, |some| value.or_else(some, 0.0))
             };
-            let of_row = t.sums.chunks(4).map(|quad| &quad[2 * h..][..2]);
+            let of_row = strip.sums.chunks(4).map(|quad| &quad[2 * h..][..2]);
             let pairs: Vec<[_; 2]> =
                 of_row.map(|pair| [normalised(&pair[0]), normalised(&pair[1])]).collect();
-            self.store_row(t, work, row, &pairs);
+            self.store_row(work, seat, row, &pairs);
         }
         if let Some(lse) = self.lse {
-            let writes = (t.lane % 4).eq(0);
+            let writes = (seat.lane % 4).eq(0);
             lse.store(&self.tiles, work, rows, finished.lse, writes);
         }
     }
@@ -29,8 +35,8 @@ impl<'k> Attention<'k, '_> {
     /// A row, of which this lane has the pairs from column `2 · (lane % 4)` of each 8 on.
     fn store_row(
         &self,
-        t: &Thread<'k>,
         work: &Work<'k>,
+        seat: Seat<'k>,
         row: &Row<'k>,
         pairs: &[[Reg<'k, f32>; 2]],
     ) {
@@ -38,7 +44,7 @@ impl<'k> Attention<'k, '_> {
         let start = self.out.start(work);
         let at = |col: Reg<'k, u32>| self.out.at(start, work, row, col, size);
         let bytes = |col: usize| (col * size as usize) as i64;
-        let col = t.lane % 4 * 2;
+        let col = seat.lane % 4 * 2;
         match self.c.out {
             Element::F32 => {
                 let at = at(col);
@@ -52,7 +58,7 @@ impl<'k> Attention<'k, '_> {
                 let pairs: Vec<_> = pairs.iter().map(|&[a, b]| k.pack(half, a, b)).collect();
                 // Even lanes take both lanes' pairs of 8 columns, odd ones those of the next 8: the
                 // four lanes of a row store 32 bytes together.
-                let odd = (t.lane % 2).ne(0);
+                let odd = (seat.lane % 2).ne(0);
                 let both = pairs.chunks_exact(2);
                 let rest = both.remainder();
                 let quads: Vec<_> = both
@@ -62,7 +68,7 @@ impl<'k> Attention<'k, '_> {
                         [got.or_else(odd, kept), kept.or_else(odd, got)]
                     })
                     .collect();
-                let first = at(col + t.lane % 2 * 6);
+                let first = at(col + seat.lane % 2 * 6);
                 let last = rest.first().map(|&pair| (pair, at(col)));
                 k.if_(row.inside, || {
                     for (j, &quad) in quads.iter().enumerate() {
