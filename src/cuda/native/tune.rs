@@ -8,7 +8,7 @@ use super::matmul::{Call, Plan};
 use super::sm80::Plan as Sm80;
 use super::sm90::Plan as Sm90;
 use crate::kernel::Config;
-use crate::kernel::attention::{self as flash, choose};
+use crate::kernel::attention as flash;
 use crate::kernel::gemm::Problem;
 use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem};
 
@@ -40,7 +40,7 @@ pub fn matmul(
 pub fn flash_attn(
     [q, k, v]: [&Tensor; 3],
     causal: bool,
-    config: Option<flash::sm90::Config>,
+    config: Option<Config>,
 ) -> Result<(Tensor, flash::Problem)> {
     let all = [q, k, v].map(|t| t.storage_and_layout());
     let [(Storage::Cuda(sq), lq), (Storage::Cuda(sk), lk), (Storage::Cuda(sv), lv)] =
@@ -52,7 +52,12 @@ pub fn flash_attn(
     let problem = AttentionProblem { out_dtype, ..AttentionProblem::broadcast(lq, lk, lv, causal) };
     let inputs = AttentionInputs { q: sq, k: sk, v: sv, extras: Default::default() };
     let call = attention::Call::new("tune", &problem, false, &inputs)?;
-    let config = config.unwrap_or_else(|| choose::choose(&call.facts, &call.gpu.device));
+    let config = match config {
+        Some(Config::FlashSm90(config)) => attention::Config::Sm90(config),
+        Some(Config::FlashSm80(config)) => attention::Config::Sm80(config),
+        Some(_) => bail!("not attention"),
+        None => attention::Config::chosen(&call.facts, &call.gpu.device),
+    };
     let plan = attention::Plan::new("tune", &call.gpu, &call.facts, config)?;
     let storage = Storage::Cuda(call.run(&problem, &plan)?.0);
     let shape = problem.shape.clone();

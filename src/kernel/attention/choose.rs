@@ -14,7 +14,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let most = if head_dim.max(value_dim) <= 64 { 3 } else { 2 };
     let warpgroups = warpgroups(problem, pack, most, device.multiprocessors);
     // Few tiles that take a while each: the time of some blocks pays for putting parts together.
-    let few = tiles(problem, pack, 1) * 2 <= device.multiprocessors.into();
+    let few = tiles(&problem.each(), pack, 1) * 2 <= device.multiprocessors.into();
     let long = problem.seen_keys(64) >= 8 * KEYS;
     let split = few && long && problem.lengths != Lengths::Packed;
     let mut config = Config {
@@ -58,6 +58,7 @@ const TILE_TIME: [u64; 3] = [107, 157, 192];
 
 /// Warpgroups of a tile: those that are done first.
 fn warpgroups(problem: &Problem, pack: u32, most: u64, multiprocessors: u32) -> u32 {
+    let problem = &problem.each();
     let time = |warpgroups: &u64| {
         let each = tiles_of_head(problem, pack, *warpgroups);
         let (mut all, mut longest) = (0, 0);
@@ -93,11 +94,7 @@ fn tiles_of_head(problem: &Problem, pack: u32, warpgroups: u64) -> u64 {
 
 /// Those of all heads.
 fn tiles(problem: &Problem, pack: u32, warpgroups: u64) -> u64 {
-    let sequences = match problem.lengths {
-        Lengths::Full | Lengths::Padded => problem.batch,
-        Lengths::Packed => 1,
-    };
-    let packs = problem.heads / u64::from(pack) * sequences;
+    let packs = problem.heads / u64::from(pack) * problem.batch;
     tiles_of_head(problem, pack, warpgroups).saturating_mul(packs)
 }
 

@@ -66,6 +66,19 @@ impl Problem {
         }
     }
 
+    /// Sequences of the mean length in place of packed ones.
+    pub fn each(&self) -> Self {
+        match self.lengths {
+            Lengths::Full | Lengths::Padded => *self,
+            Lengths::Packed => Self {
+                queries: self.queries.div_ceil(self.batch),
+                keys: self.keys.div_ceil(self.batch),
+                lengths: Lengths::Padded,
+                ..*self
+            },
+        }
+    }
+
     /// About how many keys `count` queries from `first` on see together.
     pub fn keys_of(&self, first: u64, count: u64) -> u64 {
         // Positions from -queries on, so that none is below 0.

@@ -14,7 +14,7 @@ use crate::stack::Stack;
 
 impl Call<'_> {
     /// Of `kernel::attention::sm90::emit` and `sm80::emit`: they differ in how operands are given.
-    pub fn args(&self, plan: &Plan, out: &Place, rows: usize) -> Result<Args> {
+    pub(super) fn args(&self, plan: &Plan, out: &Place, rows: usize) -> Result<Args> {
         let (launch, facts, device) = (&plan.launch, &self.facts, &self.device);
         let tiling = plan.config.tiling();
         let mut args = Args::new();
@@ -117,7 +117,13 @@ impl Call<'_> {
     }
 
     /// Of `kernel::attention::combine::emit`.
-    pub fn combine_args(&self, plan: &Plan, parts: &Place, out: &Place, rows: usize) -> Args {
+    pub(super) fn combine_args(
+        &self,
+        plan: &Plan,
+        parts: &Place,
+        out: &Place,
+        rows: usize,
+    ) -> Args {
         let mut args = Args::new();
         args.pointer(parts.address).pointer(parts.lse.expect("parts have sums"));
         args.pointer(out.address);

@@ -56,13 +56,13 @@ pub(crate) fn limit(p: &AttentionProblem, q: &CudaStorage) -> Option<(String, &'
 
 /// A kernel for a problem.
 #[derive(Clone, Copy)]
-enum Config {
+pub(super) enum Config {
     Sm90(sm90::Config),
     Sm80(sm80::Config),
 }
 
 impl Config {
-    fn chosen(problem: &Problem, device: &kernel::Device) -> Self {
+    pub fn chosen(problem: &Problem, device: &kernel::Device) -> Self {
         match device.target {
             Target::Sm90a => Self::Sm90(choose::choose(problem, device)),
             Target::Sm80 => Self::Sm80(sm80::choose(problem, device)),
