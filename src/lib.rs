@@ -35,7 +35,7 @@
 //! # Features
 //!
 //! - none: CPU tensors. Builds everywhere.
-//! - `cuda`: CUDA tensors too, through this crate's own kernels (matmul) and those of `kaio-ops`, and
+//! - `cuda`: CUDA tensors too, through this crate's own kernels (matmul, attention) and those of `kaio-ops`, and
 //!   the module `registry`, which keeps one `KaioDevice` for each GPU. Needs CUDA's compiler to build, a GPU of compute capability
 //!   8.0 or later to run. README lists the engine's limits.
 //!

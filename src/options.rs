@@ -9,13 +9,14 @@ use candle_core::{DType, Tensor};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Engine {
-    /// The fastest engine that supports the problem: native for matmul, kaio-ops for the rest.
+    /// The fastest engine that supports the problem: native for matmul and attention, kaio-ops for the
+    /// rest.
     #[default]
     Auto,
     /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, sm_80 and later.
     KaioOps,
-    /// This crate's own kernels, for matmul: [`docs/kernels.md`] says how they work. Naming it in
-    /// another op is an error.
+    /// This crate's own kernels, for matmul and attention, sm_80 and later: [`docs/kernels.md`] says how
+    /// they work.
     ///
     /// [`docs/kernels.md`]: https://docs.rs/crate/kaio-candle/latest/source/docs/kernels.md
     Native,
