@@ -129,18 +129,12 @@ impl Block {
 
     fn attend(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, seq, dim) = x.dims3()?;
-        let qkv = self.arithmetic.linear(x, &self.qkv)?.reshape((
-            batch,
-            seq,
-            3,
-            self.heads,
-            dim / self.heads,
-        ))?;
-        // [B, H, S, D] views of the one projection.
-        let head_view = |index: usize| qkv.narrow(2, index, 1)?.squeeze(2)?.transpose(1, 2);
-        let attended = self.arithmetic.attention(&head_view(0)?, &head_view(1)?, &head_view(2)?)?;
-        let merged = attended.transpose(1, 2)?.reshape((batch, seq, dim))?;
-        self.arithmetic.linear(&merged, &self.attention_out)
+        let shape = (batch, seq, 3, self.heads, dim / self.heads);
+        let qkv = self.arithmetic.projection(x, &self.qkv)?.reshape(shape)?;
+        // [B, S, H, D] views of the one projection.
+        let view = |index: usize| qkv.narrow(2, index, 1)?.squeeze(2);
+        let attended = self.arithmetic.attention(&view(0)?, &view(1)?, &view(2)?)?;
+        self.arithmetic.linear(&attended.flatten_from(2)?, &self.attention_out)
     }
 }
 

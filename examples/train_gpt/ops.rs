@@ -24,8 +24,20 @@ impl Arithmetic {
 
     /// `x · weight` for x `[.., K]` and weight `[K, N]`, as f32.
     pub fn linear(self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        self.product(x, weight, DType::F32)
+    }
+
+    /// The same product, in the dtype that `attention` takes.
+    pub fn projection(self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        self.product(x, weight, DType::BF16)
+    }
+
+    fn product(self, x: &Tensor, weight: &Tensor, dtype: DType) -> Result<Tensor> {
         match self {
-            Self::Kaio => x.to_dtype(DType::BF16)?.kaio_matmul_tc(&weight.to_dtype(DType::BF16)?),
+            Self::Kaio => {
+                let opts = MatmulOptions::default().out_dtype(dtype);
+                x.to_dtype(DType::BF16)?.kaio_matmul_with(&weight.to_dtype(DType::BF16)?, &opts)
+            }
             Self::Reference => {
                 // One product of rank 2: candle would repeat the weight for every batch.
                 let (rows, n) = (x.flatten_to(D::Minus2)?, weight.dim(1)?);
@@ -36,15 +48,15 @@ impl Arithmetic {
         }
     }
 
-    /// Causal self-attention over `[B, H, S, D]`.
+    /// Causal self-attention over `[B, S, H, D]`.
     pub fn attention(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         match self {
             Self::Kaio => {
-                let [q, k, v] = [q, k, v].map(|x| x.to_dtype(DType::BF16));
-                q?.kaio_flash_attn(&k?, &v?, true)
+                let opts = FlashAttnOptions::default().causal(true).layout(AttnLayout::Bshd);
+                q.kaio_flash_attn_with(k, v, &opts)
             }
             Self::Reference => {
-                let [q, k, v] = [q, k, v].map(|x| x.contiguous());
+                let [q, k, v] = [q, k, v].map(|x| x.transpose(1, 2)?.contiguous());
                 let (q, k, v) = (q?, k?, v?);
                 let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
                 let scores = (q.matmul(&k.t()?)? * scale)?;
@@ -53,7 +65,7 @@ impl Arithmetic {
                 let scores = visible
                     .broadcast_as(scores.shape())?
                     .where_cond(&scores, &hidden.broadcast_as(scores.shape())?)?;
-                softmax(&scores, D::Minus1)?.matmul(&v)
+                softmax(&scores, D::Minus1)?.matmul(&v)?.transpose(1, 2)
             }
         }
     }
