@@ -41,7 +41,7 @@ pub(crate) fn attention_tc(
     inputs: [&CudaStorage; 3],
 ) -> Result<CudaStorage> {
     let [q, k, v] = inputs;
-    match problem.is_empty() || native::flash_limit(problem, q).is_some() {
+    match problem.is_empty() || native::flash_limit(problem).is_some() {
         true => kaio_ops::attention_tc(op, problem, inputs),
         false => {
             let extras = Default::default();
@@ -66,8 +66,8 @@ pub(crate) fn flash_attn(
     }
     let native = match engine {
         Engine::KaioOps => false,
-        Engine::Auto => native::flash_limit(problem, inputs.q).is_none(),
-        Engine::Native => match native::flash_limit(problem, inputs.q) {
+        Engine::Auto => native::flash_limit(problem).is_none(),
+        Engine::Native => match native::flash_limit(problem) {
             None => true,
             Some((what, fix)) => {
                 let (engine, limit) = ("Engine::Native".into(), format!("cannot take {what}"));

@@ -92,7 +92,7 @@ impl attention::sm90::Config {
             add(&mut name, format_args!(" pack{}", self.pack));
         }
         let direct = self.store == attention::sm90::Store::Direct;
-        flash(&mut name, (self.half, self.out), self.mask, scores, self.lengths);
+        flash(&mut name, (Element::Half(self.half), self.out), self.mask, scores, self.lengths);
         let words = [(self.lse, " lse"), (direct, " direct"), (self.split, " split")];
         words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
         name
@@ -112,7 +112,7 @@ impl attention::sm80::Config {
         if self.pack > 1 {
             add(&mut name, format_args!(" pack{}", self.pack));
         }
-        flash(&mut name, (self.half, self.out), self.mask, scores, self.lengths);
+        flash(&mut name, (self.element, self.out), self.mask, scores, self.lengths);
         let words = [(self.lse, " lse"), (self.split, " split")];
         words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
         name
@@ -131,12 +131,12 @@ impl attention::combine::Config {
 /// The variant of an attention.
 fn flash(
     name: &mut String,
-    (half, out): (Half, Element),
+    (of, out): (Element, Element),
     mask: Mask,
     scores: &Scores,
     lengths: Lengths,
 ) {
-    add(name, format_args!(", {}→{}", half.name(), element(out)));
+    add(name, format_args!(", {}→{}", element(of), element(out)));
     name.push_str(match mask {
         Mask::None => "",
         Mask::Right => " causal",

@@ -57,6 +57,13 @@ impl Kernel {
         self.place(end);
     }
 
+    /// [`if_`](Self::if_) of a predicate that always holds, which the assembler does not know: it moves
+    /// no instructions of `body` among those around. Where much is unrolled that saves registers, in which
+    /// what is loaded early waits. Registers that are first written in `body` stay in it.
+    pub fn apart(&self, always: Reg<bool>, body: impl FnOnce()) {
+        self.if_(always, body);
+    }
+
     /// Runs `then` if the predicate holds, else `other`.
     pub fn if_else(&self, holds: Reg<bool>, then: impl FnOnce(), other: impl FnOnce()) {
         let (otherwise, end) = (self.label(), self.label());

@@ -1,4 +1,4 @@
-//! Tensor cores: `mma.sync` (sm_80) and `wgmma` (sm_90a), f16 and bf16 with f32 sums.
+//! Tensor cores: `mma.sync` (sm_80) and `wgmma` (sm_90a), f16, bf16 and tf32 with f32 sums.
 
 use super::memory::list;
 use super::{Kernel, Reg, Value};
@@ -75,6 +75,16 @@ impl Kernel {
         let (t, d, a, b) = (half.name(), list(&sum), list(&m.a), list(&m.b));
         self.emit(format_args!(
             "mma.sync.aligned.m16n8k16.row.col.f32.{t}.{t}.f32 {d}, {a}, {b}, {d}"
+        ));
+    }
+
+    /// `mma.sync.m16n8k8` of tf32: `sum += a·b`. Fragments are as of [`mma`](Self::mma), with a float in
+    /// place of two halves: lane `l` has k `l%4` and `l%4 + 4`. The lower 13 bits of a float are not
+    /// looked at.
+    pub fn mma_tf32<'k>(&'k self, sum: [Reg<'k, f32>; 4], m: Mma<'k>) {
+        let (d, a, b) = (list(&sum), list(&m.a), list(&m.b));
+        self.emit(format_args!(
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {d}, {a}, {b}, {d}"
         ));
     }
 

@@ -59,6 +59,9 @@ fn hopper(facts: &Facts, device: &Device) -> Vec<Config> {
 
 fn flash(facts: &Facts, device: &Device) -> Vec<Config> {
     let Facts::Attention(problem) = facts else { return vec![] };
+    if problem.element == Element::F32 {
+        return vec![];
+    }
     let config = attention::choose::choose(problem, device);
     let launch = attention::Launch::new(&config, problem, device.multiprocessors);
     let combine = config.split.then(|| combine(problem, &launch));
@@ -132,12 +135,13 @@ fn attentions(extent: Extent) -> Vec<attention::Problem> {
         Some(Bias { element: Element::F32, pairs: false }),
     ];
     let lengths = [Lengths::Full, Lengths::Full, Lengths::Padded, Lengths::Packed];
+    let kinds = [(true, BF16), (false, BF16), (true, Element::F32), (false, Element::F32)];
     let mut all = Vec::new();
     for &(head_dim, value_dim) in dims {
         for (queries, keys) in cross(queries, keys) {
             for (heads, kv_heads) in heads {
                 for mask in 0..3 {
-                    for plain in [true, false] {
+                    for (plain, element) in kinds {
                         let seed = format!("{head_dim} {queries} {keys} {heads} {mask} {plain}");
                         let draw = hash(&seed) >> 8;
                         let pick = |shift: u32, of: usize| (draw >> shift) as usize % of;
@@ -145,7 +149,9 @@ fn attentions(extent: Extent) -> Vec<attention::Problem> {
                             shrunk: pick(0, 7) == 0,
                             softcap: pick(4, 2) == 0,
                             alibi: pick(8, 2) == 0,
-                            bias: biases[pick(12, biases.len())],
+                            bias: biases[pick(12, biases.len())].filter(|bias| {
+                                bias.element == element || bias.element == Element::F32
+                            }),
                         };
                         all.push(attention::Problem {
                             batch: [1, 4][pick(20, 2)],
@@ -155,8 +161,8 @@ fn attentions(extent: Extent) -> Vec<attention::Problem> {
                             keys,
                             head_dim,
                             value_dim,
-                            half: Half::Bf16,
-                            out: if plain || pick(24, 2) == 0 { BF16 } else { Element::F32 },
+                            element,
+                            out: if plain || pick(24, 2) == 0 { element } else { Element::F32 },
                             left: (mask == 2).then_some(500),
                             right: (mask > 0).then_some(0),
                             scores: if plain { Scores::default() } else { scores },
@@ -419,14 +425,14 @@ fn choices_fit_their_problems() {
             (Config::MatmulReduce(reduce), Facts::Matmul(problem)) => divides(reduce.unit, problem),
             (&Config::FlashSm90(c), Facts::Attention(problem)) => {
                 let attention::sm90::Config { half, out, scores, lse, .. } = c;
-                let dims = [c.head_dim, c.value_dim];
-                let attends = Attends { half, out, scores, lse, dims };
+                let (element, dims) = (Element::Half(half), [c.head_dim, c.value_dim]);
+                let attends = Attends { element, out, scores, lse, dims };
                 c.check().and_then(|()| flash_fits((&c).into(), attends, gpu, problem))
             }
             (&Config::FlashSm80(c), Facts::Attention(problem)) => {
-                let attention::sm80::Config { half, out, scores, lse, .. } = c;
+                let attention::sm80::Config { element, out, scores, lse, .. } = c;
                 let dims = [c.head_dim, c.value_dim];
-                let attends = Attends { half, out, scores, lse, dims };
+                let attends = Attends { element, out, scores, lse, dims };
                 let fits = c.check(gpu.device.shared_per_block);
                 fits.and_then(|()| flash_fits((&c).into(), attends, gpu, problem))
             }
@@ -466,7 +472,7 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
 
 /// What a kernel of attention says of its problem beside its tiles.
 struct Attends {
-    half: Half,
+    element: Element,
     out: Element,
     scores: attention::Scores,
     lse: bool,
@@ -479,8 +485,8 @@ fn flash_fits(
     gpu: &Gpu,
     problem: &attention::Problem,
 ) -> Result<(), String> {
-    let facts = (attends.half, tiling.mask, attends.scores, tiling.lengths);
-    let wanted = (problem.half, problem.mask(), problem.scores, problem.lengths);
+    let facts = (attends.element, tiling.mask, attends.scores, tiling.lengths);
+    let wanted = (problem.element, problem.mask(), problem.scores, problem.lengths);
     rule(facts == wanted, "another problem's facts")?;
     rule(tiling.split || attends.out == problem.out, "another type")?;
     rule(attends.lse || !problem.lse, "sums that are not stored")?;

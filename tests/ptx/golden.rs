@@ -74,7 +74,7 @@ const FLASH: attention::sm90::Config = attention::sm90::Config {
 
 /// Attention everywhere: 64×32, 64 wide, nothing hidden.
 const PORTABLE_FLASH: attention::sm80::Config = attention::sm80::Config {
-    half: Half::Bf16,
+    element: BF16,
     out: BF16,
     head_dim: 64,
     value_dim: 64,
@@ -126,7 +126,7 @@ fn flash() -> [(&'static str, Config); 5] {
     ]
 }
 
-fn portable_flash() -> [(&'static str, Config); 4] {
+fn portable_flash() -> [(&'static str, Config); 5] {
     use attention::sm80::Config as Flash;
     use attention::{Bias, Lengths, Mask, Scores};
     let small = Flash { head_dim: 16, value_dim: 8, strips: 1, keys: 16, ..PORTABLE_FLASH };
@@ -139,7 +139,7 @@ fn portable_flash() -> [(&'static str, Config); 4] {
         ..small
     };
     let packed = Flash {
-        half: Half::F16,
+        element: Element::Half(Half::F16),
         out: Element::F32,
         head_dim: 20,
         value_dim: 72,
@@ -148,11 +148,21 @@ fn portable_flash() -> [(&'static str, Config); 4] {
         ..small
     };
     let split = Flash { out: Element::F32, pack: 4, split: true, ..small };
+    let exact = Flash {
+        element: Element::F32,
+        out: Element::F32,
+        head_dim: 12,
+        value_dim: 40,
+        mask: Mask::Right,
+        kept: false,
+        ..small
+    };
     [
         ("flash80_plain", Config::FlashSm80(PORTABLE_FLASH)),
         ("flash80_window_all", Config::FlashSm80(all)),
         ("flash80_packed", Config::FlashSm80(packed)),
         ("flash80_split", Config::FlashSm80(split)),
+        ("flash80_exact", Config::FlashSm80(exact)),
     ]
 }
 

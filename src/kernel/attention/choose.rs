@@ -4,9 +4,12 @@ use super::sm90::{Config, Store};
 use super::{Lengths, Mask, Problem};
 use crate::kernel::{Device, Element};
 
-/// The configuration for a problem. If it splits the keys, a kernel of
+/// The configuration for a problem of 16-bit operands. If it splits the keys, a kernel of
 /// [`combine`](super::combine) follows.
 pub fn choose(problem: &Problem, device: &Device) -> Config {
+    let Element::Half(half) = problem.element else {
+        panic!("wgmma of tf32 reads no transposed values: f32 is for the portable kernel");
+    };
     let head_dim = (problem.head_dim as u32).next_multiple_of(16);
     let value_dim = problem.value_dim as u32;
     let pack = pack(problem, 64);
@@ -18,7 +21,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let long = problem.seen_keys(64) >= 8 * KEYS;
     let split = few && long && problem.lengths != Lengths::Packed;
     let mut config = Config {
-        half: problem.half,
+        half,
         out: if split { Element::F32 } else { problem.out },
         head_dim,
         value_dim,
@@ -131,7 +134,7 @@ mod tests {
             keys,
             head_dim: dim,
             value_dim: dim,
-            half: Half::Bf16,
+            element: Element::Half(Half::Bf16),
             out: Element::Half(Half::Bf16),
             left: None,
             right: None,

@@ -71,9 +71,10 @@ impl Launch {
         // Under a causal mask the tiles of a head differ, so that those of several are sorted.
         let section = match tiling.mask {
             Mask::Right => {
-                let dims = problem.head_dim + problem.value_dim;
+                let bytes =
+                    (problem.head_dim + problem.value_dim) * u64::from(problem.element.size());
                 let group = (problem.heads / problem.kv_heads / u64::from(tiling.pack)).max(1);
-                (tiling.section_bytes / (problem.keys * dims * 2).max(1)).max(1) * group
+                (tiling.section_bytes / (problem.keys * bytes).max(1)).max(1) * group
             }
             Mask::None | Mask::Window => 1,
         };

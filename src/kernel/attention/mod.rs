@@ -1,4 +1,4 @@
-//! Attention, `softmax(mask(scores))·V`, f16 and bf16 with f32 sums, and a score for each pair of a
+//! Attention, `softmax(mask(scores))·V`, f16, bf16 and f32 with f32 sums, and a score for each pair of a
 //! query and a key: `scale·q·k`, then a soft cap, then a bias, then ALiBi.
 
 mod launch;
@@ -21,7 +21,6 @@ pub use schedule::Section;
 pub use scores::{Bias, Scores};
 
 use super::Element;
-use crate::ptx::Half;
 
 /// An attention, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,7 +40,7 @@ pub struct Problem {
     /// Elements of a value.
     pub value_dim: u64,
     /// The operands' type.
-    pub half: Half,
+    pub element: Element,
     /// The result's type.
     pub out: Element,
     /// Query `i` sees keys from `i + o - left` on, `o` being keys minus queries of its sequence.

@@ -91,7 +91,7 @@ impl Call<'_> {
     fn descriptors(&self, args: &mut Args, config: &sm90::Config, out: &Place) -> Result<()> {
         let begins = self.begins();
         let [q, k, v] = self.operands.each_ref().map(|fitted| Lines::of(&fitted.stack));
-        let (pack, half) = (config.pack, Element::Half(self.facts.half));
+        let (pack, half) = (config.pack, self.facts.element);
         let rows_of = |lines: &Lines, element, address, cols| match pack {
             1 => lines.map(element, address, [cols, SLAB]),
             _ => lines.packed(element, address, [cols, pack, config.positions()]),

@@ -1,4 +1,4 @@
-//! Attention of f16 and bf16 operands.
+//! Attention.
 #![allow(unsafe_code)]
 
 mod args;
@@ -13,10 +13,10 @@ use super::super::fit::{self, Fitted, Want, fit};
 use super::super::gpu::Gpu;
 use super::super::launch::{Function, Memory};
 use super::super::order::Order;
-use super::operand::{UNIT, element, half};
-use crate::kernel;
+use super::operand::{UNIT, element};
 use crate::kernel::attention::{Bias, Launch, Lengths, MAX_LENGTH, Problem, Scores, Tiling};
 use crate::kernel::attention::{choose, combine, sm80, sm90};
+use crate::kernel::{self, Element};
 use crate::op::{AttentionInputs, AttentionProblem};
 use crate::ptx::Target;
 use crate::stack::Stack;
@@ -25,15 +25,10 @@ use crate::stack::Stack;
 const MAX_HEAD_DIM: usize = 256;
 
 /// What of a problem the kernels cannot take, and what to do instead.
-pub(crate) fn limit(p: &AttentionProblem, q: &CudaStorage) -> Option<(String, &'static str)> {
+pub(crate) fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
     let width = p.head_dim().max(p.value_dim());
     let length = p.seq_q().max(p.seq_k());
     let limits = [
-        (
-            q.dtype() == DType::F32,
-            "f32 operands".into(),
-            "use f16 or bf16 operands, or Engine::Auto",
-        ),
         (
             width > MAX_HEAD_DIM,
             format!("a head dimension of {width} (at most {MAX_HEAD_DIM})"),
@@ -63,9 +58,10 @@ pub(super) enum Config {
 
 impl Config {
     pub fn chosen(problem: &Problem, device: &kernel::Device) -> Self {
-        match device.target {
-            Target::Sm90a => Self::Sm90(choose::choose(problem, device)),
-            Target::Sm80 => Self::Sm80(sm80::choose(problem, device)),
+        match (device.target, problem.element) {
+            (Target::Sm90a, Element::Half(_)) => Self::Sm90(choose::choose(problem, device)),
+            // On Hopper, too: its own instructions read no transposed f32.
+            (_, Element::F32) | (Target::Sm80, _) => Self::Sm80(sm80::choose(problem, device)),
         }
     }
 
@@ -198,7 +194,7 @@ impl<'a> Call<'a> {
             keys: p.seq_k() as u64,
             head_dim: p.head_dim() as u64,
             value_dim: p.value_dim().next_multiple_of(UNIT) as u64,
-            half: half(q.dtype()),
+            element: element(q.dtype()),
             out: element(p.out_dtype),
             left: p.mask.left.map(|keys| keys as u64),
             right: p.mask.right.map(|keys| keys as u64),
@@ -335,14 +331,16 @@ struct Place {
 
 /// An operand whose rows are contiguous and begin at multiples of 16 bytes: as it is, or a padded copy.
 fn heads<'a>(op: &'static str, storage: &'a CudaStorage, stack: &Stack) -> Result<Fitted<'a>> {
+    const ALIGN: usize = 16;
+    let unit = ALIGN / storage.dtype().size_in_bytes();
     let contiguous = stack.cols == 1 || stack.col_stride == 1;
     let rows = if stack.rows > 1 { stack.row_stride } else { 0 };
-    let aligned = stack.origins().chain([rows]).all(|elements| elements.is_multiple_of(UNIT));
+    let aligned = stack.origins().chain([rows]).all(|elements| elements.is_multiple_of(unit));
     if contiguous && aligned {
         return Ok(Fitted::view(storage, stack.clone()));
     }
-    let cols = stack.cols.next_multiple_of(UNIT);
-    let mut copy = fit(op, (storage, stack), Want { cols, align: 2 * UNIT, ..Want::default() })?;
+    let cols = stack.cols.next_multiple_of(unit);
+    let mut copy = fit(op, (storage, stack), Want { cols, align: ALIGN, ..Want::default() })?;
     copy.stack = copy.stack.narrow(stack.rows, stack.cols);
     Ok(copy)
 }

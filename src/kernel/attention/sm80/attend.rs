@@ -5,6 +5,7 @@ use super::config::{STRIP, WARP};
 use super::copies::Copies;
 use super::lines::{Lines, Order};
 use super::multiply::{Fragment, Places};
+use crate::kernel::Element;
 use crate::kernel::attention::Mask;
 use crate::kernel::attention::scores::Shape;
 use crate::kernel::attention::softmax::Softmax;
@@ -97,7 +98,7 @@ impl<'k> Attention<'k, '_> {
         let kept = if c.kept { c.query_lines().steps() } else { 0 };
         let strip = || Strip {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
-            sums: (0..c.value_dim / 2).map(|_| k.reg()).collect(),
+            sums: (0..c.columns() / 2).map(|_| k.reg()).collect(),
             softmax: Softmax::new(k, c.scores.plain().then_some(self.shaping.scale)),
             queries: (0..kept).map(|_| k.regs()).collect(),
         };
@@ -110,7 +111,11 @@ impl<'k> Attention<'k, '_> {
                     + warp * (c.warp_rows() * Lines::BYTES)
                     + Lines::fragment(Order::Lines, lane),
                 places[1] + Lines::fragment(Order::Chunks, lane),
-                places[2] + Lines::fragment(Order::Lines, lane),
+                places[2]
+                    + match c.element {
+                        Element::Half(_) => Lines::fragment(Order::Lines, lane),
+                        Element::F32 => Lines::quads(lane),
+                    },
             ],
             stage: k.var(0u32),
         }
@@ -201,7 +206,10 @@ impl<'k> Attention<'k, '_> {
         let limit = (turn == Turn::First).then_some(work.keys.count);
         let load = |rows: &Sights<'k>| rows.shape.load(c.keys as usize / 2, first, limit);
         let biases: Vec<_> = tile.rows.iter().map(load).collect();
-        self.multiply_keys(t);
+        match c.element {
+            Element::Half(half) => self.multiply_keys(half, t),
+            Element::F32 => self.multiply_keys_exactly(t),
+        }
         let mut weights = Vec::new();
         for ((strip, rows), bias) in t.strips.iter().zip(&tile.rows).zip(&biases) {
             rows.shape.apply(&strip.scores, bias, first);
@@ -215,9 +223,17 @@ impl<'k> Attention<'k, '_> {
             }
             weights.push(self.weigh(strip, turn));
         }
-        self.multiply_values(t, &weights);
+        match c.element {
+            Element::Half(half) => self.multiply_values(half, t, &weights),
+            Element::F32 => self.multiply_values_exactly(t, &weights),
+        }
         t.stage.set(t.stage ^ self.plan.stage_bytes);
         tile.block.increase(-1);
+    }
+
+    /// What holds whatever happens, for [`Kernel::apart`].
+    pub(super) fn always(&self, t: &Thread<'k>) -> Reg<'k, bool> {
+        t.stage.lt(self.plan.bytes)
     }
 
     /// The exponentials of a strip's scores, as a left operand; its sums shrink.
@@ -232,7 +248,10 @@ impl<'k> Attention<'k, '_> {
                 exponentials
             }
         };
-        self.left(&exponentials)
+        match self.c.element {
+            Element::Half(half) => self.left(half, &exponentials),
+            Element::F32 => self.left_exactly(&exponentials),
+        }
     }
 }
 

@@ -25,11 +25,28 @@ const TILES: [(u32, u32, u32, u32, bool); 14] = [
     (4, 1, 16, 1, false),
 ];
 
+/// The same for f32, whose products take six times as long as those of halves: reading is never the
+/// narrowest, registers are.
+const EXACT_TILES: [(u32, u32, u32, u32, bool); 6] = [
+    (8, 1, 64, 1, false),
+    (8, 1, 32, 1, false),
+    (4, 1, 64, 1, false),
+    (4, 1, 32, 1, false),
+    (4, 1, 16, 1, false),
+    (2, 1, 16, 1, false),
+];
+
 /// The configuration for a problem. If it splits the keys, a kernel of
 /// [`combine`](crate::kernel::attention::combine) follows.
 pub fn choose(problem: &Problem, device: &Device) -> Config {
-    // Tiles of 64 rows.
-    let pack = pack(problem, 64);
+    // The lowest tiles that there are.
+    let (tiles_of, lowest): (&[_], _) = match problem.element {
+        Element::Half(_) => (&TILES, 64),
+        Element::F32 => (&EXACT_TILES, 32),
+    };
+    // The sums of the widest f32 rows leave no registers for heads that differ from row to row.
+    let wide = problem.element == Element::F32 && problem.value_dim > 192;
+    let pack = if wide { 1 } else { pack(problem, lowest) };
     let sequences = match problem.lengths {
         Lengths::Full | Lengths::Padded => problem.batch,
         Lengths::Packed => 1,
@@ -43,7 +60,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let idle = tiles * 2 <= device.multiprocessors.into();
     let split = idle && long && problem.lengths != Lengths::Packed;
     let config = |(warps, strips, keys, blocks_per_sm, kept)| Config {
-        half: problem.half,
+        element: problem.element,
         out: if split { Element::F32 } else { problem.out },
         head_dim: problem.head_dim as u32,
         value_dim: problem.value_dim as u32,
@@ -59,10 +76,11 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         split,
         lse: problem.lse || split,
     };
-    TILES
-        .into_iter()
+    tiles_of
+        .iter()
+        .copied()
         .map(config)
-        .filter(|config| config.rows() == 64 || !few)
+        .filter(|config| config.rows() <= 64 || !few)
         .find(|config| config.check(device.shared_per_block).is_ok())
         .expect("the small tiles fit every device")
 }
@@ -90,7 +108,7 @@ mod tests {
             keys,
             head_dim: dim,
             value_dim: dim,
-            half: Half::F16,
+            element: Element::Half(Half::F16),
             out: Element::Half(Half::F16),
             left: None,
             right: Some(0),
@@ -148,6 +166,8 @@ mod tests {
                             let scores = Scores { bias, ..Scores::default() };
                             let p = problem(queries, keys, dim);
                             let p = Problem { value_dim, lengths, scores, left: Some(9), ..p };
+                            choose(&p, &device).check(device.shared_per_block).unwrap();
+                            let p = Problem { element: Element::F32, out: Element::F32, ..p };
                             choose(&p, &device).check(device.shared_per_block).unwrap();
                         }
                     }

@@ -3,7 +3,6 @@
 use super::lines::Lines;
 use crate::kernel::attention::{Lengths, Mask, Scores, Tiling};
 use crate::kernel::{Arena, Element};
-use crate::ptx::Half;
 
 /// Lanes of a warp.
 pub(super) const WARP: u32 = 32;
@@ -19,6 +18,8 @@ const REGISTERS: u32 = 65_536;
 /// for each strip.
 const SPARE_REGISTERS: u32 = 36;
 const STRIP_REGISTERS: u32 = 12;
+/// Those for f32, whose operands are in parts.
+const EXACT_REGISTERS: u32 = 100;
 /// More of them for a window or lengths in memory, and for what becomes of scores.
 const MASK_REGISTERS: u32 = 16;
 const SCORE_REGISTERS: u32 = 8;
@@ -29,14 +30,14 @@ const SECTION_BYTES: u64 = 16 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
     /// The operands' type.
-    pub half: Half,
-    /// The result's type.
+    pub element: Element,
+    /// The result's type. That of f32 operands is f32.
     pub out: Element,
     /// Elements of a query and of a key, at most 256.
     pub head_dim: u32,
     /// Elements of a value, a multiple of 8, at most 256.
     pub value_dim: u32,
-    /// Warps of a block: 4 or 8.
+    /// Warps of a block: 2, 4 or 8.
     pub warps: u32,
     /// 16 rows of a tile each, that a warp has: 1 or 2. What it loads is multiplied with all of them.
     pub strips: u32,
@@ -44,7 +45,8 @@ pub struct Config {
     pub keys: u32,
     /// Blocks of a multiprocessor.
     pub blocks_per_sm: u32,
-    /// Queries stay in registers. Else they are loaded from shared memory for each block of keys.
+    /// Queries stay in registers. Else, and always for f32, they are loaded from shared memory for each
+    /// block of keys.
     pub kept: bool,
     /// What hides keys.
     pub mask: Mask,
@@ -100,16 +102,28 @@ impl Config {
         (used < self.rows()).then_some(used)
     }
 
+    fn lines(&self, count: u32, dim: u32) -> Lines {
+        Lines { count, dim, size: self.element.size() }
+    }
+
     pub(super) fn query_lines(&self) -> Lines {
-        Lines { count: self.rows(), dim: self.head_dim }
+        self.lines(self.rows(), self.head_dim)
     }
 
     pub(super) fn key_lines(&self) -> Lines {
-        Lines { count: self.keys, dim: self.head_dim }
+        self.lines(self.keys, self.head_dim)
     }
 
     pub(super) fn value_lines(&self) -> Lines {
-        Lines { count: self.keys, dim: self.value_dim }
+        self.lines(self.keys, self.value_dim)
+    }
+
+    /// Columns of a row of sums: for f32 those of whole panels.
+    pub(super) fn columns(&self) -> u32 {
+        match self.element {
+            Element::Half(_) => self.value_dim,
+            Element::F32 => self.value_lines().panels() * self.value_lines().width(),
+        }
     }
 
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
@@ -117,6 +131,8 @@ impl Config {
     pub fn check(&self, limit: u32) -> Result<(), String> {
         let shared = self.plan().bytes;
         let limit = ((limit + RESERVED) / self.blocks_per_sm.max(1)).saturating_sub(RESERVED);
+        // There is no other for the widest heads, and these are estimates.
+        let smallest = self.element == Element::F32 && self.keys == 16;
         let (registers, most) = (self.needed_registers(), self.most_registers());
         let rules = [
             (
@@ -128,8 +144,8 @@ impl Config {
                 format!("values of {} elements (a multiple of 8 up to 256)", self.value_dim),
             ),
             (
-                matches!(self.warps, 4 | 8) && matches!(self.strips, 1 | 2),
-                format!("{} warps of {} strips (4 or 8 of 1 or 2)", self.warps, self.strips),
+                matches!(self.warps, 2 | 4 | 8) && matches!(self.strips, 1 | 2),
+                format!("{} warps of {} strips (2, 4 or 8 of 1 or 2)", self.warps, self.strips),
             ),
             (
                 self.keys.is_multiple_of(16)
@@ -146,7 +162,14 @@ impl Config {
                     || (self.lengths != Lengths::Packed && self.out == Element::F32 && self.lse),
                 "parts of packed sequences, or not in f32, with their sums".into(),
             ),
-            (registers <= most, format!("{registers} registers of a thread (at most {most})")),
+            (
+                self.element != Element::F32 || (self.out == Element::F32 && !self.kept),
+                "f32 operands to another type, or queries that stay".into(),
+            ),
+            (
+                registers <= most || smallest,
+                format!("{registers} registers of a thread (at most {most})"),
+            ),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
         match rules.into_iter().find(|(holds, _)| !holds) {
@@ -162,8 +185,17 @@ impl Config {
     fn needed_registers(&self) -> u32 {
         let scores = self.keys / 2;
         let queries = if self.kept { self.query_lines().steps() * 4 } else { 0 };
-        let strip = self.value_dim / 2 + scores + scores / 2 + queries;
-        let mut spare = SPARE_REGISTERS;
+        let products = match self.element {
+            // With exponentials in pairs.
+            Element::Half(_) => scores + scores / 2,
+            // With two parts of the sums.
+            Element::F32 => 3 * scores,
+        };
+        let strip = self.columns() / 2 + products + queries;
+        let mut spare = match self.element {
+            Element::Half(_) => SPARE_REGISTERS,
+            Element::F32 => EXACT_REGISTERS,
+        };
         if self.mask == Mask::Window || self.lengths != Lengths::Full {
             spare += MASK_REGISTERS;
         }

@@ -1,11 +1,8 @@
 //! A thread's copies of queries, keys and values to shared memory. What no sequence has becomes zeros.
 
 use super::lines::Lines;
-use crate::kernel::chunk::{CHUNK, CHUNK_ELEMENTS};
+use crate::kernel::chunk::CHUNK;
 use crate::ptx::{Address, Kernel, Reg, Value};
-
-/// Bytes of an element.
-const HALF: u32 = 2;
 
 /// An operand in global memory, strides in elements.
 #[derive(Clone, Copy)]
@@ -58,10 +55,10 @@ impl<'k> Copies<'k> {
     ) -> Self {
         let k = to.kernel();
         let (line, chunk) = Lines::first_copy(thread);
-        let along = chunk * CHUNK_ELEMENTS;
-        let left = lines.dim % Lines::WIDTH;
+        let along = chunk * lines.chunk();
+        let left = lines.dim % lines.width();
         let last = (left > 0).then(|| {
-            let bytes = (k.var(left) - along.min(left)).min(CHUNK_ELEMENTS) * HALF;
+            let bytes = (k.var(left) - along.min(left)).min(lines.chunk()) * lines.size;
             (chunk.lt(lines.chunks(lines.panels() - 1)), bytes)
         });
         let together = Lines::lines_together(threads);
@@ -108,7 +105,8 @@ impl<'k> Copies<'k> {
         for further in self.further() {
             let (position, head, valid) = at(self.line + further);
             let start = self.operand.head(batch, head) + position.wide() * self.operand.row;
-            let from = self.operand.address + (start + self.along.wide()) * u64::from(HALF);
+            let from =
+                self.operand.address + (start + self.along.wide()) * u64::from(self.lines.size);
             self.copy(self.to, further, from, Some(valid));
         }
     }
@@ -122,14 +120,14 @@ impl<'k> Copies<'k> {
     ) -> Reg<'k, u64> {
         let start = self.operand.head(batch, head);
         let start = start + (position + self.line).wide() * self.operand.row;
-        self.operand.address + (start + self.along.wide()) * u64::from(HALF)
+        self.operand.address + (start + self.along.wide()) * u64::from(self.lines.size)
     }
 
     /// Copies lines that follow each other to the stage that begins `stage` bytes behind the first, and
     /// goes back to the ones before them. Those from line `limit` on become zeros.
     pub fn next(&self, pointer: Reg<'k, u64>, stage: Reg<'k, u32>, limit: Option<Reg<'k, i32>>) {
         let stage = self.to + stage;
-        let step = self.operand.row * u64::from(self.together * HALF);
+        let step = self.operand.row * u64::from(self.together * self.lines.size);
         let mut from = pointer;
         for further in self.further() {
             if further > 0 {
@@ -138,7 +136,7 @@ impl<'k> Copies<'k> {
             let valid = limit.map(|limit| limit.gt((self.line + further).cast::<i32>()));
             self.copy(stage, further, from, valid);
         }
-        let back = self.operand.row * u64::from(self.lines.count * HALF);
+        let back = self.operand.row * u64::from(self.lines.count * self.lines.size);
         pointer.set(pointer - back);
     }
 }

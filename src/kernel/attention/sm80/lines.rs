@@ -1,16 +1,18 @@
 //! Where queries, keys and values lie in shared memory: who writes which 16 bytes, who reads them. The
 //! formulas work on registers in a kernel and on integers in the tests below.
 
-use crate::kernel::chunk::{CHUNK, CHUNK_ELEMENTS, Word};
+use crate::kernel::chunk::{CHUNK, Word};
 
-/// Lines of `dim` elements, as panels of 64 of them side by side. The chunks of a panel's line are
-/// permuted by XOR such that eight lines of a chunk, as `ldmatrix` reads them, and eight chunks of a
+/// Lines of `dim` elements, as panels of 128 bytes of them side by side. The chunks of a panel's line
+/// are permuted by XOR such that eight lines of a chunk, as `ldmatrix` reads them, and eight chunks of a
 /// line, as copies write them, lie in different banks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lines {
     pub count: u32,
-    /// Elements of a line; those behind them up to a multiple of 16 are zeros.
+    /// Elements of a line; those behind them up to a whole step are zeros.
     pub dim: u32,
+    /// Bytes of an element.
+    pub size: u32,
 }
 
 /// Which matrices a lane addresses for `ldmatrix.x4`.
@@ -25,18 +27,26 @@ pub enum Order {
 impl Lines {
     /// Bytes of a panel's line.
     pub const BYTES: u32 = 128;
-    /// Chunks of a panel's line.
+    /// Chunks of a panel's line, and steps.
     const CHUNKS: u32 = Self::BYTES / CHUNK;
-    /// Elements of a panel's line.
-    pub const WIDTH: u32 = Self::CHUNKS * CHUNK_ELEMENTS;
+    pub const STEPS: u32 = Self::CHUNKS / 2;
+    /// Elements of a chunk.
+    pub fn chunk(self) -> u32 {
+        CHUNK / self.size
+    }
 
-    /// Steps of 16 elements.
+    /// Elements of a panel's line.
+    pub fn width(self) -> u32 {
+        Self::BYTES / self.size
+    }
+
+    /// Steps of two chunks: what a product takes of a line.
     pub fn steps(self) -> u32 {
-        self.dim.div_ceil(16)
+        self.dim.div_ceil(2 * self.chunk())
     }
 
     pub fn panels(self) -> u32 {
-        self.dim.div_ceil(Self::WIDTH)
+        self.dim.div_ceil(self.width())
     }
 
     pub fn panel_bytes(self) -> u32 {
@@ -68,7 +78,7 @@ impl Lines {
         threads / Self::CHUNKS
     }
 
-    /// The offset that a lane gives `ldmatrix.x4` for the first 16 lines and 16 elements.
+    /// The offset that a lane gives `ldmatrix.x4` for the first 16 lines and two chunks.
     pub fn fragment<T: Word>(order: Order, lane: T) -> T {
         match order {
             Order::Lines => Self::place(lane % 16, lane / 16),
@@ -76,11 +86,16 @@ impl Lines {
         }
     }
 
-    /// The offset of 16 lines from line `16 · block` on and 16 elements from element `16 · step` on,
-    /// from that of [`fragment`](Self::fragment): what to XOR, in units of two chunks, then what to add.
+    /// The offset of a lane's chunk of an even line of the first eight: chunk `lane / 4` of line
+    /// `2 · (lane % 4)`. That of the line behind it is this one with [`CHUNK`] flipped, a line further.
+    pub fn quads<T: Word>(lane: T) -> T {
+        Self::place(lane % 4 * 2, lane / 4)
+    }
+
+    /// The offset of 16 lines from line `16 · block` on and of a step, from that of
+    /// [`fragment`](Self::fragment): what to XOR, in units of two chunks, then what to add.
     pub fn block(self, block: u32, step: u32) -> (u32, u32) {
-        let steps = Self::CHUNKS / 2;
-        (step % steps, step / steps * self.panel_bytes() + block * 16 * Self::BYTES)
+        (step % Self::STEPS, step / Self::STEPS * self.panel_bytes() + block * 16 * Self::BYTES)
     }
 }
 
@@ -101,7 +116,7 @@ mod tests {
                         let to = Lines::place(line, chunk)
                             + panel * lines.panel_bytes()
                             + further * Lines::BYTES;
-                        let element = panel * Lines::WIDTH + chunk * CHUNK_ELEMENTS;
+                        let element = panel * lines.width() + chunk * lines.chunk();
                         let before = memory.insert(to, (line + further, element));
                         assert!(before.is_none() && to + CHUNK <= lines.bytes());
                     }
@@ -113,9 +128,10 @@ mod tests {
 
     fn cases() -> impl Iterator<Item = (Lines, u32)> {
         let dims = [1, 8, 16, 40, 64, 72, 128, 136, 200, 256];
-        dims.into_iter().flat_map(|dim| {
+        let sizes = |dim| [2, 4].map(|size| (dim, size));
+        dims.into_iter().flat_map(sizes).flat_map(|(dim, size)| {
             [(16, 128), (32, 256), (64, 128), (128, 256)]
-                .map(|(count, threads)| (Lines { count, dim }, threads))
+                .map(|(count, threads)| (Lines { count, dim, size }, threads))
         })
     }
 
@@ -136,11 +152,21 @@ mod tests {
                             Order::Lines => (matrix % 2, matrix / 2),
                             Order::Chunks => (matrix / 2, matrix % 2),
                         };
-                        let there = (block * 16 + down * 8 + line, step * 16 + right * 8);
+                        let element = (2 * step + right) * lines.chunk();
+                        let there = (block * 16 + down * 8 + line, element);
                         assert_eq!(memory[&at], there, "{lines:?} {order:?} {lane}");
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn quads_are_of_two_lines() {
+        for lane in 0..32 {
+            let even = Lines::quads(lane);
+            assert_eq!(even, Lines::place(lane % 4 * 2, lane / 4));
+            assert_eq!((even ^ CHUNK) + Lines::BYTES, Lines::place(lane % 4 * 2 + 1, lane / 4));
         }
     }
 
@@ -157,6 +183,7 @@ mod tests {
             for order in [Order::Lines, Order::Chunks] {
                 apart(lanes.clone().map(|lane| Lines::fragment(order, lane)).collect());
             }
+            apart(lanes.clone().map(Lines::quads).collect());
             let copy = |thread| {
                 let (line, chunk) = Lines::first_copy(thread);
                 Lines::place(line, chunk)

@@ -2,6 +2,8 @@
 //! multiply with `mma.sync` what they load from there (`ldmatrix`), one or two strips of 16 rows of
 //! queries each.
 //!
+//! f16 and bf16 in `multiply`, f32 in `exact`: the same walk, the same places in shared memory.
+//!
 //! While a block of keys is at work, the next one is on its way. A warp's softmax runs while others
 //! multiply.
 
@@ -9,6 +11,7 @@ mod attend;
 mod choose;
 mod config;
 mod copies;
+mod exact;
 mod lines;
 mod multiply;
 mod store;
@@ -49,9 +52,8 @@ use copies::Operand;
 /// | `parts` | u32 | only for a split: that of [`Launch`] |
 /// | `all_heads`, `columns`, `tiles`, `section` | u32 | those of [`Launch::order`] |
 ///
-/// Addresses are multiples of 16 bytes, strides of operands of 8 elements, those of the result of 16
-/// bytes: rows must be so far apart, not so long. The batch of packed sequences is one; a bias and
-/// slopes have a batch of sequences there, too.
+/// Addresses and strides are multiples of 16 bytes: rows must be so far apart, not so long. The batch of
+/// packed sequences is one; a bias and slopes have a batch of sequences there, too.
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("attention", Target::Sm80, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);

@@ -1,13 +1,13 @@
-//! The products of a block of keys, as `mma.sync` makes them: each part of keys and values that a warp
+//! The products of a block of keys for 16-bit operands: each part of keys and values that a warp
 //! loads is multiplied with all of its strips.
 
 use super::Attention;
 use super::attend::Thread;
 use super::lines::Lines;
 use crate::kernel::chunk::CHUNK;
-use crate::ptx::{Address, Mma, Reg};
+use crate::ptx::{Address, Half, Mma, Reg};
 
-/// 16×16 elements, as `mma` takes them.
+/// 16 rows by two chunks, as `mma` takes them.
 pub(super) type Fragment<'k> = [Reg<'k, u32>; 4];
 
 /// Where a lane finds its parts of lines, by what is XORed.
@@ -18,7 +18,7 @@ pub(super) struct Places<'k> {
 
 impl<'k> Places<'k> {
     pub fn new(lines: Lines, start: Reg<'k, u32>) -> Self {
-        let count = lines.steps().min(Lines::WIDTH / 16);
+        let count = lines.steps().min(Lines::STEPS);
         let from = (0..count).map(|i| if i == 0 { start } else { start ^ (i * 2 * CHUNK) });
         Self { lines, from: from.collect() }
     }
@@ -31,7 +31,7 @@ impl<'k> Places<'k> {
 
 impl<'k> Attention<'k, '_> {
     /// The products of the warp's queries and a block of keys.
-    pub(super) fn multiply_keys(&self, t: &Thread<'k>) {
+    pub(super) fn multiply_keys(&self, half: Half, t: &Thread<'k>) {
         let (k, c) = (self.k, self.c);
         let queries = Places::new(c.query_lines(), t.places[0]);
         let keys = Places::new(c.key_lines(), t.places[1] + t.stage);
@@ -45,39 +45,50 @@ impl<'k> Attention<'k, '_> {
             for block in 0..c.keys / 16 {
                 let right = k.ldmatrix(keys.at(block, step), false);
                 for (strip, &a) in t.strips.iter().zip(&left) {
-                    self.multiply(&strip.scores, block, a, right);
+                    self.multiply(half, &strip.scores, block, a, right);
                 }
             }
         }
     }
 
     /// A left operand of sums: of 16 keys each.
-    pub(super) fn left(&self, sums: &[Reg<'k, f32>]) -> Vec<Fragment<'k>> {
-        let pack = |i: usize, eight: &[Reg<'k, f32>]| {
-            self.k.pack(self.c.half, eight[2 * i], eight[2 * i + 1])
-        };
+    pub(super) fn left(&self, half: Half, sums: &[Reg<'k, f32>]) -> Vec<Fragment<'k>> {
+        let pack =
+            |i: usize, eight: &[Reg<'k, f32>]| self.k.pack(half, eight[2 * i], eight[2 * i + 1]);
         sums.chunks(8).map(|eight| std::array::from_fn(|i| pack(i, eight))).collect()
     }
 
     /// Adds the products of each strip's exponentials and a block of values.
-    pub(super) fn multiply_values(&self, t: &Thread<'k>, weights: &[Vec<Fragment<'k>>]) {
+    pub(super) fn multiply_values(
+        &self,
+        half: Half,
+        t: &Thread<'k>,
+        weights: &[Vec<Fragment<'k>>],
+    ) {
         let (k, c) = (self.k, self.c);
         let values = Places::new(c.value_lines(), t.places[2] + t.stage);
         for block in 0..c.keys / 16 {
             for step in 0..c.value_lines().steps() {
                 let right = k.ldmatrix(values.at(block, step), true);
                 for (strip, weights) in t.strips.iter().zip(weights) {
-                    self.multiply(&strip.sums, step, weights[block as usize], right);
+                    self.multiply(half, &strip.sums, step, weights[block as usize], right);
                 }
             }
         }
     }
 
     /// Adds a product of 16×16 elements to the 16 columns from `16 · at` on, or to the 8 that there are.
-    fn multiply(&self, sums: &[Reg<'k, f32>], at: u32, a: Fragment<'k>, b: Fragment<'k>) {
+    fn multiply(
+        &self,
+        half: Half,
+        sums: &[Reg<'k, f32>],
+        at: u32,
+        a: Fragment<'k>,
+        b: Fragment<'k>,
+    ) {
         for (sums, b) in sums[8 * at as usize..].chunks(4).zip(b.chunks(2)) {
             let sums = sums.try_into().expect("columns are a multiple of 8");
-            self.k.mma(self.c.half, sums, Mma { a, b: [b[0], b[1]] });
+            self.k.mma(half, sums, Mma { a, b: [b[0], b[1]] });
         }
     }
 }

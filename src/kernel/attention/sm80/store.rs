@@ -24,7 +24,10 @@ impl<'k> Attention<'k, '_> {
             let of_row = strip.sums.chunks(4).map(|quad| &quad[2 * h..][..2]);
             let pairs: Vec<[_; 2]> =
                 of_row.map(|pair| [normalised(&pair[0]), normalised(&pair[1])]).collect();
-            self.store_row(work, seat, row, &pairs);
+            match self.c.element {
+                Element::Half(_) => self.store_row(work, seat, row, &pairs),
+                Element::F32 => self.store_exact_row(work, seat, row, &pairs),
+            }
         }
         if let Some(lse) = self.lse {
             let writes = (seat.lane % 4).eq(0);
@@ -79,6 +82,33 @@ impl<'k> Attention<'k, '_> {
                     }
                 });
             }
+        }
+    }
+    /// A row of [`multiply_values_exactly`](Self::multiply_values_exactly): of each 32 columns this lane
+    /// has eight that follow each other, the first four of them the first ones of four pairs.
+    fn store_exact_row(
+        &self,
+        work: &Work<'k>,
+        seat: Seat<'k>,
+        row: &Row<'k>,
+        pairs: &[[Reg<'k, f32>; 2]],
+    ) {
+        let (k, size) = (self.k, self.c.out.size());
+        let col = seat.lane % 4 * 8;
+        let at = self.out.at(self.out.start(work), work, row, col, size);
+        for (panel, pairs) in (0..).zip(pairs.chunks(4)) {
+            let first = panel * 32;
+            let inside = match first + 32 <= self.c.value_dim {
+                true => row.inside,
+                false => row.inside & col.lt(self.c.value_dim - first),
+            };
+            k.if_(inside, || {
+                for half in 0..2 {
+                    let to = at.at(((first + 4 * half) * size).into());
+                    let quad: [_; 4] = std::array::from_fn(|j| pairs[j][half as usize]);
+                    k.st_global(to, quad);
+                }
+            });
         }
     }
 }

@@ -1,0 +1,158 @@
+//! The products of a block of keys for f32, on tensor cores that know 11 bits of a float: each is the sum
+//! of two such numbers, and a product the sum of three (the fourth is below the last bit).
+//!
+//! `mma` rounds towards zero, so that a long sum in it drifts: after every few steps it is added to one
+//! of rounded additions. The small products are a 2000th of it, and their drift does not matter.
+//!
+//! Exponentials become a left operand without changing lanes: what a lane has of keys `2t` and `2t + 1`
+//! is given as what it would have of `t` and `t + 4`, and the values' lines in the same order.
+
+use super::Attention;
+use super::attend::Thread;
+use super::lines::Lines;
+use super::multiply::{Fragment, Places};
+use crate::kernel::chunk::CHUNK;
+use crate::ptx::{Kernel, Mma, Reg};
+
+/// Steps of 8 after which a sum is added to the total.
+const STEPS: u32 = 4;
+/// Columns of a line of values that a lane loads together: those of as many `mma`.
+const COLUMNS: usize = 4;
+
+/// Floats as sums of two.
+struct Parts<'k, const N: usize> {
+    big: [Reg<'k, u32>; N],
+    small: [Reg<'k, u32>; N],
+}
+
+impl<'k, const N: usize> Parts<'k, N> {
+    /// `big` is rounded to 11 bits, halves away from zero; `small` is exact, and `mma` cuts off its last
+    /// bit or two. (`cvt.rna.tf32` takes twice the instructions.) Of an infinity `small` is NaN.
+    fn of(values: [Reg<'k, u32>; N]) -> Self {
+        let big = values.map(|x| (x + 0x1000) & 0xffff_e000);
+        let small = |i: usize| values[i].cast::<f32>() - big[i].cast::<f32>();
+        Self { big, small: std::array::from_fn(|i| small(i).cast()) }
+    }
+}
+
+/// A sum of products on its way.
+struct Sum<'k> {
+    total: Option<[Reg<'k, f32>; 4]>,
+    big: [Reg<'k, f32>; 4],
+    small: [Reg<'k, f32>; 4],
+    steps: u32,
+}
+
+impl<'k> Sum<'k> {
+    fn new(k: &'k Kernel) -> Self {
+        let small = k.regs();
+        small.iter().for_each(|sum: &Reg<f32>| sum.set(0.0));
+        Self { total: None, big: k.regs(), small, steps: 0 }
+    }
+
+    fn add(&mut self, k: &'k Kernel, left: &Parts<'k, 4>, right: &Parts<'k, 2>) {
+        if self.steps == STEPS {
+            *self = Self { total: Some(self.total()), big: k.regs(), small: self.small, steps: 0 };
+        }
+        if self.steps == 0 {
+            self.big.iter().for_each(|sum| sum.set(0.0));
+        }
+        self.steps += 1;
+        for (sum, a, b) in [
+            (self.small, left.small, right.big),
+            (self.big, left.big, right.big),
+            (self.small, left.big, right.small),
+        ] {
+            k.mma_tf32(sum, Mma { a, b });
+        }
+    }
+
+    fn total(&self) -> [Reg<'k, f32>; 4] {
+        match self.total {
+            None => self.big,
+            Some(total) => std::array::from_fn(|i| total[i] + self.big[i]),
+        }
+    }
+
+    /// An infinite sum is that of the big parts: the small ones of an infinity are NaN.
+    fn finish(&self) -> [Reg<'k, f32>; 4] {
+        let (total, small) = (self.total(), self.small);
+        std::array::from_fn(|i| {
+            let finite = total[i].abs().lt(f32::INFINITY);
+            (total[i] + small[i]).or_else(finite, total[i])
+        })
+    }
+}
+
+impl<'k> Attention<'k, '_> {
+    /// As [`multiply_keys`](Self::multiply_keys).
+    pub(super) fn multiply_keys_exactly(&self, t: &Thread<'k>) {
+        let (k, c) = (self.k, self.c);
+        let queries = Places::new(c.query_lines(), t.places[0]);
+        let keys = Places::new(c.key_lines(), t.places[1] + t.stage);
+        let sums = || (0..c.keys / 8).map(|_| Sum::new(k)).collect::<Vec<_>>();
+        let mut sums: Vec<_> = t.strips.iter().map(|_| sums()).collect();
+        for step in 0..c.query_lines().steps() {
+            if c.columns() > 192 {
+                // Or ptxas loads more steps at once than there are registers for.
+                k.sync_warp();
+            }
+            let left: Vec<_> = (0..c.strips)
+                .map(|block| Parts::of(k.ldmatrix(queries.at(block, step), false)))
+                .collect();
+            for block in 0..c.keys / 16 {
+                let right = k.ldmatrix(keys.at(block, step), false);
+                for (i, pair) in right.chunks(2).enumerate() {
+                    let right = Parts::of([pair[0], pair[1]]);
+                    for (sums, left) in sums.iter_mut().zip(&left) {
+                        sums[2 * block as usize + i].add(k, left, &right);
+                    }
+                }
+            }
+        }
+        for (strip, sums) in t.strips.iter().zip(&sums) {
+            let sums = sums.iter().flat_map(Sum::finish);
+            strip.scores.iter().zip(sums).for_each(|(score, sum)| score.set(sum));
+        }
+    }
+
+    /// As [`left`](Self::left), of 8 keys each.
+    pub(super) fn left_exactly(&self, sums: &[Reg<'k, f32>]) -> Vec<Fragment<'k>> {
+        let order = |quad: &[Reg<'k, f32>]| [0, 2, 1, 3].map(|i| quad[i].cast());
+        sums.chunks(4).map(order).collect()
+    }
+
+    /// As [`multiply_values`](Self::multiply_values). Of each 32 columns, a lane's of `mma` number `j`
+    /// are `8t + j` and `8t + 4 + j`.
+    pub(super) fn multiply_values_exactly(&self, t: &Thread<'k>, weights: &[Vec<Fragment<'k>>]) {
+        let (k, c) = (self.k, self.c);
+        let even = t.places[2] + t.stage;
+        let odd = (even ^ CHUNK) + Lines::BYTES;
+        let parts = |weights: &Vec<Fragment<'k>>| {
+            weights.iter().map(|&weights| Parts::of(weights)).collect::<Vec<_>>()
+        };
+        let left: Vec<_> = weights.iter().map(parts).collect();
+        let lines = c.value_lines();
+        for panel in 0..lines.panels() {
+            k.apart(self.always(t), || {
+                let sums = || (0..COLUMNS).map(|_| Sum::new(k)).collect::<Vec<_>>();
+                let mut sums: Vec<_> = t.strips.iter().map(|_| sums()).collect();
+                for step in 0..c.keys / 8 {
+                    let at = (panel * lines.panel_bytes() + step * 8 * Lines::BYTES).into();
+                    let rows = [even, odd].map(|row| k.ld_shared::<u32, COLUMNS>(row.at(at)));
+                    for j in 0..COLUMNS {
+                        let right = Parts::of(rows.map(|row| row[j]));
+                        for (sums, left) in sums.iter_mut().zip(&left) {
+                            sums[j].add(k, &left[step as usize], &right);
+                        }
+                    }
+                }
+                for (strip, more) in t.strips.iter().zip(&sums) {
+                    let more = more.iter().flat_map(Sum::finish);
+                    let first = panel as usize * 4 * COLUMNS;
+                    strip.sums[first..].iter().zip(more).for_each(|(sum, more)| sum.increase(more));
+                }
+            });
+        }
+    }
+}
