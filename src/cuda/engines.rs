@@ -1,7 +1,9 @@
 //! Which engine computes an op.
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, Result};
 
+use super::gpu::has_kernels;
 pub(crate) use super::kaio_ops::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
 use super::{kaio_ops, native};
 use crate::Engine;
@@ -66,7 +68,10 @@ pub(crate) fn flash_attn(
     }
     let native = match engine {
         Engine::KaioOps => false,
-        Engine::Auto => native::flash_limit(problem).is_none(),
+        // What is older than the kernels still has those of kaio-ops.
+        Engine::Auto => {
+            native::flash_limit(problem).is_none() && has_kernels(op, inputs.q.device())?
+        }
         Engine::Native => match native::flash_limit(problem) {
             None => true,
             Some((what, fix)) => {

@@ -125,7 +125,7 @@ mod tests {
                 let c = choose(&problem(4096, 4096, dim), &device);
                 (c.rows(), c.keys, c.blocks_per_sm)
             };
-            assert_eq!(tile(64), (128, 64, if device == ADA { 1 } else { 2 }));
+            assert_eq!(tile(64), (128, 64, 2));
             assert_eq!(tile(128), if device == ADA { (128, 64, 1) } else { (128, 32, 2) });
         }
     }
