@@ -15,8 +15,8 @@ pub enum Engine {
     Auto,
     /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, sm_80 and later.
     KaioOps,
-    /// This crate's own kernels, for matmul and attention, sm_80 and later: [`docs/kernels.md`] says how
-    /// they work.
+    /// This crate's own kernels, for matmul and attention (its backward pass is that of kaio-ops or
+    /// candle's ops), sm_80 and later: [`docs/kernels.md`] says how they work.
     ///
     /// [`docs/kernels.md`]: https://docs.rs/crate/kaio-candle/latest/source/docs/kernels.md
     Native,

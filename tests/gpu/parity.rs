@@ -192,7 +192,8 @@ fn flash_attention_and_gradient() -> Result<()> {
         forward(&kaio, &kq, &kk, &kv, &mut out, su, du).unwrap();
         poison(&gpu, s * d);
         let what = format!("attention_flash causal={causal}");
-        same(&what, &q.kaio_flash_attn(&k, &v, causal)?, &kaio, &out);
+        let opts = FlashAttnOptions::default().causal(causal).engine(Engine::KaioOps);
+        same(&what, &q.kaio_flash_attn_with(&k, &v, &opts)?, &kaio, &out);
 
         let with_stats = match causal {
             false => kaio_ops::attention_flash_with_stats,
@@ -207,7 +208,8 @@ fn flash_attention_and_gradient() -> Result<()> {
         backward(&kaio, &kg, &kq, &kk, &kv, &out, &lse, &mut dq, &mut dk, &mut dv, su, du).unwrap();
         let vars = [&q, &k, &v].map(|t| candle_core::Var::from_tensor(t).unwrap());
         poison(&gpu, s * d);
-        let loss = (vars[0].kaio_flash_attn(&vars[1], &vars[2], causal)? * &g)?.sum_all()?;
+        let result = vars[0].kaio_flash_attn_with(&vars[1], &vars[2], &opts)?;
+        let loss = (result * &g)?.sum_all()?;
         poison(&gpu, s * d);
         let grads = loss.backward()?;
         for (name, var, want) in

@@ -102,6 +102,7 @@ fn control() -> Source {
     k.when(n.gt(4), || sum.increase(1));
     k.if_(n.gt(8), || sum.increase(2));
     k.if_else(n.gt(16), || sum.increase(3), || sum.increase(4));
+    k.apart(n.lt(1000), || sum.increase(5));
     k.loop_(|exit| {
         exit.when(sum.gt(n));
         sum.increase(n);
@@ -157,6 +158,9 @@ fn ampere() -> Source {
         k.mma(half, sum, Mma { a, b: [b, c] });
         keep(k, out, &sum.map(Reg::cast));
     }
+    let sum = std::array::from_fn(|_| k.var(0f32));
+    k.mma_tf32(sum, Mma { a, b: [b, c] });
+    keep(k, out, &sum.map(Reg::cast));
     k.finish()
 }
 

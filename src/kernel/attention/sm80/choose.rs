@@ -140,6 +140,17 @@ mod tests {
     }
 
     #[test]
+    fn tiles_of_f32() {
+        let tile = |device, dim| {
+            let p = problem(4096, 4096, dim);
+            let c = choose(&Problem { element: Element::F32, out: Element::F32, ..p }, device);
+            (c.rows(), c.keys)
+        };
+        assert_eq!([64, 128, 256].map(|dim| tile(&H200, dim)), [(128, 64), (128, 32), (64, 16)]);
+        assert_eq!([64, 128, 256].map(|dim| tile(&ADA, dim)), [(128, 64), (64, 32), (32, 16)]);
+    }
+
+    #[test]
     fn one_token_packs_heads_and_splits_keys() {
         let one = Problem { batch: 1, ..problem(1, 8192, 128) };
         for device in [A100, ADA, H200] {
