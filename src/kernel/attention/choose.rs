@@ -13,8 +13,9 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let head_dim = (problem.head_dim as u32).next_multiple_of(16);
     let value_dim = problem.value_dim as u32;
     let pack = pack(problem, 64);
-    // So many warpgroups have registers for their sums.
-    let most = if head_dim.max(value_dim) <= 64 { 3 } else { 2 };
+    // So many warpgroups have registers for their sums, and for a bias on its way.
+    let three = head_dim.max(value_dim) <= 64 && problem.scores.bias.is_none();
+    let most = if three { 3 } else { 2 };
     let warpgroups = warpgroups(problem, pack, most, device.multiprocessors);
     // Few tiles that take a while each: the time of some blocks pays for putting parts together.
     let few = tiles(&problem.each(), pack, 1) * 2 <= device.multiprocessors.into();
@@ -210,6 +211,8 @@ mod tests {
         let keys =
             [problem(4096, 4096, 128), with(true), with(false)].map(|p| choose(&p, &H200).keys);
         assert!(keys.is_sorted_by(|a, b| a > b), "{keys:?}");
+        let narrow = choose(&Problem { head_dim: 64, value_dim: 64, ..with(false) }, &H200);
+        assert_eq!((narrow.rows, narrow.keys >= 64), (128, true), "{narrow:?}");
     }
 
     #[test]
