@@ -21,7 +21,7 @@ pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
         ..causal()
     };
     let narrow = Bias { own: [false, true, false], narrow: true, ..Bias::default() };
-    let kinds: [(_, Sizes, _); 16] = [
+    let kinds: [(_, Sizes, _); 17] = [
         ("three warpgroups", (&[1, 2], 2, [200, 210, 64, 64]), plain()),
         ("two of them, some tiles without keys", (&[2, 4], 2, [300, 200, 128, 128]), causal()),
         ("the widest heads", (&[1, 2], 1, [130, 170, 256, 256]), plain()),
@@ -30,6 +30,7 @@ pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
         ("one query, keys in parts", (&[1, 8], 2, [1, 1500, 128, 128]), plain()),
         ("a few queries, keys in parts", (&[2, 8], 1, [5, 1400, 64, 64]), causal()),
         ("one key", (&[3], 3, [70, 1, 8, 16]), plain()),
+        ("heads of odd widths", (&[2], 2, [70, 90, 20, 12]), causal()),
         ("a window", (&[1, 2], 2, [200, 250, 64, 64]), Options { left: Some(70), ..causal() }),
         (
             "a window that looks ahead",

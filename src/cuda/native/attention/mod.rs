@@ -58,10 +58,9 @@ pub(super) enum Config {
 
 impl Config {
     pub fn chosen(problem: &Problem, device: &kernel::Device) -> Self {
-        match (device.target, problem.element) {
-            (Target::Sm90a, Element::Half(_)) => Self::Sm90(choose::choose(problem, device)),
-            // On Hopper, too: its own instructions read no transposed f32.
-            (_, Element::F32) | (Target::Sm80, _) => Self::Sm80(sm80::choose(problem, device)),
+        match by_tma(device, problem.element) {
+            true => Self::Sm90(choose::choose(problem, device)),
+            false => Self::Sm80(sm80::choose(problem, device)),
         }
     }
 
@@ -78,6 +77,11 @@ impl Config {
             Self::Sm80(config) => kernel::Config::FlashSm80(config),
         }
     }
+}
+
+/// Whether Hopper's kernel takes operands of a type. Its instructions read no transposed f32.
+fn by_tma(device: &kernel::Device, element: Element) -> bool {
+    device.target == Target::Sm90a && element != Element::F32
 }
 
 /// The kernels for a problem, and the numbers of their launch.
@@ -181,7 +185,10 @@ impl<'a> Call<'a> {
         let gpu = Gpu::of(op, &device)?;
         let all = [q, k, v].into_iter().chain(extras.list().into_iter().copied());
         let order = Order::new(op, device.cuda_stream(), all);
-        let operands = [heads(op, q, &p.q)?, heads(op, k, &p.k)?, heads(op, v, &p.v)?];
+        // TMA writes zeros for what a row has not; the other kernel reads values by eight.
+        let whole = !by_tma(&gpu.device, element(q.dtype()));
+        let values = heads(op, v, &p.v, if whole { UNIT } else { 1 })?;
+        let operands = [heads(op, q, &p.q, 1)?, heads(op, k, &p.k, 1)?, values];
         let bias = extras.bias.zip(p.extras.bias.as_ref());
         let slopes = extras.slopes.zip(p.extras.slopes.as_ref());
         let (lengths, kind) = Self::lengths(op, p, inputs)?;
@@ -329,17 +336,23 @@ struct Place {
     lse: Option<u64>,
 }
 
-/// An operand whose rows are contiguous and begin at multiples of 16 bytes: as it is, or a padded copy.
-fn heads<'a>(op: &'static str, storage: &'a CudaStorage, stack: &Stack) -> Result<Fitted<'a>> {
+/// An operand whose rows are contiguous, begin at multiples of 16 bytes and are a multiple of `columns`
+/// long: as it is, or a copy padded with zeros.
+fn heads<'a>(
+    op: &'static str,
+    storage: &'a CudaStorage,
+    stack: &Stack,
+    columns: usize,
+) -> Result<Fitted<'a>> {
     const ALIGN: usize = 16;
     let unit = ALIGN / storage.dtype().size_in_bytes();
     let contiguous = stack.cols == 1 || stack.col_stride == 1;
     let rows = if stack.rows > 1 { stack.row_stride } else { 0 };
     let aligned = stack.origins().chain([rows]).all(|elements| elements.is_multiple_of(unit));
-    if contiguous && aligned {
+    if contiguous && aligned && stack.cols.is_multiple_of(columns) {
         return Ok(Fitted::view(storage, stack.clone()));
     }
-    let cols = stack.cols.next_multiple_of(unit);
+    let cols = stack.cols.next_multiple_of(unit.max(columns));
     let mut copy = fit(op, (storage, stack), Want { cols, align: ALIGN, ..Want::default() })?;
     copy.stack = copy.stack.narrow(stack.rows, stack.cols);
     Ok(copy)
