@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::options::Lengths::{Packed, Padded};
 use super::options::{Bias, Options, Slopes};
 use super::problem::{Leaves, Loss, Problem};
-use super::{DTYPES, Sizes, differences, grid, run};
+use super::{DTYPES, Sizes, differences, grid, run, summable};
 use crate::common::Layout::{self, *};
 use crate::common::{Nd, Source, Tally, identical, property};
 
@@ -368,11 +368,7 @@ pub fn random_options(device: &Device) {
             }
             _ => super::options::Lengths::Whole,
         };
-        // What a broadcast view repeats, candle sums in the dtype itself: not to be held against the op.
-        let summable = |layout| match layout {
-            Repeated | Expanded if dtype != F32 => Rows,
-            layout => layout,
-        };
+        let summable = |layout| summable(layout, dtype);
         let leaves = Leaves::Each(leaves.map(summable));
         let bias = bias.filter(|_| !matches!(lengths, Packed(_)));
         let bias = bias.map(|bias| Bias { layout: summable(bias.layout), ..bias });
