@@ -106,22 +106,20 @@ impl Gpu {
     }
 }
 
-/// The oldest that there are kernels for: Ampere.
-const OLDEST: Capability = (8, 0);
-
 /// Whether there are kernels for the GPU of a candle device.
 pub fn has_kernels(op: &'static str, device: &CudaDevice) -> Result<bool> {
-    let capability = device.cuda_stream().context().compute_capability();
-    capability
-        .map(|capability| capability >= OLDEST)
-        .map_err(|e| Error::Driver { op, message: e.to_string() })
+    match Gpu::of(op, device) {
+        Ok(_) => Ok(true),
+        Err(Error::Unsupported { .. }) => Ok(false),
+        Err(other) => Err(other),
+    }
 }
 
 /// What kernels are assembled for. `forced` is the value of `KAIO_ARCH`: `sm_80` takes the portable
 /// kernels on any GPU.
 fn target(op: &'static str, capability: Capability, forced: Option<OsString>) -> Result<Target> {
     let (major, minor) = capability;
-    if capability < OLDEST {
+    if capability < (8, 0) {
         return Err(Error::Unsupported {
             op,
             what: "this crate".into(),

@@ -9,6 +9,7 @@ mod chunk;
 mod epilogue;
 pub mod gemm;
 pub(crate) mod hopper;
+mod multiprocessor;
 mod name;
 mod raster;
 mod ring;

@@ -17,10 +17,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let three = head_dim.max(value_dim) <= 64 && problem.scores.bias.is_none();
     let most = if three { 3 } else { 2 };
     let warpgroups = warpgroups(problem, pack, most, device.multiprocessors);
-    // Few tiles that take a while each: the time of some blocks pays for putting parts together.
-    let few = tiles(&problem.each(), pack, 1) * 2 <= device.multiprocessors.into();
-    let long = problem.seen_keys(64) >= 8 * KEYS;
-    let split = few && long && problem.lengths != Lengths::Packed;
+    let split = splits(problem, pack, KEYS, device);
     let mut config = Config {
         half,
         out: if split { Element::F32 } else { problem.out },
@@ -102,6 +99,14 @@ fn tiles(problem: &Problem, pack: u32, warpgroups: u64) -> u64 {
     tiles_of_head(problem, pack, warpgroups).saturating_mul(packs)
 }
 
+/// Whether the keys of a tile, in blocks of `keys`, are divided: where tiles are few and take a while
+/// each, the time of some blocks pays for putting parts together.
+pub(super) fn splits(problem: &Problem, pack: u32, keys: u64, device: &Device) -> bool {
+    let few = tiles(problem, pack, 1) * 2 <= device.multiprocessors.into();
+    let long = problem.seen_keys(64) >= 8 * keys;
+    problem.lengths != Lengths::Packed && few && long
+}
+
 /// Heads of a tile: more than one where a head alone would not fill its rows, which come in groups of
 /// `rows`.
 pub(super) fn pack(problem: &Problem, rows: u64) -> u32 {
@@ -117,7 +122,7 @@ pub(super) fn pack(problem: &Problem, rows: u64) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::kernel::attention::sm90::Launch;
     use crate::kernel::attention::{Bias, Scores};
@@ -145,7 +150,7 @@ mod tests {
         }
     }
 
-    fn causal(queries: u64, keys: u64, dim: u64) -> Problem {
+    pub fn causal(queries: u64, keys: u64, dim: u64) -> Problem {
         Problem { right: Some(0), ..problem(queries, keys, dim) }
     }
 

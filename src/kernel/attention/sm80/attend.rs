@@ -1,7 +1,7 @@
 //! A warp's strips of 16 rows of a tile against all blocks of keys.
 
 use super::Attention;
-use super::config::{STRIP, WARP};
+use super::config::STRIP;
 use super::copies::Copies;
 use super::lines::{Lines, Order};
 use super::multiply::{Fragment, Places};
@@ -10,6 +10,7 @@ use crate::kernel::attention::Mask;
 use crate::kernel::attention::scores::Shape;
 use crate::kernel::attention::softmax::Softmax;
 use crate::kernel::attention::work::{Row, Work};
+use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Kernel, Reg};
 
 /// A thread, and the registers and places that it keeps.

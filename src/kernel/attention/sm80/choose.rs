@@ -1,7 +1,7 @@
 //! Which configuration a problem gets.
 
 use super::Config;
-use crate::kernel::attention::choose::pack;
+use crate::kernel::attention::choose::{pack, splits};
 use crate::kernel::attention::{Lengths, Problem};
 use crate::kernel::{Device, Element};
 
@@ -55,10 +55,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let tiles = groups * problem.heads / u64::from(pack) * sequences;
     // Few tiles: smaller ones, so that more multiprocessors have one.
     let few = groups == 1 || tiles <= u64::from(device.multiprocessors) * 2;
-    // The few that are left take a while each: the time of some blocks pays for putting parts together.
-    let long = problem.seen_keys(64) >= 8 * 64;
-    let idle = tiles * 2 <= device.multiprocessors.into();
-    let split = idle && long && problem.lengths != Lengths::Packed;
+    let split = splits(problem, pack, 64, device);
     let config = |(warps, strips, keys, blocks_per_sm, kept)| Config {
         element: problem.element,
         out: if split { Element::F32 } else { problem.out },
@@ -88,6 +85,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::attention::choose::tests::causal;
     use crate::kernel::attention::sm80::Launch;
     use crate::kernel::attention::{Bias, Scores};
     use crate::ptx::{Half, Target};
@@ -99,30 +97,11 @@ mod tests {
     const ADA: Device = device(128, 101_376);
     const H200: Device = device(132, 232_448);
 
-    fn problem(queries: u64, keys: u64, dim: u64) -> Problem {
-        Problem {
-            batch: 2,
-            heads: 32,
-            kv_heads: 8,
-            queries,
-            keys,
-            head_dim: dim,
-            value_dim: dim,
-            element: Element::Half(Half::F16),
-            out: Element::Half(Half::F16),
-            left: None,
-            right: Some(0),
-            scores: Scores::default(),
-            lengths: Lengths::Full,
-            lse: false,
-        }
-    }
-
     #[test]
     fn long_sequences_take_large_tiles() {
         for device in [A100, ADA, H200] {
             let tile = |dim| {
-                let c = choose(&problem(4096, 4096, dim), &device);
+                let c = choose(&causal(4096, 4096, dim), &device);
                 (c.rows(), c.keys, c.blocks_per_sm)
             };
             assert_eq!(tile(64), (128, 64, 2));
@@ -133,7 +112,7 @@ mod tests {
     #[test]
     fn wide_heads_take_few_keys_where_memory_is_short() {
         let keys = |device| {
-            let c = choose(&problem(4096, 4096, 256), device);
+            let c = choose(&causal(4096, 4096, 256), device);
             (c.rows(), c.keys)
         };
         assert_eq!([keys(&A100), keys(&ADA)], [(128, 32), (64, 32)]);
@@ -142,7 +121,7 @@ mod tests {
     #[test]
     fn tiles_of_f32() {
         let tile = |device, dim| {
-            let p = problem(4096, 4096, dim);
+            let p = causal(4096, 4096, dim);
             let c = choose(&Problem { element: Element::F32, out: Element::F32, ..p }, device);
             (c.rows(), c.keys)
         };
@@ -152,7 +131,7 @@ mod tests {
 
     #[test]
     fn one_token_packs_heads_and_splits_keys() {
-        let one = Problem { batch: 1, ..problem(1, 8192, 128) };
+        let one = Problem { batch: 1, ..causal(1, 8192, 128) };
         for device in [A100, ADA, H200] {
             let c = choose(&one, &device);
             assert_eq!((c.rows(), c.pack, c.split, c.out), (64, 4, true, Element::F32));
@@ -175,7 +154,7 @@ mod tests {
                             .zip(biases)
                         {
                             let scores = Scores { bias, ..Scores::default() };
-                            let p = problem(queries, keys, dim);
+                            let p = causal(queries, keys, dim);
                             let p = Problem { value_dim, lengths, scores, left: Some(9), ..p };
                             choose(&p, &device).check(device.shared_per_block).unwrap();
                             let p = Problem { element: Element::F32, out: Element::F32, ..p };

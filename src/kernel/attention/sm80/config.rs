@@ -2,18 +2,13 @@
 
 use super::lines::Lines;
 use crate::kernel::attention::{Lengths, Mask, Scores, Tiling};
+use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
 use crate::kernel::{Arena, Element};
 
-/// Lanes of a warp.
-pub(super) const WARP: u32 = 32;
 /// Rows of a strip: those of an `mma`.
 pub(super) const STRIP: u32 = 16;
 /// Stages of keys and values.
 pub(super) const STAGES: u32 = 2;
-/// Bytes of shared memory that a multiprocessor keeps for itself from each block.
-const RESERVED: u32 = 1024;
-/// Registers of a multiprocessor.
-const REGISTERS: u32 = 65_536;
 /// Registers of a thread beside sums, scores, exponentials and queries: with fewer ptxas spills. More
 /// for each strip.
 const SPARE_REGISTERS: u32 = 36;
@@ -130,7 +125,7 @@ impl Config {
     /// or the number that is in the way.
     pub fn check(&self, limit: u32) -> Result<(), String> {
         let shared = self.plan().bytes;
-        let limit = ((limit + RESERVED) / self.blocks_per_sm.max(1)).saturating_sub(RESERVED);
+        let limit = shared_of_each(limit, self.blocks_per_sm);
         // There is no other for the widest heads, and these are estimates.
         let smallest = self.element == Element::F32 && self.keys == 16;
         let (registers, most) = (self.needed_registers(), self.most_registers());

@@ -2,12 +2,11 @@
 
 use crate::kernel::attention::{Lengths, Mask, Scores, Tiling};
 use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP};
+use crate::kernel::multiprocessor::REGISTERS;
 use crate::kernel::ring::Ring;
 use crate::kernel::{Arena, Element, slab};
 use crate::ptx::Half;
 
-/// Registers of a multiprocessor.
-const REGISTERS: u32 = 65_536;
 /// The most of a thread that takes from others.
 const MOST_REGISTERS: u32 = 240;
 /// Registers of a thread that multiplies, beside sums, scores and exponentials: with fewer ptxas spills.

@@ -3,12 +3,8 @@
 use super::layout::{Layout, Side};
 use crate::kernel::Element;
 use crate::kernel::gemm::{Epilogue, Major};
+use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::ptx::Half;
-
-/// Lanes of a warp.
-pub(super) const WARP: u32 = 32;
-/// Bytes of shared memory that a multiprocessor keeps for itself from each block.
-const RESERVED: u32 = 1024;
 
 /// All choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,7 +92,7 @@ impl Config {
 
     /// What a block can have if others share the multiprocessor.
     fn share_of(&self, limit: u32) -> u32 {
-        ((limit + RESERVED) / self.blocks_per_sm).saturating_sub(RESERVED)
+        shared_of_each(limit, self.blocks_per_sm)
     }
 
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,

@@ -1,9 +1,10 @@
 //! The loop over the depth.
 
-use super::config::{Config, WARP};
+use super::config::Config;
 use super::copies::{Copies, Copy16, Operand};
 use super::layout::{CHUNK, Layout};
 use crate::kernel::gemm::share::Share;
+use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Address, Kernel, Mma, Reg};
 
 /// The elements of both operands for one step of 16 along K: 16×16 blocks.
