@@ -238,6 +238,20 @@ pub(super) mod tests {
         }
     }
 
+    /// The order of tiles relies on it (`schedule.rs`).
+    #[test]
+    fn sections_are_of_about_two_rounds_or_all() {
+        for dim in [64, 96, 128, 192, 256] {
+            for length in [512, 1000, 4096, 16_384, 65_536] {
+                let p = Problem { heads: 32, kv_heads: 32, ..causal(length, length, dim) };
+                let launch = Launch::new(&choose(&p, &H200), &p, 132);
+                let order = launch.order;
+                let all = order.section == order.heads;
+                assert!(all || order.section * order.columns * 10 >= launch.blocks * 19, "{p:?}");
+            }
+        }
+    }
+
     #[test]
     fn sections_hold_what_fits_l2() {
         let p = causal(4096, 4096, 128);

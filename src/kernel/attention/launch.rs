@@ -23,6 +23,8 @@ pub struct Tiling {
     pub split: bool,
     /// Blocks of threads that share a multiprocessor.
     pub blocks_per_sm: u32,
+    /// Whether they stay and take tile after tile. Else each takes one.
+    pub persistent: bool,
     /// Bytes of keys and values that are meant to stay in L2 together.
     pub section_bytes: u64,
 }
@@ -89,7 +91,7 @@ impl Launch {
             parts: count(parts),
             left: width(problem.left),
             right: width(problem.right),
-            blocks: count(tiles).min(room),
+            blocks: if tiling.persistent { count(tiles).min(room) } else { count(tiles) },
         }
     }
 }

@@ -2,8 +2,12 @@
 //!
 //! Blocks stay, and take their turns from one row of all tiles: block `c` of `G` takes the `c`-th of each
 //! even round of `G`, and the `c`-th from the end of each odd one, so that what one round gives it more
-//! than others, the next one takes back. Nothing is counted in memory: who computes a tile is the same
-//! in each run.
+//! than others, the next one takes back. That needs sections (below) of two rounds or more: where one is
+//! about as long as a round, both turn around together. Nothing is counted in memory: who computes a tile
+//! is the same in each run.
+//!
+//! With as many blocks as tiles each takes one, and the GPU gives the next block to the multiprocessor
+//! that is done first.
 //!
 //! Heads are taken in sections whose keys and values fit L2: in one section first the last tiles
 //! of all heads, which see the most keys under a causal mask, in the next one the first ones, so that a

@@ -224,6 +224,7 @@ impl From<&Config> for Tiling {
             lengths: config.lengths,
             split: config.split,
             blocks_per_sm: config.blocks_per_sm,
+            persistent: false,
             section_bytes: SECTION_BYTES,
         }
     }

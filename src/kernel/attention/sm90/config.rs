@@ -238,6 +238,7 @@ impl From<&Config> for Tiling {
             lengths: config.lengths,
             split: config.split,
             blocks_per_sm: 1,
+            persistent: true,
             section_bytes: SECTION_BYTES,
         }
     }
