@@ -43,13 +43,20 @@ pub(crate) fn attention_tc(
     inputs: [&CudaStorage; 3],
 ) -> Result<CudaStorage> {
     let [q, k, v] = inputs;
-    match problem.is_empty() || native::flash_limit(problem).is_some() {
-        true => kaio_ops::attention_tc(op, problem, inputs),
-        false => {
-            let extras = Default::default();
-            native::attention_tc(op, problem, &AttentionInputs { q, k, v, extras })
-        }
+    let inputs = AttentionInputs { q, k, v, extras: Default::default() };
+    match !problem.is_empty() && takes(op, problem, &inputs)? {
+        true => native::attention_tc(op, problem, &inputs),
+        false => Ok(flash_attn(op, problem, Engine::KaioOps, false, &inputs)?.0),
     }
+}
+
+/// Whether [`Engine::Auto`] is native: what is older than the kernels still has those of kaio-ops.
+fn takes(
+    op: &'static str,
+    problem: &AttentionProblem,
+    inputs: &AttentionInputs<CudaStorage>,
+) -> Result<bool> {
+    Ok(native::flash_limit(problem).is_none() && has_kernels(op, inputs.q.device())?)
 }
 
 /// The result, which lies as the problem says, and if wanted the log-sum-exp, f32 `[B, Hq, Sq]`: −∞ where
@@ -68,10 +75,7 @@ pub(crate) fn flash_attn(
     }
     let native = match engine {
         Engine::KaioOps => false,
-        // What is older than the kernels still has those of kaio-ops.
-        Engine::Auto => {
-            native::flash_limit(problem).is_none() && has_kernels(op, inputs.q.device())?
-        }
+        Engine::Auto => takes(op, problem, inputs)?,
         Engine::Native => match native::flash_limit(problem) {
             None => true,
             Some((what, fix)) => {

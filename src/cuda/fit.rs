@@ -55,11 +55,6 @@ impl<'a> Fitted<'a> {
         }
     }
 
-    /// Elements of one matrix.
-    pub fn matrix_len(&self) -> usize {
-        self.stack.rows * self.stack.cols
-    }
-
     /// Where matrix `i` begins; a single matrix serves all.
     pub fn offset(&self, i: usize) -> usize {
         self.stack.matrix_offset(if self.stack.count() == 1 { 0 } else { i })

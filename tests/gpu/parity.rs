@@ -140,40 +140,6 @@ fn quantised() -> Result<()> {
 }
 
 #[test]
-fn attention() -> Result<()> {
-    let Some(gpu) = gpu() else { return Ok(()) };
-    let kaio = registry::device(0)?;
-    let mut source = Source::new("parity attention", &gpu);
-    let (sq, sk, d, dv) = (96, 112, 64, 40);
-    let q = source.tensor(DType::F16, &[sk, d], Layout::Plain)?;
-    let k = source.tensor(DType::F16, &[sk, d], Layout::Plain)?;
-    let v = source.tensor(DType::F16, &[sk, dv], Layout::Plain)?;
-    let [kq, kk, kv] = [&q, &k, &v].map(|t| buffer::<f16>(&kaio, t));
-    let mut cross = kaio.alloc_zeros::<f32>(sq * dv).unwrap();
-    let dims = (sq as u32, sk as u32, d as u32, dv as u32);
-    kaio_ops::attention_tc(&kaio, &kq, &kk, &kv, &mut cross, dims.0, dims.1, dims.2, dims.3)
-        .unwrap();
-    poison(&gpu, sq * dv);
-    same("attention_tc", &q.narrow(0, 0, sq)?.kaio_attention_tc(&k, &v, false)?, &kaio, &cross);
-    let mut square = kaio.alloc_zeros::<f32>(sk * dv).unwrap();
-    kaio_ops::attention_tc_causal(
-        &kaio,
-        &kq,
-        &kk,
-        &kv,
-        &mut square,
-        dims.1,
-        dims.1,
-        dims.2,
-        dims.3,
-    )
-    .unwrap();
-    poison(&gpu, sk * dv);
-    same("attention_tc_causal", &q.kaio_attention_tc(&k, &v, true)?, &kaio, &square);
-    Ok(())
-}
-
-#[test]
 fn flash_attention_and_gradient() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
     let kaio = registry::device(0)?;

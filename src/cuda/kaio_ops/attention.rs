@@ -1,6 +1,6 @@
-//! Attention: the f32 flash kernels with their backward, and the f16 tensor-core kernel.
+//! Attention: the f32 flash kernels with their backward.
 //!
-//! The flash kernels take one square head: as many queries as keys, D ≤ 256, scale 1/√D, top-left
+//! They take one square head: as many queries as keys, D ≤ 256, scale 1/√D, top-left
 //! causal. Sizes are cut and padded to that, with rows and columns of zeros that change no number (see
 //! [`Square`]); other options are refused, in [`limit`].
 
@@ -9,7 +9,6 @@ use candle_core::cuda_backend::CudaDType;
 use candle_core::op::ReduceOp;
 use candle_core::scalar::Scalar;
 use candle_core::{CudaStorage, DType, Layout, Result, Shape};
-use half::f16;
 
 use super::fit::{self, Fitted, Want, fit};
 use super::session::Session;
@@ -350,70 +349,4 @@ pub(crate) fn flash_attn_backward(
         start += len;
     }
     cast(op, flat, total, dtype)
-}
-
-/// The limits of the tensor-core kernel: its scores live in shared memory.
-mod tc {
-    pub const SEQ_TILE: usize = 16;
-    pub const D_TILE: usize = 16;
-    pub const DV_TILE: usize = 8;
-    pub const MAX_SEQ_K: usize = 384;
-    pub const MAX_DIM: usize = 128;
-}
-
-/// f32 `[.., Sq, Dv]`: the tensor-core kernel where it fits, else the f32 flash kernel.
-pub(crate) fn attention_tc(
-    op: &'static str,
-    p: &AttentionProblem,
-    inputs: [&CudaStorage; 3],
-) -> Result<CudaStorage> {
-    let (sq, sk, d, dv) = (p.seq_q(), p.seq_k(), p.head_dim(), p.value_dim());
-    // Keys of zeros have weight unless the causal mask hides them from every query.
-    let causal = p.mask.right.is_some();
-    let keys_fit = if causal { sq == sk } else { sk.is_multiple_of(tc::SEQ_TILE) };
-    let dims_fit = d.is_multiple_of(tc::D_TILE) && d.max(dv) <= tc::MAX_DIM;
-    if p.is_empty() {
-        return zeros(inputs[0], p.out.elements(), DType::F32);
-    }
-    if !keys_fit || !dims_fit || sk > tc::MAX_SEQ_K {
-        return Ok(flash_f32(op, p, false, inputs)?.0);
-    }
-    let rows_q = sq.next_multiple_of(tc::SEQ_TILE);
-    let rows_k = sk.next_multiple_of(tc::SEQ_TILE);
-    let width = dv.next_multiple_of(tc::DV_TILE);
-    indexable(op, "q", rows_q, d.max(width))?;
-    let want = |rows, cols| Want { rows, cols, align: 4, ..Want::default() };
-    let q = fit(op, (inputs[0], &p.q), want(rows_q, d))?;
-    let k = fit(op, (inputs[1], &p.k), want(rows_k, d))?;
-    let v = fit(op, (inputs[2], &p.v), want(rows_k, width))?;
-
-    let heads = p.q.count();
-    let session = Session::new(op, &[q.storage(), k.storage(), v.storage()])?;
-    let mut out = session.alloc::<f32>(heads * rows_q * width)?;
-    {
-        let (pq, pk, pv) =
-            (session.input(q.storage())?, session.input(k.storage())?, session.input(v.storage())?);
-        let po = session.output(&mut out)?;
-        let kernel = match causal {
-            false => kaio_ops::attention_tc,
-            true => kaio_ops::attention_tc_causal,
-        };
-        session.run(|device| {
-            for i in 0..heads {
-                kernel(
-                    device,
-                    &pq.view::<f16>(q.offset(i), q.matrix_len()),
-                    &pk.view::<f16>(k.offset(i), k.matrix_len()),
-                    &pv.view::<f16>(v.offset(i), v.matrix_len()),
-                    &mut po.view(i * rows_q * width, rows_q * width),
-                    rows_q as u32,
-                    rows_k as u32,
-                    d as u32,
-                    width as u32,
-                )?;
-            }
-            Ok(())
-        })?;
-    }
-    crop(op, wrap(&session, out), heads, (rows_q, width), 0, (sq, dv))
 }

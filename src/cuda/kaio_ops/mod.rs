@@ -5,9 +5,7 @@ mod attention;
 mod matmul;
 mod quantized;
 
-pub(crate) use attention::{
-    attention_tc, empty_flash_attn, flash_attn, flash_attn_backward, flash_takes,
-};
+pub(crate) use attention::{empty_flash_attn, flash_attn, flash_attn_backward, flash_takes};
 pub(crate) use matmul::matmul;
 pub(crate) use quantized::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
 
