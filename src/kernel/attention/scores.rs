@@ -48,6 +48,7 @@ impl Scores {
 #[derive(Clone, Copy)]
 pub struct Shaping<'k> {
     scores: Scores,
+    element: Element,
     /// Of the products.
     pub scale: Reg<'k, f32>,
     cap: Option<Reg<'k, f32>>,
@@ -99,9 +100,11 @@ pub struct Query<'k> {
 impl<'k> Shaping<'k> {
     /// Declares the parameters `scale`, and those that the scores need: `cap`; `bias` and its strides
     /// `bias_batch`, `bias_head`, `bias_query`, `bias_key`; `slopes`, `slopes_batch`, `slopes_head`.
-    pub fn params(k: &'k Kernel, scores: Scores) -> Self {
+    /// The queries' elements say how exact scores have to be.
+    pub fn params(k: &'k Kernel, scores: Scores, element: Element) -> Self {
         Self {
             scores,
+            element,
             scale: k.param("scale"),
             cap: scores.softcap.then(|| k.param("cap")),
             bias: scores.bias.map(|_| Memory::params(k, "bias", ["batch", "head", "query", "key"])),
@@ -233,6 +236,10 @@ impl<'k> Shape<'k> {
         for (i, score) in scores.iter().enumerate() {
             let mut x = *score * scale;
             if let Some(cap) = cap {
+                let tanh = match self.shaping.element {
+                    Element::Half(_) => tanh,
+                    Element::F32 => tanh_exactly,
+                };
                 x = tanh(x) * cap;
             }
             if let Some(bias) = bias.get(i) {
@@ -259,4 +266,15 @@ fn guarded<'k, T>(left: Option<Reg<'k, i32>>, col: i32, load: impl FnOnce() -> T
 fn tanh(x: Reg<f32>) -> Reg<f32> {
     let t = (x * (2.0 * std::f32::consts::LOG2_E)).exp2_ftz();
     (t + 1.0).recip().fma(-2.0, 1.0)
+}
+
+/// The same, but relatively: near 0 an odd polynomial, a minimax fit to 1.6 · 2^-24.
+fn tanh_exactly(x: Reg<f32>) -> Reg<f32> {
+    const NEAR: f32 = 0.55;
+    let square = x * x;
+    let [third, fifth, seventh, ninth] =
+        [-0.333_329_6, 0.133_209_42, -0.052_684_143, 0.016_458_757];
+    let p = square.fma(ninth, seventh).fma(square, fifth).fma(square, third);
+    let near = (square * x).fma(p, x);
+    tanh(x).or_else(x.abs().ge(NEAR), near)
 }

@@ -62,7 +62,7 @@ pub fn emit(config: &Config) -> Source {
     let lse = config.lse.then(|| Logarithms::params(k, config.split));
     let size = [k.param("queries"), k.param("keys")];
     let heads = [k.param("heads"), k.param("group")];
-    let shaping = Shaping::params(k, config.scores);
+    let shaping = Shaping::params(k, config.scores, config.element);
     let tiles = Tiles::params(k, config.into(), size, heads);
     let plan = config.plan();
     let base = k.shared(plan.bytes);

@@ -15,6 +15,7 @@ pub use config::{Config, Store};
 use super::Lengths;
 use super::scores::Shaping;
 use super::work::{Logarithms, Memory, Tiles};
+use crate::kernel::Element;
 use crate::kernel::hopper::WARPGROUP;
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::Plan;
@@ -68,7 +69,7 @@ pub fn emit(config: &Config) -> Source {
     let lse = config.lse.then(|| Logarithms::params(k, config.split));
     let size = [k.param("queries"), k.param("keys")];
     let heads = [k.param("heads"), k.param("group")];
-    let shaping = Shaping::params(k, config.scores);
+    let shaping = Shaping::params(k, config.scores, Element::Half(config.half));
     let tiles = Tiles::params(k, config.into(), size, heads);
     let base = k.shared(plan.bytes);
     let thread = k.thread();
