@@ -42,6 +42,14 @@ impl Loss {
     }
 }
 
+/// A cast, also of no elements, for which candle's CUDA kernels do not launch.
+fn cast(t: &Tensor, dtype: DType) -> Result<Tensor> {
+    match t.elem_count() {
+        0 => Tensor::zeros(t.shape(), dtype, t.device()),
+        _ => t.to_dtype(dtype),
+    }
+}
+
 /// An exact result.
 pub struct Want {
     pub value: Nd,
@@ -201,7 +209,7 @@ impl Problem {
             }
         }
         let out = op(&self.views(&vars)?)?;
-        let grads = self.loss.of(&out, &weights.to_dtype(out.dtype())?)?.backward()?;
+        let grads = self.loss.of(&out, &cast(weights, out.dtype())?)?.backward()?;
         for (var, leaf) in vars.iter().zip(leaves) {
             identical("input", var, &Nd::of(leaf)?)?;
         }
