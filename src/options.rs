@@ -150,7 +150,8 @@ pub struct FlashAttnOptions {
     pub window_size_left: Option<usize>,
     /// Query `i` sees the keys `j <= i + o + window_size_right`. `None` is no bound.
     pub window_size_right: Option<usize>,
-    /// Bends scores so that their magnitude stays under it (Gemma 2): above 0.
+    /// Bends scores so that their magnitude stays under it (Gemma 2): above 0. On a GPU the scores of
+    /// f16 and bf16 operands are then good to `softcap` · 2⁻²².
     pub softcap: Option<f32>,
     /// ALiBi (Press, Smith and Lewis, 2021): f32 `[Hq]` or `[B, Hq]`, for packed batches with B the
     /// number of sequences. It has no gradient.
