@@ -73,8 +73,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     fn kaio_matmul_tc_async(&self, rhs: &Tensor) -> Result<Tensor>;
 
     /// `act(A·B + bias)`: [`kaio_matmul_tc`](Self::kaio_matmul_tc) with an optional bias and
-    /// activation and a choice of result dtype and engine, through the pipelined kernel where the
-    /// engine has both.
+    /// activation and a choice of result dtype and engine.
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|
@@ -237,8 +236,8 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// # Errors
     ///
-    /// Other dtypes or ranks, unequal D, Sk, B or heads, D = 0, two devices; on CUDA, head
-    /// dimensions over what the engine takes (256).
+    /// Other dtypes, unequal ranks, D, Sk or B, other heads of `v` than of `k`, Hq not a multiple of Hkv,
+    /// D = 0, two devices; on CUDA, head dimensions over what the engine takes (256).
     ///
     /// # Example
     ///
@@ -265,7 +264,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// | `self` (`q`) | `[Sq, D]`, `[Hq, Sq, D]` or `[B, Hq, Sq, D]`; by `layout` `[Sq, Hq, D]` or `[B, Sq, Hq, D]` | f16, bf16 or f32 |
     /// | `k` | the same with `Hkv`, `Sk`; Hq a multiple of Hkv | the same |
     /// | `v` | like `k`, with head dimension Dv | the same |
-    /// | `bias` of the options | `[B, Hq, Sq, Sk]`, each but Sk or 1 | the same, or f32 |
+    /// | `bias` of the options | `[B, Hq, Sq, Sk]`, where each but Sk may be 1, and leading ones left out | the same, or f32 |
     /// | `alibi_slopes` | `[Hq]` or `[B, Hq]` | f32 |
     /// | `cu_seqlens_q`, `cu_seqlens_k` | `[B + 1]` | u32 |
     /// | `seqlens_q`, `seqlens_k` | `[B]` | u32 |

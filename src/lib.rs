@@ -1,5 +1,5 @@
 //! Tensor operations with gradients for [candle](https://github.com/huggingface/candle), as methods
-//! of [`Tensor`](candle_core::Tensor): matmul from f16 and bf16 to f32, flash attention that
+//! of [`Tensor`](candle_core::Tensor): matmul of f16 and bf16, flash attention that
 //! back-propagates, int8 and int4 products, fused QKV projections; on the CPU and on NVIDIA GPUs.
 //!
 //! # Quick start
@@ -37,7 +37,7 @@
 //! - none: CPU tensors. Builds everywhere.
 //! - `cuda`: CUDA tensors too, through this crate's own kernels (matmul, attention) and those of `kaio-ops`, and
 //!   the module `registry`, which keeps one `KaioDevice` for each GPU. Needs CUDA's compiler to build, a GPU of compute capability
-//!   8.0 or later to run. README lists the engine's limits.
+//!   8.0 or later to run (attention falls back to kaio-ops on older ones). README lists the engine's limits.
 //!
 //! # Kernels of your own
 //!

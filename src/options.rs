@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 
 /// Who computes on the GPU.
 ///
-/// A CPU tensor is computed by the CPU path under every engine of the release: code written for a GPU
+/// A CPU tensor is computed by the CPU path under every engine: code written for a GPU
 /// runs unchanged on a laptop.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -13,7 +13,8 @@ pub enum Engine {
     /// rest.
     #[default]
     Auto,
-    /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, sm_80 and later.
+    /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, sm_80 and later; those of
+    /// attention on older GPUs, too.
     KaioOps,
     /// This crate's own kernels, for matmul and attention (its backward pass is that of kaio-ops or
     /// candle's ops), sm_80 and later: [`docs/kernels.md`] says how they work.
@@ -140,7 +141,7 @@ pub enum AttnLayout {
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct FlashAttnOptions {
-    /// Query `i` sees the keys `j <= i + o`. The same as `window_size_right` 0.
+    /// Query `i` sees the keys `j <= i + o`. The same as `window_size_right` 0; with another one an error.
     pub causal: bool,
     /// The factor on `q·kᵀ`. `None` is `1/√D`.
     pub softmax_scale: Option<f32>,

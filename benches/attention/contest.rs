@@ -43,10 +43,9 @@ pub fn prepare(gpu: &Gpu, row: &Row) -> Result<Contest> {
     Ok(contest)
 }
 
-/// 16 bits are what our own kernels are for, and their limits are to be seen.
+/// Our own kernels' limits are to be seen.
 fn options(row: &Row) -> FlashAttnOptions {
-    let engine = if row.dtype == DType::F32 { Engine::Auto } else { Engine::Native };
-    let opts = FlashAttnOptions::default().engine(engine).causal(row.mask != Mask::Full);
+    let opts = FlashAttnOptions::default().engine(Engine::Native).causal(row.mask != Mask::Full);
     match row.mask {
         Mask::Window(left) => opts.window_size_left(left),
         _ => opts,

@@ -113,8 +113,8 @@ fn show(row: &Row) {
     let (its_op, candle) = row.all().find(|(name, _)| name.starts_with("candle")).unzip();
     let alloc = row.of(ALLOCATION);
     // These do not end in the same call: this crate's own kernels multiply, also weights of int4, and
-    // a backward pass also walks candle's graph.
-    let otherwise = ["matmul_tc", "matmul_int4", "backward"];
+    // attend; a backward pass also walks candle's graph.
+    let otherwise = ["matmul_tc", "matmul_int4", "attention_tc", "flash_attn"];
     let comparable =
         direct.zip(alloc).filter(|_| !otherwise.iter().any(|name| row.case.op.contains(name)));
     let bridge = comparable.map(|(d, a)| format!("{:+.1}", ours.host_us - d.host_us - a.host_us));

@@ -4,13 +4,13 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, Result};
 
 use super::gpu::has_kernels;
-pub(crate) use super::kaio_ops::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
+pub(crate) use super::kaio_ops::{
+    flash_attn_backward, matmul_int4, matmul_int8, qkv_int4, qkv_int8,
+};
 use super::{kaio_ops, native};
 use crate::Engine;
 use crate::error::Error;
-use crate::op::{
-    AttentionInputs, AttentionProblem, AttentionUpstream, Epilogue, MatmulProblem, View,
-};
+use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem, View};
 
 /// Whether [`matmul_int4`] takes a weight of `n` columns.
 pub(crate) fn takes_int4(n: usize) -> bool {
@@ -92,18 +92,6 @@ pub(crate) fn flash_attn(
 }
 
 /// Whether an engine has the backward pass of a problem. Without one, the op has it in candle's ops.
-pub(crate) fn differentiates_flash_attn(problem: &AttentionProblem, _: Engine) -> Result<bool> {
-    Ok(kaio_ops::flash_takes(problem))
-}
-
-/// dq, dk and dv in a row, packed, heads before rows, in the inputs' dtype.
-pub(crate) fn flash_attn_backward(
-    op: &'static str,
-    problem: &AttentionProblem,
-    engine: Engine,
-    inputs: &AttentionInputs<CudaStorage>,
-    upstream: &AttentionUpstream<CudaStorage>,
-) -> Result<CudaStorage> {
-    let _ = engine;
-    kaio_ops::flash_attn_backward(op, problem, inputs, upstream)
+pub(crate) fn differentiates_flash_attn(problem: &AttentionProblem) -> bool {
+    kaio_ops::flash_takes(problem)
 }

@@ -21,6 +21,11 @@ const MAX_HEAD_DIM: usize = 256;
 
 /// What of a problem no flash kernel can take, and what to do instead.
 fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
+    let width = p.head_dim().max(p.value_dim());
+    if width > MAX_HEAD_DIM {
+        let problem = format!("a head dimension of {width} (at most {MAX_HEAD_DIM})");
+        return Some((problem, "run it on the CPU, or use narrower heads"));
+    }
     let Mask { left, right } = p.mask;
     let [lengths_q, lengths_k] = p.extras.lengths.each_ref().map(Option::is_some);
     let options = [
@@ -33,14 +38,8 @@ fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
         (lengths_q, "`seqlens_q`"),
         (lengths_k, "`seqlens_k`"),
     ];
-    if let Some((_, option)) = options.into_iter().find(|&(given, _)| given) {
-        return Some((option.into(), "run it on the CPU, or leave it out"));
-    }
-    let width = p.head_dim().max(p.value_dim());
-    (width > MAX_HEAD_DIM).then(|| {
-        let problem = format!("a head dimension of {width} (at most {MAX_HEAD_DIM})");
-        (problem, "run it on the CPU, or use narrower heads")
-    })
+    let given = options.into_iter().find(|&(given, _)| given);
+    given.map(|(_, option)| (option.into(), "run it on the CPU, or leave it out"))
 }
 
 /// Whether the flash kernels take a problem and its gradients.

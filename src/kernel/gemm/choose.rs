@@ -15,7 +15,8 @@ const GRID_LIMIT: u32 = 65_535;
 const NARROW: [u32; 8] = [8, 16, 24, 32, 48, 64, 96, 128];
 /// Columns of the others.
 const WIDE: [u32; 7] = [64, 96, 128, 160, 192, 224, 256];
-/// Columns of tiles of 128 rows that a warpgroup has to itself, for large products.
+/// Columns of tiles of 128 rows that a warpgroup has to itself: for large products, and for a tile that
+/// has the whole of the smaller side.
 const OWN: [u32; 6] = [128, 144, 160, 168, 176, 192];
 
 /// The configuration with the least estimated time.
@@ -105,7 +106,7 @@ impl Shape {
             cols,
             lhs_lines: lines(lhs, rows, height),
             rhs_lines: match rhs {
-                // Long products have little of the last box outside.
+                // Little of the last box is outside.
                 Major::K if pingpong => cols,
                 _ => lines(rhs, cols, width),
             },
@@ -260,7 +261,8 @@ mod tests {
         assert_eq!((c.cols, c.pingpong, c.order, c.store), (192, true, Order::Raster, Store::Tma));
     }
 
-    /// 128×256 leaves half of the sixteenth wave idle; 128×192 along N, a third of the 22nd.
+    /// 128×256 fills half of the sixteenth wave, 128×192 a third of the 22nd along N, but along M most
+    /// of the 21st.
     #[test]
     fn the_last_wave_counts() {
         let c = chosen(16_384, 4096, 4096);

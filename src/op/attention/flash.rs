@@ -62,8 +62,7 @@ impl Differentiable for FlashAttention {
     fn grad(&self, inputs: &[&Tensor], out: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let lse = self.lse.get().expect("kept because an input is tracked");
         let problem = self.call.problem(inputs.iter().map(|t| t.layout()));
-        let by_kernel =
-            out.device().is_cpu() || cuda::differentiates_flash_attn(&problem, self.call.engine)?;
+        let by_kernel = out.device().is_cpu() || cuda::differentiates_flash_attn(&problem);
         let grads = match by_kernel {
             true => self.by_kernel(inputs, &[out, grad, lse])?,
             false => recompute::gradients(&self.call, inputs, [out, grad, lse])?,
@@ -136,8 +135,8 @@ impl Op for Backward {
 
     fn cuda(&self, views: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
         let (problem, inputs, upstream) = self.read(views);
-        let Call { name, engine, .. } = self.call;
-        let grads = cuda::flash_attn_backward(name, &problem, engine, &inputs, &upstream)?;
+        let name = self.call.name;
+        let grads = cuda::flash_attn_backward(name, &problem, &inputs, &upstream)?;
         let len: usize =
             [&problem.q, &problem.k, &problem.v].map(|stack| stack.elements()).iter().sum();
         Ok((grads, Shape::from(len)))

@@ -73,7 +73,7 @@ pub fn windows(device: &Device) {
         [[64, 64], [65, 63], [63, 65], [1, 129], [129, 1], [200, 50], [50, 300], [128, 176]];
     let bounds = [None, Some(0), Some(1), Some(7), Some(63), Some(100), Some(usize::MAX)];
     let problems = sizes.into_iter().flat_map(|[sq, sk]| {
-        // What the native kernels take.
+        // 16 bits on a GPU: `options` has windows of f32, too.
         let dtype = if device.is_cpu() { F32 } else { BF16 };
         let p = Problem::new(dtype, (&[2], 1, [sq, sk, 8, 8]));
         crate::common::pairs(bounds, bounds).map(move |(left, right)| {
