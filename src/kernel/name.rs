@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use super::attention::{Lengths, Mask, Scores};
+use super::attention::{Lengths, Mask, Task};
 use super::gemm::{Epilogue, Major, sm80, sm90};
 use super::{Config, Element, attention};
 use crate::Activation;
@@ -84,17 +84,11 @@ impl attention::sm90::Config {
     /// rows of a tile and keys of a block, elements of a query and of a value, stages, slabs of the
     /// result, heads of a tile; types, mask, bias, lengths, what becomes of scores, how what is stored.
     pub fn name(&self) -> String {
-        let Self { rows, keys, head_dim, value_dim, stages, slabs, scores, .. } = self;
-        let mut name =
-            format!("flash90 {rows}x{keys} d{head_dim}/{value_dim} x{stages} slabs{slabs}");
+        let Self { task, rows, keys, stages, slabs, .. } = self;
+        let mut name = format!("flash90 {rows}x{keys} {} x{stages} slabs{slabs}", widths(task));
         name.push_str(if self.turns { " turns" } else { "" });
-        if self.pack > 1 {
-            add(&mut name, format_args!(" pack{}", self.pack));
-        }
         let direct = self.store == attention::sm90::Store::Direct;
-        flash(&mut name, (Element::Half(self.half), self.out), self.mask, scores, self.lengths);
-        let words = [(self.lse, " lse"), (direct, " direct"), (self.split, " split")];
-        words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
+        flash(&mut name, Element::Half(self.half), task, direct);
         name
     }
 }
@@ -104,17 +98,11 @@ impl attention::sm80::Config {
     /// split`: as for [`attention::sm90::Config::name`], with warps, the blocks of a multiprocessor, and
     /// whether queries stay in registers.
     pub fn name(&self) -> String {
-        let Self { keys, head_dim, value_dim, scores, .. } = self;
-        let (rows, warps) = (self.rows(), self.warps);
-        let mut name = format!("flash80 {rows}x{keys} d{head_dim}/{value_dim} {warps}warps");
+        let Self { task, keys, warps, .. } = self;
+        let mut name = format!("flash80 {}x{keys} {} {warps}warps", self.rows(), widths(task));
         shared_sm(&mut name, self.blocks_per_sm);
         name.push_str(if self.kept { " kept" } else { "" });
-        if self.pack > 1 {
-            add(&mut name, format_args!(" pack{}", self.pack));
-        }
-        flash(&mut name, (self.element, self.out), self.mask, scores, self.lengths);
-        let words = [(self.lse, " lse"), (self.split, " split")];
-        words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
+        flash(&mut name, self.element, task, false);
         name
     }
 }
@@ -128,31 +116,40 @@ impl attention::combine::Config {
     }
 }
 
-/// The variant of an attention.
-fn flash(
-    name: &mut String,
-    (of, out): (Element, Element),
-    mask: Mask,
-    scores: &Scores,
-    lengths: Lengths,
-) {
-    add(name, format_args!(", {}→{}", element(of), element(out)));
-    name.push_str(match mask {
+/// Elements of a query and of a value.
+fn widths(task: &Task) -> String {
+    format!("d{}/{}", task.head_dim, task.value_dim)
+}
+
+/// Heads of a tile, and the variant of an attention of operands of a type. `direct`: threads store.
+fn flash(name: &mut String, of: Element, task: &Task, direct: bool) {
+    if task.pack > 1 {
+        add(name, format_args!(" pack{}", task.pack));
+    }
+    add(name, format_args!(", {}→{}", element(of), element(task.out)));
+    name.push_str(match task.mask {
         Mask::None => "",
         Mask::Right => " causal",
         Mask::Window => " window",
     });
+    let scores = &task.scores;
     if let Some(bias) = scores.bias {
         let pairs = if bias.pairs { "x2" } else { "" };
         add(name, format_args!(" +{}{pairs}", element(bias.element)));
     }
-    name.push_str(match lengths {
+    name.push_str(match task.lengths {
         Lengths::Full => "",
         Lengths::Padded => " padded",
         Lengths::Packed => " packed",
     });
-    let words =
-        [(scores.shrunk, " shrunk"), (scores.softcap, " softcap"), (scores.alibi, " alibi")];
+    let words = [
+        (scores.shrunk, " shrunk"),
+        (scores.softcap, " softcap"),
+        (scores.alibi, " alibi"),
+        (task.lse, " lse"),
+        (direct, " direct"),
+        (task.split, " split"),
+    ];
     words.iter().filter(|(holds, _)| *holds).for_each(|(_, word)| name.push_str(word));
 }
 

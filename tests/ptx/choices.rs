@@ -64,7 +64,7 @@ fn flash(facts: &Facts, device: &Device) -> Vec<Config> {
     }
     let config = attention::choose::choose(problem, device);
     let launch = attention::Launch::new(&config, problem, device.multiprocessors);
-    let combine = config.split.then(|| combine(problem, &launch));
+    let combine = config.task.split.then(|| combine(problem, &launch));
     [Config::FlashSm90(config)].into_iter().chain(combine).collect()
 }
 
@@ -72,7 +72,7 @@ fn portable_flash(facts: &Facts, device: &Device) -> Vec<Config> {
     let Facts::Attention(problem) = facts else { return vec![] };
     let config = attention::sm80::choose(problem, device);
     let launch = attention::Launch::new(&config, problem, device.multiprocessors);
-    let combine = config.split.then(|| combine(problem, &launch));
+    let combine = config.task.split.then(|| combine(problem, &launch));
     [Config::FlashSm80(config)].into_iter().chain(combine).collect()
 }
 
@@ -423,18 +423,13 @@ fn choices_fit_their_problems() {
                 portable_fits(config, gpu, problem)
             }
             (Config::MatmulReduce(reduce), Facts::Matmul(problem)) => divides(reduce.unit, problem),
-            (&Config::FlashSm90(c), Facts::Attention(problem)) => {
-                let attention::sm90::Config { half, out, scores, lse, .. } = c;
-                let (element, dims) = (Element::Half(half), [c.head_dim, c.value_dim]);
-                let attends = Attends { element, out, scores, lse, dims };
-                c.check().and_then(|()| flash_fits((&c).into(), attends, gpu, problem))
+            (Config::FlashSm90(c), Facts::Attention(problem)) => {
+                let element = Element::Half(c.half);
+                c.check().and_then(|()| flash_fits(element, c.into(), gpu, problem))
             }
-            (&Config::FlashSm80(c), Facts::Attention(problem)) => {
-                let attention::sm80::Config { element, out, scores, lse, .. } = c;
-                let dims = [c.head_dim, c.value_dim];
-                let attends = Attends { element, out, scores, lse, dims };
+            (Config::FlashSm80(c), Facts::Attention(problem)) => {
                 let fits = c.check(gpu.device.shared_per_block);
-                fits.and_then(|()| flash_fits((&c).into(), attends, gpu, problem))
+                fits.and_then(|()| flash_fits(c.element, c.into(), gpu, problem))
             }
             (Config::FlashCombine(config), Facts::Attention(problem)) => {
                 rule(config.out == problem.out, "another type")
@@ -470,31 +465,23 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
     rule(config.split <= launch.depth, "a block without depth")
 }
 
-/// What a kernel of attention says of its problem beside its tiles.
-struct Attends {
-    element: Element,
-    out: Element,
-    scores: attention::Scores,
-    lse: bool,
-    dims: [u32; 2],
-}
-
 fn flash_fits(
+    element: Element,
     tiling: attention::Tiling,
-    attends: Attends,
     gpu: &Gpu,
     problem: &attention::Problem,
 ) -> Result<(), String> {
-    let facts = (attends.element, tiling.mask, attends.scores, tiling.lengths);
+    let task = tiling.task;
+    let facts = (element, task.mask, task.scores, task.lengths);
     let wanted = (problem.element, problem.mask(), problem.scores, problem.lengths);
     rule(facts == wanted, "another problem's facts")?;
-    rule(tiling.split || attends.out == problem.out, "another type")?;
-    rule(attends.lse || !problem.lse, "sums that are not stored")?;
-    let dims = attends.dims.map(u64::from);
+    rule(task.split || task.out == problem.out, "another type")?;
+    rule(task.lse || !problem.lse, "sums that are not stored")?;
+    let dims = [task.head_dim, task.value_dim].map(u64::from);
     let widened = [problem.head_dim, problem.head_dim.next_multiple_of(16)];
     rule(widened.contains(&dims[0]) && dims[1] == problem.value_dim, "other sizes")?;
     let group = problem.heads / problem.kv_heads;
-    rule(group.is_multiple_of(tiling.pack.into()), "heads that share no keys")?;
+    rule(group.is_multiple_of(task.pack.into()), "heads that share no keys")?;
     launch_fits(&attention::Launch::new(tiling, problem, gpu.device.multiprocessors))
 }
 

@@ -52,70 +52,67 @@ const PORTABLE: sm80::Config = sm80::Config {
     epilogue: PLAIN,
 };
 
-/// Attention on Hopper: 128×32, 64 wide, nothing hidden.
-const FLASH: attention::sm90::Config = attention::sm90::Config {
-    half: Half::Bf16,
+/// 64 wide, nothing hidden.
+const TASK: attention::Task = attention::Task {
     out: BF16,
     head_dim: 64,
     value_dim: 64,
+    mask: attention::Mask::None,
+    scores: attention::Scores { shrunk: false, softcap: false, bias: None, alibi: false },
+    lengths: attention::Lengths::Full,
+    pack: 1,
+    split: false,
+    lse: true,
+};
+
+/// Attention on Hopper: 128×32.
+const FLASH: attention::sm90::Config = attention::sm90::Config {
+    task: TASK,
+    half: Half::Bf16,
     rows: 128,
     keys: 32,
     stages: 2,
     slabs: 1,
     turns: true,
-    mask: attention::Mask::None,
-    scores: NOTHING,
-    lengths: attention::Lengths::Full,
-    pack: 1,
-    split: false,
-    lse: true,
     store: attention::sm90::Store::Tma,
 };
 
-/// Attention everywhere: 64×32, 64 wide, nothing hidden.
+/// Attention everywhere: 128×32.
 const PORTABLE_FLASH: attention::sm80::Config = attention::sm80::Config {
+    task: TASK,
     element: BF16,
-    out: BF16,
-    head_dim: 64,
-    value_dim: 64,
     warps: 4,
     strips: 2,
     keys: 32,
     blocks_per_sm: 2,
     kept: true,
-    mask: attention::Mask::None,
-    scores: NOTHING,
-    lengths: attention::Lengths::Full,
-    pack: 1,
-    split: false,
-    lse: true,
 };
 
-const NOTHING: attention::Scores =
-    attention::Scores { shrunk: false, softcap: false, bias: None, alibi: false };
+/// What tasks show: all that changes scores, sequences behind one another, keys in parts.
+fn tasks(bias: attention::Bias) -> [attention::Task; 3] {
+    use attention::{Lengths, Mask, Scores};
+    let small = attention::Task { head_dim: 16, value_dim: 8, ..TASK };
+    let scores = Scores { softcap: true, alibi: true, bias: Some(bias), ..TASK.scores };
+    [
+        attention::Task { mask: Mask::Window, scores, lengths: Lengths::Padded, ..small },
+        attention::Task {
+            out: Element::F32,
+            value_dim: 72,
+            mask: Mask::Right,
+            lengths: Lengths::Packed,
+            ..small
+        },
+        attention::Task { out: Element::F32, pack: 4, split: true, ..small },
+    ]
+}
 
 fn flash() -> [(&'static str, Config); 5] {
     use attention::sm90::{Config as Flash, Store};
-    use attention::{Bias, Lengths, Mask, Scores};
-    let small = Flash { head_dim: 16, value_dim: 8, rows: 64, keys: 16, turns: false, ..FLASH };
-    let bias = Some(Bias { element: BF16, pairs: true });
-    let all = Flash {
-        mask: Mask::Window,
-        scores: Scores { softcap: true, alibi: true, bias, ..NOTHING },
-        lengths: Lengths::Padded,
-        ..small
-    };
-    let packed = Flash {
-        half: Half::F16,
-        out: Element::F32,
-        value_dim: 72,
-        mask: Mask::Right,
-        lengths: Lengths::Packed,
-        slabs: 2,
-        ..small
-    };
-    let split =
-        Flash { out: Element::F32, pack: 4, split: true, store: Store::Direct, slabs: 0, ..small };
+    let [all, packed, split] = tasks(attention::Bias { element: BF16, pairs: true });
+    let small = Flash { rows: 64, keys: 16, turns: false, ..FLASH };
+    let all = Flash { task: all, ..small };
+    let packed = Flash { task: packed, half: Half::F16, slabs: 2, ..small };
+    let split = Flash { task: split, store: Store::Direct, slabs: 0, ..small };
     let combine = attention::combine::Config::new(BF16, 8, 5, true);
     [
         ("flash90_plain", Config::FlashSm90(FLASH)),
@@ -128,35 +125,20 @@ fn flash() -> [(&'static str, Config); 5] {
 
 fn portable_flash() -> [(&'static str, Config); 5] {
     use attention::sm80::Config as Flash;
-    use attention::{Bias, Lengths, Mask, Scores};
-    let small = Flash { head_dim: 16, value_dim: 8, strips: 1, keys: 16, ..PORTABLE_FLASH };
-    let bias = Some(Bias { element: Element::F32, pairs: false });
-    let all = Flash {
-        kept: false,
-        mask: Mask::Window,
-        scores: Scores { softcap: true, alibi: true, bias, ..NOTHING },
-        lengths: Lengths::Padded,
-        ..small
-    };
-    let packed = Flash {
-        element: Element::Half(Half::F16),
-        out: Element::F32,
-        head_dim: 20,
-        value_dim: 72,
-        mask: Mask::Right,
-        lengths: Lengths::Packed,
-        ..small
-    };
-    let split = Flash { out: Element::F32, pack: 4, split: true, ..small };
-    let exact = Flash {
-        element: Element::F32,
+    let [all, packed, split] = tasks(attention::Bias { element: Element::F32, pairs: false });
+    let small = Flash { strips: 1, keys: 16, ..PORTABLE_FLASH };
+    let all = Flash { task: all, kept: false, ..small };
+    let packed = attention::Task { head_dim: 20, ..packed };
+    let packed = Flash { task: packed, element: Element::Half(Half::F16), ..small };
+    let split = Flash { task: split, ..small };
+    let exact = attention::Task {
         out: Element::F32,
         head_dim: 12,
         value_dim: 40,
-        mask: Mask::Right,
-        kept: false,
-        ..small
+        mask: attention::Mask::Right,
+        ..TASK
     };
+    let exact = Flash { task: exact, element: Element::F32, kept: false, ..small };
     [
         ("flash80_plain", Config::FlashSm80(PORTABLE_FLASH)),
         ("flash80_window_all", Config::FlashSm80(all)),

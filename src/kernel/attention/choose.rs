@@ -1,7 +1,7 @@
 //! The choice of Hopper's kernel for a problem.
 
 use super::sm90::{Config, Store};
-use super::{Lengths, Mask, Problem};
+use super::{Lengths, Mask, Problem, Task};
 use crate::kernel::{Device, Element};
 
 /// The configuration for a problem of 16-bit operands. If it splits the keys, a kernel of
@@ -19,27 +19,19 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let warpgroups = warpgroups(problem, pack, most, device.multiprocessors);
     let split = splits(problem, pack, KEYS, device);
     let mut config = Config {
+        task: Task { head_dim, ..Task::new(problem, pack, split) },
         half,
-        out: if split { Element::F32 } else { problem.out },
-        head_dim,
-        value_dim,
         rows: 64 * warpgroups,
         keys: 16,
         stages: 2,
         slabs: 0,
         turns: warpgroups > 1,
-        mask: problem.mask(),
-        scores: problem.scores,
-        lengths: problem.lengths,
-        pack,
-        split,
-        lse: problem.lse || split,
         store: if split { Store::Direct } else { Store::Tma },
     };
     // H200: 176 keys were faster than 128, 160 and 192 at D = 128, and 128 than all others at D = 64,
     // without a mask. Blocks that the mask cuts are half in vain.
     let wide = head_dim.max(value_dim) > 64;
-    let most = if warpgroups == 2 && wide && config.mask == Mask::None { 176 } else { 128 };
+    let most = if warpgroups == 2 && wide && config.task.mask == Mask::None { 176 } else { 128 };
     let fits = |keys: &u32| Config { keys: *keys, ..config }.roomy();
     config.keys = (1..=most / 16).map(|n| 16 * n).rev().find(fits).unwrap_or(16);
     if config.store == Store::Tma {
@@ -179,7 +171,7 @@ pub(super) mod tests {
     fn one_token_packs_heads_and_splits_keys() {
         let one = Problem { batch: 1, ..causal(1, 8192, 128) };
         let c = choose(&one, &H200);
-        assert_eq!((c.rows, c.pack, c.split), (64, 4, true));
+        assert_eq!((c.rows, c.task.pack, c.task.split), (64, 4, true));
         let launch = Launch::new(&c, &one, 132);
         assert!((96..=132).contains(&launch.order.tiles), "{launch:?}");
         assert_eq!(launch.order.tiles, 8 * launch.parts);
@@ -194,7 +186,7 @@ pub(super) mod tests {
                 let launch = Launch::new(&c, &p, 132);
                 let blocks = keys.div_ceil(c.keys.into());
                 let each = blocks.div_ceil(launch.parts.into());
-                assert!(c.split && u64::from(launch.parts - 1) * each < blocks, "{launch:?}");
+                assert!(c.task.split && u64::from(launch.parts - 1) * each < blocks, "{launch:?}");
             }
         }
     }
@@ -203,7 +195,7 @@ pub(super) mod tests {
     fn few_tiles_are_small() {
         let p = Problem { batch: 1, heads: 4, kv_heads: 4, ..problem(512, 512, 128) };
         assert_eq!(choose(&p, &H200).rows, 64);
-        assert!(!choose(&p, &H200).split);
+        assert!(!choose(&p, &H200).task.split);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The numbers of a launch.
 
 use super::combine::MAX_PARTS;
-use super::{Lengths, Mask, Problem, Section};
+use super::{Lengths, Mask, Problem, Section, Task};
 
 /// Sequences, and the widths of masks, are shorter: the sum of three is a number of 32 bits.
 pub const MAX_LENGTH: u64 = 1 << 29;
@@ -9,18 +9,12 @@ pub const MAX_LENGTH: u64 = 1 << 29;
 /// What of a configuration says which tiles there are.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiling {
+    /// What is computed.
+    pub task: Task,
     /// Queries of each head in a tile.
     pub positions: u32,
-    /// Heads of a tile.
-    pub pack: u32,
     /// Keys of a block.
     pub keys: u32,
-    /// What hides keys.
-    pub mask: Mask,
-    /// How long sequences are.
-    pub lengths: Lengths,
-    /// Whether the keys of a tile are divided.
-    pub split: bool,
     /// Blocks of threads that share a multiprocessor.
     pub blocks_per_sm: u32,
     /// Whether they stay and take tile after tile. Else each takes one.
@@ -50,16 +44,16 @@ impl Launch {
         let tiling = config.into();
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         let room = multiprocessors * tiling.blocks_per_sm;
-        let packs = problem.heads / u64::from(tiling.pack);
+        let packs = problem.heads / u64::from(tiling.task.pack);
         let positions = u64::from(tiling.positions);
-        let (heads, each) = match tiling.lengths {
+        let (heads, each) = match tiling.task.lengths {
             Lengths::Full | Lengths::Padded => {
                 (packs * problem.batch, problem.queries.div_ceil(positions))
             }
             // The last tile of each sequence may be cut off.
             Lengths::Packed => (packs, problem.queries.div_ceil(positions) + problem.batch),
         };
-        let parts = match tiling.split {
+        let parts = match tiling.task.split {
             false => 1,
             true => {
                 let blocks = problem.seen_keys(positions).div_ceil(tiling.keys.into());
@@ -71,11 +65,11 @@ impl Launch {
         };
         let tiles = heads.saturating_mul(each * parts);
         // Under a causal mask the tiles of a head differ, so that those of several are sorted.
-        let section = match tiling.mask {
+        let section = match tiling.task.mask {
             Mask::Right => {
                 let bytes =
                     (problem.head_dim + problem.value_dim) * u64::from(problem.element.size());
-                let group = (problem.heads / problem.kv_heads / u64::from(tiling.pack)).max(1);
+                let group = (problem.heads / problem.kv_heads / u64::from(tiling.task.pack)).max(1);
                 (tiling.section_bytes / (problem.keys * bytes).max(1)).max(1) * group
             }
             Mask::None | Mask::Window => 1,

@@ -7,6 +7,7 @@ mod mask;
 mod schedule;
 mod scores;
 mod softmax;
+mod task;
 mod work;
 
 pub mod choose;
@@ -19,6 +20,7 @@ pub use lengths::Lengths;
 pub use mask::Mask;
 pub use schedule::Section;
 pub use scores::{Bias, Scores};
+pub use task::Task;
 
 use super::Element;
 

@@ -61,10 +61,10 @@ impl<'k> Tiles<'k> {
         size: [Reg<'k, i32>; 2],
         heads: [Reg<'k, u32>; 2],
     ) -> Self {
-        let right = (tiling.mask != Mask::None).then(|| k.param("right"));
-        let left = (tiling.mask == Mask::Window).then(|| k.param("left"));
-        let sequences = Sequences::params(k, tiling.lengths, size);
-        let parts = tiling.split.then(|| k.param("parts"));
+        let right = (tiling.task.mask != Mask::None).then(|| k.param("right"));
+        let left = (tiling.task.mask == Mask::Window).then(|| k.param("left"));
+        let sequences = Sequences::params(k, tiling.task.lengths, size);
+        let parts = tiling.task.split.then(|| k.param("parts"));
         let schedule = Schedule::params(k);
         Self { tiling, size, heads, right, left, sequences, parts, schedule }
     }
@@ -72,12 +72,12 @@ impl<'k> Tiles<'k> {
     /// Runs `body` for each tile of this block.
     pub fn for_each(&self, body: impl FnOnce(Work<'k>)) {
         let (k, c) = (self.size[0].kernel(), &self.tiling);
-        let packs = if c.pack == 1 { self.heads[0] } else { self.heads[0] / c.pack };
+        let packs = if c.task.pack == 1 { self.heads[0] } else { self.heads[0] / c.task.pack };
         self.schedule.for_each(|Place { head, column }| {
-            if c.lengths == Lengths::Packed {
+            if c.task.lengths == Lengths::Packed {
                 let found = self.sequences.find(column, c.positions);
                 // Those with the most keys first.
-                let tile = match c.mask {
+                let tile = match c.task.mask {
                     Mask::Right => found.tiles - 1 - found.tile,
                     Mask::None | Mask::Window => found.tile,
                 };
@@ -115,7 +115,7 @@ impl<'k> Tiles<'k> {
         };
         let last = (first + c.positions as i32).min(queries.count);
         let mut blocks = sight.blocks(first, last, c.keys);
-        if c.lengths == Lengths::Padded {
+        if c.task.lengths == Lengths::Padded {
             blocks.end = blocks.end.or_else(first.lt(queries.count), 0);
         }
         if let (Some(part), Some(parts)) = (part, self.parts) {
@@ -124,7 +124,7 @@ impl<'k> Tiles<'k> {
             blocks.begin = blocks.begin + (part * each).cast();
             blocks.end = blocks.end.min(blocks.begin + each.cast());
         }
-        let head = if c.pack == 1 { pack } else { pack * c.pack };
+        let head = if c.task.pack == 1 { pack } else { pack * c.task.pack };
         let kv_head = head / self.heads[1];
         Work { batch, sequence, pack, head, kv_head, part, first, queries, keys, sight, blocks }
     }
@@ -138,11 +138,11 @@ impl<'k> Tiles<'k> {
         row: Reg<'k, u32>,
         used: Option<u32>,
     ) -> Row<'k> {
-        let limit = match self.tiling.lengths {
+        let limit = match self.tiling.task.lengths {
             Lengths::Full | Lengths::Packed => work.queries.count,
             Lengths::Padded => self.size[0],
         };
-        let (position, head) = match self.tiling.pack {
+        let (position, head) = match self.tiling.task.pack {
             1 => (row, work.head),
             pack => (row / pack, work.head + row % pack),
         };
@@ -153,7 +153,7 @@ impl<'k> Tiles<'k> {
         }
         let query = Query { batch: work.sequence, head, row: position };
         // What pads a tensor becomes 0.
-        let padded = self.tiling.lengths == Lengths::Padded;
+        let padded = self.tiling.task.lengths == Lengths::Padded;
         let some = padded.then(|| position.lt(work.queries.count));
         Row { query, inside, some }
     }

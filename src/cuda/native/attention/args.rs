@@ -19,14 +19,14 @@ impl Call<'_> {
         let tiling = plan.config.tiling();
         let mut args = Args::new();
         let part = |args: &mut Args, each: usize| {
-            if tiling.split {
+            if tiling.task.split {
                 args.value(each as u64);
             }
         };
         let by_threads = match &plan.config {
             Config::Sm90(config) => {
                 self.descriptors(&mut args, config, out)?;
-                config.store == Store::Direct || tiling.lengths == Lengths::Packed
+                config.store == Store::Direct || tiling.task.lengths == Lengths::Packed
             }
             Config::Sm80(_) => {
                 self.addresses(&mut args);
@@ -58,7 +58,7 @@ impl Call<'_> {
             args.pointer(memory.at(s.matrix_offset(0)));
             strides(&mut args, &[s.batch()[0].1, s.batch()[1].1]);
         }
-        match tiling.mask {
+        match tiling.task.mask {
             Mask::None => {}
             Mask::Right => _ = args.value(launch.right),
             Mask::Window => _ = args.value(launch.right).value(launch.left),
@@ -69,10 +69,10 @@ impl Call<'_> {
         for (memory, first) in lengths.iter().flatten() {
             args.pointer(memory.at(*first));
         }
-        if tiling.lengths == Lengths::Packed {
+        if tiling.task.lengths == Lengths::Packed {
             args.value(facts.batch as u32);
         }
-        if tiling.split {
+        if tiling.task.split {
             args.value(launch.parts);
         }
         let order = &launch.order;
@@ -91,7 +91,7 @@ impl Call<'_> {
     fn descriptors(&self, args: &mut Args, config: &sm90::Config, out: &Place) -> Result<()> {
         let begins = self.begins();
         let [q, k, v] = self.operands.each_ref().map(|fitted| Lines::of(&fitted.stack));
-        let (pack, half) = (config.pack, self.facts.element);
+        let (pack, half) = (config.task.pack, self.facts.element);
         let rows_of = |lines: &Lines, element, address, cols| match pack {
             1 => lines.map(element, address, [cols, SLAB]),
             _ => lines.packed(element, address, [cols, pack, config.positions()]),
@@ -101,7 +101,7 @@ impl Call<'_> {
             .tensor_map(v.map(half, begins[2], [SLAB, config.keys])?);
         if config.store == Store::Tma {
             let lines = Lines { cols: self.facts.value_dim as usize, strides: out.strides, ..q };
-            args.tensor_map(rows_of(&lines, config.out, out.address, config.slab_cols())?);
+            args.tensor_map(rows_of(&lines, config.task.out, out.address, config.slab_cols())?);
         }
         Ok(())
     }

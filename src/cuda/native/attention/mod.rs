@@ -108,7 +108,7 @@ impl Plan {
         let tiling = config.tiling();
         let launch = Launch::new(tiling, problem, gpu.device.multiprocessors);
         let function = gpu.native(op, &config.kernel())?;
-        let combine = tiling.split.then(|| {
+        let combine = tiling.task.split.then(|| {
             let value_dim = problem.value_dim as u32;
             let config = combine::Config::new(problem.out, value_dim, launch.parts, problem.lse);
             gpu.native(op, &kernel::Config::FlashCombine(config))

@@ -100,7 +100,7 @@ impl<'k> Attention<'k, '_> {
         let strip = || Strip {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             sums: (0..c.columns() / 2).map(|_| k.reg()).collect(),
-            softmax: Softmax::new(k, c.scores.plain().then_some(self.shaping.scale)),
+            softmax: Softmax::new(k, c.task.scores.plain().then_some(self.shaping.scale)),
             queries: (0..kept).map(|_| k.regs()).collect(),
         };
         Thread {
@@ -150,7 +150,7 @@ impl<'k> Attention<'k, '_> {
                     self.turn(t, &tile, Turn::Next { masked });
                 });
             };
-            if c.mask != Mask::None {
+            if c.task.mask != Mask::None {
                 walk(blocks.whole_end, true);
             }
             walk(blocks.whole_begin.unwrap_or(blocks.begin), false);
@@ -216,7 +216,7 @@ impl<'k> Attention<'k, '_> {
             rows.shape.apply(&strip.scores, bias, first);
             let hide = || work.sight.hide(&strip.scores, rows.positions, first);
             match turn {
-                Turn::First if c.mask == Mask::None => {
+                Turn::First if c.task.mask == Mask::None => {
                     k.if_(work.sight.beyond(from, c.keys), hide);
                 }
                 Turn::First | Turn::Next { masked: true } => hide(),

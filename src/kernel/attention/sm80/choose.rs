@@ -2,7 +2,7 @@
 
 use super::Config;
 use crate::kernel::attention::choose::{pack, splits};
-use crate::kernel::attention::{Lengths, Problem};
+use crate::kernel::attention::{Lengths, Problem, Task};
 use crate::kernel::{Device, Element};
 
 /// Warps, strips of each, keys of a block, blocks of a multiprocessor, and whether queries stay in
@@ -55,23 +55,16 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let tiles = groups * problem.heads / u64::from(pack) * sequences;
     // Few tiles: smaller ones, so that more multiprocessors have one.
     let few = groups == 1 || tiles <= u64::from(device.multiprocessors) * 2;
-    let split = splits(problem, pack, 64, device);
+    let task = Task::new(problem, pack, splits(problem, pack, 64, device));
+    let element = problem.element;
     let config = |(warps, strips, keys, blocks_per_sm, kept)| Config {
-        element: problem.element,
-        out: if split { Element::F32 } else { problem.out },
-        head_dim: problem.head_dim as u32,
-        value_dim: problem.value_dim as u32,
+        task,
+        element,
         warps,
         strips,
         keys,
         blocks_per_sm,
         kept,
-        mask: problem.mask(),
-        scores: problem.scores,
-        lengths: problem.lengths,
-        pack,
-        split,
-        lse: problem.lse || split,
     };
     tiles_of
         .iter()
@@ -134,7 +127,10 @@ mod tests {
         let one = Problem { batch: 1, ..causal(1, 8192, 128) };
         for device in [A100, ADA, H200] {
             let c = choose(&one, &device);
-            assert_eq!((c.rows(), c.pack, c.split, c.out), (64, 4, true, Element::F32));
+            assert_eq!(
+                (c.rows(), c.task.pack, c.task.split, c.task.out),
+                (64, 4, true, Element::F32)
+            );
             let launch = Launch::new(&c, &one, device.multiprocessors);
             assert_eq!(launch.order.tiles, 8 * launch.parts);
             assert!(launch.order.tiles >= device.multiprocessors * 3 / 4, "{launch:?}");

@@ -1,7 +1,7 @@
 //! The choices, and what follows from them.
 
 use super::lines::Lines;
-use crate::kernel::attention::{Lengths, Mask, Scores, Tiling};
+use crate::kernel::attention::{Lengths, Mask, Task, Tiling};
 use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
 use crate::kernel::{Arena, Element};
 
@@ -24,14 +24,10 @@ const SECTION_BYTES: u64 = 16 << 20;
 /// All choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
+    /// What it computes.
+    pub task: Task,
     /// The operands' type.
     pub element: Element,
-    /// The result's type. That of f32 operands is f32.
-    pub out: Element,
-    /// Elements of a query and of a key, at most 256.
-    pub head_dim: u32,
-    /// Elements of a value, a multiple of 8, at most 256.
-    pub value_dim: u32,
     /// Warps of a block: 2, 4 or 8.
     pub warps: u32,
     /// 16 rows of a tile each, that a warp has: 1 or 2. What it loads is multiplied with all of them.
@@ -43,20 +39,6 @@ pub struct Config {
     /// Queries stay in registers. Else, and always for f32, they are loaded from shared memory for each
     /// block of keys.
     pub kept: bool,
-    /// What hides keys.
-    pub mask: Mask,
-    /// What becomes of scores.
-    pub scores: Scores,
-    /// How long sequences are.
-    pub lengths: Lengths,
-    /// Heads that share keys and whose queries share a tile: row `r` is of head `r % pack`. 1: a tile
-    /// is of one head.
-    pub pack: u32,
-    /// The keys of a tile are divided among several blocks, whose results are
-    /// [combined](super::super::combine) later.
-    pub split: bool,
-    /// Whether the logarithms of the sums are stored.
-    pub lse: bool,
 }
 
 /// Where things lie in shared memory.
@@ -88,12 +70,12 @@ impl Config {
 
     /// Queries of each head in a tile.
     pub fn positions(&self) -> u32 {
-        self.rows() / self.pack
+        self.rows() / self.task.pack
     }
 
     /// Rows of a tile that are queries, if not all are.
     pub(super) fn used_rows(&self) -> Option<u32> {
-        let used = self.positions() * self.pack;
+        let used = self.positions() * self.task.pack;
         (used < self.rows()).then_some(used)
     }
 
@@ -102,21 +84,21 @@ impl Config {
     }
 
     pub(super) fn query_lines(&self) -> Lines {
-        self.lines(self.rows(), self.head_dim)
+        self.lines(self.rows(), self.task.head_dim)
     }
 
     pub(super) fn key_lines(&self) -> Lines {
-        self.lines(self.keys, self.head_dim)
+        self.lines(self.keys, self.task.head_dim)
     }
 
     pub(super) fn value_lines(&self) -> Lines {
-        self.lines(self.keys, self.value_dim)
+        self.lines(self.keys, self.task.value_dim)
     }
 
     /// Columns of a row of sums: for f32 those of whole panels.
     pub(super) fn columns(&self) -> u32 {
         match self.element {
-            Element::Half(_) => self.value_dim,
+            Element::Half(_) => self.task.value_dim,
             Element::F32 => self.value_lines().panels() * self.value_lines().width(),
         }
     }
@@ -131,12 +113,12 @@ impl Config {
         let (registers, most) = (self.needed_registers(), self.most_registers());
         let rules = [
             (
-                (1..=256).contains(&self.head_dim),
-                format!("queries of {} elements (1 to 256)", self.head_dim),
+                (1..=256).contains(&self.task.head_dim),
+                format!("queries of {} elements (1 to 256)", self.task.head_dim),
             ),
             (
-                self.value_dim.is_multiple_of(8) && (8..=256).contains(&self.value_dim),
-                format!("values of {} elements (a multiple of 8 up to 256)", self.value_dim),
+                self.task.value_dim.is_multiple_of(8) && (8..=256).contains(&self.task.value_dim),
+                format!("values of {} elements (a multiple of 8 up to 256)", self.task.value_dim),
             ),
             (
                 matches!(self.warps, 2 | 4 | 8) && matches!(self.strips, 1 | 2),
@@ -149,16 +131,15 @@ impl Config {
                 format!("blocks of {} keys by {} warps", self.keys, self.warps),
             ),
             (
-                (1..=self.rows()).contains(&self.pack),
-                format!("{} heads in a tile (at most {})", self.pack, self.rows()),
+                (1..=self.rows()).contains(&self.task.pack),
+                format!("{} heads in a tile (at most {})", self.task.pack, self.rows()),
             ),
             (
-                !self.split
-                    || (self.lengths != Lengths::Packed && self.out == Element::F32 && self.lse),
+                self.task.can_be_split(),
                 "parts of packed sequences, or not in f32, with their sums".into(),
             ),
             (
-                self.element != Element::F32 || (self.out == Element::F32 && !self.kept),
+                self.element != Element::F32 || (self.task.out == Element::F32 && !self.kept),
                 "f32 operands to another type, or queries that stay".into(),
             ),
             (
@@ -191,13 +172,13 @@ impl Config {
             Element::Half(_) => SPARE_REGISTERS,
             Element::F32 => EXACT_REGISTERS,
         };
-        if self.mask == Mask::Window || self.lengths != Lengths::Full {
+        if self.task.mask == Mask::Window || self.task.lengths != Lengths::Full {
             spare += MASK_REGISTERS;
         }
-        if !self.scores.plain() {
+        if !self.task.scores.plain() {
             spare += SCORE_REGISTERS;
         }
-        spare + self.strips * (STRIP_REGISTERS + strip + self.scores.registers(scores))
+        spare + self.strips * (STRIP_REGISTERS + strip + self.task.scores.registers(scores))
     }
 
     pub(super) fn plan(&self) -> Plan {
@@ -217,12 +198,9 @@ impl Config {
 impl From<&Config> for Tiling {
     fn from(config: &Config) -> Self {
         Self {
+            task: config.task,
             positions: config.positions(),
-            pack: config.pack,
             keys: config.keys,
-            mask: config.mask,
-            lengths: config.lengths,
-            split: config.split,
             blocks_per_sm: config.blocks_per_sm,
             persistent: false,
             section_bytes: SECTION_BYTES,

@@ -37,7 +37,7 @@ use copies::Operand;
 /// | `v`, `v_row`, `v_head`, `v_batch` | address, 3 × u64 | the values |
 /// | `out_at`, `out_row`, `out_head`, `out_batch` | address, 3 × u64 | the result; with a split f32, `[parts, batch, heads, queries, value_dim]` |
 /// | `out_part` | u64 | only for a split: from part to part |
-/// | `lse` | address | only with [`Config::lse`]: f32, `[batch, heads, queries]` |
+/// | `lse` | address | only with [`Task::lse`](super::Task::lse): f32, `[batch, heads, queries]` |
 /// | `lse_part` | u64 | only for a split: from part to part |
 /// | `queries`, `keys` | i32 | positions of the tensors |
 /// | `heads`, `group` | u32 | heads of the queries, and how many share keys |
@@ -58,11 +58,11 @@ pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("attention", Target::Sm80, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
     let operands = ["q", "k", "v"].map(|name| Operand::params(k, name));
-    let out = Memory::params(k, config.split);
-    let lse = config.lse.then(|| Logarithms::params(k, config.split));
+    let out = Memory::params(k, config.task.split);
+    let lse = config.task.lse.then(|| Logarithms::params(k, config.task.split));
     let size = [k.param("queries"), k.param("keys")];
     let heads = [k.param("heads"), k.param("group")];
-    let shaping = Shaping::params(k, config.scores, config.element);
+    let shaping = Shaping::params(k, config.task.scores, config.element);
     let tiles = Tiles::params(k, config.into(), size, heads);
     let plan = config.plan();
     let base = k.shared(plan.bytes);

@@ -107,8 +107,8 @@ impl<'k> Attention<'k, '_> {
             leader: (thread % WARPGROUP).eq(0),
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
-            sums: (0..c.value_dim / 2).map(|_| k.reg()).collect(),
-            softmax: Softmax::new(k, c.scores.plain().then_some(self.shaping.scale)),
+            sums: (0..c.task.value_dim / 2).map(|_| k.reg()).collect(),
+            softmax: Softmax::new(k, c.task.scores.plain().then_some(self.shaping.scale)),
             queries: Descriptor::along_k(queries, SLAB),
             keys: Descriptor::along_k(self.base + plan.keys, c.keys),
             values: Descriptor::across_k(self.base + plan.values, c.keys),
@@ -158,13 +158,13 @@ impl<'k> Attention<'k, '_> {
             shape.apply(&g.scores, &bias, first);
             let from = block * c.keys as i32;
             let beyond = work.sight.beyond(from, c.keys);
-            match c.mask {
+            match c.task.mask {
                 Mask::None => k.if_(beyond, || tile.hide(g, first)),
                 Mask::Right | Mask::Window => tile.hide(g, first),
             }
             let weights = g.softmax.first(&g.scores);
             self.keep(g, &weights);
-            if c.lengths != Lengths::Full {
+            if c.task.lengths != Lengths::Full {
                 k.if_(beyond, || self.clear_values(g, (work.keys.count - from).cast()));
             }
             block.increase(-1);
@@ -177,7 +177,7 @@ impl<'k> Attention<'k, '_> {
                     block.increase(-1);
                 });
             };
-            if c.mask != Mask::None {
+            if c.task.mask != Mask::None {
                 walk(blocks.whole_end, true);
             }
             walk(blocks.whole_begin.unwrap_or(blocks.begin), false);
@@ -256,7 +256,7 @@ impl<'k> Attention<'k, '_> {
         let (k, c) = (self.k, self.c);
         let keys = g.keys.stage(g.key_place.stage, c.key_bytes());
         k.wgmma_fence();
-        for step in 0..c.head_dim / 16 {
+        for step in 0..c.task.head_dim / 16 {
             let (a, b) = (g.queries.operand(step), keys.operand(step));
             let accumulate = (step > 0).into();
             k.wgmma(&g.scores, Wgmma { half: c.half, a, b, accumulate });

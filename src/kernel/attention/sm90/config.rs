@@ -1,10 +1,10 @@
 //! The choices, and what follows from them.
 
-use crate::kernel::attention::{Lengths, Mask, Scores, Tiling};
+use crate::kernel::attention::{Task, Tiling};
 use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::multiprocessor::REGISTERS;
 use crate::kernel::ring::Ring;
-use crate::kernel::{Arena, Element, slab};
+use crate::kernel::{Arena, slab};
 use crate::ptx::Half;
 
 /// The most of a thread that takes from others.
@@ -26,14 +26,10 @@ pub enum Store {
 /// All choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
+    /// What it computes.
+    pub task: Task,
     /// The operands' type.
     pub half: Half,
-    /// The result's type.
-    pub out: Element,
-    /// Elements of a query and of a key, rounded up to a multiple of 16, at most 256.
-    pub head_dim: u32,
-    /// Elements of a value, a multiple of 8, at most 256.
-    pub value_dim: u32,
     /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one to three.
     pub rows: u32,
     /// Keys of a block: a multiple of 16, at most 256.
@@ -45,20 +41,6 @@ pub struct Config {
     pub slabs: u32,
     /// Warpgroups multiply in turn, so that one's softmax runs while another's products do.
     pub turns: bool,
-    /// What hides keys.
-    pub mask: Mask,
-    /// What becomes of scores.
-    pub scores: Scores,
-    /// How long sequences are.
-    pub lengths: Lengths,
-    /// Heads that share keys and whose queries share a tile: row `r` is of head `r % pack`. 1: a tile
-    /// is of one head.
-    pub pack: u32,
-    /// The keys of a tile are divided among several blocks, whose results are
-    /// [combined](super::super::combine) later.
-    pub split: bool,
-    /// Whether the logarithms of the sums are stored.
-    pub lse: bool,
     /// How tiles reach memory.
     pub store: Store,
 }
@@ -100,7 +82,7 @@ impl Config {
 
     /// Queries of each head in 64 rows.
     pub fn positions(&self) -> u32 {
-        SLAB / self.pack
+        SLAB / self.task.pack
     }
 
     /// Queries of each head in a tile.
@@ -110,27 +92,27 @@ impl Config {
 
     /// Rows of the 64 that are queries.
     pub(super) fn used_rows(&self) -> u32 {
-        self.positions() * self.pack
+        self.positions() * self.task.pack
     }
 
     /// Slabs of a query or key.
     pub(super) fn head_slabs(&self) -> u32 {
-        self.head_dim.div_ceil(SLAB)
+        self.task.head_dim.div_ceil(SLAB)
     }
 
     /// Slabs of a value.
     pub(super) fn value_slabs(&self) -> u32 {
-        self.value_dim.div_ceil(SLAB)
+        self.task.value_dim.div_ceil(SLAB)
     }
 
     /// Columns of a slab of the result, and of its boxes.
     pub fn slab_cols(&self) -> u32 {
-        slab::columns(self.out)
+        slab::columns(self.task.out)
     }
 
     /// Slabs of the result of a warpgroup.
     pub fn result_slabs(&self) -> u32 {
-        self.value_dim.div_ceil(self.slab_cols())
+        self.task.value_dim.div_ceil(self.slab_cols())
     }
 
     /// Whether results lie over queries.
@@ -162,8 +144,8 @@ impl Config {
 
     fn needed_registers(&self) -> u32 {
         let scores = self.keys / 2;
-        let bias = self.scores.registers(scores);
-        self.value_dim / 2 + scores + scores / 2 + bias + SPARE_REGISTERS
+        let bias = self.task.scores.registers(scores);
+        self.task.value_dim / 2 + scores + scores / 2 + bias + SPARE_REGISTERS
     }
 
     /// Whether the kernel can be built, or the number that is in the way.
@@ -173,12 +155,12 @@ impl Config {
         let multiple = |n: u32, of: u32| n.is_multiple_of(of) && (of..=256).contains(&n);
         let rules = [
             (
-                multiple(self.head_dim, 16),
-                format!("queries of {} elements (a multiple of 16 up to 256)", self.head_dim),
+                multiple(self.task.head_dim, 16),
+                format!("queries of {} elements (a multiple of 16 up to 256)", self.task.head_dim),
             ),
             (
-                multiple(self.value_dim, 8),
-                format!("values of {} elements (a multiple of 8 up to 256)", self.value_dim),
+                multiple(self.task.value_dim, 8),
+                format!("values of {} elements (a multiple of 8 up to 256)", self.task.value_dim),
             ),
             (matches!(self.rows, 64 | 128 | 192), format!("{} rows (64, 128 or 192)", self.rows)),
             (
@@ -188,15 +170,11 @@ impl Config {
             (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
             (!self.turns || self.consumers() > 1, "turns of a single warpgroup".into()),
             (
-                (1..=SLAB).contains(&self.pack),
-                format!("{} heads in a tile (at most {SLAB})", self.pack),
+                (1..=SLAB).contains(&self.task.pack),
+                format!("{} heads in a tile (at most {SLAB})", self.task.pack),
             ),
             (
-                !self.split
-                    || (self.lengths != Lengths::Packed
-                        && self.store == Store::Direct
-                        && self.out == Element::F32
-                        && self.lse),
+                self.task.can_be_split() && (!self.task.split || self.store == Store::Direct),
                 "parts of packed sequences, or not in f32, by the threads, with their sums".into(),
             ),
             (registers <= limit, format!("{registers} registers of a thread (at most {limit})")),
@@ -231,12 +209,9 @@ impl Config {
 impl From<&Config> for Tiling {
     fn from(config: &Config) -> Self {
         Self {
+            task: config.task,
             positions: config.tile_positions(),
-            pack: config.pack,
             keys: config.keys,
-            mask: config.mask,
-            lengths: config.lengths,
-            split: config.split,
             blocks_per_sm: 1,
             persistent: true,
             section_bytes: SECTION_BYTES,

@@ -62,7 +62,7 @@ impl<'k> Attention<'k, '_> {
                 plan.value_ring.producer(k, self.base),
             ];
             let all = [&queries, &keys, &values];
-            self.tiles.for_each(|work| match c.lengths {
+            self.tiles.for_each(|work| match c.task.lengths {
                 // The warp looks for the next tile together.
                 Lengths::Packed => {
                     k.if_(elected, || self.fill(&work, all, places));
@@ -71,7 +71,7 @@ impl<'k> Attention<'k, '_> {
                 Lengths::Full | Lengths::Padded => self.fill(&work, all, places),
             });
         };
-        match c.lengths {
+        match c.task.lengths {
             Lengths::Packed => tiles(),
             Lengths::Full | Lengths::Padded => k.if_(elected, tiles),
         }
@@ -91,7 +91,7 @@ impl<'k> Attention<'k, '_> {
         k.if_(some, || load(1, block));
         for group in 0..c.consumers() {
             let position = work.queries.at(first + (group * c.positions()) as i32);
-            match c.pack {
+            match c.task.pack {
                 1 => boxes[0].load(places[0], &[position, pack, batch]),
                 _ => boxes[0].load(places[0], &[k.var(0), position, pack, batch]),
             }

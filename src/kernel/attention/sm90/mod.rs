@@ -31,7 +31,7 @@ use config::Plan;
 /// | `out` | descriptor | only for [`Store::Tma`] |
 /// | `out_at`, `out_row`, `out_head`, `out_batch` | address, 3 × u64 | only for [`Store::Direct`] and [`Lengths::Packed`]: strides between positions, heads, sequences |
 /// | `out_part` | u64 | only for a split: from part to part |
-/// | `lse` | address | only with [`Config::lse`]: f32, `[batch, heads, queries]` |
+/// | `lse` | address | only with [`Task::lse`](super::Task::lse): f32, `[batch, heads, queries]` |
 /// | `lse_part` | u64 | only for a split: from part to part |
 /// | `queries`, `keys` | i32 | positions of the tensors |
 /// | `heads`, `group` | u32 | heads of the queries, and how many share keys |
@@ -51,7 +51,7 @@ use config::Plan;
 /// | | dimensions | box |
 /// |---|---|---|
 /// | `q` | head_dim, queries, heads, batch | 64, 64, 1, 1 |
-/// | `q` with [`Config::pack`] > 1 | head_dim, pack, queries, heads / pack, batch | 64, pack, [`Config::positions`], 1, 1 |
+/// | `q` with [`Task::pack`](super::Task::pack) > 1 | head_dim, pack, queries, heads / pack, batch | 64, pack, [`Config::positions`], 1, 1 |
 /// | `k` | head_dim, keys, kv_heads, batch | 64, [`Config::keys`], 1, 1 |
 /// | `v` | value_dim, keys, kv_heads, batch | 64, [`Config::keys`], 1, 1 |
 /// | `out` | as `q`, with value_dim | as `q`, [`Config::slab_cols`] wide |
@@ -63,13 +63,13 @@ pub fn emit(config: &Config) -> Source {
     let plan = config.plan();
     let maps = [k.tensor_map("q"), k.tensor_map("k"), k.tensor_map("v")];
     let out_map = (config.store == Store::Tma).then(|| k.tensor_map("out"));
-    let packed = config.lengths == Lengths::Packed;
+    let packed = config.task.lengths == Lengths::Packed;
     let out_memory =
-        (config.store == Store::Direct || packed).then(|| Memory::params(k, config.split));
-    let lse = config.lse.then(|| Logarithms::params(k, config.split));
+        (config.store == Store::Direct || packed).then(|| Memory::params(k, config.task.split));
+    let lse = config.task.lse.then(|| Logarithms::params(k, config.task.split));
     let size = [k.param("queries"), k.param("keys")];
     let heads = [k.param("heads"), k.param("group")];
-    let shaping = Shaping::params(k, config.scores, Element::Half(config.half));
+    let shaping = Shaping::params(k, config.task.scores, Element::Half(config.half));
     let tiles = Tiles::params(k, config.into(), size, heads);
     let base = k.shared(plan.bytes);
     let thread = k.thread();

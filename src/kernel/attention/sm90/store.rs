@@ -25,7 +25,7 @@ impl<'k> Attention<'k, '_> {
             (None, Some(memory)) => self.store_rows(g, work, memory, rows, &sums),
             (Some(map), Some(memory)) => {
                 // The copy engine would write over the next sequence.
-                debug_assert_eq!(c.lengths, Lengths::Packed);
+                debug_assert_eq!(c.task.lengths, Lengths::Packed);
                 let whole = (first + c.positions() as i32).le(work.queries.count);
                 k.if_else(
                     whole,
@@ -68,13 +68,13 @@ impl<'k> Attention<'k, '_> {
             k.when(g.leader, || k.tma_wait_read(pending));
             k.barrier_at(g.number + 1, WARPGROUP);
             for (i, sums) in slabs.iter().enumerate() {
-                slab::write(k, c.out, sums, to(i), g.seat);
+                slab::write(k, c.task.out, sums, to(i), g.seat);
             }
             k.fence_proxy_async();
             k.barrier_at(g.number + 1, WARPGROUP);
             for i in 0..slabs.len() {
                 let mut at = vec![k.var(number(i) * c.slab_cols())];
-                at.extend((c.pack > 1).then(|| k.var(0)));
+                at.extend((c.task.pack > 1).then(|| k.var(0)));
                 at.extend([position, work.pack, work.batch]);
                 let from = to(i);
                 k.when(g.leader, || k.tma_store(map, &at, from));
@@ -97,7 +97,7 @@ impl<'k> Attention<'k, '_> {
         sums: &[Reg<'k, f32>],
     ) {
         let (k, c) = (self.k, self.c);
-        let size = c.out.size();
+        let size = c.task.out.size();
         let start = memory.start(work);
         let col = g.seat.lane % 4 * 2;
         for (h, row) in rows.iter().enumerate() {
@@ -106,7 +106,7 @@ impl<'k> Attention<'k, '_> {
             k.if_(row.inside, || {
                 for (j, pair) in pairs.iter().enumerate() {
                     let to = at.at(8 * j as i64 * i64::from(size));
-                    match c.out {
+                    match c.task.out {
                         Element::F32 => k.st_global(to, [pair[0], pair[1]]),
                         Element::Half(half) => {
                             k.st_global(to, [k.pack(half, pair[0], pair[1])]);

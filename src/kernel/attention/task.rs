@@ -1,0 +1,53 @@
+//! What a kernel computes, whatever GPU it is for.
+
+use super::{Lengths, Mask, Problem, Scores};
+use crate::kernel::Element;
+
+/// The facts of a problem that are in the text of its kernel, and how its work is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Task {
+    /// The result's type.
+    pub out: Element,
+    /// Elements of a query and of a key, at most 256. Hopper's kernel has them rounded up to a multiple
+    /// of 16.
+    pub head_dim: u32,
+    /// Elements of a value, a multiple of 8, at most 256.
+    pub value_dim: u32,
+    /// What hides keys.
+    pub mask: Mask,
+    /// What becomes of scores.
+    pub scores: Scores,
+    /// How long sequences are.
+    pub lengths: Lengths,
+    /// Heads that share keys and whose queries share a tile: row `r` is of head `r % pack`. 1: a tile
+    /// is of one head.
+    pub pack: u32,
+    /// The keys of a tile are divided among several blocks, whose results are
+    /// [combined](super::combine) later.
+    pub split: bool,
+    /// Whether the logarithms of the sums are stored.
+    pub lse: bool,
+}
+
+impl Task {
+    /// Of a problem. Parts of a split are in f32, and come with their sums.
+    pub fn new(problem: &Problem, pack: u32, split: bool) -> Self {
+        Self {
+            out: if split { Element::F32 } else { problem.out },
+            head_dim: problem.head_dim as u32,
+            value_dim: problem.value_dim as u32,
+            mask: problem.mask(),
+            scores: problem.scores,
+            lengths: problem.lengths,
+            pack,
+            split,
+            lse: problem.lse || split,
+        }
+    }
+
+    /// Whether a split, if it is one, can be put together.
+    pub(super) fn can_be_split(&self) -> bool {
+        let complete = self.out == Element::F32 && self.lse;
+        !self.split || (self.lengths != Lengths::Packed && complete)
+    }
+}
