@@ -33,6 +33,27 @@ pub struct Blocks<'k> {
     pub whole_end: Reg<'k, i32>,
 }
 
+impl<'k> Blocks<'k> {
+    /// Runs `body` for the blocks from `block` down to the first. It makes `block` one less, and is told
+    /// whether the mask may cut the block.
+    pub fn walk(&self, mask: Mask, block: Reg<'k, i32>, body: impl Fn(bool)) {
+        let down_to = |to: Reg<'k, i32>, masked: bool| {
+            let to = to.max(self.begin);
+            block.kernel().loop_(|exit| {
+                exit.when(block.lt(to));
+                body(masked);
+            });
+        };
+        if mask != Mask::None {
+            down_to(self.whole_end, true);
+        }
+        down_to(self.whole_begin.unwrap_or(self.begin), false);
+        if self.whole_begin.is_some() {
+            down_to(self.begin, true);
+        }
+    }
+}
+
 impl<'k> Sight<'k> {
     /// The first key behind those that query `row` sees.
     fn end_of(&self, row: Reg<'k, i32>) -> Reg<'k, i32> {

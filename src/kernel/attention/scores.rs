@@ -1,6 +1,7 @@
 //! What becomes of the products of queries and keys before the softmax.
 
 use super::mask::column;
+use super::softmax::Softmax;
 use crate::kernel::Element;
 use crate::ptx::{Half, Kernel, Reg};
 
@@ -50,7 +51,7 @@ pub struct Shaping<'k> {
     scores: Scores,
     element: Element,
     /// Of the products.
-    pub scale: Reg<'k, f32>,
+    scale: Reg<'k, f32>,
     cap: Option<Reg<'k, f32>>,
     bias: Option<Memory<'k, 4>>,
     slopes: Option<Memory<'k, 2>>,
@@ -110,6 +111,11 @@ impl<'k> Shaping<'k> {
             bias: scores.bias.map(|_| Memory::params(k, "bias", ["batch", "head", "query", "key"])),
             slopes: scores.alibi.then(|| Memory::params(k, "slopes", ["batch", "head"])),
         }
+    }
+
+    /// The softmax of scores, which scales them if nothing else is done to them.
+    pub fn softmax(&self) -> Softmax<'k> {
+        Softmax::new(self.scale.kernel(), self.scores.plain().then_some(self.scale))
     }
 
     /// Of two queries of a sequence that has `queries`, which are `offset` keys before their places. A

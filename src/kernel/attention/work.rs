@@ -52,6 +52,13 @@ pub struct Row<'k> {
     pub some: Option<Reg<'k, bool>>,
 }
 
+impl<'k> Row<'k> {
+    /// A value of the row, or what it is where the row only pads a tensor.
+    pub fn unless_padding(&self, value: Reg<'k, f32>, padding: f32) -> Reg<'k, f32> {
+        self.some.map_or(value, |some| value.or_else(some, padding))
+    }
+}
+
 impl<'k> Tiles<'k> {
     /// Declares the parameters `right` with a mask, `left` for a window, those of
     /// [`Sequences::params`], `parts` for a split, and those of [`Schedule::params`].
@@ -218,18 +225,19 @@ impl<'k> Logarithms<'k> {
         Self { address: k.pointer("lse"), part: split.then(|| k.param("lse_part")) }
     }
 
-    /// Stores those of two rows by the lanes that are asked to.
+    /// Stores those of two rows, which four neighbouring lanes share, by the first of them.
     pub fn store(
         &self,
         tiles: &Tiles<'k>,
         work: &Work<'k>,
         rows: [Row<'k>; 2],
         values: [Reg<'k, f32>; 2],
-        writes: Reg<'k, bool>,
+        lane: Reg<'k, u32>,
     ) {
-        let k = writes.kernel();
+        let k = lane.kernel();
+        let writes = (lane % 4).eq(0);
         for (row, value) in rows.iter().zip(values) {
-            let value = row.some.map_or(value, |some| value.or_else(some, f32::NEG_INFINITY));
+            let value = row.unless_padding(value, f32::NEG_INFINITY);
             let head = work.batch * tiles.heads[0] + row.query.head;
             let mut index = head.mul_wide(tiles.size[0].cast::<u32>());
             index = index + work.queries.at(row.query.row).wide();

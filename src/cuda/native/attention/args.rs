@@ -4,8 +4,8 @@ use std::f32::consts::LOG2_E;
 
 use candle_core::Result;
 
-use super::super::super::launch::{Args, Memory, TensorMap};
 use super::{Call, Config, Place, Plan};
+use crate::cuda::launch::{Args, Memory, TensorMap};
 use crate::kernel::Element;
 use crate::kernel::attention::sm90::{self, Store};
 use crate::kernel::attention::{Lengths, Mask};

@@ -100,7 +100,7 @@ impl<'k> Attention<'k, '_> {
         let strip = || Strip {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             sums: (0..c.columns() / 2).map(|_| k.reg()).collect(),
-            softmax: Softmax::new(k, c.task.scores.plain().then_some(self.shaping.scale)),
+            softmax: self.shaping.softmax(),
             queries: (0..kept).map(|_| k.regs()).collect(),
         };
         Thread {
@@ -143,20 +143,7 @@ impl<'k> Attention<'k, '_> {
         k.if_(block.ge(blocks.begin), || {
             self.begin(t, &tile);
             self.turn(t, &tile, Turn::First);
-            let walk = |to: Reg<'k, i32>, masked: bool| {
-                let to = to.max(blocks.begin);
-                k.loop_(|exit| {
-                    exit.when(block.lt(to));
-                    self.turn(t, &tile, Turn::Next { masked });
-                });
-            };
-            if c.task.mask != Mask::None {
-                walk(blocks.whole_end, true);
-            }
-            walk(blocks.whole_begin.unwrap_or(blocks.begin), false);
-            if blocks.whole_begin.is_some() {
-                walk(blocks.begin, true);
-            }
+            blocks.walk(c.task.mask, block, |masked| self.turn(t, &tile, Turn::Next { masked }));
         });
     }
 

@@ -30,6 +30,7 @@ impl Lines {
     /// Chunks of a panel's line, and steps.
     const CHUNKS: u32 = Self::BYTES / CHUNK;
     pub const STEPS: u32 = Self::CHUNKS / 2;
+
     /// Elements of a chunk.
     pub fn chunk(self) -> u32 {
         CHUNK / self.size

@@ -17,10 +17,8 @@ impl<'k> Attention<'k, '_> {
     ) {
         let finished = strip.softmax.finish();
         for (h, row) in rows.iter().enumerate() {
-            let normalised = |&sum: &Reg<'k, f32>| {
-                let value = sum * finished.inverse[h];
-                row.some.map_or(value, |some| value.or_else(some, 0.0))
-            };
+            let normalised =
+                |&sum: &Reg<'k, f32>| row.unless_padding(sum * finished.inverse[h], 0.0);
             let of_row = strip.sums.chunks(4).map(|quad| &quad[2 * h..][..2]);
             let pairs: Vec<[_; 2]> =
                 of_row.map(|pair| [normalised(&pair[0]), normalised(&pair[1])]).collect();
@@ -30,8 +28,7 @@ impl<'k> Attention<'k, '_> {
             }
         }
         if let Some(lse) = self.lse {
-            let writes = (seat.lane % 4).eq(0);
-            lse.store(&self.tiles, work, rows, finished.lse, writes);
+            lse.store(&self.tiles, work, rows, finished.lse, seat.lane);
         }
     }
 
@@ -84,6 +81,7 @@ impl<'k> Attention<'k, '_> {
             }
         }
     }
+
     /// A row of [`multiply_values_exactly`](Self::multiply_values_exactly): of each 32 columns this lane
     /// has eight that follow each other, the first four of them the first ones of four pairs.
     fn store_exact_row(

@@ -108,7 +108,7 @@ impl<'k> Attention<'k, '_> {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
             sums: (0..c.task.value_dim / 2).map(|_| k.reg()).collect(),
-            softmax: Softmax::new(k, c.task.scores.plain().then_some(self.shaping.scale)),
+            softmax: self.shaping.softmax(),
             queries: Descriptor::along_k(queries, SLAB),
             keys: Descriptor::along_k(self.base + plan.keys, c.keys),
             values: Descriptor::across_k(self.base + plan.values, c.keys),
@@ -169,21 +169,10 @@ impl<'k> Attention<'k, '_> {
             }
             block.increase(-1);
 
-            let walk = |to: Reg<'k, i32>, masked: bool| {
-                let to = to.max(blocks.begin);
-                k.loop_(|exit| {
-                    exit.when(block.lt(to));
-                    self.step(g, &tile, first_key(block), masked);
-                    block.increase(-1);
-                });
-            };
-            if c.task.mask != Mask::None {
-                walk(blocks.whole_end, true);
-            }
-            walk(blocks.whole_begin.unwrap_or(blocks.begin), false);
-            if blocks.whole_begin.is_some() {
-                walk(blocks.begin, true);
-            }
+            blocks.walk(c.task.mask, block, |masked| {
+                self.step(g, &tile, first_key(block), masked);
+                block.increase(-1);
+            });
 
             free();
             g.value_place.wait();

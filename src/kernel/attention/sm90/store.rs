@@ -15,8 +15,7 @@ impl<'k> Attention<'k, '_> {
         let finished = g.softmax.finish();
         let normalised = |(i, &sum): (usize, &Reg<'k, f32>)| {
             let row = i / 2 % 2;
-            let value = sum * finished.inverse[row];
-            rows[row].some.map_or(value, |some| value.or_else(some, 0.0))
+            rows[row].unless_padding(sum * finished.inverse[row], 0.0)
         };
         let sums: Vec<_> = g.sums.iter().enumerate().map(normalised).collect();
         let first = work.first + (g.number * c.positions()).cast();
@@ -36,8 +35,7 @@ impl<'k> Attention<'k, '_> {
             (None, None) => unreachable!("there is a result"),
         }
         if let Some(lse) = self.lse {
-            let writes = (g.seat.lane % 4).eq(0);
-            lse.store(&self.tiles, work, rows, finished.lse, writes);
+            lse.store(&self.tiles, work, rows, finished.lse, g.seat.lane);
         }
     }
 
