@@ -266,14 +266,9 @@ impl<'a> Call<'a> {
                 lse.const_set(Scalar::F32(f32::NEG_INFINITY), &Layout::contiguous(rows))?;
             }
         }
-        let parts = plan.combine.as_ref().map_or(0, |_| plan.launch.parts as usize);
-        let mut part_out = alloc(parts * rows * width, DType::F32)?;
-        let mut part_lse = alloc(parts * rows, DType::F32)?;
         {
             let memory = Memory::of_mut(&mut out, device);
             let sums = lse.as_mut().map(|lse| Memory::of_mut(lse, device));
-            let [part_out, part_lse] =
-                [&mut part_out, &mut part_lse].map(|part| Memory::of_mut(part, device));
             let whole = Place {
                 address: memory.address(),
                 strides: [p.out.row_stride, p.out.batch()[1].1, p.out.batch()[0].1]
@@ -284,10 +279,13 @@ impl<'a> Call<'a> {
             self.order.run(|| match &plan.combine {
                 None => self.attend(plan, &whole, rows),
                 Some(combine) => {
+                    let lines = plan.launch.parts as usize * rows;
+                    let mut held = [alloc(lines * width, DType::F32)?, alloc(lines, DType::F32)?];
+                    let [out, lse] = held.each_mut().map(|part| Memory::of_mut(part, device));
                     let parts = Place {
-                        address: part_out.address(),
+                        address: out.address(),
                         strides: [width, queries * width, heads * queries * width],
-                        lse: Some(part_lse.address()),
+                        lse: Some(lse.address()),
                     };
                     self.attend(plan, &parts, rows)?;
                     self.combine(plan, combine, &parts, &whole, rows)
