@@ -11,6 +11,8 @@ pub struct Softmax<'k> {
     max: [Reg<'k, f32>; 2],
     /// This thread's share.
     sum: [Reg<'k, f32>; 2],
+    /// This thread's share of what rounding has added to exponentials that are multiplied with values.
+    rounding: Option<[Reg<'k, f32>; 2]>,
     /// What scores are multiplied with, including log₂e. More than 0. None: they are to base 2.
     scale: Option<Reg<'k, f32>>,
 }
@@ -25,14 +27,15 @@ pub struct Finished<'k> {
 }
 
 impl<'k> Softmax<'k> {
-    pub fn new(k: &'k Kernel, scale: Option<Reg<'k, f32>>) -> Self {
-        Self { max: k.regs(), sum: k.regs(), scale }
+    /// `rounds`: whether [`round`](Self::round) will be called.
+    pub fn new(k: &'k Kernel, scale: Option<Reg<'k, f32>>, rounds: bool) -> Self {
+        Self { max: k.regs(), sum: k.regs(), rounding: rounds.then(|| k.regs()), scale }
     }
 
     /// Rows without any key.
     pub fn reset(&self) {
         self.max.iter().for_each(|max| max.set(f32::NEG_INFINITY));
-        self.sum.iter().for_each(|sum| sum.set(0.0));
+        self.sum.iter().chain(self.rounding.iter().flatten()).for_each(|sum| sum.set(0.0));
     }
 
     /// The first block: the exponentials of its scores.
@@ -61,7 +64,21 @@ impl<'k> Softmax<'k> {
             sum.scale(factors[row]);
             sum.increase(fold(&exponentials, row, |a, b| a + b));
         }
+        for (rounding, factor) in self.rounding.iter().flatten().zip(factors) {
+            rounding.scale(factor);
+        }
         (exponentials, factors)
+    }
+
+    /// Of a block whose exponentials are rounded before they are multiplied with the values: where a row
+    /// has few keys, its result is that much nearer if it is divided by the sum of what was multiplied.
+    /// The logarithm stays that of the exact sum.
+    pub fn round(&self, exact: &[Reg<'k, f32>], rounded: &[Reg<'k, f32>]) {
+        let roundings = self.rounding.expect("it was announced");
+        for (row, rounding) in roundings.iter().enumerate() {
+            let [exact, rounded] = [exact, rounded].map(|all| fold(all, row, |a, b| a + b));
+            rounding.increase(rounded - exact);
+        }
     }
 
     /// What is subtracted from the scores: the largest one, or 0 while a row has seen no key or none but
@@ -89,14 +106,19 @@ impl<'k> Softmax<'k> {
 
     /// The end of the rows.
     pub fn finish(&self) -> Finished<'k> {
-        let sums = self.sum.map(|sum| across_quad(sum, |a, b| a + b));
+        let across = |sum| across_quad(sum, |a, b| a + b);
+        let sums = self.sum.map(across);
+        let divisors = match self.rounding {
+            None => sums,
+            Some(roundings) => std::array::from_fn(|row| sums[row] + across(roundings[row])),
+        };
         let logarithm = |row: usize| {
             let (max, sum) = (self.scaled(self.max[row]), sums[row]);
             let lse = (max + sum.log2()) * std::f32::consts::LN_2;
             unless_zero(sum, lse, f32::NEG_INFINITY)
         };
         Finished {
-            inverse: sums.map(|sum| unless_zero(sum, sum.recip(), 0.0)),
+            inverse: divisors.map(|sum| unless_zero(sum, sum.recip(), 0.0)),
             lse: std::array::from_fn(logarithm),
         }
     }

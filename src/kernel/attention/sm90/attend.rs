@@ -108,7 +108,7 @@ impl<'k> Attention<'k, '_> {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
             sums: (0..c.task.value_dim / 2).map(|_| k.reg()).collect(),
-            softmax: self.shaping.softmax(),
+            softmax: self.shaping.softmax(c.task.mask != Mask::None),
             queries: Descriptor::along_k(queries, SLAB),
             keys: Descriptor::along_k(self.base + plan.keys, c.keys),
             values: Descriptor::across_k(self.base + plan.values, c.keys),
@@ -163,7 +163,7 @@ impl<'k> Attention<'k, '_> {
                 Mask::Right | Mask::Window => tile.hide(g, first),
             }
             let weights = g.softmax.first(&g.scores);
-            self.keep(g, &weights);
+            self.keep(g, &weights, c.task.mask != Mask::None);
             if c.task.lengths != Lengths::Full {
                 k.if_(beyond, || self.clear_values(g, (work.keys.count - from).cast()));
             }
@@ -213,7 +213,7 @@ impl<'k> Attention<'k, '_> {
         let (weights, factors) = g.softmax.next(&g.scores);
         k.wgmma_wait(0);
         self.release(g, g.value_place);
-        self.keep(g, &weights);
+        self.keep(g, &weights, masked);
         for (i, sum) in g.sums.iter().enumerate() {
             sum.scale(factors[i / 2 % 2]);
         }
@@ -266,10 +266,15 @@ impl<'k> Attention<'k, '_> {
         k.wgmma_commit();
     }
 
-    /// Packs exponentials.
-    fn keep(&self, g: &Group<'k>, exponentials: &[Reg<'k, f32>]) {
+    /// Packs exponentials. Rows of few keys, which are near the diagonal, are told how it rounds them.
+    fn keep(&self, g: &Group<'k>, exponentials: &[Reg<'k, f32>], masked: bool) {
+        let (k, half) = (self.k, self.c.half);
         for (&to, pair) in g.weights.iter().zip(exponentials.chunks(2)) {
-            self.k.pack_to(to, self.c.half, pair[0], pair[1]);
+            k.pack_to(to, half, pair[0], pair[1]);
+        }
+        if masked {
+            let rounded: Vec<_> = g.weights.iter().flat_map(|&pair| k.unpack(half, pair)).collect();
+            g.softmax.round(exponentials, &rounded);
         }
     }
 
