@@ -33,13 +33,19 @@ impl Stack {
 
     /// Repeats the stack, without copies, to the batch dimensions `batch`, which must fit.
     pub fn broadcast(mut self, batch: &[usize]) -> Self {
-        let missing = batch.len() - self.batch.len();
-        self.batch = (0..batch.len())
-            .map(|i| match i.checked_sub(missing).map(|j| self.batch[j]) {
-                Some((len, stride)) if len == batch[i] => (len, stride),
-                _ => (batch[i], 0),
-            })
-            .collect();
+        self = self.with_batch_dims(batch.len());
+        for (own, &len) in self.batch.iter_mut().zip(batch) {
+            if own.0 != len {
+                *own = (len, 0);
+            }
+        }
+        self
+    }
+
+    /// With as many batch dimensions at least: those that are missing are of one matrix, before the others.
+    pub fn with_batch_dims(mut self, count: usize) -> Self {
+        let missing = count.saturating_sub(self.batch.len());
+        self.batch.splice(..0, std::iter::repeat_n((1, 0), missing));
         self
     }
 

@@ -110,8 +110,7 @@ pub(super) fn heads_first(layout: AttnLayout, tensor: &Layout) -> Stack {
         }
         _ => Stack::new(tensor),
     };
-    let batch: Vec<_> = stack.batch().iter().map(|&(len, _)| len).collect();
-    stack.broadcast(&[[1, 1].as_slice(), &batch].concat()[batch.len()..])
+    stack.with_batch_dims(2)
 }
 
 /// A tensor of rank 2 to 4 as `[B, H, S, D]`.

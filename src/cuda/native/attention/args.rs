@@ -13,11 +13,17 @@ use crate::kernel::hopper::SLAB;
 use crate::stack::Stack;
 
 impl Call<'_> {
-    /// Of `kernel::attention::sm90::emit` and `sm80::emit`: they differ in how operands are given.
-    pub(super) fn args(&self, plan: &Plan, out: &Place, rows: usize) -> Result<Args> {
-        let (launch, facts, device) = (&plan.launch, &self.facts, &self.device);
+    /// Of `kernel::attention::sm90::emit` and `sm80::emit`: they differ in how operands are given. Put where
+    /// they stay: there are kilobytes of them.
+    pub(super) fn attend_args(
+        &self,
+        args: &mut Args,
+        plan: &Plan,
+        out: &Place,
+        rows: usize,
+    ) -> Result<()> {
+        let (launch, facts, device) = (&plan.launch, &self.facts, self.device);
         let tiling = plan.config.tiling();
-        let mut args = Args::new();
         let part = |args: &mut Args, each: usize| {
             if tiling.task.split {
                 args.value(each as u64);
@@ -25,22 +31,22 @@ impl Call<'_> {
         };
         let by_threads = match &plan.config {
             Config::Sm90(config) => {
-                self.descriptors(&mut args, config, out)?;
+                self.descriptors(args, config, out)?;
                 config.store == Store::Direct || tiling.task.lengths == Lengths::Packed
             }
             Config::Sm80(_) => {
-                self.addresses(&mut args);
+                self.addresses(args);
                 true
             }
         };
         if by_threads {
             args.pointer(out.address);
-            strides(&mut args, &out.strides);
-            part(&mut args, rows * facts.value_dim as usize);
+            strides(args, &out.strides);
+            part(args, rows * facts.value_dim as usize);
         }
         if let Some(lse) = out.lse {
             args.pointer(lse);
-            part(&mut args, rows);
+            part(args, rows);
         }
         args.value(facts.queries as i32).value(facts.keys as i32);
         args.value(facts.heads as u32).value((facts.heads / facts.kv_heads) as u32);
@@ -52,11 +58,11 @@ impl Call<'_> {
             .map(|extra| extra.map(|(storage, stack)| (Memory::of(storage, device), stack)));
         if let Some((memory, s)) = &bias {
             args.pointer(memory.at(s.matrix_offset(0)));
-            strides(&mut args, &[s.batch()[0].1, s.batch()[1].1, s.row_stride, s.col_stride]);
+            strides(args, &[s.batch()[0].1, s.batch()[1].1, s.row_stride, s.col_stride]);
         }
         if let Some((memory, s)) = &slopes {
             args.pointer(memory.at(s.matrix_offset(0)));
-            strides(&mut args, &[s.batch()[0].1, s.batch()[1].1]);
+            strides(args, &[s.batch()[0].1, s.batch()[1].1]);
         }
         match tiling.task.mask {
             Mask::None => {}
@@ -77,14 +83,14 @@ impl Call<'_> {
         }
         let order = &launch.order;
         args.value(order.heads).value(order.columns).value(order.tiles).value(order.section);
-        Ok(args)
+        Ok(())
     }
 
     /// Where queries, keys and values begin.
     fn begins(&self) -> [u64; 3] {
         self.operands
             .each_ref()
-            .map(|fitted| Memory::of(fitted.storage(), &self.device).at(fitted.offset(0)))
+            .map(|fitted| Memory::of(fitted.storage(), self.device).at(fitted.offset(0)))
     }
 
     /// The operands, and the result if the copy engine stores it.
@@ -119,21 +125,20 @@ impl Call<'_> {
     /// Of `kernel::attention::combine::emit`.
     pub(super) fn combine_args(
         &self,
+        args: &mut Args,
         plan: &Plan,
         parts: &Place,
         out: &Place,
         rows: usize,
-    ) -> Args {
-        let mut args = Args::new();
+    ) {
         args.pointer(parts.address).pointer(parts.lse.expect("parts have sums"));
         args.pointer(out.address);
-        strides(&mut args, &out.strides);
+        strides(args, &out.strides);
         if let Some(lse) = out.lse {
             args.pointer(lse);
         }
         args.value(plan.launch.parts).value(self.facts.queries as u32);
         args.value(self.facts.heads as u32).value(rows as u32);
-        args
     }
 }
 

@@ -11,7 +11,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::super::fit::{self, Fitted, Want, fit};
 use super::super::gpu::Gpu;
-use super::super::launch::{Function, Memory};
+use super::super::launch::{Args, Function, Memory};
 use super::super::order::Order;
 use super::operand::{UNIT, element};
 use crate::kernel::attention::{Bias, Launch, Lengths, MAX_LENGTH, Problem, Scores, Tiling};
@@ -28,25 +28,19 @@ const MAX_HEAD_DIM: usize = 256;
 pub(crate) fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
     let width = p.head_dim().max(p.value_dim());
     let length = p.seq_q().max(p.seq_k());
-    let limits = [
-        (
-            width > MAX_HEAD_DIM,
-            format!("a head dimension of {width} (at most {MAX_HEAD_DIM})"),
-            "run it on the CPU, or use narrower heads",
-        ),
-        (
-            length as u64 >= MAX_LENGTH,
-            format!("{length} positions (less than {MAX_LENGTH})"),
-            "divide the keys, and join the results by their log-sum-exp",
-        ),
-        (
-            p.q.count() as u64 * (length as u64).div_ceil(64) > u64::from(u32::MAX / 256),
-            format!("{} heads of {length} positions", p.q.count()),
-            "split the batch and join the results with `Tensor::cat`",
-        ),
-    ];
-    let found = limits.into_iter().find(|(holds, ..)| *holds);
-    found.map(|(_, what, fix)| (what, fix))
+    let (heads, blocks) = (p.q.count(), (length as u64).div_ceil(64));
+    if width > MAX_HEAD_DIM {
+        let what = format!("a head dimension of {width} (at most {MAX_HEAD_DIM})");
+        Some((what, "run it on the CPU, or use narrower heads"))
+    } else if length as u64 >= MAX_LENGTH {
+        let what = format!("{length} positions (less than {MAX_LENGTH})");
+        Some((what, "divide the keys, and join the results by their log-sum-exp"))
+    } else if heads as u64 * blocks > u64::from(u32::MAX / 256) {
+        let what = format!("{heads} heads of {length} positions");
+        Some((what, "split the batch and join the results with `Tensor::cat`"))
+    } else {
+        None
+    }
 }
 
 /// A kernel for a problem.
@@ -160,7 +154,7 @@ pub(crate) fn attention_tc(
 /// One call: operands that fit, and the facts.
 pub(super) struct Call<'a> {
     op: &'static str,
-    device: CudaDevice,
+    device: &'a CudaDevice,
     order: Order,
     pub gpu: Arc<Gpu>,
     pub facts: Problem,
@@ -181,8 +175,8 @@ impl<'a> Call<'a> {
         inputs: &AttentionInputs<'a, CudaStorage>,
     ) -> Result<Self> {
         let &AttentionInputs { q, k, v, ref extras } = inputs;
-        let device = q.device().clone();
-        let gpu = Gpu::of(op, &device)?;
+        let device = q.device();
+        let gpu = Gpu::of(op, device)?;
         let all = [q, k, v].into_iter().chain(extras.list().into_iter().copied());
         let order = Order::new(op, device.cuda_stream(), all);
         // TMA writes zeros for what a row has not; the other kernel reads values by eight.
@@ -254,7 +248,7 @@ impl<'a> Call<'a> {
         p: &AttentionProblem,
         plan: &Plan,
     ) -> Result<(CudaStorage, Option<CudaStorage>)> {
-        let (device, facts) = (&self.device, &self.facts);
+        let (device, facts) = (self.device, &self.facts);
         let (rows, width) = (p.q.count() * p.seq_q(), facts.value_dim as usize);
         let alloc = |len: usize, dtype| fit::uninit(device, &Shape::from(len), dtype);
         let mut out = alloc(rows * width, p.out_dtype)?;
@@ -301,12 +295,13 @@ impl<'a> Call<'a> {
     }
 
     fn attend(&self, plan: &Plan, out: &Place, rows: usize) -> Result<()> {
-        let args = self.args(plan, out, rows)?;
+        let mut args = Args::new();
+        self.attend_args(&mut args, plan, out, rows)?;
         let grid = [plan.launch.blocks, 1, 1];
         // SAFETY: descriptors and strides span the operands' views, inside their storages; the result
         // and its sums have this size; bias, slopes and lengths are read within their views; all live
         // until the work is submitted.
-        unsafe { plan.function.submit(self.op, &self.device, grid, &args)? };
+        unsafe { plan.function.submit(self.op, self.device, grid, &args)? };
         Ok(())
     }
 
@@ -318,10 +313,11 @@ impl<'a> Call<'a> {
         out: &Place,
         rows: usize,
     ) -> Result<()> {
-        let args = self.combine_args(plan, parts, out, rows);
+        let mut args = Args::new();
+        self.combine_args(&mut args, plan, parts, out, rows);
         let blocks = combine::Config::blocks(rows as u32);
         // SAFETY: parts, result and sums have this size; all live until the work is submitted.
-        unsafe { function.submit(self.op, &self.device, [blocks, 1, 1], &args)? };
+        unsafe { function.submit(self.op, self.device, [blocks, 1, 1], &args)? };
         Ok(())
     }
 }
