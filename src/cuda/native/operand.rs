@@ -37,7 +37,10 @@ impl Lines {
                 0 | 1 => contiguous.0.next_multiple_of(UNIT),
                 _ => lines.1,
             };
-            let fits = unit && stride.is_multiple_of(UNIT);
+            // Copies of 16 bytes read on to where the next line begins, and a repeated one has no next.
+            let repeated = lines.0 > 1 && stride == 0;
+            let whole = major == Major::K || !repeated || contiguous.0.is_multiple_of(UNIT);
+            let fits = unit && stride.is_multiple_of(UNIT) && whole;
             fits.then_some(Self { major, outer: rows, depth: cols, stride })
         };
         let (row, col) = ((rows, stack.row_stride), (cols, stack.col_stride));
