@@ -381,6 +381,18 @@ pub fn poison(device: &Device, elements: usize) {
     }
 }
 
+/// `KAIO_RESULTS_ALONE=1`: no gradients, and the plain formula on the CPU, so that on the device nothing but
+/// this crate's kernels runs where a table can do without. For tools that stumble over others: the
+/// emulator, which has no cuBLAS, and initcheck, which takes what TMA stores for uninitialised.
+pub fn results_alone() -> bool {
+    std::env::var_os("KAIO_RESULTS_ALONE").is_some_and(|value| value == "1")
+}
+
+/// Where the plain formula is computed for results on a device.
+pub fn plain_on(device: &Device) -> Device {
+    if results_alone() { Device::Cpu } else { device.clone() }
+}
+
 /// Counts cases; failures are collected and reported together, each under its case's name.
 pub struct Tally {
     suite: &'static str,

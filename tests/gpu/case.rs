@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor, WithDType};
 use half::{bf16, f16};
 use kaio_candle::prelude::*;
 
-use super::common::{Layout, Nd, Source, close, plain_product, poison, ulp};
+use super::common::{Layout, Nd, Source, close, plain_on, plain_product, poison, ulp};
 
 /// How an operand lies in memory.
 #[derive(Clone, Copy, Debug)]
@@ -124,9 +124,10 @@ impl Case {
     /// f32, and what the order of a sum and the last rounding can change.
     pub fn check(&self, device: &Device, engines: &[Engine]) -> Result<()> {
         let inputs = self.inputs(device)?;
+        let plain_on = plain_on(device);
         let product = |dtype: DType| {
             // candle has no cast of every pair of types: by way of f32.
-            let cast = |t: &Tensor| t.to_dtype(DType::F32)?.to_dtype(dtype);
+            let cast = |t: &Tensor| t.to_device(&plain_on)?.to_dtype(DType::F32)?.to_dtype(dtype);
             let sums = plain_product(&cast(&inputs.a)?, &cast(&inputs.b)?)?;
             let before = match &inputs.opts.bias {
                 Some(bias) => sums.broadcast_add(&cast(bias)?)?,

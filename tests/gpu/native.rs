@@ -81,7 +81,8 @@ fn runs_are_identical() {
     tally.finish();
 }
 
-/// A product of every kind of kernel, small: what `compute-sanitizer` is run on.
+/// A product of every kind of kernel, small: what `compute-sanitizer` and the emulator are run on. Nothing
+/// else touches what they store.
 ///
 /// ```sh
 /// compute-sanitizer --tool racecheck target/release/deps/gpu-… native::every_kind
@@ -121,7 +122,7 @@ fn every_kind() -> Result<()> {
             let mut opts = opts.engine(Engine::Native);
             opts.bias = opts.bias.map(|bias| bias.to_device(&gpu)).transpose()?;
             let got = a.to_device(&gpu)?.kaio_matmul_with(&b.to_device(&gpu)?, &opts)?;
-            let got = got.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+            let got = got.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
             let worst = (got - want)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
             // A rounding to bf16 of sums of about √k.
             let bound = 0.02 * (k as f32).sqrt();

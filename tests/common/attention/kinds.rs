@@ -3,10 +3,10 @@
 use candle_core::DType::{self, BF16, F16, F32};
 use candle_core::{Device, Result, Tensor};
 
+use super::Sizes;
 use super::options::{Bias, Lengths, Options, Slopes};
 use super::problem::{Leaves, Problem};
-use super::{Sizes, run};
-use crate::common::Source;
+use crate::common::{Source, Tally};
 
 /// One of each, and what is special about it.
 pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
@@ -66,11 +66,14 @@ pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
     kinds.into_iter().map(problem).collect()
 }
 
-/// What `compute-sanitizer` is run on. The CPU path has one kernel for all.
+/// What `compute-sanitizer` and the emulator are run on. The CPU path has one kernel for all.
 pub fn every_kind(device: &Device) {
     let dtypes = if device.is_cpu() { &[BF16] } else { [BF16, F16, F32].as_slice() };
-    let problems = dtypes.iter().flat_map(|&dtype| kinds(dtype)).map(|(_, problem)| problem);
-    run("flash_attn kinds", device, problems);
+    let mut tally = Tally::new("flash_attn kinds", device);
+    for (kind, problem) in dtypes.iter().flat_map(|&dtype| kinds(dtype)) {
+        tally.case(format!("{kind}: {problem:?}"), || problem.check_result(device));
+    }
+    tally.finish();
 }
 
 /// The problem's call, on inputs that are the same each time.

@@ -9,7 +9,7 @@ use super::loops::{Loops, matrix, nds};
 use super::options::{Options, Rules};
 use super::plain::plain;
 use crate::common::Layout::{self, Expanded, Plain, Repeated};
-use crate::common::{Nd, Source, close, identical, ulp};
+use crate::common::{Nd, Source, close, identical, plain_on, results_alone, ulp};
 
 /// How q, k and v are views of the tensors that track gradients.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +98,9 @@ impl Problem {
     }
 
     pub fn check(&self, device: &Device) -> Result<()> {
+        if results_alone() {
+            return self.check_result(device);
+        }
         let repeats =
             |layouts: [Layout; 3]| layouts.iter().any(|l| [Repeated, Expanded].contains(l));
         if let Leaves::Each(layouts) = self.leaves
@@ -109,9 +112,19 @@ impl Problem {
             // candle's own backward of a broadcast view divides by zero on CUDA.
             return self.clone().untracked().check(device);
         }
+        self.check_beside(device, device)
+    }
+
+    /// Checks the result alone, beside the plain formula on the CPU: what this crate's kernels store is
+    /// touched by nobody else on the device.
+    pub fn check_result(&self, device: &Device) -> Result<()> {
+        self.clone().untracked().check_beside(&Device::Cpu, device)
+    }
+
+    fn check_beside(&self, plain: &Device, device: &Device) -> Result<()> {
         let inputs = self.inputs(&mut Source::new(&format!("{self:?}"), device))?;
         let want = self.reference(&inputs)?;
-        self.compare(&inputs, &want, &self.allowed(&inputs, &want)?)
+        self.compare(&inputs, &want, &self.allowed_beside(plain, &inputs, &want)?)
     }
 
     /// Whether a dimension is zero: then all gradients are.
@@ -209,12 +222,15 @@ impl Problem {
             }
         }
         let out = op(&self.views(&vars)?)?;
-        let grads = self.loss.of(&out, &cast(weights, out.dtype())?)?.backward()?;
+        let grads = match self.tracked(leaves.len()).contains(&true) {
+            false => None,
+            true => Some(self.loss.of(&out, &cast(weights, out.dtype())?)?.backward()?),
+        };
         for (var, leaf) in vars.iter().zip(leaves) {
             identical("input", var, &Nd::of(leaf)?)?;
         }
-        let grads = vars.iter().map(|var| grads.get(var).cloned());
-        Ok(std::iter::once(Some(out)).chain(grads).collect())
+        let grad = |var: &Tensor| grads.as_ref()?.get(var).cloned();
+        Ok(std::iter::once(Some(out)).chain(vars.iter().map(grad)).collect())
     }
 
     /// What [`run`](Self::run) gives, by loops in f64, and behind it the log-sum-exp.
@@ -230,12 +246,15 @@ impl Problem {
             return Ok(zeros.chain([lse]).collect());
         }
         let value = loops.forward();
+        let size = loops.sizes(false).forward();
+        if !self.tracked(leaves.len()).contains(&true) {
+            return Ok(vec![Want { value, size }, lse]);
+        }
         let out = Var::from_tensor(&value.tensor(F64)?)?;
         let grads = self.loss.of(&out, &weights.tensor(F64)?)?.backward()?;
         let grad = Nd::of(grads.get(&out).expect("the loss depends on it"))?;
         let grads = self.pull(leaves, &loops.backward(&grad, &value, -1.0))?;
 
-        let size = loops.sizes(false).forward();
         // The gradients start from a result that was rounded to its dtype.
         let rounding = ulp(self.options.out_dtype(self.dtype), 1.0) / ulp(F32, 1.0);
         let mut rounded = value.map(|x| x.abs() * rounding);
@@ -271,6 +290,16 @@ impl Problem {
     /// it, of the operands. In f32 it has to agree with the loops: that makes it, and candle's
     /// autograd, a third opinion.
     pub fn allowed(&self, inputs: &[Tensor], want: &[Want]) -> Result<Vec<f64>> {
+        self.allowed_beside(&plain_on(inputs[0].device()), inputs, want)
+    }
+
+    /// The same, with the plain formula on a device.
+    fn allowed_beside(
+        &self,
+        device: &Device,
+        inputs: &[Tensor],
+        want: &[Want],
+    ) -> Result<Vec<f64>> {
         if self.is_empty() {
             return Ok(vec![0.0; want.len()]);
         }
@@ -278,7 +307,8 @@ impl Problem {
             true => self.options.out_dtype(self.dtype),
             false => self.dtype,
         };
-        let got = self.run(inputs, |views| {
+        let inputs = inputs.iter().map(|t| t.to_device(device)).collect::<Result<Vec<_>>>()?;
+        let got = self.run(&inputs, |views| {
             let cast = |i: usize| views[i].to_dtype(dtype);
             let bias = views.get(3);
             let rules = self.rules(bias.map(Nd::of).transpose()?);

@@ -1,0 +1,88 @@
+//! The GPU's memory: host memory, of which is known where something was allocated.
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::collections::BTreeMap;
+use std::sync::{Arc, RwLock};
+
+/// As `cudaMalloc` aligns.
+const ALIGN: usize = 512;
+
+/// Beginnings and lengths.
+type Regions = BTreeMap<u64, usize>;
+
+/// Copied when it changes, so that a grid reads it without a lock.
+static REGIONS: RwLock<Option<Arc<Regions>>> = RwLock::new(None);
+
+fn layout(bytes: usize) -> Layout {
+    Layout::from_size_align(bytes.max(1), ALIGN).expect("a size that fits")
+}
+
+fn change(change: impl FnOnce(&mut Regions)) {
+    let mut regions = REGIONS.write().expect("nothing panics with it");
+    change(Arc::make_mut(regions.get_or_insert_default()));
+}
+
+/// Memory full of NaN.
+pub fn allocate(bytes: usize) -> u64 {
+    // SAFETY: the size is not 0.
+    let at = unsafe { alloc(layout(bytes)) };
+    assert!(!at.is_null(), "out of memory");
+    // SAFETY: just allocated.
+    unsafe { at.write_bytes(0xff, bytes) };
+    change(|regions| _ = regions.insert(at as u64, bytes));
+    at as u64
+}
+
+pub fn free(at: u64) {
+    change(|regions| {
+        let bytes = regions.remove(&at).expect("it was allocated");
+        // SAFETY: allocated with this layout, and now forgotten.
+        unsafe { dealloc(at as *mut u8, layout(bytes)) };
+    });
+}
+
+/// What was allocated when a grid began.
+#[derive(Clone)]
+pub struct Memory(Arc<Regions>);
+
+impl Memory {
+    pub fn now() -> Self {
+        Self(REGIONS.read().expect("nothing panics with it").clone().unwrap_or_default())
+    }
+
+    /// Panics unless all of it lies in one allocation.
+    pub fn check(&self, at: u64, bytes: usize) {
+        let before = self.0.range(..=at).next_back();
+        let inside = before.is_some_and(|(begin, len)| at + bytes as u64 <= begin + *len as u64);
+        assert!(
+            inside,
+            "{bytes} bytes at {at:#x} are not allocated; what begins before them are {} bytes {} before",
+            before.map_or(0, |(_, len)| *len),
+            before.map_or(0, |(begin, _)| at - begin),
+        );
+    }
+
+    pub fn slice(&self, at: u64, bytes: usize) -> &[u8] {
+        self.check(at, bytes);
+        // SAFETY: inside an allocation, which nobody frees while a grid runs. A block that reads what
+        // another writes meanwhile is a defect of the kernel's.
+        unsafe { std::slice::from_raw_parts(at as *const u8, bytes) }
+    }
+
+    pub fn put(&self, at: u64, bytes: &[u8]) {
+        self.check(at, bytes.len());
+        // SAFETY: as above.
+        unsafe { (at as *mut u8).copy_from(bytes.as_ptr(), bytes.len()) };
+    }
+
+    /// Up to 8 bytes as a number.
+    pub fn get(&self, at: u64, bytes: usize) -> u64 {
+        let mut value = [0; 8];
+        value[..bytes].copy_from_slice(self.slice(at, bytes));
+        u64::from_le_bytes(value)
+    }
+
+    pub fn set(&self, at: u64, bytes: usize, value: u64) {
+        self.put(at, &value.to_le_bytes()[..bytes]);
+    }
+}
