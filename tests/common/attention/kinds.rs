@@ -21,7 +21,8 @@ pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
         ..causal()
     };
     let narrow = Bias { own: [false, true, false], narrow: true, ..Bias::default() };
-    let kinds: [(_, Sizes, _); 17] = [
+    let keyless = Lengths::Packed([vec![0, 60, 120, 180, 240, 340], vec![0, 0, 0, 0, 0, 310]]);
+    let kinds: [(_, Sizes, _); 21] = [
         ("three warpgroups", (&[1, 2], 2, [200, 210, 64, 64]), plain()),
         ("two of them, some tiles without keys", (&[2, 4], 2, [300, 200, 128, 128]), causal()),
         ("the widest heads", (&[1, 2], 1, [130, 170, 256, 256]), plain()),
@@ -29,6 +30,9 @@ pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
         ("many heads, which share L2", (&[24, 6], 3, [70, 70, 64, 64]), causal()),
         ("one query, keys in parts", (&[1, 8], 2, [1, 1500, 128, 128]), plain()),
         ("a few queries, keys in parts", (&[2, 8], 1, [5, 1400, 64, 64]), causal()),
+        ("stages used again and again", (&[1], 1, [140, 1300, 128, 128]), causal()),
+        ("the same of the widest heads", (&[1], 1, [70, 700, 256, 256]), plain()),
+        ("tiles without keys, one after the other", (&[2, 4], 2, [520, 60, 128, 128]), causal()),
         ("one key", (&[3], 3, [70, 1, 8, 16]), plain()),
         ("heads of odd widths", (&[2], 2, [70, 90, 20, 12]), causal()),
         ("a window", (&[1, 2], 2, [200, 250, 64, 64]), Options { left: Some(70), ..causal() }),
@@ -48,6 +52,11 @@ pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
             "sequences behind one another",
             (&[4], 2, [340, 310, 64, 64]),
             Options { lengths: packed, bshd: true, ..causal() },
+        ),
+        (
+            "sequences without keys",
+            (&[6], 2, [340, 310, 128, 128]),
+            Options { lengths: keyless, ..causal() },
         ),
         (
             "an f32 result",

@@ -1,16 +1,18 @@
 //! Tables of what `FlashAttnOptions` add.
 
+use std::ops::Range;
+
 use candle_core::DType::{BF16, F16, F32};
 use candle_core::{Device, Error, Result, Tensor, Var, bail};
 use kaio_candle::prelude::*;
 use proptest::prelude::*;
 
-use super::options::Lengths::{Packed, Padded};
+use super::options::Lengths::{self, Packed, Padded, Whole};
 use super::options::{Bias, Options, Slopes};
 use super::problem::{Leaves, Loss, Problem};
 use super::{DTYPES, Sizes, differences, grid, run, summable};
 use crate::common::Layout::{self, *};
-use crate::common::{Nd, Source, Tally, identical, property};
+use crate::common::{Nd, Source, Tally, identical, property, results_alone};
 
 /// Around tiles, Sq ≠ Sk both ways, one row, one key, grouped heads, Dv ≠ D, D not a multiple of 8.
 const MIXED: [Sizes; 8] = [
@@ -256,14 +258,34 @@ pub fn isolation(device: &Device) {
     tally.finish();
 }
 
-/// On a GPU: what is NaN or infinite in one batch or sequence leaves the bits of the others as they were.
-/// In its own it may reach rows that do not see it, as in the plain formula.
+/// Rows of q, k and v in the first matrix that are spoilt, and what of the result they must not change: a
+/// dimension, where it begins and how long it is. And whether gradients keep to that, too.
+type Apart = ([Range<usize>; 3], [usize; 3], bool);
+
+/// Another batch, another sequence, what is before the sequence's end.
+fn apart(lengths: &Lengths) -> Vec<Apart> {
+    let same = |rows: Range<usize>| [rows.clone(), rows.clone(), rows];
+    match lengths {
+        Packed(_) => {
+            vec![(same(0..30), [1, 30, 40], false), ([30..70, 33..66, 33..66], [1, 0, 30], false)]
+        }
+        Padded(_) => {
+            vec![(same(0..30), [0, 1, 1], true), ([40..70, 30..66, 30..66], [0, 0, 2], false)]
+        }
+        Whole => vec![(same(0..30), [0, 1, 1], true)],
+    }
+}
+
+/// On a GPU: what is NaN or infinite in one batch or sequence, or behind its end, leaves the bits of the
+/// others as they were. In its own it may reach rows that do not see it, as in the plain formula.
 fn isolated_bits(name: &'static str, device: &Device) {
     let mut tally = Tally::new(name, device);
-    for options in isolating() {
-        let sequences = matches!(options.lengths, Packed(_));
-        let heads: &[usize] = if sequences { &[2] } else { &[2, 2] };
-        let tracked = [!sequences; 3];
+    let cases = isolating().into_iter().flat_map(|options| {
+        apart(&options.lengths).into_iter().map(move |apart| (options.clone(), apart))
+    });
+    for (options, (spoilt, [dim, start, len], tracked)) in cases {
+        let heads: &[usize] = if matches!(options.lengths, Packed(_)) { &[2] } else { &[2, 2] };
+        let tracked = [tracked && !results_alone(); 3];
         let problem = Problem { options, tracked, ..Problem::new(F16, (heads, 1, [70, 66, 8, 8])) };
         let results = |inputs: &[Tensor]| {
             let mut lse = None;
@@ -273,24 +295,21 @@ fn isolated_bits(name: &'static str, device: &Device) {
                 Ok(out)
             })?;
             all.push(lse);
-            // Of the second batch, or of the sequence from row 30 on.
-            let other = |t: Tensor| match sequences {
-                false => t.narrow(0, 1, 1),
-                true => t.narrow(1, 30, 40),
-            };
-            all.into_iter().flatten().map(other).collect::<Result<Vec<_>>>()
+            let others = all.into_iter().flatten().map(|t| t.narrow(dim, start, len));
+            others.collect::<Result<Vec<_>>>()
         };
         let mut source = Source::new(&format!("{problem:?}"), device);
         let clean = problem.inputs(&mut source).expect("inputs");
         let want = results(&clean).expect("results");
         for (which, special) in crate::common::pairs([0, 1, 2], [f64::NAN, f64::INFINITY]) {
-            tally.case(format!("{special} in {which}, {problem:?}"), || {
+            let rows = spoilt[which].clone();
+            tally.case(format!("{special} in {which} {rows:?}, {problem:?}"), || {
                 let mut inputs = clean.clone();
                 let mut nd = Nd::of(&clean[which])?;
-                (0..30).for_each(|row| nd.data[row * 8 + 3] = special);
+                rows.for_each(|row| nd.data[row * 8 + 3] = special);
                 inputs[which] = nd.tensor(F16)?.to_device(device)?;
                 for (got, want) in results(&inputs)?.iter().zip(&want) {
-                    identical("another batch", got, &Nd::of(want)?)?;
+                    identical("what it is apart from", got, &Nd::of(want)?)?;
                 }
                 Ok(())
             });
@@ -366,7 +385,7 @@ pub fn random_options(device: &Device) {
                 };
                 Packed([packed(0), packed(1)])
             }
-            _ => super::options::Lengths::Whole,
+            _ => Whole,
         };
         let summable = |layout| summable(layout, dtype);
         let leaves = Leaves::Each(leaves.map(summable));

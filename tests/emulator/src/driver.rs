@@ -108,7 +108,8 @@ pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, len: c_int, _: c_int
     SUCCESS
 }
 
-/// Those of an H200.
+/// Those of an H200, with `EMULATOR_MULTIPROCESSORS` multiprocessors if that is set: with a few, blocks stay
+/// for several tiles also of small problems.
 ///
 /// # Safety
 /// See [`cuDeviceGet`].
@@ -119,7 +120,10 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, what: c_int, _:
     const MINOR: c_int = 76;
     const SHARED_PER_BLOCK: c_int = 97;
     let found = match what {
-        MULTIPROCESSORS => 132,
+        MULTIPROCESSORS => {
+            let asked = std::env::var("EMULATOR_MULTIPROCESSORS").ok();
+            asked.and_then(|n| n.parse().ok()).unwrap_or(132)
+        }
         MAJOR => 9,
         MINOR => 0,
         SHARED_PER_BLOCK => 232_448,

@@ -136,6 +136,12 @@ pub struct Cluster<'a> {
     pub barrier: Barrier,
 }
 
+/// `EMULATOR_SEED`: another number is another order of warps.
+fn seed() -> u64 {
+    let asked = std::env::var("EMULATOR_SEED").ok();
+    asked.and_then(|n| n.parse::<u64>().ok()).unwrap_or(0).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 /// Whose turn it is, and for how long.
 struct Random(u64);
 
@@ -171,23 +177,36 @@ impl<'a> Cluster<'a> {
     }
 
     fn run(&mut self) {
-        const LONGEST: usize = 400;
+        // A turn is of one to 512 instructions: where two must not be torn apart, a short one does it. After
+        // one in 16 a warp is left out of up to 128 rounds, in which the others run ahead.
+        const TURNS: usize = 10;
+        const ABSENT: usize = 16;
+        const ABSENCES: usize = 8;
         const PATIENCE: u32 = 300;
         let of_block = self.launch.threads / 32;
         let mut warps: Vec<_> = (0..self.warps())
             .map(|i| Warp::new((i / of_block) as usize, i % of_block, self.launch.program))
             .collect();
-        let mut random = Random(u64::from(self.blocks[0].at[0]) + 12_345);
+        let mut random = Random(u64::from(self.blocks[0].at[0]) + seed());
         let (mut running, mut idle): (Vec<usize>, _) = ((0..warps.len()).collect(), 0);
+        let mut absent = vec![0u32; warps.len()];
         while !running.is_empty() {
             let mut steps = 0;
             for i in (1..running.len()).rev() {
                 running.swap(i, random.below(i + 1));
             }
             for &warp in &running {
-                for _ in 0..=random.below(LONGEST) {
+                if absent[warp] > 0 {
+                    absent[warp] -= 1;
+                    continue;
+                }
+                if random.below(ABSENT) == 0 {
+                    absent[warp] = 1 << random.below(ABSENCES);
+                }
+                for _ in 0..1 << random.below(TURNS) {
                     match warps[warp].step(self) {
                         Turn::Went => steps += 1,
+                        Turn::Jumped => {}
                         Turn::Waits | Turn::Ended => break,
                     }
                 }

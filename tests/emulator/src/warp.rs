@@ -11,6 +11,8 @@ pub const LANES: usize = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
     Went,
+    /// To another place: all that a loop does which waits.
+    Jumped,
     /// For another warp.
     Waits,
     Ended,
@@ -128,7 +130,7 @@ impl Warp {
         }
         let turn = self.run(cluster, i, lanes, lanes.0.count_ones() == running);
         match turn {
-            Turn::Went => here.iter().for_each(|lane| self.places[lane] += 1),
+            Turn::Went | Turn::Jumped => here.iter().for_each(|lane| self.places[lane] += 1),
             Turn::Ended => lanes.iter().for_each(|lane| self.ended[lane] = true),
             Turn::Waits => {}
         }
@@ -180,7 +182,8 @@ impl Warp {
             }
             Op::Move(bytes) => self.mov(cluster, i, bytes, lanes),
             Op::Return => return Turn::Ended,
-            Op::Branch | Op::Nothing => {}
+            Op::Branch => return Turn::Jumped,
+            Op::Nothing => {}
             Op::Together => together(),
             Op::LoadParam(bytes) => {
                 let Operand::At(base, _) = &i.args[1] else { panic!("{}", i.text) };
