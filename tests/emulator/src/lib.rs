@@ -9,9 +9,13 @@
 //! - Asynchronous work happens as late as it may. A box that TMA loads is NaN until its barrier has been
 //!   waited for, what `cp.async` copies until its group has; `wgmma` reads its operands, and TMA what it
 //!   stores, when they are waited for.
-//! - Warps run in random order, for random stretches.
+//! - Warps run in random order (`EMULATOR_SEED=7`: in another one), for random stretches, and are left
+//!   behind now and then.
 //! - Accesses outside an allocation, misaligned ones, too many arrivals at a barrier, divergence where all
 //!   lanes are needed, deadlocks, and copies that nobody waited for are errors with the instruction's text.
+//!
+//! Its GPU has the 132 multiprocessors of an H200. `EMULATOR_MULTIPROCESSORS=6` makes blocks stay for
+//! several tiles, as they do there for larger problems.
 //!
 //! What it does not see: fences that are missing (memory is the same for everybody at once), banks, the
 //! precision of `ex2` and its like (they are those of the host), time.

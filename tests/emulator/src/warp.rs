@@ -129,15 +129,14 @@ impl Warp {
             }
         }
         let turn = self.run(cluster, i, lanes, lanes.0.count_ones() == running);
-        match turn {
-            Turn::Went | Turn::Jumped => here.iter().for_each(|lane| self.places[lane] += 1),
-            Turn::Ended => lanes.iter().for_each(|lane| self.ended[lane] = true),
-            Turn::Waits => {}
+        if turn != Turn::Waits {
+            here.iter().for_each(|lane| self.places[lane] += 1);
         }
-        if let (Op::Branch, Operand::Label(to)) =
-            (i.op, i.args.first().unwrap_or(&Operand::Nothing))
-        {
-            lanes.iter().for_each(|lane| self.places[lane] = *to);
+        if turn == Turn::Ended {
+            lanes.iter().for_each(|lane| self.ended[lane] = true);
+        }
+        if let (Turn::Jumped, Some(&Operand::Label(to))) = (turn, i.args.first()) {
+            lanes.iter().for_each(|lane| self.places[lane] = to);
         }
         turn
     }
