@@ -13,8 +13,8 @@ use crate::kernel::hopper::SLAB;
 use crate::stack::Stack;
 
 impl Call<'_> {
-    /// Of `kernel::attention::sm90::emit` and `sm80::emit`: they differ in how operands are given. Put where
-    /// they stay: there are kilobytes of them.
+    /// Of `kernel::attention::sm90::emit` and `sm80::emit`: they differ in how operands are given. Not
+    /// returned: in a `Result` their kilobytes would be moved.
     pub(super) fn attend_args(
         &self,
         args: &mut Args,
@@ -125,20 +125,21 @@ impl Call<'_> {
     /// Of `kernel::attention::combine::emit`.
     pub(super) fn combine_args(
         &self,
-        args: &mut Args,
         plan: &Plan,
         parts: &Place,
         out: &Place,
         rows: usize,
-    ) {
+    ) -> Args {
+        let mut args = Args::new();
         args.pointer(parts.address).pointer(parts.lse.expect("parts have sums"));
         args.pointer(out.address);
-        strides(args, &out.strides);
+        strides(&mut args, &out.strides);
         if let Some(lse) = out.lse {
             args.pointer(lse);
         }
         args.value(plan.launch.parts).value(self.facts.queries as u32);
         args.value(self.facts.heads as u32).value(rows as u32);
+        args
     }
 }
 

@@ -313,8 +313,7 @@ impl<'a> Call<'a> {
         out: &Place,
         rows: usize,
     ) -> Result<()> {
-        let mut args = Args::new();
-        self.combine_args(&mut args, plan, parts, out, rows);
+        let args = self.combine_args(plan, parts, out, rows);
         let blocks = combine::Config::blocks(rows as u32);
         // SAFETY: parts, result and sums have this size; all live until the work is submitted.
         unsafe { function.submit(self.op, self.device, [blocks, 1, 1], &args)? };
