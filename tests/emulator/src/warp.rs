@@ -191,8 +191,8 @@ impl Warp {
                 value[..bytes].copy_from_slice(&launch.params[param].0[..bytes]);
                 lanes.iter().for_each(|lane| self.set(&i.args[0], lane, u64::from_le_bytes(value)));
             }
-            Op::Load(space, bytes) => self.load(cluster, i, (space, bytes), lanes),
-            Op::Store(space, bytes) => self.store(cluster, i, (space, bytes), lanes),
+            Op::Load(space, bytes) => self.load(cluster, i, space, bytes, lanes),
+            Op::Store(space, bytes) => self.store(cluster, i, space, bytes, lanes),
             Op::Shuffle(how) => {
                 together();
                 let block = &cluster.blocks[self.block];
@@ -407,64 +407,48 @@ impl Warp {
         }
     }
 
-    /// Where the registers of an access lie, one behind the other.
-    fn places(
+    /// Where the registers of an access lie: lane by lane, one behind the other.
+    fn places<'i>(
         &self,
         block: &Block,
-        i: &Instruction,
-        place: &Operand,
-        (count, bytes): (usize, usize),
-        lane: usize,
-    ) -> impl Iterator<Item = u64> + use<> {
-        let begin = self.address(block, place, lane);
-        let aligned = begin.is_multiple_of((bytes * count) as u64);
-        assert!(aligned, "{begin:#x} is misaligned for {}", i.text);
-        (begin..).step_by(bytes).take(count)
+        i: &'i Instruction,
+        (place, registers): (&Operand, &'i Operand),
+        bytes: usize,
+        lanes: Lanes,
+    ) -> Vec<(usize, &'i Operand, u64)> {
+        let registers = list(registers);
+        let of_lane = |lane| {
+            let begin = self.address(block, place, lane);
+            let aligned = begin.is_multiple_of((bytes * registers.len()) as u64);
+            assert!(aligned, "{begin:#x} is misaligned for {}", i.text);
+            registers.iter().zip((begin..).step_by(bytes)).map(move |(to, at)| (lane, to, at))
+        };
+        lanes.iter().flat_map(of_lane).collect()
     }
 
-    fn load(
-        &mut self,
-        cluster: &Cluster,
-        i: &Instruction,
-        (space, bytes): (Space, usize),
-        lanes: Lanes,
-    ) {
-        let registers = list(&i.args[0]);
-        for lane in lanes.iter() {
-            let block = &cluster.blocks[self.block];
-            let places = self.places(block, i, &i.args[1], (registers.len(), bytes), lane);
-            for (register, at) in registers.iter().zip(places) {
-                let value = match space {
-                    Space::Global => cluster.launch.memory.get(at, bytes),
-                    Space::Shared => {
-                        let (block, at) = self.shared(at);
-                        cluster.blocks[block].shared.get(at, bytes)
-                    }
-                };
-                self.set(register, lane, value);
-            }
+    fn load(&mut self, cluster: &Cluster, i: &Instruction, space: Space, bytes: usize, on: Lanes) {
+        let block = &cluster.blocks[self.block];
+        for (lane, to, at) in self.places(block, i, (&i.args[1], &i.args[0]), bytes, on) {
+            let value = match space {
+                Space::Global => cluster.launch.memory.get(at, bytes),
+                Space::Shared => {
+                    let (block, at) = self.shared(at);
+                    cluster.blocks[block].shared.get(at, bytes)
+                }
+            };
+            self.set(to, lane, value);
         }
     }
 
-    fn store(
-        &mut self,
-        cluster: &mut Cluster,
-        i: &Instruction,
-        (space, bytes): (Space, usize),
-        lanes: Lanes,
-    ) {
-        let registers = list(&i.args[1]);
-        for lane in lanes.iter() {
-            let block = &cluster.blocks[self.block];
-            let places = self.places(block, i, &i.args[0], (registers.len(), bytes), lane);
-            for (register, at) in registers.iter().zip(places) {
-                let value = self.get(&cluster.blocks[self.block], register, lane);
-                match space {
-                    Space::Global => cluster.launch.memory.set(at, bytes, value),
-                    Space::Shared => {
-                        let (block, at) = self.shared(at);
-                        cluster.blocks[block].shared.set(at, bytes, value);
-                    }
+    fn store(&self, cluster: &mut Cluster, i: &Instruction, space: Space, bytes: usize, on: Lanes) {
+        let block = &cluster.blocks[self.block];
+        for (lane, from, at) in self.places(block, i, (&i.args[0], &i.args[1]), bytes, on) {
+            let value = self.get(&cluster.blocks[self.block], from, lane);
+            match space {
+                Space::Global => cluster.launch.memory.set(at, bytes, value),
+                Space::Shared => {
+                    let (block, at) = self.shared(at);
+                    cluster.blocks[block].shared.set(at, bytes, value);
                 }
             }
         }
