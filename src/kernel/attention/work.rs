@@ -22,24 +22,31 @@ pub struct Tiles<'k> {
     schedule: Schedule<'k>,
 }
 
-/// A tile of queries, or a part of its keys.
+/// A tile of queries, and the keys that it sees, or a part of them.
 #[derive(Clone, Copy)]
 pub struct Work<'k> {
+    pub tile: Tile<'k>,
+    /// Of keys and values.
+    pub kv_head: Reg<'k, u32>,
+    pub keys: Side<'k>,
+    pub sight: Sight<'k>,
+    pub blocks: Blocks<'k>,
+}
+
+/// Where a tile of queries lies, and its results.
+#[derive(Clone, Copy)]
+pub struct Tile<'k> {
     /// In the tensors.
     pub batch: Reg<'k, u32>,
     pub sequence: Reg<'k, u32>,
     /// The number of its pack of heads, and the first one.
     pub pack: Reg<'k, u32>,
     pub head: Reg<'k, u32>,
-    /// Of keys and values.
-    pub kv_head: Reg<'k, u32>,
+    /// Of its keys.
     pub part: Option<Reg<'k, u32>>,
-    /// The tile's first query.
+    /// The first query.
     pub first: Reg<'k, i32>,
     pub queries: Side<'k>,
-    pub keys: Side<'k>,
-    pub sight: Sight<'k>,
-    pub blocks: Blocks<'k>,
 }
 
 /// A row of a thread.
@@ -133,35 +140,36 @@ impl<'k> Tiles<'k> {
         }
         let head = if c.task.pack == 1 { pack } else { pack * c.task.pack };
         let kv_head = head / self.heads[1];
-        Work { batch, sequence, pack, head, kv_head, part, first, queries, keys, sight, blocks }
+        let tile = Tile { batch, sequence, pack, head, part, first, queries };
+        Work { tile, kv_head, keys, sight, blocks }
     }
 
     /// Row `row` of those that begin with query `first` of a tile, and whether it is a query of the
     /// tensor. `used` of them are, if not all.
     pub fn row(
         &self,
-        work: &Work<'k>,
+        tile: &Tile<'k>,
         first: Reg<'k, i32>,
         row: Reg<'k, u32>,
         used: Option<u32>,
     ) -> Row<'k> {
         let limit = match self.tiling.task.lengths {
-            Lengths::Full | Lengths::Packed => work.queries.count,
+            Lengths::Full | Lengths::Packed => tile.queries.count,
             Lengths::Padded => self.size[0],
         };
         let (position, head) = match self.tiling.task.pack {
-            1 => (row, work.head),
-            pack => (row / pack, work.head + row % pack),
+            1 => (row, tile.head),
+            pack => (row / pack, tile.head + row % pack),
         };
         let position = first + position.cast();
         let mut inside = position.lt(limit);
         if let Some(used) = used {
             inside = inside & row.lt(used);
         }
-        let query = Query { batch: work.sequence, head, row: position };
+        let query = Query { batch: tile.sequence, head, row: position };
         // What pads a tensor becomes 0.
         let padded = self.tiling.task.lengths == Lengths::Padded;
-        let some = padded.then(|| position.lt(work.queries.count));
+        let some = padded.then(|| position.lt(tile.queries.count));
         Row { query, inside, some }
     }
 }
@@ -189,9 +197,9 @@ impl<'k> Memory<'k> {
     }
 
     /// Where a tile begins.
-    pub fn start(&self, work: &Work<'k>) -> Reg<'k, u64> {
-        let mut start = work.batch.wide() * self.batch;
-        if let (Some(stride), Some(part)) = (self.part, work.part) {
+    pub fn start(&self, tile: &Tile<'k>) -> Reg<'k, u64> {
+        let mut start = tile.batch.wide() * self.batch;
+        if let (Some(stride), Some(part)) = (self.part, tile.part) {
             start = start + part.wide() * stride;
         }
         start
@@ -201,13 +209,13 @@ impl<'k> Memory<'k> {
     pub fn at(
         &self,
         start: Reg<'k, u64>,
-        work: &Work<'k>,
+        tile: &Tile<'k>,
         row: &Row<'k>,
         col: Reg<'k, u32>,
         size: u32,
     ) -> Reg<'k, u64> {
         let at = start + row.query.head.wide() * self.head + col.wide();
-        let at = at + work.queries.at(row.query.row).wide() * self.row;
+        let at = at + tile.queries.at(row.query.row).wide() * self.row;
         self.address + at * u64::from(size)
     }
 }
@@ -229,7 +237,7 @@ impl<'k> Logarithms<'k> {
     pub fn store(
         &self,
         tiles: &Tiles<'k>,
-        work: &Work<'k>,
+        tile: &Tile<'k>,
         rows: [Row<'k>; 2],
         values: [Reg<'k, f32>; 2],
         lane: Reg<'k, u32>,
@@ -238,10 +246,10 @@ impl<'k> Logarithms<'k> {
         let writes = (lane % 4).eq(0);
         for (row, value) in rows.iter().zip(values) {
             let value = row.unless_padding(value, f32::NEG_INFINITY);
-            let head = work.batch * tiles.heads[0] + row.query.head;
+            let head = tile.batch * tiles.heads[0] + row.query.head;
             let mut index = head.mul_wide(tiles.size[0].cast::<u32>());
-            index = index + work.queries.at(row.query.row).wide();
-            if let (Some(stride), Some(part)) = (self.part, work.part) {
+            index = index + tile.queries.at(row.query.row).wide();
+            if let (Some(stride), Some(part)) = (self.part, tile.part) {
                 index = index + part.wide() * stride;
             }
             let at = self.address + index * 4u64;

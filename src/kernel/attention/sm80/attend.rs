@@ -9,7 +9,7 @@ use crate::kernel::Element;
 use crate::kernel::attention::Mask;
 use crate::kernel::attention::scores::Shape;
 use crate::kernel::attention::softmax::Softmax;
-use crate::kernel::attention::work::{Row, Work};
+use crate::kernel::attention::work::{Row, Tile, Work};
 use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Kernel, Reg};
 
@@ -53,7 +53,7 @@ pub(super) struct Strip<'k> {
 }
 
 /// What the blocks of a tile have in common.
-struct Tile<'k, 'w> {
+struct Context<'k, 'w> {
     work: &'w Work<'k>,
     /// Of each strip.
     rows: Vec<Sights<'k>>,
@@ -74,18 +74,18 @@ impl<'k> Attention<'k, '_> {
         self.tiles.for_each(|work| {
             self.attend(&t, &work);
             let seat = Seat::new(self.k);
-            for (strip, rows) in t.strips.iter().zip(self.rows(&work, seat)) {
-                self.store(strip, &work, seat, rows);
+            for (strip, rows) in t.strips.iter().zip(self.rows(&work.tile, seat)) {
+                self.store(strip, &work.tile, seat, rows);
             }
         });
     }
 
     /// A thread's rows of each strip.
-    fn rows(&self, work: &Work<'k>, seat: Seat<'k>) -> Vec<[Row<'k>; 2]> {
+    fn rows(&self, tile: &Tile<'k>, seat: Seat<'k>) -> Vec<[Row<'k>; 2]> {
         let row = seat.warp * self.c.warp_rows() + seat.lane / 4;
         let row = |below: u32| {
             let row = if below == 0 { row } else { row + below };
-            self.tiles.row(work, work.first, row, self.c.used_rows())
+            self.tiles.row(tile, tile.first, row, self.c.used_rows())
         };
         (0..self.c.strips).map(|strip| [0, 8].map(|h| row(STRIP * strip + h))).collect()
     }
@@ -125,15 +125,15 @@ impl<'k> Attention<'k, '_> {
     /// The sums of a tile's rows.
     fn attend(&self, t: &Thread<'k>, work: &Work<'k>) {
         let (k, c, blocks) = (self.k, self.c, work.blocks);
-        let offset = work.keys.count - work.queries.count;
+        let offset = work.keys.count - work.tile.queries.count;
         let sights = |rows: &[Row<'k>; 2]| {
             let queries = rows.map(|row| row.query);
-            let shape = self.shaping.rows(queries, work.queries.count, offset);
+            let shape = self.shaping.rows(queries, work.tile.queries.count, offset);
             Sights { shape, positions: queries.map(|query| query.row) }
         };
-        let rows = self.rows(work, Seat::new(k));
+        let rows = self.rows(&work.tile, Seat::new(k));
         let block = k.var(blocks.end - 1);
-        let tile = Tile { work, rows: rows.iter().map(sights).collect(), block };
+        let context = Context { work, rows: rows.iter().map(sights).collect(), block };
         for strip in &t.strips {
             strip.sums.iter().for_each(|sum| sum.set(0.0));
             strip.softmax.reset();
@@ -141,39 +141,39 @@ impl<'k> Attention<'k, '_> {
         // All warps are done with the tile before.
         k.sync_block();
         k.if_(block.ge(blocks.begin), || {
-            self.begin(t, &tile);
-            self.turn(t, &tile, Turn::First);
-            blocks.walk(c.task.mask, block, |masked| self.turn(t, &tile, Turn::Next { masked }));
+            self.begin(t, &context);
+            self.turn(t, &context, Turn::First);
+            blocks.walk(c.task.mask, block, |masked| self.turn(t, &context, Turn::Next { masked }));
         });
     }
 
     /// Begins to copy queries and the last block.
-    fn begin(&self, t: &Thread<'k>, tile: &Tile<'k, '_>) {
-        let (k, c, work) = (self.k, self.c, tile.work);
+    fn begin(&self, t: &Thread<'k>, context: &Context<'k, '_>) {
+        let (k, c, work) = (self.k, self.c, context.work);
         let (thread, to) = (k.thread(), self.base + self.plan.queries);
         let queries = Copies::new(self.operands[0], c.query_lines(), c.threads(), thread, to);
-        queries.gather(work.batch, |line| {
-            let row = self.tiles.row(work, work.first, line, c.used_rows());
+        queries.gather(work.tile.batch, |line| {
+            let row = self.tiles.row(&work.tile, work.tile.first, line, c.used_rows());
             // Behind the last query there may be another sequence's.
             let some = row.some.unwrap_or(row.inside) & row.inside;
-            (work.queries.at(row.query.row), row.query.head, some)
+            (work.tile.queries.at(row.query.row), row.query.head, some)
         });
-        let first = tile.block * c.keys as i32;
+        let first = context.block * c.keys as i32;
         let left = work.keys.count - first;
         for (copies, pointer) in t.copies.iter().zip(t.pointers) {
-            pointer.set(copies.begin(work.batch, work.kv_head, work.keys.at(first)));
+            pointer.set(copies.begin(work.tile.batch, work.kv_head, work.keys.at(first)));
             copies.next(pointer, t.stage, Some(left));
         }
         k.cp_async_commit();
     }
 
     /// A block of keys.
-    fn turn(&self, t: &Thread<'k>, tile: &Tile<'k, '_>, turn: Turn) {
-        let (k, c, work) = (self.k, self.c, tile.work);
+    fn turn(&self, t: &Thread<'k>, context: &Context<'k, '_>, turn: Turn) {
+        let (k, c, work) = (self.k, self.c, context.work);
         // It is there, and all warps are done with the one before.
         k.cp_async_wait(0);
         k.sync_block();
-        k.if_(tile.block.gt(work.blocks.begin), || {
+        k.if_(context.block.gt(work.blocks.begin), || {
             let next = t.stage ^ self.plan.stage_bytes;
             for (copies, pointer) in t.copies.iter().zip(t.pointers) {
                 copies.next(pointer, next, None);
@@ -188,18 +188,18 @@ impl<'k> Attention<'k, '_> {
                 }
             }
         }
-        let from = tile.block * c.keys as i32;
+        let from = context.block * c.keys as i32;
         let first = from + (k.lane() % 4 * 2).cast::<i32>();
         // The block that ends behind the last key is the first.
         let limit = (turn == Turn::First).then_some(work.keys.count);
         let load = |rows: &Sights<'k>| rows.shape.load(c.keys as usize / 2, first, limit);
-        let biases: Vec<_> = tile.rows.iter().map(load).collect();
+        let biases: Vec<_> = context.rows.iter().map(load).collect();
         match c.element {
             Element::Half(half) => self.multiply_keys(half, t),
             Element::F32 => self.multiply_keys_exactly(t),
         }
         let mut weights = Vec::new();
-        for ((strip, rows), bias) in t.strips.iter().zip(&tile.rows).zip(&biases) {
+        for ((strip, rows), bias) in t.strips.iter().zip(&context.rows).zip(&biases) {
             rows.shape.apply(&strip.scores, bias, first);
             let hide = || work.sight.hide(&strip.scores, rows.positions, first);
             match turn {
@@ -216,7 +216,7 @@ impl<'k> Attention<'k, '_> {
             Element::F32 => self.multiply_values_exactly(t, &weights),
         }
         t.stage.set(t.stage ^ self.plan.stage_bytes);
-        tile.block.increase(-1);
+        context.block.increase(-1);
     }
 
     /// What holds whatever happens, for [`Kernel::apart`].

@@ -3,7 +3,7 @@
 use super::Attention;
 use super::attend::{Seat, Strip};
 use crate::kernel::Element;
-use crate::kernel::attention::work::{Row, Work};
+use crate::kernel::attention::work::{Row, Tile};
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
@@ -11,7 +11,7 @@ impl<'k> Attention<'k, '_> {
     pub(super) fn store(
         &self,
         strip: &Strip<'k>,
-        work: &Work<'k>,
+        tile: &Tile<'k>,
         seat: Seat<'k>,
         rows: [Row<'k>; 2],
     ) {
@@ -23,26 +23,26 @@ impl<'k> Attention<'k, '_> {
             let pairs: Vec<[_; 2]> =
                 of_row.map(|pair| [normalised(&pair[0]), normalised(&pair[1])]).collect();
             match self.c.element {
-                Element::Half(_) => self.store_row(work, seat, row, &pairs),
-                Element::F32 => self.store_exact_row(work, seat, row, &pairs),
+                Element::Half(_) => self.store_row(tile, seat, row, &pairs),
+                Element::F32 => self.store_exact_row(tile, seat, row, &pairs),
             }
         }
         if let Some(lse) = self.lse {
-            lse.store(&self.tiles, work, rows, finished.lse, seat.lane);
+            lse.store(&self.tiles, tile, rows, finished.lse, seat.lane);
         }
     }
 
     /// A row, of which this lane has the pairs from column `2 · (lane % 4)` of each 8 on.
     fn store_row(
         &self,
-        work: &Work<'k>,
+        tile: &Tile<'k>,
         seat: Seat<'k>,
         row: &Row<'k>,
         pairs: &[[Reg<'k, f32>; 2]],
     ) {
         let (k, size) = (self.k, self.c.task.out.size());
-        let start = self.out.start(work);
-        let at = |col: Reg<'k, u32>| self.out.at(start, work, row, col, size);
+        let start = self.out.start(tile);
+        let at = |col: Reg<'k, u32>| self.out.at(start, tile, row, col, size);
         let bytes = |col: usize| (col * size as usize) as i64;
         let col = seat.lane % 4 * 2;
         match self.c.task.out {
@@ -86,14 +86,14 @@ impl<'k> Attention<'k, '_> {
     /// has eight that follow each other, the first four of them the first ones of four pairs.
     fn store_exact_row(
         &self,
-        work: &Work<'k>,
+        tile: &Tile<'k>,
         seat: Seat<'k>,
         row: &Row<'k>,
         pairs: &[[Reg<'k, f32>; 2]],
     ) {
         let (k, size) = (self.k, self.c.task.out.size());
         let col = seat.lane % 4 * 8;
-        let at = self.out.at(self.out.start(work), work, row, col, size);
+        let at = self.out.at(self.out.start(tile), tile, row, col, size);
         for (panel, pairs) in (0..).zip(pairs.chunks(4)) {
             let first = panel * 32;
             let inside = match first + 32 <= self.c.task.value_dim {

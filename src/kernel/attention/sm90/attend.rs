@@ -3,7 +3,7 @@
 use super::Attention;
 use crate::kernel::attention::scores::Shape;
 use crate::kernel::attention::softmax::Softmax;
-use crate::kernel::attention::work::{Row, Work};
+use crate::kernel::attention::work::{Row, Tile, Work};
 use crate::kernel::attention::{Lengths, Mask};
 use crate::kernel::hopper::{Descriptor, LINE, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::ring::Cursor;
@@ -34,14 +34,14 @@ pub(super) struct Group<'k> {
 }
 
 /// What the blocks of a tile have in common.
-struct Tile<'k, 'w> {
+struct Context<'k, 'w> {
     work: &'w Work<'k>,
     shape: Shape<'k>,
     /// Of the thread's rows.
     positions: [Reg<'k, i32>; 2],
 }
 
-impl<'k> Tile<'k, '_> {
+impl<'k> Context<'k, '_> {
     /// Hides scores, the thread's first column of which is key `first`.
     fn hide(&self, g: &Group<'k>, first: Reg<'k, i32>) {
         self.work.sight.hide(&g.scores, self.positions, first);
@@ -79,9 +79,9 @@ impl<'k> Attention<'k, '_> {
             k.if_(last, || turns.pass(k));
         }
         self.tiles.for_each(|work| {
-            let rows = self.rows(&group, &work);
+            let rows = self.rows(&group, &work.tile);
             self.attend(&group, &work, rows);
-            self.store(&group, &work, rows);
+            self.store(&group, &work.tile, rows);
             if c.over_queries() {
                 self.release_queries(&group);
             }
@@ -120,12 +120,12 @@ impl<'k> Attention<'k, '_> {
     }
 
     /// This thread's rows of a tile, and whether they are queries of the tensor.
-    pub(super) fn rows(&self, g: &Group<'k>, work: &Work<'k>) -> [Row<'k>; 2] {
+    pub(super) fn rows(&self, g: &Group<'k>, tile: &Tile<'k>) -> [Row<'k>; 2] {
         let c = self.c;
-        let first = work.first + (g.number * c.positions()).cast();
+        let first = tile.first + (g.number * c.positions()).cast();
         let row = g.seat.warp * 16 + g.seat.lane / 4;
         let used = (c.used_rows() < SLAB).then(|| c.used_rows());
-        [row, row + 8].map(|row| self.tiles.row(work, first, row, used))
+        [row, row + 8].map(|row| self.tiles.row(tile, first, row, used))
     }
 
     /// The sums of a tile's rows.
@@ -133,10 +133,10 @@ impl<'k> Attention<'k, '_> {
         let (k, c, blocks) = (self.k, self.c, work.blocks);
         let queries = rows.map(|row| row.query);
         let positions = queries.map(|query| query.row);
-        let offset = work.keys.count - work.queries.count;
-        let shape = self.shaping.rows(queries, work.queries.count, offset);
+        let offset = work.keys.count - work.tile.queries.count;
+        let shape = self.shaping.rows(queries, work.tile.queries.count, offset);
         let col = (g.seat.lane % 4 * 2).cast::<i32>();
-        let tile = Tile { work, shape, positions };
+        let context = Context { work, shape, positions };
         let first_key = |block: Reg<'k, i32>| block * c.keys as i32 + col;
         g.sums.iter().for_each(|sum| sum.set(0.0));
         g.softmax.reset();
@@ -159,8 +159,8 @@ impl<'k> Attention<'k, '_> {
             let from = block * c.keys as i32;
             let beyond = work.sight.beyond(from, c.keys);
             match c.task.mask {
-                Mask::None => k.if_(beyond, || tile.hide(g, first)),
-                Mask::Right | Mask::Window => tile.hide(g, first),
+                Mask::None => k.if_(beyond, || context.hide(g, first)),
+                Mask::Right | Mask::Window => context.hide(g, first),
             }
             let weights = g.softmax.first(&g.scores);
             self.keep(g, &weights, c.task.mask != Mask::None);
@@ -170,7 +170,7 @@ impl<'k> Attention<'k, '_> {
             block.increase(-1);
 
             blocks.walk(c.task.mask, block, |masked| {
-                self.step(g, &tile, first_key(block), masked);
+                self.step(g, &context, first_key(block), masked);
                 block.increase(-1);
             });
 
@@ -190,7 +190,7 @@ impl<'k> Attention<'k, '_> {
 
     /// Another block of keys, of which the thread's first column is `first`, and the values of the one
     /// before it.
-    fn step(&self, g: &Group<'k>, tile: &Tile<'k, '_>, first: Reg<'k, i32>, masked: bool) {
+    fn step(&self, g: &Group<'k>, context: &Context<'k, '_>, first: Reg<'k, i32>, masked: bool) {
         let k = self.k;
         g.key_place.wait();
         if let Some(turns) = g.turns {
@@ -203,12 +203,12 @@ impl<'k> Attention<'k, '_> {
             turns.pass(k);
         }
         // The block that ends behind the last key was the first.
-        let bias = tile.shape.load(g.scores.len(), first, None);
+        let bias = context.shape.load(g.scores.len(), first, None);
         k.wgmma_wait(1);
         self.release(g, g.key_place);
-        tile.shape.apply(&g.scores, &bias, first);
+        context.shape.apply(&g.scores, &bias, first);
         if masked {
-            tile.hide(g, first);
+            context.hide(g, first);
         }
         let (weights, factors) = g.softmax.next(&g.scores);
         k.wgmma_wait(0);

@@ -2,7 +2,7 @@
 
 use super::Attention;
 use crate::kernel::attention::Lengths;
-use crate::kernel::attention::work::Work;
+use crate::kernel::attention::work::{Tile, Work};
 use crate::kernel::hopper::{LINE, SLAB};
 use crate::kernel::ring::Cursor;
 use crate::ptx::{Delivery, Kernel, Reg};
@@ -80,9 +80,10 @@ impl<'k> Attention<'k, '_> {
     /// What a tile needs.
     fn fill(&self, work: &Work<'k>, boxes: [&Boxes<'k>; 3], places: [Cursor<'k>; 3]) {
         let (k, c) = (self.k, self.c);
-        let &Work { batch, pack, kv_head, first, blocks, .. } = work;
+        let &Work { tile: Tile { batch, pack, first, queries, .. }, kv_head, keys, blocks, .. } =
+            work;
         let load = |which: usize, block: Reg<'k, i32>| {
-            let at = work.keys.at(block * c.keys as i32);
+            let at = keys.at(block * c.keys as i32);
             boxes[which].load(places[which], &[at, kv_head, batch]);
         };
         // From the last block on, which is the one that the mask cuts.
@@ -90,7 +91,7 @@ impl<'k> Attention<'k, '_> {
         let some = block.ge(blocks.begin);
         k.if_(some, || load(1, block));
         for group in 0..c.consumers() {
-            let position = work.queries.at(first + (group * c.positions()) as i32);
+            let position = queries.at(first + (group * c.positions()) as i32);
             match c.task.pack {
                 1 => boxes[0].load(places[0], &[position, pack, batch]),
                 _ => boxes[0].load(places[0], &[k.var(0), position, pack, batch]),

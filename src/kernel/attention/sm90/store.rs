@@ -3,14 +3,14 @@
 use super::Attention;
 use super::attend::Group;
 use crate::kernel::attention::Lengths;
-use crate::kernel::attention::work::{Memory, Row, Work};
+use crate::kernel::attention::work::{Memory, Row, Tile};
 use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::{Element, slab};
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
     /// A tile's result, of this warpgroup.
-    pub(super) fn store(&self, g: &Group<'k>, work: &Work<'k>, rows: [Row<'k>; 2]) {
+    pub(super) fn store(&self, g: &Group<'k>, tile: &Tile<'k>, rows: [Row<'k>; 2]) {
         let (k, c) = (self.k, self.c);
         let finished = g.softmax.finish();
         let normalised = |(i, &sum): (usize, &Reg<'k, f32>)| {
@@ -18,24 +18,24 @@ impl<'k> Attention<'k, '_> {
             rows[row].unless_padding(sum * finished.inverse[row], 0.0)
         };
         let sums: Vec<_> = g.sums.iter().enumerate().map(normalised).collect();
-        let first = work.first + (g.number * c.positions()).cast();
+        let first = tile.first + (g.number * c.positions()).cast();
         match (self.out_map, self.out_memory) {
-            (Some(map), None) => self.store_slabs(g, work, map, first, &sums),
-            (None, Some(memory)) => self.store_rows(g, work, memory, rows, &sums),
+            (Some(map), None) => self.store_slabs(g, tile, map, first, &sums),
+            (None, Some(memory)) => self.store_rows(g, tile, memory, rows, &sums),
             (Some(map), Some(memory)) => {
                 // The copy engine would write over the next sequence.
                 debug_assert_eq!(c.task.lengths, Lengths::Packed);
-                let whole = (first + c.positions() as i32).le(work.queries.count);
+                let whole = (first + c.positions() as i32).le(tile.queries.count);
                 k.if_else(
                     whole,
-                    || self.store_slabs(g, work, map, first, &sums),
-                    || self.store_rows(g, work, memory, rows, &sums),
+                    || self.store_slabs(g, tile, map, first, &sums),
+                    || self.store_rows(g, tile, memory, rows, &sums),
                 );
             }
             (None, None) => unreachable!("there is a result"),
         }
         if let Some(lse) = self.lse {
-            lse.store(&self.tiles, work, rows, finished.lse, g.seat.lane);
+            lse.store(&self.tiles, tile, rows, finished.lse, g.seat.lane);
         }
     }
 
@@ -43,7 +43,7 @@ impl<'k> Attention<'k, '_> {
     fn store_slabs(
         &self,
         g: &Group<'k>,
-        work: &Work<'k>,
+        tile: &Tile<'k>,
         map: Reg<'k, u64>,
         first: Reg<'k, i32>,
         sums: &[Reg<'k, f32>],
@@ -57,7 +57,7 @@ impl<'k> Attention<'k, '_> {
             false => (there / 2, 1),
         };
         let slabs: Vec<_> = sums.chunks((c.slab_cols() / 2) as usize).collect();
-        let position = work.queries.at(first);
+        let position = tile.queries.at(first);
         for (batch, slabs) in (0..).zip(slabs.chunks(step as usize)) {
             let number = |i: usize| batch * step + i as u32;
             let to = |i: usize| staged + number(i) % (step * (1 + pending)) * SLAB_BYTES;
@@ -73,7 +73,7 @@ impl<'k> Attention<'k, '_> {
             for i in 0..slabs.len() {
                 let mut at = vec![k.var(number(i) * c.slab_cols())];
                 at.extend((c.task.pack > 1).then(|| k.var(0)));
-                at.extend([position, work.pack, work.batch]);
+                at.extend([position, tile.pack, tile.batch]);
                 let from = to(i);
                 k.when(g.leader, || k.tma_store(map, &at, from));
             }
@@ -89,17 +89,17 @@ impl<'k> Attention<'k, '_> {
     fn store_rows(
         &self,
         g: &Group<'k>,
-        work: &Work<'k>,
+        tile: &Tile<'k>,
         memory: Memory<'k>,
         rows: [Row<'k>; 2],
         sums: &[Reg<'k, f32>],
     ) {
         let (k, c) = (self.k, self.c);
         let size = c.task.out.size();
-        let start = memory.start(work);
+        let start = memory.start(tile);
         let col = g.seat.lane % 4 * 2;
         for (h, row) in rows.iter().enumerate() {
-            let at = memory.at(start, work, row, col, size);
+            let at = memory.at(start, tile, row, col, size);
             let pairs: Vec<_> = sums.chunks(4).map(|quad| &quad[2 * h..][..2]).collect();
             k.if_(row.inside, || {
                 for (j, pair) in pairs.iter().enumerate() {
