@@ -28,9 +28,8 @@ fn candidates(chosen: &Config) -> Vec<Config> {
     for rows in [64, 128, 192] {
         for keys in (48..=208).step_by(16) {
             for turns in [false, true] {
-                let with = |(stages, slabs)| Config { rows, keys, turns, stages, slabs, ..*chosen };
-                let memory = [(4, chosen.slabs), (3, chosen.slabs), (2, chosen.slabs), (2, 0)];
-                all.extend(memory.map(with).into_iter().find(|config| config.check().is_ok()));
+                let config = Config { rows, keys, turns, ..*chosen }.filled();
+                all.extend(config.check().is_ok().then_some(config));
             }
         }
     }

@@ -36,10 +36,10 @@ impl Ring {
         Cursor { ring: *self, base, stage: k.var(0), parity: k.var(1) }
     }
 
-    /// The place of a consumer that has a stage for itself: it [turns](Cursor::turn) instead of
-    /// advancing.
+    /// The place of one of several consumers that take the stages in turn, which [skips](Cursor::skip)
+    /// those of the others.
     pub fn owner<'k>(&self, k: &'k Kernel, base: Reg<'k, u32>, stage: Reg<'k, u32>) -> Cursor<'k> {
-        Cursor { ring: *self, base, stage, parity: k.var(0) }
+        Cursor { ring: *self, base, stage: k.var(stage), parity: k.var(0) }
     }
 
     /// A consumer's place.
@@ -89,11 +89,6 @@ impl<'k> Cursor<'k> {
         let rounds = at / self.ring.stages;
         self.stage.set(at - rounds * self.ring.stages);
         self.parity.set(self.parity ^ (rounds & 1));
-    }
-
-    /// Stays at the stage, for what will be in it next.
-    pub fn turn(&self) {
-        self.parity.set(self.parity ^ 1);
     }
 
     /// Goes to the next stage.

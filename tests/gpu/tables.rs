@@ -57,6 +57,7 @@ tables! {
     attention_log_sum_exp: attention::log_sum_exp;
     attention_shared_graph: attention::shared_graph;
     attention_kinds: attention::every_kind;
+    attention_many_tiles: attention::many_tiles;
     errors_matmul: errors::matmul;
     errors_int8: errors::int8;
     errors_int4: errors::int4;

@@ -71,6 +71,7 @@ const FLASH: attention::sm90::Config = attention::sm90::Config {
     half: Half::Bf16,
     rows: 128,
     keys: 32,
+    query_stages: 1,
     stages: 2,
     slabs: 1,
     turns: true,
@@ -115,7 +116,7 @@ fn flash() -> [(&'static str, Config); 5] {
     let split = Flash { task: split, store: Store::Direct, slabs: 0, ..small };
     let combine = attention::combine::Config::new(BF16, 8, 5, true);
     [
-        ("flash90_plain", Config::FlashSm90(FLASH)),
+        ("flash90_plain", Config::FlashSm90(Flash { query_stages: 2, ..FLASH })),
         ("flash90_window_all", Config::FlashSm90(all)),
         ("flash90_packed", Config::FlashSm90(packed)),
         ("flash90_split", Config::FlashSm90(split)),

@@ -23,26 +23,32 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         half,
         rows: 64 * warpgroups,
         keys: 16,
+        query_stages: 1,
         stages: 2,
         slabs: 0,
         turns: warpgroups > 1,
         store: if split { Store::Direct } else { Store::Tma },
     };
-    // H200: 176 keys were faster than 128, 160 and 192 at D = 128, and 128 than all others at D = 64,
-    // without a mask. Blocks that the mask cuts are half in vain.
     let wide = head_dim.max(value_dim) > 64;
     let most = if warpgroups == 2 && wide && config.task.mask == Mask::None { 176 } else { 128 };
     let fits = |keys: &u32| Config { keys: *keys, ..config }.roomy();
-    config.keys = (1..=most / 16).map(|n| 16 * n).rev().find(fits).unwrap_or(16);
-    if config.store == Store::Tma {
-        let fits = |slabs: &u32| Config { slabs: *slabs, ..config }.check().is_ok();
-        config.slabs = (0..=config.result_slabs()).rev().find(fits).unwrap_or(0);
+    let mut fitting = (1..=most / 16).map(|n| 16 * n).rev().filter(fits);
+    config.keys = match config.task.mask {
+        Mask::None => {
+            let (keys, beside) = (problem.each().keys, BESIDE_KEYS[usize::from(wide)]);
+            let time = |&n: &u32| keys.div_ceil(n.into()).saturating_mul((n + beside).into());
+            fitting.min_by_key(time)
+        }
+        // Blocks that the mask cuts are half in vain.
+        Mask::Right | Mask::Window => fitting.next(),
     }
-    let fits = |stages: &u32| Config { stages: *stages, ..config }.check().is_ok();
-    config.stages = (2..=4).rev().find(fits).unwrap_or(2);
-    config
+    .unwrap_or(16);
+    config.filled()
 }
 
+/// H200, no mask: a block of keys takes the time of so many more, in heads of up to 64 elements and in
+/// wider ones.
+const BESIDE_KEYS: [u32; 2] = [32, 11];
 /// Keys of a block, about.
 const KEYS: u64 = 128;
 /// H200, D = 64: so long take tiles of one to three warpgroups, for the same keys. The more share a
@@ -161,7 +167,11 @@ pub(super) mod tests {
         assert_eq!(tile(problem(512, 512, 64)), (128, 128, true));
         let many = Problem { batch: 32, ..problem(512, 512, 64) };
         assert_eq!(tile(many), (192, 128, true));
-        assert_eq!(tile(problem(4096, 4096, 128)), (128, 176, true));
+        assert_eq!(tile(problem(8192, 8192, 128)), (128, 176, true));
+        // 24 blocks of 176 would be 128 keys more.
+        assert_eq!(tile(problem(4096, 4096, 128)), (128, 160, true));
+        assert_eq!(tile(problem(1024, 1024, 128)), (128, 128, true));
+        assert_eq!(tile(problem(4096, 77, 128)), (128, 80, true));
         assert_eq!(tile(causal(4096, 4096, 128)), (128, 128, true));
         assert_eq!(tile(problem(4096, 4096, 192)), (128, 112, true));
         assert_eq!(tile(problem(4096, 4096, 256)), (128, 80, true));

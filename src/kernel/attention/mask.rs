@@ -34,6 +34,11 @@ pub struct Blocks<'k> {
 }
 
 impl<'k> Blocks<'k> {
+    /// Whether there are any.
+    pub fn some(&self) -> Reg<'k, bool> {
+        self.end.gt(self.begin)
+    }
+
     /// Runs `body` for the blocks from `block` down to the first. It makes `block` one less, and is told
     /// whether the mask may cut the block.
     pub fn walk(&self, mask: Mask, block: Reg<'k, i32>, body: impl Fn(bool)) {

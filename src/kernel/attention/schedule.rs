@@ -45,6 +45,36 @@ pub struct Place<'k> {
     pub column: Reg<'k, u32>,
 }
 
+/// Where a block is in the row of all tiles.
+#[derive(Clone, Copy)]
+pub struct Tour<'k> {
+    schedule: Schedule<'k>,
+    i: Reg<'k, u32>,
+    /// Blocks, twice.
+    twice: Reg<'k, u32>,
+    step: Reg<'k, u32>,
+}
+
+impl<'k> Tour<'k> {
+    pub fn kernel(&self) -> &'k Kernel {
+        self.i.kernel()
+    }
+
+    /// Whether there is no tile left.
+    pub fn over(&self) -> Reg<'k, bool> {
+        self.i.ge(self.schedule.tiles)
+    }
+
+    pub fn place(&self) -> Place<'k> {
+        self.schedule.place(self.i)
+    }
+
+    pub fn advance(&self) {
+        self.i.increase(self.step);
+        self.step.set(self.twice - self.step);
+    }
+}
+
 impl<'k> Schedule<'k> {
     /// Declares the parameters `all_heads`, `columns`, `tiles` and `section`: those of [`Section`].
     pub fn params(k: &'k Kernel) -> Self {
@@ -52,18 +82,12 @@ impl<'k> Schedule<'k> {
         Self { heads, columns, tiles: k.param("tiles"), section: k.param("section") }
     }
 
-    /// Runs `body` for each tile of this block.
-    pub fn for_each(&self, body: impl FnOnce(Place<'k>)) {
+    /// The tiles of this block.
+    pub fn tour(&self) -> Tour<'k> {
         let k = self.tiles.kernel();
         let (i, blocks) = (k.var(k.block_x()), k.blocks_x());
         let twice = blocks * 2;
-        let step = k.var(twice - 1 - i * 2);
-        k.loop_(|exit| {
-            exit.when(i.ge(self.tiles));
-            body(self.place(i));
-            i.increase(step);
-            step.set(twice - step);
-        });
+        Tour { schedule: *self, i, twice, step: k.var(twice - 1 - i * 2) }
     }
 
     fn place(&self, i: Reg<'k, u32>) -> Place<'k> {

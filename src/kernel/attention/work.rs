@@ -3,7 +3,7 @@
 use super::launch::Tiling;
 use super::lengths::{Sequences, Side};
 use super::mask::{Blocks, Sight};
-use super::schedule::{Place, Schedule};
+use super::schedule::{Place, Schedule, Tour};
 use super::scores::Query;
 use super::{Lengths, Mask};
 use crate::ptx::{Kernel, Reg};
@@ -28,7 +28,6 @@ pub struct Work<'k> {
     pub tile: Tile<'k>,
     /// Of keys and values.
     pub kv_head: Reg<'k, u32>,
-    pub keys: Side<'k>,
     pub sight: Sight<'k>,
     pub blocks: Blocks<'k>,
 }
@@ -47,6 +46,46 @@ pub struct Tile<'k> {
     /// The first query.
     pub first: Reg<'k, i32>,
     pub queries: Side<'k>,
+    pub keys: Side<'k>,
+}
+
+/// The next tile of a block.
+pub struct Ahead<'k, 't> {
+    tiles: &'t Tiles<'k>,
+    tour: Tour<'k>,
+    tile: Tile<'k>,
+    /// Not 0: there is one, and it sees keys.
+    has_keys: Reg<'k, u32>,
+}
+
+impl<'k> Ahead<'k, '_> {
+    /// Looks for it.
+    pub fn look(&self) {
+        let k = self.tour.kernel();
+        self.has_keys.set(0);
+        k.if_(!self.tour.over(), || {
+            self.tiles.find(self.tour.place(), |tile| {
+                self.tile.set(&tile);
+                let some = self.tiles.work(tile).blocks.some();
+                self.has_keys.set(k.var(1).or_else(some, 0));
+            });
+        });
+    }
+
+    /// Whether there is one, and it sees keys.
+    pub fn has_keys(&self) -> Reg<'k, bool> {
+        self.has_keys.ne(0)
+    }
+}
+
+impl<'k> Tile<'k> {
+    /// Becomes another one.
+    pub fn set(&self, other: &Self) {
+        let words = |tile: &Self| [tile.batch, tile.sequence, tile.pack, tile.head];
+        let counts = |tile: &Self| [tile.first, tile.queries.count, tile.keys.count];
+        words(self).into_iter().zip(words(other)).for_each(|(to, from)| to.set(from));
+        counts(self).into_iter().zip(counts(other)).for_each(|(to, from)| to.set(from));
+    }
 }
 
 /// A row of a thread.
@@ -85,42 +124,88 @@ impl<'k> Tiles<'k> {
 
     /// Runs `body` for each tile of this block.
     pub fn for_each(&self, body: impl FnOnce(Work<'k>)) {
-        let (k, c) = (self.size[0].kernel(), &self.tiling);
-        let packs = if c.task.pack == 1 { self.heads[0] } else { self.heads[0] / c.task.pack };
-        self.schedule.for_each(|Place { head, column }| {
-            if c.task.lengths == Lengths::Packed {
-                let found = self.sequences.find(column, c.positions);
-                // Those with the most keys first.
-                let tile = match c.task.mask {
-                    Mask::Right => found.tiles - 1 - found.tile,
-                    Mask::None | Mask::Window => found.tile,
-                };
-                k.if_(found.exists, || {
-                    let queries = found.queries;
-                    body(self.work((k.var(0), found.sequence), head, (tile, None), queries));
-                });
-            } else {
-                let (tile, part) = match self.parts {
-                    None => (column, None),
-                    Some(parts) => (column / parts, Some(column % parts)),
-                };
-                let batch = head / packs;
-                let queries = self.sequences.side(0, batch);
-                body(self.work((batch, batch), head - batch * packs, (tile, part), queries));
-            }
+        let tour = self.schedule.tour();
+        tour.kernel().loop_(|exit| {
+            exit.when(tour.over());
+            self.find(tour.place(), |tile| body(self.work(tile)));
+            tour.advance();
         });
     }
 
-    fn work(
-        &self,
-        (batch, sequence): (Reg<'k, u32>, Reg<'k, u32>),
-        pack: Reg<'k, u32>,
-        (tile, part): (Reg<'k, u32>, Option<Reg<'k, u32>>),
-        queries: Side<'k>,
-    ) -> Work<'k> {
+    /// The same, where looking for a tile takes a while: `body` looks for the next one, once, when it has
+    /// something to wait for. Not for packed sequences, where there may be none, or parts.
+    pub fn for_each_ahead(&self, body: impl Fn(Work<'k>, &Ahead<'k, '_>)) {
+        let tour = self.schedule.tour();
+        let k = tour.kernel();
+        let ahead = Ahead { tiles: self, tour, tile: self.unset(), has_keys: k.var(0) };
+        ahead.look();
+        k.loop_(|exit| {
+            exit.when(tour.over());
+            tour.advance();
+            let tile = self.unset();
+            tile.set(&ahead.tile);
+            body(self.work(tile), &ahead);
+        });
+    }
+
+    /// Looks for a tile, and runs `body` if there is one.
+    fn find(&self, Place { head, column }: Place<'k>, body: impl FnOnce(Tile<'k>)) {
+        let (k, c) = (head.kernel(), &self.tiling);
+        let first_head =
+            |pack: Reg<'k, u32>| if c.task.pack == 1 { pack } else { pack * c.task.pack };
+        let first = |tile: Reg<'k, u32>| (tile * c.positions).cast::<i32>();
+        if c.task.lengths == Lengths::Packed {
+            let found = self.sequences.find(column, c.positions);
+            // Those with the most keys first.
+            let tile = match c.task.mask {
+                Mask::Right => found.tiles - 1 - found.tile,
+                Mask::None | Mask::Window => found.tile,
+            };
+            k.if_(found.exists, || {
+                body(Tile {
+                    batch: k.var(0),
+                    sequence: found.sequence,
+                    pack: head,
+                    head: first_head(head),
+                    part: None,
+                    first: first(tile),
+                    queries: found.queries,
+                    keys: self.sequences.side(1, found.sequence),
+                });
+            });
+        } else {
+            let (tile, part) = match self.parts {
+                None => (column, None),
+                Some(parts) => (column / parts, Some(column % parts)),
+            };
+            let packs = if c.task.pack == 1 { self.heads[0] } else { self.heads[0] / c.task.pack };
+            let batch = head / packs;
+            let pack = head - batch * packs;
+            body(Tile {
+                batch,
+                sequence: batch,
+                pack,
+                head: first_head(pack),
+                part,
+                first: first(tile),
+                queries: self.sequences.side(0, batch),
+                keys: self.sequences.side(1, batch),
+            });
+        }
+    }
+
+    /// Registers for a whole tile to come, not of packed sequences.
+    pub fn unset(&self) -> Tile<'k> {
+        let k = self.size[0].kernel();
+        let [batch, sequence, pack, head] = k.regs();
+        let [queries, keys] = [0, 1].map(|_| Side { begin: None, count: k.reg() });
+        Tile { batch, sequence, pack, head, part: None, first: k.reg(), queries, keys }
+    }
+
+    /// What a tile sees.
+    fn work(&self, tile: Tile<'k>) -> Work<'k> {
         let c = &self.tiling;
-        let keys = self.sequences.side(1, sequence);
-        let first = (tile * c.positions).cast::<i32>();
+        let Tile { head, part, first, queries, keys, .. } = tile;
         let offset = keys.count - queries.count;
         let sight = Sight {
             keys: keys.count,
@@ -138,10 +223,7 @@ impl<'k> Tiles<'k> {
             blocks.begin = blocks.begin + (part * each).cast();
             blocks.end = blocks.end.min(blocks.begin + each.cast());
         }
-        let head = if c.task.pack == 1 { pack } else { pack * c.task.pack };
-        let kv_head = head / self.heads[1];
-        let tile = Tile { batch, sequence, pack, head, part, first, queries };
-        Work { tile, kv_head, keys, sight, blocks }
+        Work { tile, kv_head: head / self.heads[1], sight, blocks }
     }
 
     /// Row `row` of those that begin with query `first` of a tile, and whether it is a query of the

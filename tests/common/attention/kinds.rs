@@ -75,6 +75,35 @@ pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
     kinds.into_iter().map(problem).collect()
 }
 
+/// More tiles than a large GPU has multiprocessors, so that a block of threads goes from tile to tile: to
+/// longer and shorter ones, and to some without keys.
+pub fn many_tiles(device: &Device) {
+    let plain = Options::default;
+    let causal = || Options { causal: true, ..plain() };
+    let window = || Options { left: Some(30), ..causal() };
+    // A few lengths, again and again.
+    let lengths = |of: [u32; 5]| Some(of.into_iter().cycle().take(50).collect());
+    let padded = Lengths::Padded([lengths([260, 0, 129, 64, 1]), lengths([150, 300, 0, 17, 140])]);
+    let cases: [(_, Sizes, _); 10] = [
+        ("one block of keys", (&[20, 8], 8, [250, 176, 80, 80]), plain()),
+        ("several", (&[10, 8], 8, [250, 350, 128, 128]), plain()),
+        ("narrow heads", (&[10, 8], 8, [300, 300, 64, 64]), plain()),
+        ("causal, from none to three", (&[10, 6], 3, [520, 330, 64, 64]), causal()),
+        ("causal, one warpgroup", (&[10, 6], 6, [390, 260, 128, 128]), causal()),
+        ("causal, two", (&[10, 8], 8, [380, 330, 96, 96]), causal()),
+        ("a window", (&[10, 8], 8, [200, 230, 32, 32]), window()),
+        ("lengths", (&[50, 2], 1, [260, 300, 64, 64]), Options { lengths: padded, ..causal() }),
+        ("heads that share a tile", (&[40, 8], 2, [40, 200, 64, 64]), causal()),
+        ("the widest heads", (&[10, 8], 8, [250, 170, 256, 256]), causal()),
+    ];
+    let mut tally = Tally::new("flash_attn many tiles", device);
+    for (what, sizes, options) in cases {
+        let problem = Problem { options, ..Problem::new(BF16, sizes) }.untracked();
+        tally.case(format!("{what}: {problem:?}"), || problem.check_result(device));
+    }
+    tally.finish();
+}
+
 /// What `compute-sanitizer` and the emulator are run on. The CPU path has one kernel for all.
 pub fn every_kind(device: &Device) {
     let dtypes = if device.is_cpu() { &[BF16] } else { [BF16, F16, F32].as_slice() };

@@ -125,7 +125,7 @@ impl<'k> Attention<'k, '_> {
     /// The sums of a tile's rows.
     fn attend(&self, t: &Thread<'k>, work: &Work<'k>) {
         let (k, c, blocks) = (self.k, self.c, work.blocks);
-        let offset = work.keys.count - work.tile.queries.count;
+        let offset = work.tile.keys.count - work.tile.queries.count;
         let sights = |rows: &[Row<'k>; 2]| {
             let queries = rows.map(|row| row.query);
             let shape = self.shaping.rows(queries, work.tile.queries.count, offset);
@@ -159,9 +159,9 @@ impl<'k> Attention<'k, '_> {
             (work.tile.queries.at(row.query.row), row.query.head, some)
         });
         let first = context.block * c.keys as i32;
-        let left = work.keys.count - first;
+        let left = work.tile.keys.count - first;
         for (copies, pointer) in t.copies.iter().zip(t.pointers) {
-            pointer.set(copies.begin(work.tile.batch, work.kv_head, work.keys.at(first)));
+            pointer.set(copies.begin(work.tile.batch, work.kv_head, work.tile.keys.at(first)));
             copies.next(pointer, t.stage, Some(left));
         }
         k.cp_async_commit();
@@ -191,7 +191,7 @@ impl<'k> Attention<'k, '_> {
         let from = context.block * c.keys as i32;
         let first = from + (k.lane() % 4 * 2).cast::<i32>();
         // The block that ends behind the last key is the first.
-        let limit = (turn == Turn::First).then_some(work.keys.count);
+        let limit = (turn == Turn::First).then_some(work.tile.keys.count);
         let load = |rows: &Sights<'k>| rows.shape.load(c.keys as usize / 2, first, limit);
         let biases: Vec<_> = context.rows.iter().map(load).collect();
         match c.element {

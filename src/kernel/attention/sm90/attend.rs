@@ -1,9 +1,10 @@
 //! The consumers: a warpgroup's 64 rows of a tile against all blocks of keys.
 
 use super::Attention;
+use super::config::QueriesGo;
 use crate::kernel::attention::scores::Shape;
 use crate::kernel::attention::softmax::Softmax;
-use crate::kernel::attention::work::{Row, Tile, Work};
+use crate::kernel::attention::work::{Ahead, Row, Tile, Work};
 use crate::kernel::attention::{Lengths, Mask};
 use crate::kernel::hopper::{Descriptor, LINE, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::ring::Cursor;
@@ -33,15 +34,38 @@ pub(super) struct Group<'k> {
     turns: Option<Turns<'k>>,
 }
 
+/// The tiles before and behind a tile.
+#[derive(Clone, Copy)]
+struct Neighbours<'k, 'a> {
+    before: Before<'k>,
+    ahead: &'a Ahead<'k, 'a>,
+}
+
+#[derive(Clone, Copy)]
+struct Before<'k> {
+    /// Not 0: its last product has not begun.
+    open: Reg<'k, u32>,
+    tile: Tile<'k>,
+}
+
 /// What the blocks of a tile have in common.
 struct Context<'k, 'w> {
     work: &'w Work<'k>,
     shape: Shape<'k>,
     /// Of the thread's rows.
     positions: [Reg<'k, i32>; 2],
+    /// The block at work.
+    block: Reg<'k, i32>,
+    /// The thread's first column of a block.
+    col: Reg<'k, i32>,
 }
 
 impl<'k> Context<'k, '_> {
+    /// The key of the thread's first column.
+    fn first_key(&self, keys: u32) -> Reg<'k, i32> {
+        self.block * keys as i32 + self.col
+    }
+
     /// Hides scores, the thread's first column of which is key `first`.
     fn hide(&self, g: &Group<'k>, first: Reg<'k, i32>) {
         self.work.sight.hide(&g.scores, self.positions, first);
@@ -78,15 +102,14 @@ impl<'k> Attention<'k, '_> {
         if let Some(turns) = group.turns {
             k.if_(last, || turns.pass(k));
         }
-        self.tiles.for_each(|work| {
-            let rows = self.rows(&group, &work.tile);
-            self.attend(&group, &work, rows);
-            self.store(&group, &work.tile, rows);
-            if c.over_queries() {
-                self.release_queries(&group);
-            }
-            group.query_place.turn();
-        });
+        if c.joins() {
+            let before = Before { open: k.var(0), tile: self.tiles.unset() };
+            self.tiles.for_each_ahead(|work, ahead| {
+                self.attend(&group, &work, Some(Neighbours { before, ahead }));
+            });
+        } else {
+            self.tiles.for_each(|work| self.attend(&group, &work, None));
+        }
         if let Some(turns) = group.turns {
             k.if_(first, || turns.wait(k));
         }
@@ -97,7 +120,6 @@ impl<'k> Attention<'k, '_> {
 
     fn group(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) -> Group<'k> {
         let (k, c, plan) = (self.k, self.c, &self.plan);
-        let queries = self.base + plan.queries + number * c.query_bytes();
         let next = k.var(0).or_else(number.eq(c.consumers() - 1), number + 1);
         // 0 is the block's, and as many as there are groups are for their results.
         let turn = |number: Reg<'k, u32>| number + (1 + c.consumers());
@@ -109,7 +131,7 @@ impl<'k> Attention<'k, '_> {
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
             sums: (0..c.task.value_dim / 2).map(|_| k.reg()).collect(),
             softmax: self.shaping.softmax(c.task.mask != Mask::None),
-            queries: Descriptor::along_k(queries, SLAB),
+            queries: Descriptor::along_k(self.base + plan.queries, SLAB),
             keys: Descriptor::along_k(self.base + plan.keys, c.keys),
             values: Descriptor::across_k(self.base + plan.values, c.keys),
             query_place: plan.query_ring.owner(k, self.base, number),
@@ -128,84 +150,125 @@ impl<'k> Attention<'k, '_> {
         [row, row + 8].map(|row| self.tiles.row(tile, first, row, used))
     }
 
-    /// The sums of a tile's rows.
-    fn attend(&self, g: &Group<'k>, work: &Work<'k>, rows: [Row<'k>; 2]) {
+    /// A tile. With neighbours, its last product is left to the next tile if that has keys, to begin it
+    /// together with its first one.
+    fn attend(&self, g: &Group<'k>, work: &Work<'k>, neighbours: Option<Neighbours<'k, '_>>) {
         let (k, c, blocks) = (self.k, self.c, work.blocks);
-        let queries = rows.map(|row| row.query);
-        let positions = queries.map(|query| query.row);
-        let offset = work.keys.count - work.tile.queries.count;
-        let shape = self.shaping.rows(queries, work.tile.queries.count, offset);
+        let Tile { queries, keys, .. } = work.tile;
+        let rows = self.rows(g, &work.tile).map(|row| row.query);
+        let shape = self.shaping.rows(rows, queries.count, keys.count - queries.count);
         let col = (g.seat.lane % 4 * 2).cast::<i32>();
-        let context = Context { work, shape, positions };
-        let first_key = |block: Reg<'k, i32>| block * c.keys as i32 + col;
-        g.sums.iter().for_each(|sum| sum.set(0.0));
-        g.softmax.reset();
-        g.query_place.wait();
         let block = k.var(blocks.end - 1);
-        // The queries are free before the last product.
-        let free = || {
-            if !c.over_queries() {
-                self.release_queries(g);
-            }
-        };
-        let some = || {
-            g.key_place.wait();
-            self.multiply_keys(g);
-            let first = first_key(block);
-            let bias = shape.load(g.scores.len(), first, Some(work.keys.count));
-            k.wgmma_wait(0);
-            self.release(g, g.key_place);
-            shape.apply(&g.scores, &bias, first);
-            let from = block * c.keys as i32;
-            let beyond = work.sight.beyond(from, c.keys);
-            match c.task.mask {
-                Mask::None => k.if_(beyond, || context.hide(g, first)),
-                Mask::Right | Mask::Window => context.hide(g, first),
-            }
-            let weights = g.softmax.first(&g.scores);
-            self.keep(g, &weights, c.task.mask != Mask::None);
-            if c.task.lengths != Lengths::Full {
-                k.if_(beyond, || self.clear_values(g, (work.keys.count - from).cast()));
-            }
+        let context = Context { work, shape, positions: rows.map(|row| row.row), block, col };
+        let some = blocks.some();
+        g.query_place.wait();
+        let first = || k.if_else(some, || self.first(g, &context, None), || self.nothing(g));
+        match neighbours {
+            None => first(),
+            Some(near) => k.if_else(
+                near.before.open.ne(0),
+                || self.first(g, &context, Some(near)),
+                || {
+                    near.ahead.look();
+                    first();
+                },
+            ),
+        }
+        block.increase(-1);
+        blocks.walk(c.task.mask, block, |masked| {
+            self.step(g, &context, masked);
             block.increase(-1);
-
-            blocks.walk(c.task.mask, block, |masked| {
-                self.step(g, &context, first_key(block), masked);
-                block.increase(-1);
-            });
-
-            free();
-            g.value_place.wait();
-            self.multiply_values(g);
-            k.wgmma_wait(0);
-            self.release(g, g.value_place);
-        };
-        k.if_else(block.ge(blocks.begin), some, || {
-            // Products keep the warps together; without any, one could still wait for the queries that
-            // another has let go.
-            k.barrier_at(g.number + 1, WARPGROUP);
-            free();
         });
+        if c.queries_go() == QueriesGo::AtTheEnd {
+            self.release_queries(g, None);
+        }
+        let end = || {
+            k.if_(some, || {
+                g.value_place.wait();
+                self.multiply_values(g);
+                k.wgmma_wait(0);
+                self.release(g, g.value_place);
+            });
+            self.store(g, &work.tile, g.softmax.finish());
+        };
+        match neighbours {
+            None => end(),
+            Some(Neighbours { before, ahead }) => {
+                let open = some & ahead.has_keys();
+                k.if_(!open, end);
+                before.open.set(k.var(1).or_else(open, 0));
+                before.tile.set(&work.tile);
+            }
+        }
+        if c.queries_go() == QueriesGo::Stored {
+            self.release_queries(g, None);
+        }
+        g.query_place.skip(k.var(c.consumers()));
     }
 
-    /// Another block of keys, of which the thread's first column is `first`, and the values of the one
-    /// before it.
-    fn step(&self, g: &Group<'k>, context: &Context<'k, '_>, first: Reg<'k, i32>, masked: bool) {
-        let k = self.k;
+    /// A tile without keys.
+    fn nothing(&self, g: &Group<'k>) {
+        // Products keep the warps together; without any, one could still wait for the queries that
+        // another has let go.
+        self.k.barrier_at(g.number + 1, WARPGROUP);
+        g.sums.iter().for_each(|sum| sum.set(0.0));
+        g.softmax.reset();
+        if self.c.queries_go() == QueriesGo::Multiplied {
+            self.release_queries(g, None);
+        }
+    }
+
+    /// A tile's first block of keys, and with it the end of an open tile.
+    fn first(&self, g: &Group<'k>, context: &Context<'k, '_>, open: Option<Neighbours<'k, '_>>) {
+        let (k, c, work) = (self.k, self.c, context.work);
+        let (first, keys) = (context.first_key(c.keys), work.tile.keys.count);
         g.key_place.wait();
-        if let Some(turns) = g.turns {
-            turns.wait(k);
+        match open {
+            None => self.multiply_keys(g),
+            Some(_) => self.multiply(g),
         }
-        self.multiply_keys(g);
-        g.value_place.wait();
-        self.multiply_values(g);
-        if let Some(turns) = g.turns {
-            turns.pass(k);
+        let ended = open.map(|Neighbours { before, ahead }| {
+            ahead.look();
+            (before.tile, g.softmax.finish())
+        });
+        let bias = context.shape.load(g.scores.len(), first, Some(keys));
+        k.wgmma_wait(open.is_some().into());
+        self.release(g, g.key_place);
+        self.release_last_queries(g, context);
+        context.shape.apply(&g.scores, &bias, first);
+        let from = context.block * c.keys as i32;
+        let beyond = work.sight.beyond(from, c.keys);
+        match c.task.mask {
+            Mask::None => k.if_(beyond, || context.hide(g, first)),
+            Mask::Right | Mask::Window => context.hide(g, first),
         }
+        g.softmax.reset();
+        let weights = g.softmax.first(&g.scores);
+        if open.is_some() {
+            k.wgmma_wait(0);
+            self.release(g, g.value_place);
+        }
+        self.keep(g, &weights, c.task.mask != Mask::None);
+        if let Some((tile, finished)) = ended {
+            self.store(g, &tile, finished);
+        }
+        g.sums.iter().for_each(|sum| sum.set(0.0));
+        if c.task.lengths != Lengths::Full {
+            k.if_(beyond, || self.clear_values(g, (keys - from).cast()));
+        }
+    }
+
+    /// Another block of keys, and the values of the one before it.
+    fn step(&self, g: &Group<'k>, context: &Context<'k, '_>, masked: bool) {
+        let k = self.k;
+        let first = context.first_key(self.c.keys);
+        g.key_place.wait();
+        self.multiply(g);
         // The block that ends behind the last key was the first.
         let bias = context.shape.load(g.scores.len(), first, None);
         k.wgmma_wait(1);
         self.release(g, g.key_place);
+        self.release_last_queries(g, context);
         context.shape.apply(&g.scores, &bias, first);
         if masked {
             context.hide(g, first);
@@ -240,13 +303,28 @@ impl<'k> Attention<'k, '_> {
         k.barrier_at(g.number + 1, WARPGROUP);
     }
 
+    /// Begins the products of the queries and a block of keys, and of exponentials and the block of values
+    /// before it, when it is this warpgroup's turn.
+    fn multiply(&self, g: &Group<'k>) {
+        if let Some(turns) = g.turns {
+            turns.wait(self.k);
+        }
+        self.multiply_keys(g);
+        g.value_place.wait();
+        self.multiply_values(g);
+        if let Some(turns) = g.turns {
+            turns.pass(self.k);
+        }
+    }
+
     /// Begins the product of the queries and a block of keys.
     fn multiply_keys(&self, g: &Group<'k>) {
         let (k, c) = (self.k, self.c);
+        let queries = g.queries.stage(g.query_place.stage, c.query_bytes());
         let keys = g.keys.stage(g.key_place.stage, c.key_bytes());
         k.wgmma_fence();
         for step in 0..c.task.head_dim / 16 {
-            let (a, b) = (g.queries.operand(step), keys.operand(step));
+            let (a, b) = (queries.operand(step), keys.operand(step));
             let accumulate = (step > 0).into();
             k.wgmma(&g.scores, Wgmma { half: c.half, a, b, accumulate });
         }
@@ -285,10 +363,18 @@ impl<'k> Attention<'k, '_> {
         place.advance();
     }
 
-    /// The next queries may come.
-    fn release_queries(&self, g: &Group<'k>) {
+    /// The next queries may come once a tile's last keys are multiplied, if there is no other place for them.
+    fn release_last_queries(&self, g: &Group<'k>, context: &Context<'k, '_>) {
+        if self.c.queries_go() == QueriesGo::Multiplied {
+            self.release_queries(g, Some(context.block.le(context.work.blocks.begin)));
+        }
+    }
+
+    /// The next queries may come, if `holds`.
+    fn release_queries(&self, g: &Group<'k>, holds: Option<Reg<'k, bool>>) {
         let done = g.query_place.done();
-        self.k.when(g.leader, || self.k.mbarrier_arrive(done));
+        let one = holds.map_or(g.leader, |holds| g.leader & holds);
+        self.k.when(one, || self.k.mbarrier_arrive(done));
     }
 
     /// Where this warpgroup's part of the result is staged.

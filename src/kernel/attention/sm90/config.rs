@@ -1,6 +1,8 @@
 //! The choices, and what follows from them.
 
-use crate::kernel::attention::{Task, Tiling};
+use std::ops::RangeInclusive;
+
+use crate::kernel::attention::{Lengths, Task, Tiling};
 use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::multiprocessor::REGISTERS;
 use crate::kernel::ring::Ring;
@@ -34,6 +36,8 @@ pub struct Config {
     pub rows: u32,
     /// Keys of a block: a multiple of 16, at most 256.
     pub keys: u32,
+    /// Tiles whose queries are there or on their way: 1 or 2.
+    pub query_stages: u32,
     /// Stages of the rings of keys and of values, each.
     pub stages: u32,
     /// Slabs of the result that a warpgroup can have on their way by [`Store::Tma`]. 0: they lie over
@@ -45,9 +49,20 @@ pub struct Config {
     pub store: Store,
 }
 
+/// When a tile's queries make room for others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum QueriesGo {
+    /// As soon as the last keys are multiplied: the next queries come during the softmax.
+    Multiplied,
+    /// After the last softmax: the next ones are elsewhere, or come during the last product.
+    AtTheEnd,
+    /// After the result that lies over them.
+    Stored,
+}
+
 /// Where things lie in shared memory.
 pub(super) struct Plan {
-    /// Of each warpgroup one after the other.
+    /// Of each warpgroup one after the other, then those of the next tile.
     pub queries: u32,
     pub keys: u32,
     pub values: u32,
@@ -116,10 +131,34 @@ impl Config {
     }
 
     /// Whether results lie over queries.
-    pub(super) fn over_queries(&self) -> bool {
+    fn over_queries(&self) -> bool {
         self.store == Store::Tma && self.slabs == 0
     }
 
+    /// Whether a tile ends while the next one begins. A bias on its way, or a sequence that is looked for,
+    /// would take more registers than there are; of a split, a block has one tile.
+    pub(super) fn joins(&self) -> bool {
+        let Task { scores, lengths, split, .. } = self.task;
+        let spare = scores.bias.is_none() && lengths != Lengths::Packed;
+        spare && !split && !self.over_queries()
+    }
+
+    pub(super) fn queries_go(&self) -> QueriesGo {
+        if self.over_queries() {
+            QueriesGo::Stored
+        } else if self.joins() && self.query_stages == 1 {
+            QueriesGo::Multiplied
+        } else {
+            QueriesGo::AtTheEnd
+        }
+    }
+
+    /// Warpgroups' queries that there is room for.
+    fn query_boxes(&self) -> u32 {
+        self.query_stages * self.consumers()
+    }
+
+    /// Of a warpgroup's queries.
     pub(super) fn query_bytes(&self) -> u32 {
         self.head_slabs() * SLAB_BYTES
     }
@@ -130,6 +169,23 @@ impl Config {
 
     pub(super) fn value_bytes(&self) -> u32 {
         self.value_slabs() * self.keys * LINE
+    }
+
+    /// With as much of the result on its way as fits, then the next tile's queries if they fit, then as
+    /// many stages as fit.
+    pub fn filled(self) -> Self {
+        let most = |numbers: RangeInclusive<u32>, with: &dyn Fn(u32) -> Self| {
+            let fits = |&number: &u32| with(number).check().is_ok();
+            with(numbers.clone().rev().find(fits).unwrap_or(*numbers.start()))
+        };
+        let mut config = Self { slabs: 0, query_stages: 1, stages: 2, ..self };
+        if config.store == Store::Tma {
+            config = most(0..=config.result_slabs(), &|slabs| Self { slabs, ..config });
+        }
+        if config.joins() {
+            config = most(1..=2, &|query_stages| Self { query_stages, ..config });
+        }
+        most(2..=4, &|stages| Self { stages, ..config })
     }
 
     /// Whether it can be built with registers to spare, which ptxas uses to overlap more.
@@ -168,6 +224,10 @@ impl Config {
                 format!("blocks of {} keys (a multiple of 16 up to 256)", self.keys),
             ),
             (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
+            (
+                matches!(self.query_stages, 1 | 2) && (self.query_stages == 1 || self.joins()),
+                format!("{} stages of queries (1, or 2 of tiles that join)", self.query_stages),
+            ),
             (!self.turns || self.consumers() > 1, "turns of a single warpgroup".into()),
             (
                 (1..=SLAB).contains(&self.task.pack),
@@ -191,14 +251,14 @@ impl Config {
 
     pub(super) fn plan(&self) -> Plan {
         let mut arena = Arena::default();
-        let queries = arena.region(self.consumers() * self.query_bytes(), ATOM);
+        let queries = arena.region(self.query_boxes() * self.query_bytes(), ATOM);
         let keys = arena.region(self.stages * self.key_bytes(), ATOM);
         let values = arena.region(self.stages * self.value_bytes(), ATOM);
         let result = match self.over_queries() {
             true => queries,
             false => arena.region(self.consumers() * self.slabs * SLAB_BYTES, ATOM),
         };
-        let query_ring = Ring::new(&mut arena, self.consumers());
+        let query_ring = Ring::new(&mut arena, self.query_boxes());
         let key_ring = Ring::new(&mut arena, self.stages);
         let value_ring = Ring::new(&mut arena, self.stages);
         let bytes = arena.used;

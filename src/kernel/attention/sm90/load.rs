@@ -80,15 +80,15 @@ impl<'k> Attention<'k, '_> {
     /// What a tile needs.
     fn fill(&self, work: &Work<'k>, boxes: [&Boxes<'k>; 3], places: [Cursor<'k>; 3]) {
         let (k, c) = (self.k, self.c);
-        let &Work { tile: Tile { batch, pack, first, queries, .. }, kv_head, keys, blocks, .. } =
-            work;
+        let &Work { tile, kv_head, blocks, .. } = work;
+        let Tile { batch, pack, first, queries, keys, .. } = tile;
         let load = |which: usize, block: Reg<'k, i32>| {
             let at = keys.at(block * c.keys as i32);
             boxes[which].load(places[which], &[at, kv_head, batch]);
         };
         // From the last block on, which is the one that the mask cuts.
         let block = k.var(blocks.end - 1);
-        let some = block.ge(blocks.begin);
+        let some = blocks.some();
         k.if_(some, || load(1, block));
         for group in 0..c.consumers() {
             let position = queries.at(first + (group * c.positions()) as i32);

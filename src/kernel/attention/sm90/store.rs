@@ -3,6 +3,7 @@
 use super::Attention;
 use super::attend::Group;
 use crate::kernel::attention::Lengths;
+use crate::kernel::attention::softmax::Finished;
 use crate::kernel::attention::work::{Memory, Row, Tile};
 use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::{Element, slab};
@@ -10,9 +11,9 @@ use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
     /// A tile's result, of this warpgroup.
-    pub(super) fn store(&self, g: &Group<'k>, tile: &Tile<'k>, rows: [Row<'k>; 2]) {
+    pub(super) fn store(&self, g: &Group<'k>, tile: &Tile<'k>, finished: Finished<'k>) {
         let (k, c) = (self.k, self.c);
-        let finished = g.softmax.finish();
+        let rows = self.rows(g, tile);
         let normalised = |(i, &sum): (usize, &Reg<'k, f32>)| {
             let row = i / 2 % 2;
             rows[row].unless_padding(sum * finished.inverse[row], 0.0)
