@@ -14,7 +14,8 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let value_dim = problem.value_dim as u32;
     let pack = pack(problem, 64);
     // So many warpgroups have registers for their sums, and for a bias on its way.
-    let three = head_dim.max(value_dim) <= 64 && problem.scores.bias.is_none();
+    let narrow = head_dim.max(value_dim) <= 64;
+    let three = narrow && problem.scores.bias.is_none();
     let most = if three { 3 } else { 2 };
     let warpgroups = warpgroups(problem, pack, most, device.multiprocessors);
     let split = splits(problem, pack, KEYS, device);
@@ -32,8 +33,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let fits = |keys: &u32| Config { keys: *keys, ..config }.roomy();
     config.keys = (1..=8).map(|n| 16 * n).rev().find(fits).unwrap_or(16);
     // Blocks that a mask cuts are half in vain, and narrow heads are fastest with 128 keys.
-    let wide = head_dim.max(value_dim) > 64;
-    if warpgroups == 2 && wide && config.task.mask == Mask::None {
+    if warpgroups == 2 && !narrow && config.task.mask == Mask::None {
         let keys = problem.each().keys;
         let time = |&n: &u32| keys.div_ceil(n.into()).saturating_mul((n + BESIDE_KEYS).into());
         let long = [176, 160, 144, 128].into_iter().filter(fits);

@@ -10,8 +10,7 @@ use crate::common::{Source, Tally};
 
 /// One of each, and what is special about it.
 pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
-    let plain = Options::default;
-    let causal = || Options { causal: true, ..plain() };
+    let (plain, causal) = (Options::default, Options::causal);
     let packed = Lengths::Packed([vec![0, 130, 130, 200, 333], vec![0, 64, 90, 290, 301]]);
     let padded = Lengths::Padded([Some(vec![0, 170]), Some(vec![300, 129])]);
     let all = || Options {
@@ -78,8 +77,7 @@ pub fn kinds(dtype: DType) -> Vec<(&'static str, Problem)> {
 /// More tiles than a large GPU has multiprocessors, so that a block of threads goes from tile to tile: to
 /// longer and shorter ones, and to some without keys.
 pub fn many_tiles(device: &Device) {
-    let plain = Options::default;
-    let causal = || Options { causal: true, ..plain() };
+    let (plain, causal) = (Options::default, Options::causal);
     let window = || Options { left: Some(30), ..causal() };
     // A few lengths, again and again.
     let lengths = |of: [u32; 5]| Some(of.into_iter().cycle().take(50).collect());
@@ -96,20 +94,24 @@ pub fn many_tiles(device: &Device) {
         ("heads that share a tile", (&[40, 8], 2, [40, 200, 64, 64]), causal()),
         ("the widest heads", (&[10, 8], 8, [250, 170, 256, 256]), causal()),
     ];
-    let mut tally = Tally::new("flash_attn many tiles", device);
-    for (what, sizes, options) in cases {
-        let problem = Problem { options, ..Problem::new(BF16, sizes) }.untracked();
-        tally.case(format!("{what}: {problem:?}"), || problem.check_result(device));
-    }
-    tally.finish();
+    let problem = |(what, sizes, options)| (what, Problem { options, ..Problem::new(BF16, sizes) });
+    results("flash_attn many tiles", device, cases.map(problem));
 }
 
 /// What `compute-sanitizer` and the emulator are run on. The CPU path has one kernel for all.
 pub fn every_kind(device: &Device) {
     let dtypes = if device.is_cpu() { &[BF16] } else { [BF16, F16, F32].as_slice() };
-    let mut tally = Tally::new("flash_attn kinds", device);
-    for (kind, problem) in dtypes.iter().flat_map(|&dtype| kinds(dtype)) {
-        tally.case(format!("{kind}: {problem:?}"), || problem.check_result(device));
+    results("flash_attn kinds", device, dtypes.iter().flat_map(|&dtype| kinds(dtype)));
+}
+
+fn results(
+    suite: &'static str,
+    device: &Device,
+    problems: impl IntoIterator<Item = (&'static str, Problem)>,
+) {
+    let mut tally = Tally::new(suite, device);
+    for (what, problem) in problems {
+        tally.case(format!("{what}: {problem:?}"), || problem.check_result(device));
     }
     tally.finish();
 }

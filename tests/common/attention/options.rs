@@ -75,6 +75,10 @@ pub enum Lengths {
 }
 
 impl Options {
+    pub fn causal() -> Self {
+        Self { causal: true, ..Self::default() }
+    }
+
     /// Whether `kaio_flash_attn` can say them.
     pub fn is_plain(&self) -> bool {
         format!("{self:?}") == format!("{:?}", Self { causal: self.causal, ..Self::default() })

@@ -66,6 +66,11 @@ impl<'k> Context<'k, '_> {
         self.block * keys as i32 + self.col
     }
 
+    /// Whether the block at work is the tile's last one, which has its first keys.
+    fn is_last(&self) -> Reg<'k, bool> {
+        self.block.le(self.work.blocks.begin)
+    }
+
     /// Hides scores, the thread's first column of which is key `first`.
     fn hide(&self, g: &Group<'k>, first: Reg<'k, i32>) {
         self.work.sight.hide(&g.scores, self.positions, first);
@@ -179,9 +184,7 @@ impl<'k> Attention<'k, '_> {
             self.step(g, &context, masked);
             block.increase(-1);
         });
-        if c.queries_go() == QueriesGo::AtTheEnd {
-            self.release_queries(g, None);
-        }
+        self.release_queries(g, QueriesGo::AtTheEnd, None);
         let end = || {
             k.if_(some, || {
                 g.value_place.wait();
@@ -200,9 +203,7 @@ impl<'k> Attention<'k, '_> {
                 before.tile.set(&work.tile);
             }
         }
-        if c.queries_go() == QueriesGo::Stored {
-            self.release_queries(g, None);
-        }
+        self.release_queries(g, QueriesGo::Stored, None);
         g.query_place.skip(k.var(c.consumers()));
     }
 
@@ -213,9 +214,7 @@ impl<'k> Attention<'k, '_> {
         self.k.barrier_at(g.number + 1, WARPGROUP);
         g.sums.iter().for_each(|sum| sum.set(0.0));
         g.softmax.reset();
-        if self.c.queries_go() == QueriesGo::Multiplied {
-            self.release_queries(g, None);
-        }
+        self.release_queries(g, QueriesGo::Multiplied, None);
     }
 
     /// A tile's first block of keys, and with it the end of an open tile.
@@ -234,7 +233,7 @@ impl<'k> Attention<'k, '_> {
         let bias = context.shape.load(g.scores.len(), first, Some(keys));
         k.wgmma_wait(open.is_some().into());
         self.release(g, g.key_place);
-        self.release_last_queries(g, context);
+        self.release_queries(g, QueriesGo::Multiplied, Some(context));
         context.shape.apply(&g.scores, &bias, first);
         let from = context.block * c.keys as i32;
         let beyond = work.sight.beyond(from, c.keys);
@@ -268,7 +267,7 @@ impl<'k> Attention<'k, '_> {
         let bias = context.shape.load(g.scores.len(), first, None);
         k.wgmma_wait(1);
         self.release(g, g.key_place);
-        self.release_last_queries(g, context);
+        self.release_queries(g, QueriesGo::Multiplied, Some(context));
         context.shape.apply(&g.scores, &bias, first);
         if masked {
             context.hide(g, first);
@@ -363,17 +362,14 @@ impl<'k> Attention<'k, '_> {
         place.advance();
     }
 
-    /// The next queries may come once a tile's last keys are multiplied, if there is no other place for them.
-    fn release_last_queries(&self, g: &Group<'k>, context: &Context<'k, '_>) {
-        if self.c.queries_go() == QueriesGo::Multiplied {
-            self.release_queries(g, Some(context.block.le(context.work.blocks.begin)));
+    /// The next queries may come, if this is when they may, and with a block at work, if it is the last.
+    fn release_queries(&self, g: &Group<'k>, when: QueriesGo, at: Option<&Context<'k, '_>>) {
+        if self.c.queries_go() != when {
+            return;
         }
-    }
-
-    /// The next queries may come, if `holds`.
-    fn release_queries(&self, g: &Group<'k>, holds: Option<Reg<'k, bool>>) {
+        let last = at.map(Context::is_last);
         let done = g.query_place.done();
-        let one = holds.map_or(g.leader, |holds| g.leader & holds);
+        let one = last.map_or(g.leader, |last| g.leader & last);
         self.k.when(one, || self.k.mbarrier_arrive(done));
     }
 

@@ -182,9 +182,7 @@ impl Config {
         if config.store == Store::Tma {
             config = most(0..=config.result_slabs(), &|slabs| Self { slabs, ..config });
         }
-        if config.joins() {
-            config = most(1..=2, &|query_stages| Self { query_stages, ..config });
-        }
+        config = most(1..=2, &|query_stages| Self { query_stages, ..config });
         most(2..=4, &|stages| Self { stages, ..config })
     }
 
@@ -225,7 +223,7 @@ impl Config {
             ),
             (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
             (
-                matches!(self.query_stages, 1 | 2) && (self.query_stages == 1 || self.joins()),
+                self.query_stages == 1 || (self.query_stages == 2 && self.joins()),
                 format!("{} stages of queries (1, or 2 of tiles that join)", self.query_stages),
             ),
             (!self.turns || self.consumers() > 1, "turns of a single warpgroup".into()),
