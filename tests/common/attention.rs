@@ -1,5 +1,6 @@
 //! Tables of attention and its gradients.
 
+mod accuracy;
 mod kinds;
 mod loops;
 mod options;
@@ -8,7 +9,7 @@ mod problem;
 mod variants;
 
 #[allow(unused_imports)] // Each test binary uses a part.
-pub use {kinds::*, variants::*};
+pub use {accuracy::*, kinds::*, variants::*};
 
 use std::ops::Range;
 

@@ -58,6 +58,7 @@ tables! {
     attention_shared_graph: attention::shared_graph;
     attention_kinds: attention::every_kind;
     attention_many_tiles: attention::many_tiles;
+    attention_accuracy: attention::accuracy;
     errors_matmul: errors::matmul;
     errors_int8: errors::int8;
     errors_int4: errors::int4;

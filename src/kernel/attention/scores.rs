@@ -114,8 +114,8 @@ impl<'k> Shaping<'k> {
     }
 
     /// The softmax of scores, which scales them if nothing else is done to them.
-    pub fn softmax(&self, rounds: bool) -> Softmax<'k> {
-        Softmax::new(self.scale.kernel(), self.scores.plain().then_some(self.scale), rounds)
+    pub fn softmax(&self) -> Softmax<'k> {
+        Softmax::new(self.scale.kernel(), self.scores.plain().then_some(self.scale))
     }
 
     /// Of two queries of a sequence that has `queries`, which are `offset` keys before their places. A

@@ -1,18 +1,30 @@
-//! The softmax of rows that come in blocks: the largest score and the sum so far, to base 2.
+//! The softmax of rows that come in blocks: their sums so far, of exponentials to base 2.
 //!
 //! A thread has fragments of two rows, as `mma.sync` and `wgmma` leave them: score `4j + 2h + c` is of
 //! row `h`. Four neighbouring lanes share a row.
+//!
+//! What is subtracted from the scores of a block makes the exponential of its largest one a power of two.
+//! That one, and it weighs most, is then rounded to f16 or bf16 without error, in every block, where the
+//! largest score so far would do so only for blocks that have a new one.
 
 use crate::ptx::{Kernel, Reg};
+
+/// Less than any score to base 2 but -∞, whose exponential is then 0 and not that of -∞ - -∞.
+const LOWEST: f32 = -f32::MAX;
+/// To base 2, by how much less than the row's a block's scores may be to be looked at for their largest
+/// one: the others are lost in the row's sum.
+const NEGLIGIBLE: f32 = 30.0;
+/// 1.5·2²³: a number of this size has no bits for a fraction, so that adding it rounds.
+const TO_WHOLE: f32 = 12_582_912.0;
 
 /// The state of a thread's two rows.
 #[derive(Clone, Copy)]
 pub struct Softmax<'k> {
-    max: [Reg<'k, f32>; 2],
+    /// What has been subtracted from the last block's scores, to base 2. It is at most 1 below the row's
+    /// largest score, and at most 1 above.
+    offset: [Reg<'k, f32>; 2],
     /// This thread's share.
     sum: [Reg<'k, f32>; 2],
-    /// This thread's share of what rounding has added to exponentials that are multiplied with values.
-    rounding: Option<[Reg<'k, f32>; 2]>,
     /// What scores are multiplied with, including log₂e. More than 0. None: they are to base 2.
     scale: Option<Reg<'k, f32>>,
 }
@@ -27,98 +39,80 @@ pub struct Finished<'k> {
 }
 
 impl<'k> Softmax<'k> {
-    /// `rounds`: whether [`round`](Self::round) will be called.
-    pub fn new(k: &'k Kernel, scale: Option<Reg<'k, f32>>, rounds: bool) -> Self {
-        Self { max: k.regs(), sum: k.regs(), rounding: rounds.then(|| k.regs()), scale }
+    pub fn new(k: &'k Kernel, scale: Option<Reg<'k, f32>>) -> Self {
+        Self { offset: k.regs(), sum: k.regs(), scale }
     }
 
     /// Rows without any key.
     pub fn reset(&self) {
-        self.max.iter().for_each(|max| max.set(f32::NEG_INFINITY));
-        self.sum.iter().chain(self.rounding.iter().flatten()).for_each(|sum| sum.set(0.0));
+        self.offset.iter().for_each(|offset| offset.set(LOWEST));
+        self.sum.iter().for_each(|sum| sum.set(0.0));
     }
 
     /// The first block: the exponentials of its scores.
     pub fn first(&self, scores: &[Reg<'k, f32>]) -> Vec<Reg<'k, f32>> {
-        for (row, max) in self.max.iter().enumerate() {
-            max.set(across_quad(fold(scores, row, Reg::max), Reg::max));
-        }
-        let exponentials = self.exponentials(scores);
+        let exponentials = self.exponentials(scores, |row| {
+            self.offset[row].set(across_quad(self.largest(scores, row), Reg::max).max(LOWEST));
+        });
         for (row, sum) in self.sum.iter().enumerate() {
             sum.set(fold(&exponentials, row, |a, b| a + b));
         }
         exponentials
     }
 
-    /// Another block: the exponentials of its scores, and by what both rows' former sums shrink.
+    /// Another block: the exponentials of its scores, and by what both rows' former sums shrink (or, by
+    /// less than 2, grow).
     pub fn next(&self, scores: &[Reg<'k, f32>]) -> (Vec<Reg<'k, f32>>, [Reg<'k, f32>; 2]) {
-        let before = self.max.map(|max| max.kernel().var(max));
-        for (row, max) in self.max.iter().enumerate() {
-            let here = fold(scores, row, Reg::max).max(before[row]);
-            max.set(across_quad(here, Reg::max));
-        }
-        let used = self.used();
-        let factors = std::array::from_fn(|row| self.scaled(before[row] - used[row]).exp2_ftz());
-        let exponentials = self.exponentials(scores);
+        let factors = self.sum[0].kernel().regs();
+        let exponentials = self.exponentials(scores, |row| {
+            let before = self.offset[row];
+            let largest = self.largest(scores, row).max(before - NEGLIGIBLE);
+            let largest = across_quad(largest, Reg::max);
+            // From the one rounded to the other, or 0 if that is no number.
+            let up = ((before + TO_WHOLE) - (largest + TO_WHOLE)).max(0.0);
+            let offset = largest + up;
+            factors[row].set((before - offset).exp2_ftz());
+            before.set(offset);
+        });
         for (row, sum) in self.sum.iter().enumerate() {
             sum.scale(factors[row]);
             sum.increase(fold(&exponentials, row, |a, b| a + b));
         }
-        for (rounding, factor) in self.rounding.iter().flatten().zip(factors) {
-            rounding.scale(factor);
-        }
         (exponentials, factors)
     }
 
-    /// Of a block whose exponentials are rounded before they are multiplied with the values: where a row
-    /// has few keys, its result is that much nearer if it is divided by the sum of what was multiplied.
-    /// The logarithm stays that of the exact sum.
-    pub fn round(&self, exact: &[Reg<'k, f32>], rounded: &[Reg<'k, f32>]) {
-        let roundings = self.rounding.expect("it was announced");
-        for (row, rounding) in roundings.iter().enumerate() {
-            let [exact, rounded] = [exact, rounded].map(|all| fold(all, row, |a, b| a + b));
-            rounding.increase(rounded - exact);
-        }
+    /// This thread's largest score of a row, to base 2.
+    fn largest(&self, scores: &[Reg<'k, f32>], row: usize) -> Reg<'k, f32> {
+        let largest = fold(scores, row, Reg::max);
+        self.scale.map_or(largest, |scale| largest * scale)
     }
 
-    /// What is subtracted from the scores: the largest one, or 0 while a row has seen no key or none but
-    /// of -∞, since -∞ - -∞ is no number.
-    fn used(&self) -> [Reg<'k, f32>; 2] {
-        self.max.map(|max| max.or_else(max.gt(f32::NEG_INFINITY), 0.0))
-    }
-
-    fn scaled(&self, score: Reg<'k, f32>) -> Reg<'k, f32> {
-        self.scale.map_or(score, |scale| score * scale)
-    }
-
-    fn exponentials(&self, scores: &[Reg<'k, f32>]) -> Vec<Reg<'k, f32>> {
-        let least = self.used().map(|max| -self.scaled(max));
-        let exponential = |(i, &score): (usize, &Reg<'k, f32>)| {
-            let least = least[i / 2 % 2];
-            match self.scale {
-                Some(scale) => score.fma(scale, least),
-                None => score + least,
-            }
-            .exp2_ftz()
-        };
-        scores.iter().enumerate().map(exponential).collect()
+    /// The exponentials of a block's scores, row by row: some are computed while the other row's largest
+    /// score is looked for. `offset` sets a row's.
+    fn exponentials(&self, scores: &[Reg<'k, f32>], offset: impl Fn(usize)) -> Vec<Reg<'k, f32>> {
+        let rows = [0, 1].map(|row| {
+            offset(row);
+            let less = -self.offset[row];
+            let exponential = |score: Reg<'k, f32>| match self.scale {
+                Some(scale) => score.fma(scale, less).exp2_ftz(),
+                None => (score + less).exp2_ftz(),
+            };
+            let pairs = scores.chunks(4).map(|quad| [quad[2 * row], quad[2 * row + 1]]);
+            pairs.map(|pair| pair.map(exponential)).collect::<Vec<_>>()
+        });
+        let [one, other] = rows;
+        one.into_iter().zip(other).flat_map(|(one, other)| [one, other]).flatten().collect()
     }
 
     /// The end of the rows.
     pub fn finish(&self) -> Finished<'k> {
-        let across = |sum| across_quad(sum, |a, b| a + b);
-        let sums = self.sum.map(across);
-        let divisors = match self.rounding {
-            None => sums,
-            Some(roundings) => std::array::from_fn(|row| sums[row] + across(roundings[row])),
-        };
+        let sums = self.sum.map(|sum| across_quad(sum, |a, b| a + b));
         let logarithm = |row: usize| {
-            let (max, sum) = (self.scaled(self.max[row]), sums[row]);
-            let lse = (max + sum.log2()) * std::f32::consts::LN_2;
-            unless_zero(sum, lse, f32::NEG_INFINITY)
+            let lse = (self.offset[row] + sums[row].log2()) * std::f32::consts::LN_2;
+            unless_zero(sums[row], lse, f32::NEG_INFINITY)
         };
         Finished {
-            inverse: divisors.map(|sum| unless_zero(sum, sum.recip(), 0.0)),
+            inverse: sums.map(|sum| unless_zero(sum, sum.recip(), 0.0)),
             lse: std::array::from_fn(logarithm),
         }
     }

@@ -100,6 +100,23 @@ impl Loops {
         out
     }
 
+    /// As FlashAttention has it: from the last block of keys to the first, exponentials of differences to
+    /// the largest score so far, which are rounded before they are multiplied with the values.
+    pub fn flash(&self, block: usize, round: impl Fn(f64) -> f64) -> Nd {
+        let (q, [sk, dv]) = (&self.x[0].dims, matrix(&self.x[2].dims));
+        let mut out = Nd::full(&[&q[..q.len() - 1], &[dv]].concat(), 0.0);
+        for (i, weights) in self.weights.iter().enumerate() {
+            let mut max = 0f64;
+            for block in weights.chunk_by(|a, b| a.j % sk / block == b.j % sk / block).rev() {
+                max = block.iter().fold(max, |max, w| max.max(w.p));
+                for w in block {
+                    out.add(i, round(w.p / max) * max, self.x[2].row(w.j));
+                }
+            }
+        }
+        out
+    }
+
     /// Of q, k, v and the bias. `sign` is that of the term which all scores of a row lose: −1, or 1 for
     /// sizes.
     pub fn backward(&self, grad: &Nd, out: &Nd, sign: f64) -> Vec<Nd> {

@@ -100,7 +100,7 @@ impl<'k> Attention<'k, '_> {
         let strip = || Strip {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             sums: (0..c.columns() / 2).map(|_| k.reg()).collect(),
-            softmax: self.shaping.softmax(false),
+            softmax: self.shaping.softmax(),
             queries: (0..kept).map(|_| k.regs()).collect(),
         };
         Thread {

@@ -160,7 +160,8 @@ impl Config {
 
     fn needed_registers(&self) -> u32 {
         let scores = self.keys / 2;
-        let queries = if self.kept { self.query_lines().steps() * 4 } else { 0 };
+        // Those that do not stay are loaded for a strip while another's are multiplied.
+        let queries = 4 * if self.kept { self.query_lines().steps() } else { self.strips - 1 };
         let products = match self.element {
             // With exponentials in pairs.
             Element::Half(_) => scores + scores / 2,

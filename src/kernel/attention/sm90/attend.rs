@@ -135,7 +135,7 @@ impl<'k> Attention<'k, '_> {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
             sums: (0..c.task.value_dim / 2).map(|_| k.reg()).collect(),
-            softmax: self.shaping.softmax(c.task.mask != Mask::None),
+            softmax: self.shaping.softmax(),
             queries: Descriptor::along_k(self.base + plan.queries, SLAB),
             keys: Descriptor::along_k(self.base + plan.keys, c.keys),
             values: Descriptor::across_k(self.base + plan.values, c.keys),
@@ -241,13 +241,12 @@ impl<'k> Attention<'k, '_> {
             Mask::None => k.if_(beyond, || context.hide(g, first)),
             Mask::Right | Mask::Window => context.hide(g, first),
         }
-        g.softmax.reset();
         let weights = g.softmax.first(&g.scores);
         if open.is_some() {
             k.wgmma_wait(0);
             self.release(g, g.value_place);
         }
-        self.keep(g, &weights, c.task.mask != Mask::None);
+        self.keep(g, &weights);
         if let Some((tile, finished)) = ended {
             self.store(g, &tile, finished);
         }
@@ -275,7 +274,7 @@ impl<'k> Attention<'k, '_> {
         let (weights, factors) = g.softmax.next(&g.scores);
         k.wgmma_wait(0);
         self.release(g, g.value_place);
-        self.keep(g, &weights, masked);
+        self.keep(g, &weights);
         for (i, sum) in g.sums.iter().enumerate() {
             sum.scale(factors[i / 2 % 2]);
         }
@@ -343,15 +342,10 @@ impl<'k> Attention<'k, '_> {
         k.wgmma_commit();
     }
 
-    /// Packs exponentials. Rows of few keys, which are near the diagonal, are told how it rounds them.
-    fn keep(&self, g: &Group<'k>, exponentials: &[Reg<'k, f32>], masked: bool) {
-        let (k, half) = (self.k, self.c.half);
+    /// Packs exponentials.
+    fn keep(&self, g: &Group<'k>, exponentials: &[Reg<'k, f32>]) {
         for (&to, pair) in g.weights.iter().zip(exponentials.chunks(2)) {
-            k.pack_to(to, half, pair[0], pair[1]);
-        }
-        if masked {
-            let rounded: Vec<_> = g.weights.iter().flat_map(|&pair| k.unpack(half, pair)).collect();
-            g.softmax.round(exponentials, &rounded);
+            self.k.pack_to(to, self.c.half, pair[0], pair[1]);
         }
     }
 

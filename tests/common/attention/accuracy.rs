@@ -1,0 +1,47 @@
+//! How near results are to the formula, beside FlashAttention's, which is simulated.
+
+use half::{bf16, f16};
+
+use super::*;
+
+/// FlashAttention's, of heads of 128 and more.
+const BLOCK: usize = 64;
+
+/// The root mean square error of results is less than FlashAttention's, whose exponentials are of
+/// differences to the largest score so far. Results are in f32, so that there is no other error.
+pub fn accuracy(device: &Device) {
+    let mut tally = Tally::new("attention accuracy", device);
+    for (dtype, dim) in [BF16, F16].into_iter().flat_map(|t| [64, 128, 256].map(|d| (t, d))) {
+        for causal in [false, true] {
+            // Inputs are uniform from -1 to 1: scores have a standard deviation of 1.
+            let scale = Some(3.0 / (dim as f32).sqrt());
+            let options = Options { causal, scale, wide: true, ..Options::default() };
+            let problem = Problem::new(dtype, (&[1, 1], 1, [256, 1024, dim, dim])).untracked();
+            let problem = Problem { options, ..problem };
+            let case = format!("{problem:?}");
+            let mut source = Source::new(&case, device);
+            tally.case(case, || compare(&problem, &mut source));
+        }
+    }
+    tally.finish();
+}
+
+fn compare(problem: &Problem, source: &mut Source) -> Result<()> {
+    let inputs = problem.inputs(source)?;
+    let views = problem.views(&inputs)?;
+    let loops = problem.loops(&nds(&views)?);
+    let want = loops.forward();
+    let theirs = loops.flash(BLOCK, |x| match problem.dtype {
+        F16 => f16::from_f64(x).to_f64(),
+        _ => bf16::from_f64(x).to_f64(),
+    });
+    let ours = Nd::of(&problem.call(&views)?.0)?;
+    let [ours, theirs] = [ours, theirs].map(|got| {
+        let errors = got.data.iter().zip(&want.data).map(|(got, want)| got - want);
+        (errors.map(|e| e * e).sum::<f64>() / want.data.len() as f64).sqrt()
+    });
+    match ours < theirs {
+        true => Ok(()),
+        false => bail!("an error of {ours:.3e}, where FlashAttention's is {theirs:.3e}"),
+    }
+}
