@@ -4,11 +4,16 @@ use half::{bf16, f16};
 
 use super::*;
 
-/// FlashAttention's, of heads of 128 and more.
+/// FlashAttention's keys in a block, of heads of 128 and more.
 const BLOCK: usize = 64;
+
+/// Our errors are 0.89 to 0.981 of FlashAttention's; 0.999 and more where the largest exponential of
+/// a block is rounded.
+const LESS: f64 = 0.99;
 
 /// The root mean square error of results is less than FlashAttention's, whose exponentials are of
 /// differences to the largest score so far. Results are in f32, so that there is no other error.
+/// Keys are too few to be split, so that there are blocks after the first.
 pub fn accuracy(device: &Device) {
     let mut tally = Tally::new("attention accuracy", device);
     for (dtype, dim) in [BF16, F16].into_iter().flat_map(|t| [64, 128, 256].map(|d| (t, d))) {
@@ -16,7 +21,7 @@ pub fn accuracy(device: &Device) {
             // Inputs are uniform from -1 to 1: scores have a standard deviation of 1.
             let scale = Some(3.0 / (dim as f32).sqrt());
             let options = Options { causal, scale, wide: true, ..Options::default() };
-            let problem = Problem::new(dtype, (&[1, 1], 1, [256, 1024, dim, dim])).untracked();
+            let problem = Problem::new(dtype, (&[1, 2], 2, [300, 500, dim, dim])).untracked();
             let problem = Problem { options, ..problem };
             let case = format!("{problem:?}");
             let mut source = Source::new(&case, device);
@@ -40,7 +45,7 @@ fn compare(problem: &Problem, source: &mut Source) -> Result<()> {
         let errors = got.data.iter().zip(&want.data).map(|(got, want)| got - want);
         (errors.map(|e| e * e).sum::<f64>() / want.data.len() as f64).sqrt()
     });
-    match ours < theirs {
+    match ours < LESS * theirs {
         true => Ok(()),
         false => bail!("an error of {ours:.3e}, where FlashAttention's is {theirs:.3e}"),
     }
