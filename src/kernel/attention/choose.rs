@@ -11,74 +11,99 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         panic!("wgmma of tf32 reads no transposed values: f32 is for the portable kernel");
     };
     let head_dim = (problem.head_dim as u32).next_multiple_of(16);
-    let value_dim = problem.value_dim as u32;
     let pack = pack(problem, 64);
-    // So many warpgroups have registers for their sums, and for a bias on its way.
-    let narrow = head_dim.max(value_dim) <= 64;
-    let three = narrow && problem.scores.bias.is_none();
-    let most = if three { 3 } else { 2 };
-    let warpgroups = warpgroups(problem, pack, most, device.multiprocessors);
     let split = splits(problem, pack, KEYS, device);
-    let mut config = Config {
-        task: Task { head_dim, ..Task::new(problem, pack, split) },
-        half,
-        rows: 64 * warpgroups,
-        keys: 16,
-        query_stages: 1,
-        stages: 2,
-        slabs: 0,
-        turns: warpgroups > 1,
-        store: if split { Store::Direct } else { Store::Tma },
+    let config = |warpgroups| {
+        let config = Config {
+            task: Task { head_dim, ..Task::new(problem, pack, split) },
+            half,
+            rows: 64 * warpgroups,
+            keys: 16,
+            query_stages: 1,
+            stages: 2,
+            slabs: 0,
+            turns: warpgroups > 1,
+            store: if split { Store::Direct } else { Store::Tma },
+        };
+        Config { keys: keys(problem, &config), ..config }
     };
-    let fits = |keys: &u32| Config { keys: *keys, ..config }.roomy();
-    config.keys = (1..=8).map(|n| 16 * n).rev().find(fits).unwrap_or(16);
+    let time = |&warpgroups: &u32| {
+        // One and two were compared with blocks of the same keys.
+        let keys = config(warpgroups.max(2)).keys;
+        time(problem, pack, warpgroups, keys, device.multiprocessors)
+    };
+    let fastest = (1..=most_warpgroups(problem)).rev().min_by_key(time);
+    config(fastest.expect("at least one")).filled()
+}
+
+/// Heads so wide are narrow.
+const NARROW: u64 = 64;
+
+fn widest(problem: &Problem) -> u64 {
+    problem.head_dim.max(problem.value_dim)
+}
+
+/// So many have registers for their sums, and for a bias on its way.
+fn most_warpgroups(problem: &Problem) -> u32 {
+    if widest(problem) <= 112 && problem.scores.bias.is_none() { 3 } else { 2 }
+}
+
+/// Keys of a block.
+fn keys(problem: &Problem, config: &Config) -> u32 {
+    let fits = |keys: &u32| Config { keys: *keys, ..*config }.roomy();
+    let most = (1..=8).map(|n| 16 * n).rev().find(fits).unwrap_or(16);
     // Blocks that a mask cuts are half in vain, and narrow heads are fastest with 128 keys.
-    if warpgroups == 2 && !narrow && config.task.mask == Mask::None {
-        let keys = problem.each().keys;
-        let time = |&n: &u32| keys.div_ceil(n.into()).saturating_mul((n + BESIDE_KEYS).into());
-        // These need no spare registers, but for what changes scores.
-        let tight = |&keys: &u32| Config { keys, ..config }.check().is_ok();
-        let long = [192, 160, 144, 128].into_iter();
-        let long = long.filter(|n| fits(n) || (problem.scores.plain() && tight(n)));
-        config.keys = long.min_by_key(time).unwrap_or(config.keys);
+    if config.rows != 128 || widest(problem) <= NARROW || config.task.mask != Mask::None {
+        return most;
     }
-    config.filled()
+    let keys = problem.each().keys;
+    let time = |&n: &u32| keys.div_ceil(n.into()).saturating_mul((n + BESIDE_KEYS).into());
+    // These need no spare registers, but for what changes scores.
+    let tight = |&keys: &u32| Config { keys, ..*config }.check().is_ok();
+    let long = [192, 160, 144, 128].into_iter();
+    let long = long.filter(|n| fits(n) || (problem.scores.plain() && tight(n)));
+    long.min_by_key(time).unwrap_or(most)
 }
 
 /// H200, D = 128, no mask: a block of keys takes the time of so many more.
 const BESIDE_KEYS: u32 = 11;
 /// Keys of a block, about.
 const KEYS: u64 = 128;
-/// H200, D = 64: so long take tiles of one to three warpgroups, for the same keys. The more share a
-/// block of keys, the better their products and exponentials overlap.
-const TILE_TIME: [u64; 3] = [107, 157, 192];
 
-/// Warpgroups of a tile: those that are done first.
-fn warpgroups(problem: &Problem, pack: u32, most: u64, multiprocessors: u32) -> u32 {
+/// H200: so long take tiles of one to three warpgroups, for the same keys. The more share a block of
+/// keys, the better their products and exponentials overlap; the wider the heads, the less.
+fn tile_time(warpgroups: u32, widest: u64) -> u64 {
+    match warpgroups {
+        1 => 214,
+        2 => 314,
+        _ => 384 + widest.saturating_sub(NARROW),
+    }
+}
+
+/// How long a problem takes, to compare configurations by.
+fn time(problem: &Problem, pack: u32, warpgroups: u32, keys: u32, multiprocessors: u32) -> u64 {
     let problem = &problem.each();
-    let time = |warpgroups: &u64| {
-        let each = tiles_of_head(problem, pack, *warpgroups);
-        let (mut all, mut longest) = (0, 0);
-        for tile in 0..each.min(MOST_TILES) {
-            // Spread over all of them, if they are too many to look at.
-            let tile = tile * each / each.min(MOST_TILES);
-            let positions = warpgroups * u64::from(64 / pack);
-            let blocks = problem.keys_of(tile * positions, positions).div_ceil(KEYS).max(1);
-            all += blocks;
-            longest = longest.max(blocks);
-        }
-        let multiprocessors = u64::from(multiprocessors);
-        let tiles = tiles(problem, pack, *warpgroups);
-        let each = each.clamp(1, MOST_TILES);
-        // Tiles that differ are dealt out so that all multiprocessors have as much; equal ones come
-        // in rounds.
-        let blocks = match problem.mask() {
-            Mask::Right => (tiles * all).div_ceil(each * multiprocessors).max(longest),
-            Mask::None | Mask::Window => tiles.div_ceil(multiprocessors) * longest,
-        };
-        blocks * TILE_TIME[*warpgroups as usize - 1]
+    let each = tiles_of_head(problem, pack, warpgroups.into());
+    let (mut all, mut longest) = (0, 0);
+    for tile in 0..each.min(MOST_TILES) {
+        // Spread over all of them, if they are too many to look at.
+        let tile = tile * each / each.min(MOST_TILES);
+        let positions = u64::from(warpgroups * (64 / pack));
+        let blocks = problem.keys_of(tile * positions, positions).div_ceil(keys.into()).max(1);
+        all += blocks;
+        longest = longest.max(blocks);
+    }
+    let multiprocessors = u64::from(multiprocessors);
+    let tiles = tiles(problem, pack, warpgroups.into());
+    let each = each.clamp(1, MOST_TILES);
+    // Tiles that differ are dealt out so that all multiprocessors have as much; equal ones come in
+    // rounds.
+    let blocks = match problem.mask() {
+        Mask::Right => (tiles * all).div_ceil(each * multiprocessors).max(longest),
+        Mask::None | Mask::Window => tiles.div_ceil(multiprocessors) * longest,
     };
-    (1..=most).rev().min_by_key(time).expect("at least one") as u32
+    let block = u64::from(keys + BESIDE_KEYS) * tile_time(warpgroups, widest(problem));
+    blocks.saturating_mul(block)
 }
 
 /// Tiles of a head that are looked at.
@@ -165,6 +190,10 @@ pub(super) mod tests {
         assert_eq!(tile(problem(512, 512, 64)), (128, 128, true));
         let many = Problem { batch: 32, ..problem(512, 512, 64) };
         assert_eq!(tile(many), (192, 128, true));
+        // Three warpgroups have registers for fewer keys, which does not pay at 1024.
+        assert_eq!(tile(problem(1024, 1024, 80)), (128, 128, true));
+        assert_eq!(tile(problem(4096, 4096, 80)), (192, 112, true));
+        assert_eq!(tile(causal(4096, 4096, 96)), (192, 96, true));
         assert_eq!(tile(problem(8192, 8192, 128)), (128, 192, true));
         // 22 blocks of 192 would be 128 keys more.
         assert_eq!(tile(problem(4096, 4096, 128)), (128, 160, true));
