@@ -130,25 +130,20 @@ impl table::Row for Row {
 
 /// All rows, group by group.
 pub fn all() -> Vec<Row> {
-    let [bf16, f16] = [DType::BF16, DType::F16];
+    let bf16 = DType::BF16;
     let row = |group, dtype, length: usize, dim: usize, mask| {
         let heads = (WIDTH + dim / 2) / dim;
         let (batch, queries, keys) = (TOKENS / length, length, length);
         Row { group, dtype, batch, heads, kv_heads: heads, queries, keys, dim, mask }
     };
-    let lengths =
-        |from: usize| (0..).map(move |i| from << i).take_while(|&length| length <= TOKENS);
     let mut rows = Vec::new();
-    for (group, dim) in [(['a', 'b'], 128), (['c', 'd'], 64)] {
-        for (group, mask) in group.into_iter().zip([Mask::Full, Mask::Causal]) {
-            rows.extend(lengths(512).map(|length| row(group, bf16, length, dim, mask)));
-            if dim == 128 {
-                rows.push(row(group, f16, 4096, dim, mask));
+    for (groups, dim) in [(['a', 'b'], 128), (['c', 'd'], 64), (['e', 'e'], 256)] {
+        for (group, mask) in groups.into_iter().zip([Mask::Full, Mask::Causal]) {
+            for dtype in [DType::BF16, DType::F16] {
+                let lengths = (9..15).map(|log| 1 << log);
+                rows.extend(lengths.map(|length| row(group, dtype, length, dim, mask)));
             }
         }
-    }
-    for mask in [Mask::Full, Mask::Causal] {
-        rows.extend(lengths(4096).map(|length| row('e', bf16, length, 256, mask)));
     }
     for dim in [80, 96, 192] {
         rows.extend([Mask::Full, Mask::Causal].map(|mask| row('f', bf16, 4096, dim, mask)));
