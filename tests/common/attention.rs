@@ -20,7 +20,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::Layout::{self, *};
-use super::{Nd, Source, Tally, close, identical, plain_on, results_alone, ulp};
+use super::{Nd, Source, Tally, close, identical, plain_on, results_alone, round, ulp};
 use loops::{Loops, dot, matrix, nds};
 use options::{Options, Rules};
 use plain::plain;

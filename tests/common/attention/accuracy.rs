@@ -1,7 +1,5 @@
 //! How near results are to the formula, beside FlashAttention's, which is simulated.
 
-use half::{bf16, f16};
-
 use super::*;
 
 /// FlashAttention's keys in a block, of heads of 128 and more.
@@ -36,10 +34,7 @@ fn compare(problem: &Problem, source: &mut Source) -> Result<()> {
     let views = problem.views(&inputs)?;
     let loops = problem.loops(&nds(&views)?);
     let want = loops.forward();
-    let theirs = loops.flash(BLOCK, |x| match problem.dtype {
-        F16 => f16::from_f64(x).to_f64(),
-        _ => bf16::from_f64(x).to_f64(),
-    });
+    let theirs = loops.flash(BLOCK, |x| round(problem.dtype, x));
     let ours = Nd::of(&problem.call(&views)?.0)?;
     let [ours, theirs] = [ours, theirs].map(|got| {
         let errors = got.data.iter().zip(&want.data).map(|(got, want)| got - want);

@@ -89,9 +89,14 @@ impl Loops {
         Self { x, scale, weights, lse, lse_size, bias }
     }
 
-    pub fn forward(&self) -> Nd {
+    /// A result of zeros.
+    fn zeros(&self) -> Nd {
         let (q, [_, dv]) = (&self.x[0].dims, matrix(&self.x[2].dims));
-        let mut out = Nd::full(&[&q[..q.len() - 1], &[dv]].concat(), 0.0);
+        Nd::full(&[&q[..q.len() - 1], &[dv]].concat(), 0.0)
+    }
+
+    pub fn forward(&self) -> Nd {
+        let mut out = self.zeros();
         for (i, weights) in self.weights.iter().enumerate() {
             for w in weights {
                 out.add(i, w.p, self.x[2].row(w.j));
@@ -103,8 +108,8 @@ impl Loops {
     /// As FlashAttention has it: from the last block of keys to the first, exponentials of differences to
     /// the largest score so far, which are rounded before they are multiplied with the values.
     pub fn flash(&self, block: usize, round: impl Fn(f64) -> f64) -> Nd {
-        let (q, [sk, dv]) = (&self.x[0].dims, matrix(&self.x[2].dims));
-        let mut out = Nd::full(&[&q[..q.len() - 1], &[dv]].concat(), 0.0);
+        let [sk, _] = matrix(&self.x[2].dims);
+        let mut out = self.zeros();
         for (i, weights) in self.weights.iter().enumerate() {
             let mut max = 0f64;
             for block in weights.chunk_by(|a, b| a.j % sk / block == b.j % sk / block).rev() {
