@@ -52,6 +52,7 @@
 //! [`ptx`] instructions into text. CONTRIBUTING.md has the map.
 #![cfg_attr(not(feature = "cuda"), doc = "\n\n[`launch`]: #features")]
 
+mod check;
 mod cpu;
 mod cuda;
 mod error;

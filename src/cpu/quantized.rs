@@ -8,7 +8,8 @@ use rayon::prelude::*;
 
 use super::gemm::{Mat, Product, Threads};
 use super::widen::pick;
-use crate::op::{View, check::INT4_GROUP};
+use crate::check::INT4_GROUP;
+use crate::op::View;
 use crate::stack::Stack;
 
 /// f32 holds every integer up to 2²⁴, so this many products of int8 (each at most 2¹⁴) are summed

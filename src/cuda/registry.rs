@@ -13,8 +13,8 @@ use kaio::prelude::KaioDevice;
 use once_cell::sync::{Lazy, OnceCell};
 use parking_lot::Mutex;
 
+use crate::check::place;
 use crate::error::{Error, Result};
-use crate::op::check::place;
 
 /// A GPU as the engines use it.
 pub(super) struct Entry {

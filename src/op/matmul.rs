@@ -2,9 +2,9 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
-use super::{Differentiable, Op, View, apply, check, eval, sum_to};
+use super::{Differentiable, Op, View, apply, eval, sum_to};
 use crate::{
-    Activation, Engine, MatmulOptions, cpu, cuda,
+    Activation, Engine, MatmulOptions, check, cpu, cuda,
     error::Error,
     stack::{Stack, batch_dims, broadcast_batch},
 };

@@ -5,7 +5,6 @@
 //! puts it into candle's graph if it is [`Differentiable`].
 
 mod attention;
-pub(crate) mod check;
 mod matmul;
 mod node;
 mod qkv;

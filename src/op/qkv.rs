@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
 use half::f16;
 
 use super::quantized::rows;
-use super::{Op, View, check, eval};
-use crate::{cpu, cuda, stack::Stack};
+use super::{Op, View, eval};
+use crate::{check, cpu, cuda, stack::Stack};
 
 /// The weights of the three projections.
 pub(crate) enum QkvWeights<'a> {

@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
 
 use super::matmul::Matmul;
-use super::{Op, View, check, eval};
-use crate::{cpu, cuda, error::Error, quant, stack::Stack};
+use super::{Op, View, eval};
+use crate::{check, cpu, cuda, error::Error, quant, stack::Stack};
 
 /// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`.
 const INT8_MAX_K: usize = (i32::MAX / (128 * 128)) as usize;

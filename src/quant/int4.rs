@@ -2,10 +2,8 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::{
-    error::Error,
-    op::check::{self, INT4_GROUP},
-};
+use crate::check::{self, INT4_GROUP};
+use crate::error::Error;
 
 /// Values of one word.
 const NIBBLES: usize = 8;

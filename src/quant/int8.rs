@@ -2,10 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use crate::{
-    error::Error,
-    op::{cast, check},
-};
+use crate::{check, error::Error, op::cast};
 
 /// Rounds a tensor to int8: `q = round(t / scale)`, `scale = max|t| / 127`.
 ///

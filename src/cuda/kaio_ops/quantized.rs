@@ -9,7 +9,7 @@ use kaio::prelude::{GpuBuffer, KaioDevice};
 use super::fit::{Want, fit};
 use super::session::{KaioResult, Pointer, Session};
 use super::{Fitted, Operand, crop, product_indexable, slabs, zeros};
-use crate::op::check::INT4_GROUP;
+use crate::check::INT4_GROUP;
 
 /// The depth of one int8 `mma.sync`.
 const INT8_K_TILE: usize = 32;

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::super::check::{self, Arg};
 use super::problem::Extras;
+use crate::check::{self, Arg};
 use crate::error::Error;
 use crate::{AttnLayout, FlashAttnOptions};
 

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// A named argument.
-pub(super) type Arg<'a> = (&'static str, &'a Tensor);
+pub(crate) type Arg<'a> = (&'static str, &'a Tensor);
 
 /// A device as messages show it.
 pub(crate) fn place(location: DeviceLocation) -> String {
@@ -59,7 +59,7 @@ fn one_of(dtypes: &[DType]) -> String {
 }
 
 /// Both arguments have the same dtype.
-pub(super) fn same_dtype(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
+pub(crate) fn same_dtype(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
     if t.dtype() == first.dtype() {
         return Ok(());
     }
@@ -97,7 +97,7 @@ pub(crate) fn rank(
 }
 
 /// One dimension has the size that the others demand. Words are put together only for an error.
-pub(super) fn dim(
+pub(crate) fn dim(
     op: &'static str,
     arg: &'static str,
     (name, got): (&'static str, usize),
@@ -126,7 +126,7 @@ pub(crate) fn untracked(op: &'static str, args: &[Arg]) -> Result<()> {
 }
 
 /// The batch dimensions of two arguments broadcast together.
-pub(super) fn batch(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
+pub(crate) fn batch(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
     let (got, want) = (batch_dims(t.dims()), batch_dims(first.dims()));
     if broadcast_batch(want, got).is_some() {
         return Ok(());
@@ -140,14 +140,14 @@ const ONE_MATRIX: &str = "a weight is one matrix";
 pub(crate) const INT4_GROUP: usize = 128;
 
 /// Checks `[.., M, K]` and gives K.
-pub(super) fn activations(op: &'static str, (arg, t): Arg) -> Result<usize> {
+pub(crate) fn activations(op: &'static str, (arg, t): Arg) -> Result<usize> {
     let fix = "add a dimension with `.unsqueeze(0)?`";
     rank(op, (arg, t), 2..=usize::MAX, "[.., M, K]", fix)?;
     Ok(t.dims()[t.rank() - 1])
 }
 
 /// Checks an int8 weight `[K, N]` against the K of the activations.
-pub(super) fn int8_weight(
+pub(crate) fn int8_weight(
     op: &'static str,
     (x_arg, x, k): (&'static str, &Tensor, usize),
     (arg, t): Arg,
@@ -188,7 +188,7 @@ pub(crate) fn int4_weight(
 }
 
 /// A number passed by value is finite.
-pub(super) fn finite(op: &'static str, name: &'static str, value: f32) -> Result<()> {
+pub(crate) fn finite(op: &'static str, name: &'static str, value: f32) -> Result<()> {
     if value.is_finite() {
         return Ok(());
     }
