@@ -4,6 +4,7 @@
 //! - `cargo test --test ptx` assembles a sample; without `ptxas` (PATH or `$CUDA_HOME/bin`) it says
 //!   SKIPPED and passes.
 //! - `KAIO_REQUIRE_PTXAS=1` assembles everything, and wants a `ptxas`.
+//! - `KAIO_MANIFEST=FILE` writes a hash of each text there: a refactoring changes none.
 //! - `KAIO_BLESS=1` rewrites `tests/golden`; read the difference before you commit it.
 
 #[path = "ptx/assembler.rs"]
@@ -16,6 +17,8 @@ mod gate;
 mod golden;
 #[path = "ptx/instructions.rs"]
 mod instructions;
+#[path = "ptx/manifest.rs"]
+mod manifest;
 #[path = "ptx/ratchet.rs"]
 mod ratchet;
 #[path = "ptx/writer.rs"]

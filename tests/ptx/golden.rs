@@ -150,7 +150,7 @@ fn portable_flash() -> [(&'static str, Config); 5] {
 }
 
 /// Kernels that together show all that the emitters have, small where size shows nothing.
-fn kernels() -> Vec<(&'static str, Config)> {
+pub fn kernels() -> Vec<(&'static str, Config)> {
     use sm90::{Order, Orient, Store};
     let f32_out = Epilogue { out: Element::F32, ..PLAIN };
     let after =
