@@ -3,7 +3,7 @@
 # device than this crate's kernels, which KAIO_RESULTS_ALONE=1 asks of the tables: tests/emulator/src/lib.rs says more.
 #
 #     source scripts/cuda-toolchain.sh
-#     scripts/emulated-gpu.sh native::every_kind attention_kinds
+#     scripts/emulated-gpu.sh matmul_kinds attention_kinds
 #     KAIO_ARCH=sm_80 scripts/emulated-gpu.sh attention_kinds
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,15 +1,20 @@
-//! The GPU suite: the CPU suites' tables on CUDA, and what only a GPU has.
+//! The GPU suite: all suites on CUDA, and what only a GPU has.
 //!
 //! Without a GPU it says so and passes; with `KAIO_REQUIRE_GPU=1` it fails.
 #![cfg(feature = "cuda")]
 
-#[path = "gpu/case.rs"]
-mod case;
-mod common;
 #[path = "../examples/custom_kernel.rs"]
 mod custom_kernel;
-#[path = "gpu/native.rs"]
-mod native;
+#[path = "gpu/determinism.rs"]
+mod determinism;
+#[path = "gpu/engines.rs"]
+mod engines;
+#[path = "gpu/graphs.rs"]
+mod graphs;
+#[path = "gpu/launches.rs"]
+mod launches;
+#[path = "gpu/limits.rs"]
+mod limits;
 #[path = "gpu/parity.rs"]
 mod parity;
 #[path = "gpu/processes.rs"]
@@ -18,8 +23,11 @@ mod processes;
 mod registry;
 #[path = "gpu/streams.rs"]
 mod streams;
-#[path = "gpu/tables.rs"]
+mod suites;
+#[path = "suites/tables.rs"]
 mod tables;
+#[path = "gpu/threads.rs"]
+mod threads;
 #[path = "gpu/work.rs"]
 mod work;
 
@@ -46,6 +54,16 @@ fn gpu() -> Option<Device> {
             None
         }
     }
+}
+
+/// What the suites run on.
+fn device() -> Option<Device> {
+    gpu()
+}
+
+/// Devices whose tensors no call takes beside [`device`]'s.
+fn other_devices() -> Vec<Device> {
+    [Some(Device::Cpu), second_gpu()].into_iter().flatten().collect()
 }
 
 /// The second GPU, where there is one.

@@ -9,8 +9,8 @@ use kaio::prelude::{GpuBuffer, KaioDevice};
 use kaio_candle::prelude::*;
 use kaio_candle::quant;
 
-use super::common::{Layout, Source, poison};
 use super::gpu;
+use super::suites::{Layout, Source, poison};
 
 fn buffer<T: candle_core::WithDType + cudarc::driver::DeviceRepr>(
     kaio: &KaioDevice,

@@ -13,9 +13,9 @@ use kaio_candle::launch::{Function, Kernels, kernels};
 use kaio_candle::prelude::*;
 use kaio_candle::ptx::{Kernel, Target};
 
-use super::common::{Layout, Source, epilogue, matmul};
 use super::streams::bits;
-use super::{gpu, native, say};
+use super::suites::{Layout, Source, matmul};
+use super::{gpu, graphs, say};
 
 const CHILD: &str = "KAIO_TEST_CHILD";
 
@@ -234,18 +234,18 @@ fn tables_of_matmul() {
     matmul::gradients(&gpu);
     matmul::scaled_gradients(&gpu);
     matmul::training(&gpu);
-    epilogue::biases(&gpu);
-    epilogue::activations(&gpu);
-    epilogue::activated_specials(&gpu);
-    epilogue::epilogue_gradients(&gpu);
-    native::random(&gpu, 500);
+    matmul::biases(&gpu);
+    matmul::activations(&gpu);
+    matmul::activated_specials(&gpu);
+    matmul::epilogue_gradients(&gpu);
+    matmul::some_random_products(&gpu, 500, 700);
 }
 
 #[test]
 #[ignore = "run in a process of its own"]
 fn graphs() {
     let (true, Some(_)) = (is_child(), gpu()) else { return };
-    native::graphs().unwrap();
+    graphs::capture_and_replay().unwrap();
 }
 
 #[test]

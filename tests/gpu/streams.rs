@@ -1,10 +1,9 @@
-//! Order: kaio's kernels among candle's work, on its own stream, from many threads, on two GPUs.
+//! Order: kernels among candle's work, on its own stream, on several, and on two GPUs.
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor};
 use kaio_candle::prelude::*;
-use kaio_candle::quant;
 
-use super::common::{Layout, Source, attention, matmul, quantized};
+use super::suites::{Layout, Source, attention, matmul, poison, quantized};
 use super::{gpu, say, second_gpu};
 
 /// A result's elements in f32, bit for bit.
@@ -77,39 +76,38 @@ fn two_candle_devices_on_one_gpu() -> Result<()> {
     Ok(())
 }
 
+/// Several candle devices on one GPU, with streams of their own: each input is still being written
+/// when the product is submitted, and its memory is used again as soon as it was.
 #[test]
-fn many_threads() -> Result<()> {
+fn streams_of_several_devices_are_ordered() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
-    let work = |device: &Device, seed: usize| -> Result<Vec<Vec<u32>>> {
-        let mut source = Source::new(&format!("thread {seed}"), device);
-        let a = source.tensor(DType::F16, &[33 + seed, 256], Layout::Plain)?;
-        let w = source.tensor(DType::F32, &[256, 40], Layout::Plain)?;
-        let (packed, scales) = quant::quantize_int4(&w)?;
-        let (w8, scale) = quant::quantize_int8(&w)?;
-        let (q, _, _) = a.kaio_qkv_project_int8([&w8, &w8, &w8], [scale; 3])?;
-        let x = Var::from_tensor(&source.tensor(DType::F32, &[2, 70, 32], Layout::Plain)?)?;
-        let grads = x.kaio_flash_attn(&x, &x, true)?.sqr()?.sum_all()?.backward()?;
-        Ok(vec![
-            bits(&a.kaio_matmul_tc(&w.to_dtype(DType::F16)?)?),
-            bits(&a.kaio_matmul_int4(&packed, &scales)?),
-            bits(&q),
-            bits(grads.get(&x).unwrap()),
-        ])
-    };
-    let alone: Vec<_> = (0..8).map(|seed| work(&gpu, seed)).collect::<Result<_>>()?;
-    std::thread::scope(|scope| {
-        for (seed, alone) in alone.iter().enumerate() {
-            let gpu = &gpu;
-            scope.spawn(move || {
-                // A device of the thread's own in every second thread.
-                let own = Device::new_cuda_with_stream(0).unwrap();
-                let device = if seed % 2 == 0 { gpu } else { &own };
-                for _ in 0..20 {
-                    assert!(&work(device, seed).unwrap() == alone, "thread {seed} differs");
-                }
-            });
+    let own = [Device::new_cuda_with_stream(0)?, Device::new_cuda_with_stream(0)?];
+    let n = 1024;
+    // A long way to a matrix, all of it on the device's stream: about a millisecond.
+    let late = |device: &Device, seed: &str| {
+        let mut x = Source::new(seed, device).tensor(DType::F32, &[n, n], Layout::Plain)?;
+        for _ in 0..20 {
+            x = (x.matmul(&x)? * (3.0 / (n as f64).sqrt()))?.tanh()?;
         }
-    });
+        x.to_dtype(DType::F16)
+    };
+    let product = |devices: [&Device; 3]| {
+        let (a, b) = (late(devices[0], "a")?, late(devices[1], "b")?);
+        let bias = late(devices[2], "bias")?.get(7)?;
+        let opts = MatmulOptions::default().bias(bias).engine(Engine::Native);
+        let product = a.kaio_matmul_with(&b, &opts)?;
+        drop((a, b, opts));
+        // What was just freed is taken and overwritten.
+        devices.iter().for_each(|device| poison(device, n * n / 2));
+        Ok::<_, candle_core::Error>(bits(&product))
+    };
+    let want = product([&gpu; 3])?;
+    let [first, second] = &own;
+    for _ in 0..3 {
+        for devices in [[&gpu, first, second], [first, second, &gpu], [first, &gpu, first]] {
+            assert!(product(devices)? == want, "devices {devices:?}");
+        }
+    }
     Ok(())
 }
 

@@ -4,8 +4,9 @@ use candle_core::DType::{BF16, F16, F32};
 use candle_core::{Device, Result, Tensor};
 use kaio_candle::prelude::*;
 
-use super::case::Case;
-use super::common::attention;
+use super::suites::Source;
+use super::suites::attention;
+use super::suites::matmul::Case;
 
 /// Inputs on a device, and what is computed of them.
 pub type Call = Box<dyn Fn() -> Result<Tensor>>;
@@ -39,11 +40,17 @@ pub fn products(series: &str, count: usize, m: usize, nk: usize) -> impl Iterato
 
 /// Attention of every kind.
 pub fn attentions() -> impl Iterator<Item = Work> {
-    let of = |dtype| attention::kinds(dtype).into_iter().map(move |(kind, p)| (kind, dtype, p));
+    let of =
+        |dtype| attention::every_kind(dtype).into_iter().map(move |(kind, p)| (kind, dtype, p));
     [BF16, F16, F32].into_iter().flat_map(of).map(|(kind, dtype, problem)| {
         let name = format!("attention: {kind}, {}", dtype.as_str());
-        let make =
-            move |device: &Device| Ok(Box::new(attention::call(problem.clone(), device)?) as Call);
+        let make = move |device: &Device| {
+            let mut inputs = problem.inputs(&mut Source::new(&format!("{problem:?}"), device))?;
+            // The loss's weights.
+            inputs.pop();
+            let (problem, views) = (problem.clone(), problem.views(&inputs)?);
+            Ok(Box::new(move || Ok(problem.call(&views)?.0)) as Call)
+        };
         Work { name, make: Box::new(make) }
     })
 }

@@ -1,0 +1,76 @@
+//! The list of suites, as tests on the device of the binary that they are compiled into.
+
+use crate::suites::{attention, errors, matmul, quantized};
+
+macro_rules! tables {
+    ($($name:ident: $suite:path;)*) => {$(
+        #[test]
+        fn $name() {
+            if let Some(device) = crate::device() {
+                $suite(&device);
+            }
+        }
+    )*};
+}
+
+tables! {
+    matmul_sizes: matmul::sizes;
+    matmul_empty: matmul::empty;
+    matmul_layouts: matmul::layouts;
+    matmul_specials: matmul::specials;
+    matmul_random: matmul::random;
+    matmul_gradients: matmul::gradients;
+    matmul_scaled_gradients: matmul::scaled_gradients;
+    matmul_training: matmul::training;
+    matmul_biases: matmul::biases;
+    matmul_activations: matmul::activations;
+    matmul_activated_specials: matmul::activated_specials;
+    matmul_epilogue_gradients: matmul::epilogue_gradients;
+    matmul_kinds: matmul::kinds;
+    matmul_random_products: matmul::random_products;
+    int8: quantized::int8;
+    int8_random: quantized::int8_random;
+    int4: quantized::int4;
+    qkv_int8: quantized::qkv_int8;
+    qkv_int4: quantized::qkv_int4;
+    quantize_int8: quantized::quantize_int8;
+    quantize_int4: quantized::quantize_int4;
+    pack_int4: quantized::pack_int4;
+    attention_sizes: attention::sizes;
+    attention_empty: attention::empty;
+    attention_layouts: attention::layouts;
+    attention_upstream: attention::upstream;
+    attention_scales: attention::scales;
+    attention_random: attention::random;
+    attention_specials: attention::specials;
+    attention_all_minus_infinity: attention::all_minus_infinity;
+    attention_finite_differences: attention::finite_differences;
+    attention_tc: attention::attention_tc;
+    attention_engines: attention::engines;
+    attention_options: attention::options;
+    attention_softcap: attention::softcap;
+    attention_alibi: attention::alibi;
+    attention_windows: attention::windows;
+    attention_biases: attention::biases;
+    attention_lengths: attention::lengths;
+    attention_large_logits: attention::large_logits;
+    attention_option_layouts: attention::option_layouts;
+    attention_isolation: attention::isolation;
+    attention_option_differences: attention::option_differences;
+    attention_random_options: attention::random_options;
+    attention_log_sum_exp: attention::log_sum_exp;
+    attention_shared_graph: attention::shared_graph;
+    attention_kinds: attention::kinds;
+    attention_many_tiles: attention::many_tiles;
+    attention_accuracy: attention::accuracy;
+    errors_matmul: errors::matmul;
+    errors_int8: errors::int8;
+    errors_int4: errors::int4;
+    errors_qkv: errors::qkv;
+    errors_attention_tc: errors::attention_tc;
+    errors_flash_attn: errors::flash_attn;
+    errors_flash_options: errors::flash_options;
+    errors_tracked: errors::tracked;
+    errors_layers: errors::layers;
+    errors_devices: errors::devices;
+}
