@@ -4,17 +4,14 @@
 //! emitter turns that into PTX. Nothing here knows candle, the driver or a GPU: the configuration
 //! alone decides the text, so that it is the key under which compiled kernels are kept.
 
+mod ampere;
 pub mod attention;
-mod chunk;
 mod epilogue;
 pub mod gemm;
 pub(crate) mod hopper;
 mod multiprocessor;
 mod name;
 mod raster;
-mod ring;
-mod slab;
-mod turns;
 
 use crate::ptx::{Half, Source, Target};
 
@@ -81,13 +78,13 @@ impl Config {
 
 /// Hands out shared memory: each region has one owner and an offset that nobody types in.
 #[derive(Debug, Default)]
-struct Arena {
-    used: u32,
+pub(crate) struct Arena {
+    pub used: u32,
 }
 
 impl Arena {
     /// The offset of the next region.
-    fn region(&mut self, bytes: u32, align: u32) -> u32 {
+    pub fn region(&mut self, bytes: u32, align: u32) -> u32 {
         let offset = self.used.next_multiple_of(align);
         self.used = offset + bytes;
         offset

@@ -1,21 +1,16 @@
 //! Barriers, fences, roles: who waits for whom within a block, a cluster and a stream.
 
-use super::{Kernel, Reg};
+use super::{Kernel, Reg, Value};
 
 impl Kernel {
     /// `bar.sync`: `threads` threads of the block meet at barrier `id` (0 to 15).
-    pub fn barrier(&self, id: u32, threads: u32) {
-        self.emit(format_args!("bar.sync {id}, {threads}"));
-    }
-
-    /// `bar.sync` on a barrier whose number is in a register.
-    pub fn barrier_at(&self, id: Reg<u32>, threads: u32) {
-        self.emit(format_args!("bar.sync {id}, {threads}"));
+    pub fn bar_sync<'k>(&'k self, id: impl Into<Value<'k, u32>>, threads: u32) {
+        self.emit(format_args!("bar.sync {}, {threads}", id.into()));
     }
 
     /// `bar.arrive`: counts at a barrier where `threads` threads arrive or meet, and does not wait.
-    pub fn barrier_arrive_at(&self, id: Reg<u32>, threads: u32) {
-        self.emit(format_args!("bar.arrive {id}, {threads}"));
+    pub fn bar_arrive<'k>(&'k self, id: impl Into<Value<'k, u32>>, threads: u32) {
+        self.emit(format_args!("bar.arrive {}, {threads}", id.into()));
     }
 
     /// `bar.sync 0`: all threads of the block meet.

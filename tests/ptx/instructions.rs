@@ -109,9 +109,9 @@ fn control() -> Source {
     });
     k.for_(0, n, 2, |i| sum.increase(i));
     k.emit(format_args!("brev.b32 {sum}, {sum}"));
-    k.barrier(1, 128);
-    k.barrier_at(n.min(15), 128);
-    k.barrier_arrive_at(n.min(15), 512);
+    k.bar_sync(1, 128);
+    k.bar_sync(n.min(15), 128);
+    k.bar_arrive(n.min(15), 512);
     k.sync_block();
     k.sync_warp();
     keep(k, out, &[k.broadcast(sum, 0), k.broadcast(sum, n), k.butterfly(sum, 16)]);

@@ -3,9 +3,10 @@
 use super::Attention;
 use super::config::STRIP;
 use super::copies::Copies;
-use super::lines::{Lines, Order};
-use super::multiply::{Fragment, Places};
+use super::lines::Lines;
+use super::multiply::{Fragment, fragments};
 use crate::kernel::Element;
+use crate::kernel::ampere::swizzle::MatrixOrder;
 use crate::kernel::attention::Mask;
 use crate::kernel::attention::scores::Shape;
 use crate::kernel::attention::softmax::Softmax;
@@ -110,11 +111,11 @@ impl<'k> Attention<'k, '_> {
             places: [
                 places[0]
                     + warp * (c.warp_rows() * Lines::BYTES)
-                    + Lines::fragment(Order::Lines, lane),
-                places[1] + Lines::fragment(Order::Chunks, lane),
+                    + Lines::fragment(MatrixOrder::Lines, lane),
+                places[1] + Lines::fragment(MatrixOrder::Chunks, lane),
                 places[2]
                     + match c.element {
-                        Element::Half(_) => Lines::fragment(Order::Lines, lane),
+                        Element::Half(_) => Lines::fragment(MatrixOrder::Lines, lane),
                         Element::F32 => Lines::quads(lane),
                     },
             ],
@@ -181,10 +182,11 @@ impl<'k> Attention<'k, '_> {
             k.cp_async_commit();
         });
         if turn == Turn::First && c.kept {
-            let places = Places::new(c.query_lines(), t.places[0]);
+            let lines = c.query_lines();
+            let queries = fragments(lines, t.places[0]);
             for (strip, block) in t.strips.iter().zip(0..) {
                 for (&to, step) in strip.queries.iter().zip(0..) {
-                    k.ldmatrix_to(to, places.at(block, step), false);
+                    k.ldmatrix_to(to, queries.at(lines.block(block, step)), false);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! A thread's copies of queries, keys and values to shared memory. What no sequence has becomes zeros.
 
 use super::lines::Lines;
-use crate::kernel::chunk::CHUNK;
+use crate::kernel::ampere::swizzle::CHUNK;
 use crate::ptx::{Address, Kernel, Reg, Value};
 
 /// An operand in global memory, strides in elements.

@@ -10,8 +10,8 @@
 use super::Attention;
 use super::attend::Thread;
 use super::lines::Lines;
-use super::multiply::{Fragment, Places};
-use crate::kernel::chunk::CHUNK;
+use super::multiply::{Fragment, fragments};
+use crate::kernel::ampere::swizzle::CHUNK;
 use crate::ptx::{Kernel, Mma, Reg};
 
 /// Steps of 8 after which a sum is added to the total.
@@ -88,8 +88,8 @@ impl<'k> Attention<'k, '_> {
     /// As [`multiply_keys`](Self::multiply_keys).
     pub(super) fn multiply_keys_exactly(&self, t: &Thread<'k>) {
         let (k, c) = (self.k, self.c);
-        let queries = Places::new(c.query_lines(), t.places[0]);
-        let keys = Places::new(c.key_lines(), t.places[1] + t.stage);
+        let queries = fragments(c.query_lines(), t.places[0]);
+        let keys = fragments(c.key_lines(), t.places[1] + t.stage);
         let sums = || (0..c.keys / 8).map(|_| Sum::new(k)).collect::<Vec<_>>();
         let mut sums: Vec<_> = t.strips.iter().map(|_| sums()).collect();
         for step in 0..c.query_lines().steps() {
@@ -98,10 +98,12 @@ impl<'k> Attention<'k, '_> {
                 k.sync_warp();
             }
             let left: Vec<_> = (0..c.strips)
-                .map(|block| Parts::of(k.ldmatrix(queries.at(block, step), false)))
+                .map(|block| {
+                    Parts::of(k.ldmatrix(queries.at(c.query_lines().block(block, step)), false))
+                })
                 .collect();
             for block in 0..c.keys / 16 {
-                let right = k.ldmatrix(keys.at(block, step), false);
+                let right = k.ldmatrix(keys.at(c.key_lines().block(block, step)), false);
                 for (i, pair) in right.chunks(2).enumerate() {
                     let right = Parts::of([pair[0], pair[1]]);
                     for (sums, left) in sums.iter_mut().zip(&left) {

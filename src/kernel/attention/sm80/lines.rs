@@ -1,7 +1,7 @@
 //! Where queries, keys and values lie in shared memory: who writes which 16 bytes, who reads them. The
 //! formulas work on registers in a kernel and on integers in the tests below.
 
-use crate::kernel::chunk::{CHUNK, Word};
+use crate::kernel::ampere::swizzle::{CHUNK, MatrixOrder, Word, swizzled};
 
 /// Lines of `dim` elements, as panels of 128 bytes of them side by side. The chunks of a panel's line
 /// are permuted by XOR such that eight lines of a chunk, as `ldmatrix` reads them, and eight chunks of a
@@ -13,15 +13,6 @@ pub struct Lines {
     pub dim: u32,
     /// Bytes of an element.
     pub size: u32,
-}
-
-/// Which matrices a lane addresses for `ldmatrix.x4`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// (line 0, chunk 0), (8, 0), (0, 1), (8, 1): a left operand, or a right one that is transposed.
-    Lines,
-    /// (line 0, chunk 0), (0, 1), (8, 0), (8, 1): a right operand.
-    Chunks,
 }
 
 impl Lines {
@@ -65,7 +56,7 @@ impl Lines {
 
     /// The offset of a chunk of a line of the first panel.
     pub fn place<T: Word>(line: T, chunk: T) -> T {
-        line * Self::BYTES + (chunk ^ (line % Self::CHUNKS)) * CHUNK
+        swizzled(line, chunk, Self::BYTES, |line| line)
     }
 
     /// The line and chunk of a thread's first copy. The others are
@@ -80,11 +71,9 @@ impl Lines {
     }
 
     /// The offset that a lane gives `ldmatrix.x4` for the first 16 lines and two chunks.
-    pub fn fragment<T: Word>(order: Order, lane: T) -> T {
-        match order {
-            Order::Lines => Self::place(lane % 16, lane / 16),
-            Order::Chunks => Self::place(lane / 16 * 8 + lane % 8, lane / 8 % 2),
-        }
+    pub fn fragment<T: Word>(order: MatrixOrder, lane: T) -> T {
+        let (line, chunk) = order.place(lane);
+        Self::place(line, chunk)
     }
 
     /// The offset of a lane's chunk of an even line of the first eight: chunk `lane / 4` of line
@@ -144,14 +133,14 @@ mod tests {
             for (block, step) in
                 (0..lines.count / 16).flat_map(|b| (0..lines.steps()).map(move |s| (b, s)))
             {
-                for order in [Order::Lines, Order::Chunks] {
+                for order in [MatrixOrder::Lines, MatrixOrder::Chunks] {
                     for lane in 0..32u32 {
                         let (xor, add) = lines.block(block, step);
                         let at = (Lines::fragment(order, lane) ^ (xor * 2 * CHUNK)) + add;
                         let (matrix, line) = (lane / 8, lane % 8);
                         let (down, right) = match order {
-                            Order::Lines => (matrix % 2, matrix / 2),
-                            Order::Chunks => (matrix / 2, matrix % 2),
+                            MatrixOrder::Lines => (matrix % 2, matrix / 2),
+                            MatrixOrder::Chunks => (matrix / 2, matrix % 2),
                         };
                         let element = (2 * step + right) * lines.chunk();
                         let there = (block * 16 + down * 8 + line, element);
@@ -181,7 +170,7 @@ mod tests {
         };
         for eight in 0..4 {
             let lanes = 8 * eight..8 * eight + 8;
-            for order in [Order::Lines, Order::Chunks] {
+            for order in [MatrixOrder::Lines, MatrixOrder::Chunks] {
                 apart(lanes.clone().map(|lane| Lines::fragment(order, lane)).collect());
             }
             apart(lanes.clone().map(Lines::quads).collect());

@@ -4,46 +4,34 @@
 use super::Attention;
 use super::attend::Thread;
 use super::lines::Lines;
-use crate::kernel::chunk::CHUNK;
-use crate::ptx::{Address, Half, Mma, Reg};
+use crate::kernel::ampere::swizzle::Fragments;
+use crate::ptx::{Half, Mma, Reg};
 
 /// 16 rows by two chunks, as `mma` takes them.
 pub(super) type Fragment<'k> = [Reg<'k, u32>; 4];
 
-/// Where a lane finds its parts of lines, by what is XORed.
-pub(super) struct Places<'k> {
-    lines: Lines,
-    from: Vec<Reg<'k, u32>>,
-}
-
-impl<'k> Places<'k> {
-    pub fn new(lines: Lines, start: Reg<'k, u32>) -> Self {
-        let count = lines.steps().min(Lines::STEPS);
-        let from = (0..count).map(|i| if i == 0 { start } else { start ^ (i * 2 * CHUNK) });
-        Self { lines, from: from.collect() }
-    }
-
-    pub fn at(&self, block: u32, step: u32) -> Address<'k, u32> {
-        let (xor, add) = self.lines.block(block, step);
-        self.from[xor as usize].at(add.into())
-    }
+/// Where a lane finds its parts of lines, given that of the first.
+pub(super) fn fragments<'k>(lines: Lines, start: Reg<'k, u32>) -> Fragments<'k> {
+    Fragments::new(start, lines.steps().min(Lines::STEPS))
 }
 
 impl<'k> Attention<'k, '_> {
     /// The products of the warp's queries and a block of keys.
     pub(super) fn multiply_keys(&self, half: Half, t: &Thread<'k>) {
         let (k, c) = (self.k, self.c);
-        let queries = Places::new(c.query_lines(), t.places[0]);
-        let keys = Places::new(c.key_lines(), t.places[1] + t.stage);
+        let queries = fragments(c.query_lines(), t.places[0]);
+        let keys = fragments(c.key_lines(), t.places[1] + t.stage);
         t.strips.iter().flat_map(|strip| &strip.scores).for_each(|score| score.set(0.0));
         for step in 0..c.query_lines().steps() {
             let left = t.strips.iter().zip(0..).map(|(strip, block)| {
                 let kept = strip.queries.get(step as usize).copied();
-                kept.unwrap_or_else(|| k.ldmatrix(queries.at(block, step), false))
+                kept.unwrap_or_else(|| {
+                    k.ldmatrix(queries.at(c.query_lines().block(block, step)), false)
+                })
             });
             let left: Vec<_> = left.collect();
             for block in 0..c.keys / 16 {
-                let right = k.ldmatrix(keys.at(block, step), false);
+                let right = k.ldmatrix(keys.at(c.key_lines().block(block, step)), false);
                 for (strip, &a) in t.strips.iter().zip(&left) {
                     self.multiply(half, &strip.scores, block, a, right);
                 }
@@ -66,10 +54,10 @@ impl<'k> Attention<'k, '_> {
         weights: &[Vec<Fragment<'k>>],
     ) {
         let (k, c) = (self.k, self.c);
-        let values = Places::new(c.value_lines(), t.places[2] + t.stage);
+        let values = fragments(c.value_lines(), t.places[2] + t.stage);
         for block in 0..c.keys / 16 {
             for step in 0..c.value_lines().steps() {
-                let right = k.ldmatrix(values.at(block, step), true);
+                let right = k.ldmatrix(values.at(c.value_lines().block(block, step)), true);
                 for (strip, weights) in t.strips.iter().zip(weights) {
                     self.multiply(half, &strip.sums, step, weights[block as usize], right);
                 }

@@ -6,18 +6,15 @@ use crate::kernel::attention::scores::Shape;
 use crate::kernel::attention::softmax::Softmax;
 use crate::kernel::attention::work::{Ahead, Row, Tile, Work};
 use crate::kernel::attention::{Lengths, Mask};
-use crate::kernel::hopper::{Descriptor, LINE, SLAB, SLAB_BYTES, WARPGROUP};
-use crate::kernel::ring::Cursor;
-use crate::kernel::slab::Seat;
-use crate::ptx::{Kernel, Reg, Wgmma, WgmmaRegs};
+use crate::kernel::hopper::barriers::RoundRobin;
+use crate::kernel::hopper::product::{Descriptor, Left, product};
+use crate::kernel::hopper::ring::Cursor;
+use crate::kernel::hopper::{LINE, Lane, SLAB, SLAB_BYTES, WARPGROUP, Warpgroup};
+use crate::ptx::Reg;
 
 /// A multiplying warpgroup, and the registers and places that it keeps.
 pub(super) struct Group<'k> {
-    /// Its number.
-    pub number: Reg<'k, u32>,
-    pub seat: Seat<'k>,
-    /// One thread of it.
-    pub leader: Reg<'k, bool>,
+    pub warps: Warpgroup<'k>,
     /// Products of queries and keys.
     scores: Vec<Reg<'k, f32>>,
     /// Their exponentials, in pairs, as a left operand.
@@ -31,7 +28,7 @@ pub(super) struct Group<'k> {
     query_place: Cursor<'k>,
     key_place: Cursor<'k>,
     value_place: Cursor<'k>,
-    turns: Option<Turns<'k>>,
+    turns: Option<RoundRobin<'k>>,
 }
 
 /// The tiles before and behind a tile.
@@ -77,26 +74,6 @@ impl<'k> Context<'k, '_> {
     }
 }
 
-/// The right to begin products, which goes from warpgroup to warpgroup.
-#[derive(Clone, Copy)]
-struct Turns<'k> {
-    mine: Reg<'k, u32>,
-    next: Reg<'k, u32>,
-}
-
-impl Turns<'_> {
-    /// Those who wait and who let them.
-    const THREADS: u32 = 2 * WARPGROUP;
-
-    fn wait(&self, k: &Kernel) {
-        k.barrier_at(self.mine, Self::THREADS);
-    }
-
-    fn pass(&self, k: &Kernel) {
-        k.barrier_arrive_at(self.next, Self::THREADS);
-    }
-}
-
 impl<'k> Attention<'k, '_> {
     /// A warpgroup's rows of all tiles of this block.
     pub(super) fn consume(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) {
@@ -119,19 +96,20 @@ impl<'k> Attention<'k, '_> {
             k.if_(first, || turns.wait(k));
         }
         if self.out_map.is_some() {
-            k.when(group.leader, || k.tma_wait_read(0));
+            k.when(group.warps.leader, || k.tma_wait_read(0));
         }
     }
 
     fn group(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) -> Group<'k> {
         let (k, c, plan) = (self.k, self.c, &self.plan);
         let next = k.var(0).or_else(number.eq(c.consumers() - 1), number + 1);
-        // 0 is the block's, and as many as there are groups are for their results.
-        let turn = |number: Reg<'k, u32>| number + (1 + c.consumers());
         Group {
-            number,
-            seat: Seat { lane: thread % 32, warp: thread / 32 % 4 },
-            leader: (thread % WARPGROUP).eq(0),
+            warps: Warpgroup {
+                number,
+                lane: Lane::new(thread),
+                leader: (thread % WARPGROUP).eq(0),
+                meeting: plan.meeting,
+            },
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
             sums: (0..c.task.value_dim / 2).map(|_| k.reg()).collect(),
@@ -142,15 +120,15 @@ impl<'k> Attention<'k, '_> {
             query_place: plan.query_ring.owner(k, self.base, number),
             key_place: plan.key_ring.consumer(k, self.base),
             value_place: plan.value_ring.consumer(k, self.base),
-            turns: c.turns.then(|| Turns { mine: turn(number), next: turn(next) }),
+            turns: plan.turns.map(|all| RoundRobin { mine: all.of(number), next: all.of(next) }),
         }
     }
 
     /// This thread's rows of a tile, and whether they are queries of the tensor.
     pub(super) fn rows(&self, g: &Group<'k>, tile: &Tile<'k>) -> [Row<'k>; 2] {
         let c = self.c;
-        let first = tile.first + (g.number * c.positions()).cast();
-        let row = g.seat.warp * 16 + g.seat.lane / 4;
+        let first = tile.first + (g.warps.number * c.positions()).cast();
+        let row = g.warps.lane.warp * 16 + g.warps.lane.lane / 4;
         let used = (c.used_rows() < SLAB).then(|| c.used_rows());
         [row, row + 8].map(|row| self.tiles.row(tile, first, row, used))
     }
@@ -162,7 +140,7 @@ impl<'k> Attention<'k, '_> {
         let Tile { queries, keys, .. } = work.tile;
         let rows = self.rows(g, &work.tile).map(|row| row.query);
         let shape = self.shaping.rows(rows, queries.count, keys.count - queries.count);
-        let col = (g.seat.lane % 4 * 2).cast::<i32>();
+        let col = (g.warps.lane.lane % 4 * 2).cast::<i32>();
         let block = k.var(blocks.end - 1);
         let context = Context { work, shape, positions: rows.map(|row| row.row), block, col };
         let some = blocks.some();
@@ -211,7 +189,7 @@ impl<'k> Attention<'k, '_> {
     fn nothing(&self, g: &Group<'k>) {
         // Products keep the warps together; without any, one could still wait for the queries that
         // another has let go.
-        self.k.barrier_at(g.number + 1, WARPGROUP);
+        g.warps.sync();
         g.sums.iter().for_each(|sum| sum.set(0.0));
         g.softmax.reset();
         self.release_queries(g, QueriesGo::Multiplied, None);
@@ -288,7 +266,7 @@ impl<'k> Attention<'k, '_> {
         let units = LINE / UNIT;
         g.value_place.wait();
         let stage = self.base + self.plan.values + g.value_place.stage * c.value_bytes();
-        let thread = g.seat.warp * 32 + g.seat.lane;
+        let thread = g.warps.lane.warp * 32 + g.warps.lane.lane;
         let to = stage + thread % units * UNIT;
         let zero = k.var(0u32);
         k.for_(first + thread / units, c.keys, WARPGROUP / units, |line| {
@@ -298,7 +276,7 @@ impl<'k> Attention<'k, '_> {
             }
         });
         k.fence_proxy_async();
-        k.barrier_at(g.number + 1, WARPGROUP);
+        g.warps.sync();
     }
 
     /// Begins the products of the queries and a block of keys, and of exponentials and the block of values
@@ -317,29 +295,17 @@ impl<'k> Attention<'k, '_> {
 
     /// Begins the product of the queries and a block of keys.
     fn multiply_keys(&self, g: &Group<'k>) {
-        let (k, c) = (self.k, self.c);
+        let c = self.c;
         let queries = g.queries.stage(g.query_place.stage, c.query_bytes());
         let keys = g.keys.stage(g.key_place.stage, c.key_bytes());
-        k.wgmma_fence();
-        for step in 0..c.task.head_dim / 16 {
-            let (a, b) = (queries.operand(step), keys.operand(step));
-            let accumulate = (step > 0).into();
-            k.wgmma(&g.scores, Wgmma { half: c.half, a, b, accumulate });
-        }
-        k.wgmma_commit();
+        product(c.half, &g.scores, Left::Shared(queries), keys, c.task.head_dim, false);
     }
 
     /// Begins the product of the exponentials and a block of values.
     fn multiply_values(&self, g: &Group<'k>) {
-        let (k, c) = (self.k, self.c);
+        let c = self.c;
         let values = g.values.stage(g.value_place.stage, c.value_bytes());
-        k.wgmma_fence();
-        for (step, a) in (0..).zip(g.weights.chunks(4)) {
-            let a = a.try_into().expect("keys are a multiple of 16");
-            let b = values.operand(step);
-            k.wgmma_regs(&g.sums, WgmmaRegs { half: c.half, a, b, accumulate: true.into() });
-        }
-        k.wgmma_commit();
+        product(c.half, &g.sums, Left::Registers(&g.weights), values, c.keys, true);
     }
 
     /// Packs exponentials.
@@ -352,7 +318,7 @@ impl<'k> Attention<'k, '_> {
     /// This warpgroup has read a stage.
     fn release(&self, g: &Group<'k>, place: Cursor<'k>) {
         let done = place.done();
-        self.k.when(g.leader, || self.k.mbarrier_arrive(done));
+        self.k.when(g.warps.leader, || done.arrive());
         place.advance();
     }
 
@@ -363,8 +329,8 @@ impl<'k> Attention<'k, '_> {
         }
         let last = at.map(Context::is_last);
         let done = g.query_place.done();
-        let one = last.map_or(g.leader, |last| g.leader & last);
-        self.k.when(one, || self.k.mbarrier_arrive(done));
+        let one = last.map_or(g.warps.leader, |last| g.warps.leader & last);
+        self.k.when(one, || done.arrive());
     }
 
     /// Where this warpgroup's part of the result is staged.
@@ -373,6 +339,6 @@ impl<'k> Attention<'k, '_> {
             0 => self.c.query_bytes(),
             slabs => slabs * SLAB_BYTES,
         };
-        self.base + self.plan.result + g.number * each
+        self.base + self.plan.result + g.warps.number * each
     }
 }

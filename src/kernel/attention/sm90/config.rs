@@ -2,11 +2,12 @@
 
 use std::ops::RangeInclusive;
 
+use crate::kernel::Arena;
 use crate::kernel::attention::{Lengths, Task, Tiling};
-use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP};
+use crate::kernel::hopper::barriers::{Named, NamedBarriers};
+use crate::kernel::hopper::ring::Ring;
+use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP, store};
 use crate::kernel::multiprocessor::REGISTERS;
-use crate::kernel::ring::Ring;
-use crate::kernel::{Arena, slab};
 use crate::ptx::Half;
 
 /// The most of a thread that takes from others.
@@ -71,6 +72,11 @@ pub(super) struct Plan {
     pub query_ring: Ring,
     pub key_ring: Ring,
     pub value_ring: Ring,
+    /// Where the threads of each multiplying warpgroup meet.
+    pub meeting: Named,
+    /// Where warpgroups that multiply in turn let each other begin.
+    pub turns: Option<Named>,
+    pub named_barriers: u32,
     pub bytes: u32,
 }
 
@@ -122,7 +128,7 @@ impl Config {
 
     /// Columns of a slab of the result, and of its boxes.
     pub fn slab_cols(&self) -> u32 {
-        slab::columns(self.task.out)
+        store::columns(self.task.out)
     }
 
     /// Slabs of the result of a warpgroup.
@@ -204,7 +210,8 @@ impl Config {
 
     /// Whether the kernel can be built, or the number that is in the way.
     pub fn check(&self) -> Result<(), String> {
-        let shared = self.plan().bytes;
+        let plan = self.plan();
+        let shared = plan.bytes;
         let (registers, limit) = (self.needed_registers(), self.most_registers());
         let multiple = |n: u32, of: u32| n.is_multiple_of(of) && (of..=256).contains(&n);
         let rules = [
@@ -236,6 +243,7 @@ impl Config {
                 "parts of packed sequences, or not in f32, by the threads, with their sums".into(),
             ),
             (registers <= limit, format!("{registers} registers of a thread (at most {limit})")),
+            NamedBarriers::rule(plan.named_barriers),
             (
                 shared <= MAX_SHARED,
                 format!("{shared} bytes of shared memory (at most {MAX_SHARED})"),
@@ -259,8 +267,23 @@ impl Config {
         let query_ring = Ring::new(&mut arena, self.query_boxes());
         let key_ring = Ring::new(&mut arena, self.stages);
         let value_ring = Ring::new(&mut arena, self.stages);
-        let bytes = arena.used;
-        Plan { queries, keys, values, result, query_ring, key_ring, value_ring, bytes }
+        let mut barriers = NamedBarriers::new();
+        let meeting = barriers.each(self.consumers(), WARPGROUP);
+        // Those who wait and who let them.
+        let turns = self.turns.then(|| barriers.each(self.consumers(), 2 * WARPGROUP));
+        Plan {
+            queries,
+            keys,
+            values,
+            result,
+            query_ring,
+            key_ring,
+            value_ring,
+            meeting,
+            turns,
+            named_barriers: barriers.used(),
+            bytes: arena.used,
+        }
     }
 }
 

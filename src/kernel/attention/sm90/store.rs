@@ -2,11 +2,12 @@
 
 use super::Attention;
 use super::attend::Group;
+use crate::kernel::Element;
 use crate::kernel::attention::Lengths;
 use crate::kernel::attention::softmax::Finished;
 use crate::kernel::attention::work::{Memory, Row, Tile};
-use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
-use crate::kernel::{Element, slab};
+use crate::kernel::hopper::SLAB_BYTES;
+use crate::kernel::hopper::store::{Direction, SlabStore};
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
@@ -19,12 +20,12 @@ impl<'k> Attention<'k, '_> {
             rows[row].unless_padding(sum * finished.inverse[row], 0.0)
         };
         let sums: Vec<_> = g.sums.iter().enumerate().map(normalised).collect();
-        let first = tile.first + (g.number * c.positions()).cast();
+        let first = tile.first + (g.warps.number * c.positions()).cast();
         match (self.out_map, self.out_memory) {
             (Some(map), None) => self.store_slabs(g, tile, map, first, &sums),
             (None, Some(memory)) => self.store_rows(g, tile, memory, rows, &sums),
             (Some(map), Some(memory)) => {
-                // The copy engine would write over the next sequence.
+                // TMA would write over the next sequence.
                 debug_assert_eq!(c.task.lengths, Lengths::Packed);
                 let whole = (first + c.positions() as i32).le(tile.queries.count);
                 k.if_else(
@@ -36,11 +37,11 @@ impl<'k> Attention<'k, '_> {
             (None, None) => unreachable!("there is a result"),
         }
         if let Some(lse) = self.lse {
-            lse.store(&self.tiles, tile, rows, finished.lse, g.seat.lane);
+            lse.store(&self.tiles, tile, rows, finished.lse, g.warps.lane.lane);
         }
     }
 
-    /// Slab after slab: registers to shared memory, from there by the copy engine.
+    /// Slab after slab: registers to shared memory, from there by TMA.
     fn store_slabs(
         &self,
         g: &Group<'k>,
@@ -50,39 +51,31 @@ impl<'k> Attention<'k, '_> {
         sums: &[Reg<'k, f32>],
     ) {
         let (k, c) = (self.k, self.c);
-        let staged = self.staged(g);
-        let there = if c.slabs == 0 { c.head_slabs() } else { c.slabs };
-        // All at once if they fit, else half of the memory is written while the other is read.
-        let (step, pending) = match c.result_slabs() <= there || there == 1 {
-            true => (there.min(c.result_slabs()), 0),
-            false => (there / 2, 1),
+        let store = SlabStore {
+            map,
+            out: c.task.out,
+            direction: Direction::Rows,
+            memory: self.staged(g),
+            room: if c.slabs == 0 { c.head_slabs() } else { c.slabs },
+            slab_bytes: SLAB_BYTES,
+            box_bytes: SLAB_BYTES,
+            group: g.warps,
         };
-        let slabs: Vec<_> = sums.chunks((c.slab_cols() / 2) as usize).collect();
+        let slabs: Vec<_> = (0..).zip(sums.chunks((c.slab_cols() / 2) as usize)).collect();
         let position = tile.queries.at(first);
-        for (batch, slabs) in (0..).zip(slabs.chunks(step as usize)) {
-            let number = |i: usize| batch * step + i as u32;
-            let to = |i: usize| staged + number(i) % (step * (1 + pending)) * SLAB_BYTES;
-            // What was there has left its memory.
-            let pending = if batch == 0 { 0 } else { pending };
-            k.when(g.leader, || k.tma_wait_read(pending));
-            k.barrier_at(g.number + 1, WARPGROUP);
-            for (i, sums) in slabs.iter().enumerate() {
-                slab::write(k, c.task.out, sums, to(i), g.seat);
-            }
-            k.fence_proxy_async();
-            k.barrier_at(g.number + 1, WARPGROUP);
-            for i in 0..slabs.len() {
-                let mut at = vec![k.var(number(i) * c.slab_cols())];
+        store.run(
+            &slabs,
+            |(_, sums)| sums.to_vec(),
+            |(number, _)| {
+                let mut at = vec![k.var(number * c.slab_cols())];
                 at.extend((c.task.pack > 1).then(|| k.var(0)));
                 at.extend([position, tile.pack, tile.batch]);
-                let from = to(i);
-                k.when(g.leader, || k.tma_store(map, &at, from));
-            }
-            k.when(g.leader, || k.tma_commit());
-        }
+                [at]
+            },
+        );
         if c.slabs == 0 {
             // The next queries come here.
-            k.when(g.leader, || k.tma_wait_read(0));
+            k.when(g.warps.leader, || k.tma_wait_read(0));
         }
     }
 
@@ -98,7 +91,7 @@ impl<'k> Attention<'k, '_> {
         let (k, c) = (self.k, self.c);
         let size = c.task.out.size();
         let start = memory.start(tile);
-        let col = g.seat.lane % 4 * 2;
+        let col = g.warps.lane.lane % 4 * 2;
         for (h, row) in rows.iter().enumerate() {
             let at = memory.at(start, tile, row, col, size);
             let pairs: Vec<_> = sums.chunks(4).map(|quad| &quad[2 * h..][..2]).collect();

@@ -1,7 +1,8 @@
 //! A thread's copies of an operand into the stages.
 
 use super::HALF;
-use super::layout::{CHUNK_ELEMENTS, Layout};
+use super::layout::Layout;
+use crate::kernel::ampere::swizzle::CHUNK_ELEMENTS;
 use crate::kernel::gemm::Major;
 use crate::ptx::{Address, Kernel, Reg, Value};
 

@@ -1,7 +1,7 @@
 //! Where an operand's part of a stage lies in shared memory: who writes which 16 bytes, who reads
 //! them. The formulas work on registers in a kernel and on integers in the tests below.
 
-pub use crate::kernel::chunk::{CHUNK, CHUNK_ELEMENTS, Word};
+use crate::kernel::ampere::swizzle::{CHUNK, CHUNK_ELEMENTS, MatrixOrder, Word, swizzled};
 use crate::kernel::gemm::Major;
 
 /// Bytes that shared memory gives in a cycle.
@@ -71,9 +71,8 @@ impl Layout {
 
     /// The offset of a chunk of a line of the first panel.
     pub fn place<T: Word>(self, line: T, chunk: T) -> T {
-        let chunks = self.line_chunks();
         let lines_of_banks = BANKS / self.line_bytes();
-        line * self.line_bytes() + (chunk ^ (line / lines_of_banks % chunks)) * CHUNK
+        swizzled(line, chunk, self.line_bytes(), |line| line / lines_of_banks)
     }
 
     /// The line and chunk of a thread's first copy.
@@ -118,12 +117,11 @@ impl Layout {
     /// The matrices of a left block are, as `mma` wants them, (outer 0, k 0), (8, 0), (0, 8), (8, 8),
     /// those of a right one (0, 0), (0, 8), (8, 0), (8, 8).
     pub fn fragment<T: Word>(self, first: T, lane: T) -> T {
-        let straight = (self.side == Side::Lhs) == (self.major == Major::K);
-        let (line, chunk) = if straight {
-            (lane % 16, lane / 16)
-        } else {
-            (lane / 16 * 8 + lane % 8, lane / 8 % 2)
+        let order = match (self.side == Side::Lhs) == (self.major == Major::K) {
+            true => MatrixOrder::Lines,
+            false => MatrixOrder::Chunks,
         };
+        let (line, chunk) = order.place(lane);
         match self.major {
             Major::K => self.place(line + first, chunk),
             Major::Outer => {
@@ -135,15 +133,12 @@ impl Layout {
     }
 
     /// The offset of block `block` along the warp's extent and `step` along K, from that of
-    /// [`fragment`](Self::fragment): what to XOR, then what to add.
+    /// [`fragment`](Self::fragment): what to XOR, in units of two chunks, then what to add.
     pub fn block(self, block: u32, step: u32) -> (u32, u32) {
-        let line = self.line_bytes();
+        let (line, steps) = (self.line_bytes(), self.line_chunks() / 2);
         match self.major {
-            Major::K => (step * 2 * CHUNK, block * 16 * line),
-            Major::Outer => {
-                let across = block * 2 * CHUNK;
-                (across % line, across / line * self.panel_bytes() + step * 16 * line)
-            }
+            Major::K => (step, block * 16 * line),
+            Major::Outer => (block % steps, block / steps * self.panel_bytes() + step * 16 * line),
         }
     }
 }
@@ -207,7 +202,8 @@ mod tests {
                 (0..each / 16).flat_map(move |b| (0..layout.depth / 16).map(move |s| (w, b, s)))
             }) {
                 let (xor, add) = layout.block(block, step);
-                let address = |lane: u32| (layout.fragment(warp * each, lane) ^ xor) + add;
+                let first = |lane: u32| layout.fragment(warp * each, lane);
+                let address = |lane: u32| (first(lane) ^ (xor * 2 * CHUNK)) + add;
                 for (lane, register, half) in
                     (0..32).flat_map(|l| (0..4).flat_map(move |r| (0..2).map(move |h| (l, r, h))))
                 {

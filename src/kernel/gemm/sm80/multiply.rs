@@ -2,13 +2,14 @@
 
 use super::config::Config;
 use super::copies::{Copies, Copy16, Operand};
-use super::layout::{CHUNK, Layout};
+use super::layout::Layout;
+use crate::kernel::ampere::swizzle::{CHUNK, Fragments};
 use crate::kernel::gemm::share::Share;
 use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Address, Kernel, Mma, Reg};
 
 /// The elements of both operands for one step of 16 along K: 16×16 blocks.
-type Fragments<'k> = [Vec<[Reg<'k, u32>; 4]>; 2];
+type Step<'k> = [Vec<[Reg<'k, u32>; 4]>; 2];
 
 /// An operand in shared memory, as a warp reads it.
 #[derive(Clone, Copy)]
@@ -23,20 +24,19 @@ struct Tiles<'k> {
 }
 
 impl<'k> Tiles<'k> {
-    /// The addresses in the stage that begins `stage` bytes behind the first, by what is XORed.
-    fn addresses(&self, stage: Reg<'k, u32>, depth: u32) -> Vec<Reg<'k, u32>> {
+    /// The fragments of the stage that begins `stage` bytes after the first.
+    fn of_stage(&self, stage: Reg<'k, u32>, depth: u32) -> Fragments<'k> {
         let start = self.lane + stage;
         let xors = (0..self.blocks)
             .flat_map(|block| (0..depth / 16).map(move |step| (block, step)))
-            .map(|(block, step)| self.layout.block(block, step).0 / (2 * CHUNK));
-        let count = 1 + xors.max().expect("there are blocks");
-        (0..count).map(|i| if i == 0 { start } else { start ^ (i * 2 * CHUNK) }).collect()
+            .map(|(block, step)| self.layout.block(block, step).0);
+        Fragments::new(start, 1 + xors.max().expect("there are blocks"))
     }
 
     /// Where a lane finds its part of a block.
-    fn fragment(&self, from: &[Reg<'k, u32>], block: u32, step: u32) -> Address<'k, u32> {
+    fn fragment(&self, from: &Fragments<'k>, block: u32, step: u32) -> Address<'k, u32> {
         let (xor, add) = self.layout.block(block, step);
-        from[(xor / (2 * CHUNK)) as usize].at((self.offset + add).into())
+        from.at((xor, self.offset + add))
     }
 }
 
@@ -50,7 +50,7 @@ pub struct Multiply<'k, 'c> {
     base: Reg<'k, u32>,
     thread: Reg<'k, u32>,
     /// Those of the step at work and of the next.
-    fragments: [Fragments<'k>; 2],
+    fragments: [Step<'k>; 2],
     /// Blocks of 16 rows, of 8 columns.
     sums: Vec<Vec<[Reg<'k, f32>; 4]>>,
 }
@@ -152,7 +152,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
         k.cp_async_wait(stages - 1);
         k.sync_block();
         let (stage, freed) = (k.var(0u32), k.var(0u32));
-        let from = self.addresses(stage);
+        let from = self.of_stage(stage);
         self.loads(0, &from).into_iter().for_each(|load| load.emit(k));
         for step in 0..steps - 1 {
             self.step(step, self.loads(step + 1, &from));
@@ -165,7 +165,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
             freed.set(stage);
             let next = stage + c.stage_bytes();
             stage.set(k.var(0u32).or_else(next.ge(stages * c.stage_bytes()), next));
-            let from = self.addresses(stage);
+            let from = self.of_stage(stage);
             let copying: Vec<_> =
                 if copy { copies.iter().flat_map(|c| c.to_stage(freed)).collect() } else { vec![] };
             for step in 0..steps {
@@ -185,13 +185,13 @@ impl<'k, 'c> Multiply<'k, 'c> {
         self.sums
     }
 
-    fn addresses(&self, stage: Reg<'k, u32>) -> [Vec<Reg<'k, u32>>; 2] {
-        self.tiles.map(|tiles| tiles.addresses(stage, self.c.depth))
+    fn of_stage(&self, stage: Reg<'k, u32>) -> [Fragments<'k>; 2] {
+        self.tiles.map(|tiles| tiles.of_stage(stage, self.c.depth))
     }
 
     /// The loads of a step's fragments: that of the left block which the last product of the step
     /// before the one at work reads, then as the products need them.
-    fn loads(&self, step: u32, from: &[Vec<Reg<'k, u32>>; 2]) -> Vec<Aside<'k>> {
+    fn loads(&self, step: u32, from: &[Fragments<'k>; 2]) -> Vec<Aside<'k>> {
         let to = &self.fragments[step as usize % 2];
         let load = |i: usize| {
             let (tiles, from) = (self.tiles[i], &from[i]);

@@ -2,9 +2,10 @@
 
 use crate::kernel::Arena;
 use crate::kernel::gemm::{Epilogue, Major, Problem};
+use crate::kernel::hopper::barriers::{Named, NamedBarriers};
+use crate::kernel::hopper::pingpong::Pingpong;
+use crate::kernel::hopper::ring::Ring;
 use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP};
-use crate::kernel::ring::Ring;
-use crate::kernel::turns::Turns;
 use crate::ptx::Half;
 
 /// Depth of a stage: the 64 16-bit elements of a 128-byte swizzled line.
@@ -102,7 +103,11 @@ pub(super) struct Plan {
     /// Of slabs, or of a staged tile.
     pub result: u32,
     pub ring: Ring,
-    pub turns: Option<Turns>,
+    pub pingpong: Option<Pingpong>,
+    /// Where threads meet that write a part of the result together: those of each warpgroup, or for a
+    /// staged tile all that multiply.
+    pub meeting: Named,
+    pub named_barriers: u32,
     pub bytes: u32,
 }
 
@@ -211,7 +216,8 @@ impl Config {
 
     /// Whether the kernel can be built, or the number that is in the way.
     pub fn check(&self) -> Result<(), String> {
-        let (shared, limit) = (self.plan().bytes, self.max_shared());
+        let plan = self.plan();
+        let (shared, limit) = (plan.bytes, self.max_shared());
         let rules = [
             (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
             (
@@ -247,6 +253,7 @@ impl Config {
                         && self.blocks_per_sm == 1),
                 "warpgroups that take turns on small, staged or single tiles".into(),
             ),
+            NamedBarriers::rule(plan.named_barriers),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
         match rules.into_iter().find(|(holds, _)| !holds) {
@@ -267,8 +274,14 @@ impl Config {
             }
         };
         let ring = Ring::new(&mut arena, self.stages);
-        let turns = self.pingpong.then(|| Turns::new(&mut arena));
-        Plan { lhs, rhs, result, ring, turns, bytes: arena.used }
+        let pingpong = self.pingpong.then(|| Pingpong::new(&mut arena));
+        let mut barriers = NamedBarriers::new();
+        let meeting = match self.store {
+            Store::Tma => barriers.each(self.consumers(), WARPGROUP),
+            Store::Staged { .. } => barriers.each(1, WARPGROUP * self.consumers()),
+        };
+        let named_barriers = barriers.used();
+        Plan { lhs, rhs, result, ring, pingpong, meeting, named_barriers, bytes: arena.used }
     }
 }
 

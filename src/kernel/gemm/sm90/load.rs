@@ -4,6 +4,8 @@ use super::Gemm;
 use super::config::{Boxes, DEPTH, Orient};
 use crate::kernel::gemm::Major;
 use crate::kernel::gemm::share::Share;
+use crate::kernel::hopper::barriers::Mbarrier;
+use crate::kernel::hopper::load::{StageBoxes, TmaBox};
 use crate::ptx::{Delivery, Reg};
 
 /// An operand, and how it gets to this block.
@@ -40,21 +42,26 @@ impl<'k> Side<'k> {
         stage: Reg<'k, u32>,
         at: Reg<'k, u32>,
         batch: Option<[Reg<'k, u32>; 2]>,
-        full: Reg<'k, u32>,
+        full: Mbarrier<'k>,
     ) {
         let Operand { map, major, boxes, how, .. } = self.of;
-        let k = at.kernel();
-        let to = stage * boxes.bytes + self.to;
-        for (i, &inside) in (0..).zip(&self.inside) {
+        let stage_boxes = StageBoxes {
+            map,
+            to: self.to,
+            stage_bytes: boxes.bytes,
+            box_bytes: boxes.each(),
+            delivery: how,
+        };
+        let all = (0..).zip(&self.inside).map(|(i, &inside)| {
             let outer = if i == 0 { self.outer } else { self.outer + i * boxes.lines };
             let mut at = match major {
                 Major::K => vec![at, outer],
                 Major::Outer => vec![outer, at],
             };
             at.extend(batch.into_iter().flatten());
-            let to = to.at((i * boxes.each()).into());
-            k.when(inside, || k.tma_load(to, map, &at, full, how));
-        }
+            TmaBox { at, inside: Some(inside) }
+        });
+        stage_boxes.load(stage, full, all);
     }
 }
 

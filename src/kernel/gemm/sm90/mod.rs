@@ -1,4 +1,4 @@
-//! Products on Hopper: a warpgroup lets the copy engine (TMA) fill a ring of stages, one or two
+//! Products on Hopper: a warpgroup lets TMA fill a ring of stages, one or two
 //! others multiply with wgmma.
 //!
 //! The kernel computes `rows × cols` of tiles. It does so for `C`, or, where M is small, for
@@ -14,11 +14,13 @@ pub use config::{Boxes, Config, DEPTH, Launch, Order, Orient, Store};
 
 use super::Major;
 use super::share::Share;
-use crate::kernel::hopper::{Descriptor, SLAB_BYTES, WARPGROUP};
+use crate::kernel::hopper::barriers::Mbarrier;
+use crate::kernel::hopper::pingpong::PingpongTurn;
+use crate::kernel::hopper::product::{Descriptor, LeftStep, products};
+use crate::kernel::hopper::ring::Cursor;
+use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::raster::{Raster, Tile};
-use crate::kernel::ring::Cursor;
-use crate::kernel::turns::Turn;
-use crate::ptx::{Kernel, Reg, Source, Target, Wgmma};
+use crate::ptx::{Kernel, Reg, Source, Target};
 use config::Plan;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
@@ -61,8 +63,8 @@ pub fn emit(config: &Config) -> Source {
             if let Out::Map(map) = out {
                 k.prefetch_tensor_map(map);
             }
-            if let Some(turns) = plan.turns {
-                turns.init(k, base);
+            if let Some(pingpong) = plan.pingpong {
+                pingpong.init(k, base);
             }
             plan.ring.init(k, base, config.readers());
         })
@@ -150,7 +152,7 @@ impl<'k> Gemm<'k, '_> {
         let (k, c) = (self.k, self.c);
         let place = self.plan.ring.consumer(k, self.base);
         let leader = (thread % WARPGROUP).eq(0);
-        let turn = self.plan.turns.map(|turns| turns.join(self.base, group, leader));
+        let turn = self.plan.pingpong.map(|both| both.join(self.base, group, leader));
         if turn.is_some() {
             k.if_(group.ne(0), || place.skip(self.depth));
         }
@@ -178,7 +180,7 @@ impl<'k> Gemm<'k, '_> {
         sums: &[Vec<Reg<'k, f32>>],
         place: Cursor<'k>,
         group: Reg<'k, u32>,
-        turn: Option<Turn<'k>>,
+        turn: Option<PingpongTurn<'k>>,
         leader: Reg<'k, bool>,
     ) {
         let (k, c) = (self.k, self.c);
@@ -192,26 +194,21 @@ impl<'k> Gemm<'k, '_> {
         let lhs = descriptor(self.base + self.plan.lhs + first_rows, c.lhs, c.rows);
         let rhs = descriptor(self.base + self.plan.rhs, c.rhs, c.cols);
         let Share { count, .. } = self.share();
-        let behind = k.reg::<u32>();
+        // Of the stage whose products are under way.
+        let before = Mbarrier::unset(k);
         k.for_(0, count, 1, |i| {
             place.wait();
             let done = place.done();
             let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             let later = i.ne(0);
-            k.wgmma_fence();
-            for step in 0..DEPTH / 16 {
-                let accumulate = if step == 0 { later.into() } else { true.into() };
+            products(c.half, sums, DEPTH, later, |step| {
                 let b = b.operand(step);
-                for (i, sums) in (0..).zip(sums) {
-                    let a = a.rows(i).operand(step);
-                    k.wgmma(sums, Wgmma { half: c.half, a, b, accumulate });
-                }
-            }
-            k.wgmma_commit();
+                ((0..).map(move |i| LeftStep::Shared(a.rows(i).operand(step))), b)
+            });
             k.wgmma_wait(1);
-            k.when(leader & later, || k.mbarrier_arrive(behind));
-            behind.set(done);
+            k.when(leader & later, || before.arrive());
+            before.set(done);
             place.advance();
         });
         if let Some(turn) = turn {
@@ -219,7 +216,7 @@ impl<'k> Gemm<'k, '_> {
             place.skip(self.depth);
         }
         k.wgmma_wait(0);
-        k.when(leader, || k.mbarrier_arrive(behind));
+        k.when(leader, || before.arrive());
     }
 }
 

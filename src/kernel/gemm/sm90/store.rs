@@ -17,7 +17,7 @@ impl<'k> Gemm<'k, '_> {
         let pitch = c.staged_pitch();
         let staged = self.base + self.plan.result;
         // All of the block's wgmma have read the stages, or its threads the tile before this one.
-        k.barrier(1, WARPGROUP * c.consumers());
+        self.plan.meeting.only().sync(k);
         match c.orient {
             Orient::Plain => {
                 let to = staged + (row * pitch + col) * 4;
@@ -40,7 +40,7 @@ impl<'k> Gemm<'k, '_> {
             }
         }
         match c.split {
-            1 => k.barrier(1, WARPGROUP * c.consumers()),
+            1 => self.plan.meeting.only().sync(k),
             _ => k.sync_cluster(),
         }
     }

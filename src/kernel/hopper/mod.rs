@@ -1,0 +1,57 @@
+//! What kernels for Hopper share: a producer's loads, the ring that they fill, products, the stores of
+//! their sums, and who waits for whom.
+
+pub mod barriers;
+pub mod load;
+pub mod pingpong;
+pub mod product;
+pub mod ring;
+pub mod store;
+
+use crate::ptx::Reg;
+use barriers::Named;
+
+/// Bytes of a swizzled line: 64 16-bit elements.
+pub const LINE: u32 = 128;
+/// Eight lines: what the swizzle repeats after.
+pub const ATOM: u32 = 8 * LINE;
+/// Rows of a wgmma, and lines of a slab.
+pub const SLAB: u32 = 64;
+pub const SLAB_BYTES: u32 = SLAB * LINE;
+pub const WARPGROUP: u32 = 128;
+/// Dynamic shared memory that a block can have.
+pub const MAX_SHARED: u32 = 232_448;
+
+/// A multiplying warpgroup, as one of its threads sees it.
+#[derive(Clone, Copy)]
+pub struct Warpgroup<'k> {
+    /// Its number among those that multiply.
+    pub number: Reg<'k, u32>,
+    pub lane: Lane<'k>,
+    /// Holds for one of its threads.
+    pub leader: Reg<'k, bool>,
+    /// Where the threads of each warpgroup meet.
+    pub meeting: Named,
+}
+
+impl Warpgroup<'_> {
+    /// Its threads meet.
+    pub fn sync(&self) {
+        self.meeting.of(self.number).sync(self.number.kernel());
+    }
+}
+
+/// A thread's place in its warpgroup.
+#[derive(Clone, Copy)]
+pub struct Lane<'k> {
+    pub lane: Reg<'k, u32>,
+    /// 0 to 3.
+    pub warp: Reg<'k, u32>,
+}
+
+impl<'k> Lane<'k> {
+    /// Of a thread of the block's multiplying ones.
+    pub fn new(thread: Reg<'k, u32>) -> Self {
+        Self { lane: thread % 32, warp: thread / 32 % 4 }
+    }
+}

@@ -1,0 +1,128 @@
+//! Products by wgmma: how it finds operands, and its steps along K.
+
+use super::{LINE, SLAB_BYTES};
+use crate::ptx::{Half, Kernel, Operand, Reg, Value, Wgmma, WgmmaRegs};
+
+/// Elements along K of one wgmma.
+const STEP: u32 = 16;
+
+/// How wgmma finds an operand in shared memory: columns of 64 elements, one after the other, each of
+/// swizzled lines.
+#[derive(Clone, Copy)]
+pub struct Descriptor<'k> {
+    low: Reg<'k, u32>,
+    /// Bytes of a column.
+    column: u32,
+    /// Lines are along M or N, and K is from line to line.
+    transposed: bool,
+}
+
+impl<'k> Descriptor<'k> {
+    /// Swizzle of 128 bytes, 1024 bytes between groups of eight lines.
+    const HIGH: u32 = 0x4000_0040;
+
+    /// Lines are along K: of columns of `lines` lines that begin at a shared address.
+    pub fn along_k(address: Reg<'k, u32>, lines: u32) -> Self {
+        // The leading offset is ignored.
+        Self { low: address.bits(4, 14) | (1 << 16), column: lines * LINE, transposed: false }
+    }
+
+    /// Lines are along M or N: of columns of `lines` lines that begin at a shared address.
+    pub fn across_k(address: Reg<'k, u32>, lines: u32) -> Self {
+        let column = lines * LINE;
+        Self { low: address.bits(4, 14) | ((column / 16) << 16), column, transposed: true }
+    }
+
+    /// That of the stage, each of `bytes`.
+    pub fn stage(self, stage: Reg<'k, u32>, bytes: u32) -> Self {
+        Self { low: stage * (bytes / 16) + self.low, ..self }
+    }
+
+    /// That from row or column 64 · `block` on.
+    pub fn rows(self, block: u32) -> Self {
+        let bytes = match self.transposed {
+            false => block * SLAB_BYTES,
+            true => block * self.column,
+        };
+        let low = if bytes == 0 { self.low } else { self.low + bytes / 16 };
+        Self { low, ..self }
+    }
+
+    /// The 16 elements along K of a step.
+    pub fn operand(self, step: u32) -> Operand<'k> {
+        let bytes = match self.transposed {
+            false => step / 4 * self.column + step % 4 * 32,
+            true => step * STEP * LINE,
+        };
+        let low = if bytes == 0 { self.low } else { self.low + bytes / 16 };
+        Operand { descriptor: low.with_high(Self::HIGH), transposed: self.transposed }
+    }
+}
+
+/// A left operand of 64 rows for each warpgroup.
+#[derive(Clone, Copy)]
+pub enum Left<'k, 'a> {
+    Shared(Descriptor<'k>),
+    /// In registers, as the sums of a product before it lie when they are packed in pairs: four for each
+    /// step.
+    Registers(&'a [Reg<'k, u32>]),
+}
+
+/// The left operand of one step.
+#[derive(Clone, Copy)]
+pub enum LeftStep<'k> {
+    Shared(Operand<'k>),
+    Registers([Reg<'k, u32>; 4]),
+}
+
+impl<'k> Left<'k, '_> {
+    fn step(&self, step: u32) -> LeftStep<'k> {
+        match self {
+            Self::Shared(descriptor) => LeftStep::Shared(descriptor.operand(step)),
+            Self::Registers(all) => {
+                let four = all.chunks(4).nth(step as usize).expect("K has the step");
+                LeftStep::Registers(four.try_into().expect("K is a multiple of 16"))
+            }
+        }
+    }
+}
+
+/// Begins `sums = a·b`, or `sums += a·b` where `accumulate` holds, over `depth` elements of K, a multiple
+/// of 16. The sums are ready after a [wait](Kernel::wgmma_wait).
+pub fn product<'k>(
+    half: Half,
+    sums: &[Reg<'k, f32>],
+    a: Left<'k, '_>,
+    b: Descriptor<'k>,
+    depth: u32,
+    accumulate: impl Into<Value<'k, bool>>,
+) {
+    products(half, &[sums], depth, accumulate, |step| ([a.step(step)], b.operand(step)));
+}
+
+/// The same for several blocks of 64 rows, which have sums of their own and share the right operand.
+/// `operands` gives a step's.
+pub fn products<'k, S: AsRef<[Reg<'k, f32>]>, A: IntoIterator<Item = LeftStep<'k>>>(
+    half: Half,
+    sums: &[S],
+    depth: u32,
+    accumulate: impl Into<Value<'k, bool>>,
+    operands: impl Fn(u32) -> (A, Operand<'k>),
+) {
+    let k: &'k Kernel = sums[0].as_ref()[0].kernel();
+    let first = accumulate.into();
+    k.wgmma_fence();
+    for step in 0..depth / STEP {
+        let accumulate = if step == 0 { first } else { true.into() };
+        let (left, b) = operands(step);
+        for (sums, a) in sums.iter().zip(left) {
+            match a {
+                LeftStep::Shared(a) => k.wgmma(sums.as_ref(), Wgmma { half, a, b, accumulate }),
+                LeftStep::Registers(a) => {
+                    k.wgmma_regs(sums.as_ref(), WgmmaRegs { half, a, b, accumulate });
+                }
+            }
+        }
+    }
+    k.wgmma_commit();
+}
