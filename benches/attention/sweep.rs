@@ -28,8 +28,9 @@ fn candidates(chosen: &Config) -> Vec<Config> {
     for rows in [64, 128, 192] {
         for keys in (48..=208).step_by(16) {
             for turns in [false, true] {
-                let config = Config { rows, keys, turns, ..*chosen }.filled();
-                all.extend(config.check().is_ok().then_some(config));
+                let config = Config { rows, keys, turns, ..*chosen };
+                let config = config.filled(H200.shared_per_block);
+                all.extend(config.check(H200.shared_per_block).is_ok().then_some(config));
             }
         }
     }

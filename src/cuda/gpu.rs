@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::sync::Arc;
 
-use candle_core::{CudaDevice, Result as CandleResult};
+use candle_core::CudaDevice;
 use cudarc::driver::{CudaContext, DriverError, sys::CUdevice_attribute as Attribute};
 use once_cell::sync::Lazy;
 use parking_lot::RwLock;
@@ -12,10 +12,7 @@ use parking_lot::RwLock;
 use super::cache::Cache;
 use super::compile;
 use super::launch::Function;
-use super::native::{AttentionPlan, Plan};
 use crate::error::{Error, Result};
-use crate::kernel::attention;
-use crate::kernel::gemm::Problem;
 use crate::kernel::{Config, Device};
 use crate::ptx::{Source, Target};
 
@@ -25,8 +22,6 @@ pub(super) struct Gpu {
     pub ordinal: usize,
     pub capability: Capability,
     pub device: Device,
-    plans: Cache<Problem, Plan>,
-    attention: Cache<attention::Problem, AttentionPlan>,
     native: Cache<Config, Function>,
     /// The users' own kernels.
     custom: Cache<Source, Function>,
@@ -34,9 +29,6 @@ pub(super) struct Gpu {
 
 /// Major and minor compute capability.
 pub(super) type Capability = (i32, i32);
-
-/// Shapes that change all the time make plans without end; a plan takes some 200 bytes.
-const MOST_PLANS: usize = 4096;
 
 static GPUS: Lazy<RwLock<HashMap<usize, Arc<Gpu>>>> = Lazy::new(RwLock::default);
 
@@ -66,33 +58,7 @@ impl Gpu {
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )?,
         };
-        Ok(Self {
-            ordinal,
-            capability,
-            device,
-            plans: Cache::of_at_most(MOST_PLANS),
-            attention: Cache::of_at_most(MOST_PLANS),
-            native: Cache::new(),
-            custom: Cache::new(),
-        })
-    }
-
-    /// What was decided for a problem: choosing takes longer than launching.
-    pub fn plan(
-        &self,
-        problem: &Problem,
-        make: impl FnOnce() -> CandleResult<Plan>,
-    ) -> CandleResult<Arc<Plan>> {
-        self.plans.get(problem, make)
-    }
-
-    /// What was decided for an attention.
-    pub fn attention(
-        &self,
-        problem: &attention::Problem,
-        make: impl FnOnce() -> CandleResult<AttentionPlan>,
-    ) -> CandleResult<Arc<AttentionPlan>> {
-        self.attention.get(problem, make)
+        Ok(Self { ordinal, capability, device, native: Cache::new(), custom: Cache::new() })
     }
 
     /// The compiled kernel of a configuration. The GPU's context is current.

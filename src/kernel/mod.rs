@@ -11,7 +11,10 @@ pub mod gemm;
 pub(crate) mod hopper;
 mod multiprocessor;
 mod name;
+mod plan;
 mod raster;
+
+pub use plan::{Plan, Step};
 
 use crate::ptx::{Half, Source, Target};
 

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Mutex;
 
 use kaio_candle::Activation;
-use kaio_candle::kernel::gemm::{Epilogue, Major, Problem, choose, sm80, sm90};
-use kaio_candle::kernel::{Config, Device, Element};
-use kaio_candle::kernel::{attention, attention::Lengths};
+use kaio_candle::kernel::attention::{self, Lengths};
+use kaio_candle::kernel::gemm::{self, Epilogue, Major, Problem, sm80, sm90};
+use kaio_candle::kernel::{Config, Device, Element, Plan};
 use kaio_candle::ptx::{Half, Target};
 
 /// What a chooser chooses for, and its kernels are assembled for.
@@ -22,12 +22,12 @@ const fn gpu(arch: &'static str, multiprocessors: u32, shared_per_block: u32) ->
     Gpu { arch, device: Device { target, multiprocessors, shared_per_block } }
 }
 
-/// A family of kernels.
+/// A family of kernels on some GPUs.
 pub struct Chooser {
     gpus: &'static [Gpu],
     /// Kernels of each shape that are assembled.
     of_a_shape: usize,
-    choose: fn(&Facts, &Device) -> Vec<Config>,
+    kernels: fn(&Facts, &Device) -> Vec<Config>,
 }
 
 /// A problem of any family.
@@ -39,10 +39,10 @@ pub enum Facts {
 
 /// All families: a new one is a line here. H100 SXM and PCIe; A100, RTX 4090 and H100.
 pub static CHOOSERS: [Chooser; 4] = [
-    Chooser { gpus: &HOPPERS, of_a_shape: 3, choose: hopper },
-    Chooser { gpus: &HOPPERS, of_a_shape: 1, choose: flash },
-    Chooser { gpus: &ALL, of_a_shape: 2, choose: portable },
-    Chooser { gpus: &ALL, of_a_shape: 1, choose: portable_flash },
+    Chooser { gpus: &HOPPERS, of_a_shape: 3, kernels: products_of },
+    Chooser { gpus: &HOPPERS, of_a_shape: 1, kernels: attentions_of },
+    Chooser { gpus: &ALL, of_a_shape: 2, kernels: products_of },
+    Chooser { gpus: &ALL, of_a_shape: 1, kernels: attentions_of },
 ];
 
 static ALL: [Gpu; 3] =
@@ -50,51 +50,23 @@ static ALL: [Gpu; 3] =
 
 static HOPPERS: [Gpu; 2] = [gpu("sm_90a", 132, 232_448), gpu("sm_90a", 114, 232_448)];
 
-fn hopper(facts: &Facts, device: &Device) -> Vec<Config> {
-    match facts {
-        Facts::Matmul(problem) => vec![Config::MatmulSm90(choose::choose(problem, device))],
-        Facts::Attention(_) => vec![],
-    }
+fn products_of(facts: &Facts, device: &Device) -> Vec<Config> {
+    let Facts::Matmul(problem) = facts else { return vec![] };
+    kernels_of::<gemm::Plan>(problem, device)
 }
 
-fn flash(facts: &Facts, device: &Device) -> Vec<Config> {
+fn attentions_of(facts: &Facts, device: &Device) -> Vec<Config> {
     let Facts::Attention(problem) = facts else { return vec![] };
-    if problem.element == Element::F32 {
+    // On Hopper f32 takes the portable kernels, which are chosen for the last of `ALL`.
+    if device.target == Target::Sm90a && problem.element == Element::F32 {
         return vec![];
     }
-    let config = attention::choose::choose(problem, device);
-    let launch = attention::Launch::new(&config, problem, device.multiprocessors);
-    let combine = config.task.split.then(|| combine(problem, &launch));
-    [Config::FlashSm90(config)].into_iter().chain(combine).collect()
+    kernels_of::<attention::Plan>(problem, device)
 }
 
-fn portable_flash(facts: &Facts, device: &Device) -> Vec<Config> {
-    let Facts::Attention(problem) = facts else { return vec![] };
-    let config = attention::sm80::choose(problem, device);
-    let launch = attention::Launch::new(&config, problem, device.multiprocessors);
-    let combine = config.task.split.then(|| combine(problem, &launch));
-    [Config::FlashSm80(config)].into_iter().chain(combine).collect()
-}
-
-/// What puts parts together.
-fn combine(problem: &attention::Problem, launch: &attention::Launch) -> Config {
-    let dim = problem.value_dim as u32;
-    let of = attention::combine::Config::new(problem.out, dim, launch.parts, problem.lse);
-    Config::FlashCombine(of)
-}
-
-fn portable(facts: &Facts, device: &Device) -> Vec<Config> {
-    let Facts::Matmul(problem) = facts else { return vec![] };
-    let config = sm80::choose(problem, problem.batch > 1, device);
-    match config.reduce() {
-        None => vec![Config::MatmulSm80(config)],
-        // What comes after the sum is the second kernel's.
-        Some(reduce) => {
-            let epilogue = Epilogue { out: Element::F32, bias: None, activation: None };
-            let partial = sm80::Config { epilogue, ..config };
-            vec![Config::MatmulSm80(partial), Config::MatmulReduce(reduce)]
-        }
-    }
+/// What a launch takes.
+fn kernels_of<P: Plan>(problem: &P::Problem, device: &Device) -> Vec<Config> {
+    P::new(problem, device).steps().into_iter().map(|step| step.kernel).collect()
 }
 
 /// How many problems.
@@ -267,7 +239,7 @@ pub fn for_each_choice(extent: Extent, each: impl Fn(Choice) + Sync) {
             for (index, problem) in some {
                 for (family, chooser) in CHOOSERS.iter().enumerate() {
                     for &gpu in chooser.gpus {
-                        for kernel in (chooser.choose)(&problem, &gpu.device) {
+                        for kernel in (chooser.kernels)(&problem, &gpu.device) {
                             each(Choice { kernel, gpu, problem, family, index });
                         }
                     }
@@ -344,7 +316,7 @@ fn with_epilogue(name: &str, choice: &Choice) -> Vec<(String, Choice)> {
     };
     let chosen = variants.iter().flat_map(|variant| {
         let problem = Facts::Matmul(variant.of(of));
-        let kernels = (choice.family().choose)(&problem, &choice.gpu.device);
+        let kernels = (choice.family().kernels)(&problem, &choice.gpu.device);
         kernels.into_iter().map(move |kernel| Choice { kernel, problem, ..*choice })
     });
     chosen.map(|choice| (choice.name(), choice)).collect()
@@ -425,7 +397,8 @@ fn choices_fit_their_problems() {
             (Config::MatmulReduce(reduce), Facts::Matmul(problem)) => divides(reduce.unit, problem),
             (Config::FlashSm90(c), Facts::Attention(problem)) => {
                 let element = Element::Half(c.half);
-                c.check().and_then(|()| flash_fits(element, c.into(), gpu, problem))
+                let fits = c.check(gpu.device.shared_per_block);
+                fits.and_then(|()| flash_fits(element, c.into(), gpu, problem))
             }
             (Config::FlashSm80(c), Facts::Attention(problem)) => {
                 let fits = c.check(gpu.device.shared_per_block);
@@ -443,7 +416,7 @@ fn choices_fit_their_problems() {
 }
 
 fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
-    config.check()?;
+    config.check(gpu.device.shared_per_block)?;
     let lines = match config.orient {
         sm90::Orient::Plain => [problem.lhs, problem.rhs],
         sm90::Orient::Swapped => [problem.rhs, problem.lhs],

@@ -10,33 +10,13 @@ use super::super::gpu::Gpu;
 use super::super::launch::Memory;
 use super::super::order::Order;
 use super::operand::{Batch, Lines, element, half, operand, row};
+use super::plan::{Compiled, Plans};
 use super::{sm80, sm90};
 use crate::error::Error;
-use crate::kernel::gemm::{self, Problem};
+use crate::kernel::gemm::{self, Plan, Problem};
 use crate::op::{Epilogue, MatmulProblem, View};
-use crate::ptx::Target;
 
-/// The kernel for a problem, and the numbers of its launch.
-pub(crate) enum Plan {
-    Sm90(sm90::Plan),
-    Sm80(sm80::Plan),
-}
-
-impl Plan {
-    pub(super) fn chosen(call: &Call) -> Result<Self> {
-        let (problem, device) = (&call.facts, &call.gpu.device);
-        match device.target {
-            Target::Sm90a => {
-                let config = gemm::choose::choose(problem, device);
-                Ok(Self::Sm90(sm90::Plan::new(call, config)?))
-            }
-            Target::Sm80 => {
-                let config = gemm::sm80::choose(problem, problem.batch > 1, device);
-                Ok(Self::Sm80(sm80::Plan::new(call, config)?))
-            }
-        }
-    }
-}
+static PLANS: Plans<Plan> = Plans::new();
 
 /// `act(A·B + bias)`; neither the result nor the depth is empty.
 pub(crate) fn matmul(
@@ -48,31 +28,14 @@ pub(crate) fn matmul(
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     let call = Call::new(op, problem, epilogue, a, b, bias)?;
-    let plan = call.gpu.plan(&call.facts, || Plan::chosen(&call))?;
-    call.run(&plan)
+    call.run(&*PLANS.get(op, &call.gpu, &call.facts)?)
 }
 
-/// Coordinates and numbers of tiles are 32-bit in the kernels.
 fn countable(op: &'static str, facts: &Problem) -> Result<()> {
-    const MOST: u64 = i32::MAX as u64;
-    let refuse = |got: String, most: u64| {
-        let (what, limit) =
-            ("Engine::Native".into(), format!("cannot take {got} (at most {most})"));
-        let fix = "split it and join the results with `Tensor::cat`".into();
-        Err(Error::Unsupported { op, what, limit, fix }.into())
-    };
-    let &Problem { m, n, k, batch, .. } = facts;
-    for (name, size) in [("M", m), ("N", n), ("K", k), ("a batch", batch)] {
-        if size > MOST {
-            return refuse(format!("{name} of {size}"), MOST);
-        }
-    }
-    // Tiles are down to an eighth of these, and several blocks may share one.
-    let tiles = m.div_ceil(64).saturating_mul(n.div_ceil(64)).saturating_mul(batch);
-    match tiles > MOST / 64 {
-        true => refuse(format!("a result of {tiles} tiles of 64 x 64"), MOST / 64),
-        false => Ok(()),
-    }
+    let Some((got, most)) = facts.limit() else { return Ok(()) };
+    let (what, limit) = ("Engine::Native".into(), format!("cannot take {got} (at most {most})"));
+    let fix = "split it and join the results with `Tensor::cat`".into();
+    Err(Error::Unsupported { op, what, limit, fix }.into())
 }
 
 /// One call: operands that fit, and the facts.
@@ -145,7 +108,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    pub fn run(&self, plan: &Plan) -> Result<CudaStorage> {
+    pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
         let device = &self.device;
         let mut out = fit::uninit(device, &Shape::from(self.out_len), self.out_dtype)?;
         let [a, b] = &self.operands;
@@ -166,9 +129,17 @@ impl<'a> Call<'a> {
                     bias: bias.as_ref().map(|(memory, first)| memory.at(*first)),
                     out: result.address() + i as u64 * result_bytes,
                 };
-                match plan {
-                    Plan::Sm90(plan) => plan.launch(self, &at)?,
-                    Plan::Sm80(plan) => plan.launch(self, &at)?,
+                match (&compiled.plan, compiled.steps.as_slice()) {
+                    (Plan::Sm90(config, launch), [kernel]) => {
+                        sm90::launch(self, config, launch, kernel, &at)?;
+                    }
+                    (Plan::Sm80(config, launch), [kernel]) => {
+                        sm80::launch(self, config, launch, kernel, &at)?;
+                    }
+                    (Plan::Split(config, launch, _), [kernel, sum]) => {
+                        sm80::launch_split(self, config, launch, [kernel, sum], &at)?;
+                    }
+                    _ => unreachable!("a split has two kernels, others one"),
                 }
             }
             Ok(())

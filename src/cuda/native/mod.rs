@@ -3,9 +3,10 @@
 mod attention;
 mod matmul;
 mod operand;
+mod plan;
 mod sm80;
 mod sm90;
 pub mod tune;
 
-pub(crate) use attention::{Plan as AttentionPlan, attention_tc, flash_attn, limit as flash_limit};
-pub(crate) use matmul::{Plan, matmul};
+pub(crate) use attention::{attention_tc, flash_attn, limit as flash_limit};
+pub(crate) use matmul::matmul;

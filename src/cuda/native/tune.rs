@@ -4,12 +4,11 @@ use candle_core::op::BackpropOp;
 use candle_core::{DType, Result, Storage, Tensor, bail};
 
 use super::attention;
-use super::matmul::{Call, Plan};
-use super::sm80::Plan as Sm80;
-use super::sm90::Plan as Sm90;
-use crate::kernel::Config;
+use super::matmul::Call;
+use super::plan::Compiled;
 use crate::kernel::attention as flash;
-use crate::kernel::gemm::Problem;
+use crate::kernel::gemm::{self, Problem};
+use crate::kernel::{Config, Plan};
 use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem};
 
 /// The product by `config`, or by the chooser's, of two matrices on one GPU; and the problem that the
@@ -24,13 +23,13 @@ pub fn matmul(
     let (Storage::Cuda(sa), Storage::Cuda(sb)) = (&*sa, &*sb) else { bail!("not on a GPU") };
     let problem = MatmulProblem::new(la, lb);
     let call = Call::new("tune", &problem, Epilogue::round(out), sa, sb, None)?;
+    let device = &call.gpu.device;
     let plan = match config {
-        Some(Config::MatmulSm90(config)) => Plan::Sm90(Sm90::new(&call, config)?),
-        Some(Config::MatmulSm80(config)) => Plan::Sm80(Sm80::new(&call, config)?),
-        Some(_) => bail!("not a product"),
-        None => Plan::chosen(&call)?,
+        Some(config) => gemm::Plan::of(&config, &call.facts, device),
+        None => Some(gemm::Plan::new(&call.facts, device)),
     };
-    let storage = Storage::Cuda(call.run(&plan)?);
+    let Some(plan) = plan else { bail!("not a product") };
+    let storage = Storage::Cuda(call.run(&Compiled::new("tune", &call.gpu, plan)?)?);
     let tensor = Tensor::from_storage(storage, problem.out.clone(), BackpropOp::none(), false);
     Ok((tensor, call.facts))
 }
@@ -52,14 +51,14 @@ pub fn flash_attn(
     let problem = AttentionProblem { out_dtype, ..AttentionProblem::broadcast(lq, lk, lv, causal) };
     let inputs = AttentionInputs { q: sq, k: sk, v: sv, extras: Default::default() };
     let call = attention::Call::new("tune", &problem, false, &inputs)?;
-    let config = match config {
-        Some(Config::FlashSm90(config)) => attention::Config::Sm90(config),
-        Some(Config::FlashSm80(config)) => attention::Config::Sm80(config),
-        Some(_) => bail!("not attention"),
-        None => attention::Config::chosen(&call.facts, &call.gpu.device),
+    let device = &call.gpu.device;
+    let plan = match config {
+        Some(config) => flash::Plan::of(&config, &call.facts, device),
+        None => Some(flash::Plan::new(&call.facts, device)),
     };
-    let plan = attention::Plan::new("tune", &call.gpu, &call.facts, config)?;
-    let storage = Storage::Cuda(call.run(&problem, &plan)?.0);
+    let Some(plan) = plan else { bail!("not attention") };
+    let compiled = Compiled::new("tune", &call.gpu, plan)?;
+    let storage = Storage::Cuda(call.run(&problem, &compiled)?.0);
     let shape = problem.shape.clone();
     Ok((Tensor::from_storage(storage, shape, BackpropOp::none(), false), call.facts))
 }

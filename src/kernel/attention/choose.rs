@@ -11,6 +11,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         panic!("wgmma of tf32 reads no transposed values: f32 is for the portable kernel");
     };
     let head_dim = (problem.head_dim as u32).next_multiple_of(16);
+    let limit = device.shared_per_block;
     let pack = pack(problem, 64);
     let split = splits(problem, pack, KEYS, device);
     let config = |warpgroups| {
@@ -25,7 +26,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
             turns: warpgroups > 1,
             store: if split { Store::Direct } else { Store::Tma },
         };
-        Config { keys: keys(problem, &config), ..config }
+        Config { keys: keys(problem, &config, limit), ..config }
     };
     let time = |&warpgroups: &u32| {
         // One and two were compared with blocks of the same keys.
@@ -33,7 +34,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         time(problem, pack, warpgroups, keys, device.multiprocessors)
     };
     let fastest = (1..=most_warpgroups(problem)).rev().min_by_key(time);
-    config(fastest.expect("at least one")).filled()
+    config(fastest.expect("at least one")).filled(limit)
 }
 
 /// Heads so wide are narrow.
@@ -48,9 +49,9 @@ fn most_warpgroups(problem: &Problem) -> u32 {
     if widest(problem) <= 112 && problem.scores.bias.is_none() { 3 } else { 2 }
 }
 
-/// Keys of a block.
-fn keys(problem: &Problem, config: &Config) -> u32 {
-    let fits = |keys: &u32| Config { keys: *keys, ..*config }.roomy();
+/// Keys of a block, with `limit` bytes of shared memory.
+fn keys(problem: &Problem, config: &Config, limit: u32) -> u32 {
+    let fits = |keys: &u32| Config { keys: *keys, ..*config }.roomy(limit);
     let most = (1..=8).map(|n| 16 * n).rev().find(fits).unwrap_or(16);
     // Blocks that a mask cuts are half in vain, and narrow heads are fastest with 128 keys.
     if config.rows != 128 || widest(problem) <= NARROW || config.task.mask != Mask::None {
@@ -59,7 +60,7 @@ fn keys(problem: &Problem, config: &Config) -> u32 {
     let keys = problem.each().keys;
     let time = |&n: &u32| keys.div_ceil(n.into()).saturating_mul((n + BESIDE_KEYS).into());
     // These need no spare registers, but for what changes scores.
-    let tight = |&keys: &u32| Config { keys, ..*config }.check().is_ok();
+    let tight = |&keys: &u32| Config { keys, ..*config }.check(limit).is_ok();
     let long = [192, 160, 144, 128].into_iter();
     let long = long.filter(|n| fits(n) || (problem.scores.plain() && tight(n)));
     long.min_by_key(time).unwrap_or(most)
@@ -258,7 +259,7 @@ pub(super) mod tests {
                         for out in [Element::F32, Element::Half(Half::Bf16)] {
                             let p =
                                 Problem { value_dim, lengths, out, ..causal(queries, keys, dim) };
-                            choose(&p, &H200).check().unwrap();
+                            choose(&p, &H200).check(H200.shared_per_block).unwrap();
                         }
                     }
                 }

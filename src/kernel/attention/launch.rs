@@ -2,6 +2,7 @@
 
 use super::combine::MAX_PARTS;
 use super::{Lengths, Mask, Problem, Section, Task};
+use crate::kernel::plan::count;
 
 /// Sequences, and the widths of masks, are shorter: the sum of three is a number of 32 bits.
 pub const MAX_LENGTH: u64 = 1 << 29;
@@ -42,7 +43,6 @@ impl Launch {
     /// Of a configuration on a problem.
     pub fn new(config: impl Into<Tiling>, problem: &Problem, multiprocessors: u32) -> Self {
         let tiling = config.into();
-        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         let room = multiprocessors * tiling.blocks_per_sm;
         let packs = problem.heads / u64::from(tiling.task.pack);
         let positions = u64::from(tiling.positions);

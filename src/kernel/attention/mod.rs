@@ -3,7 +3,9 @@
 
 mod launch;
 mod lengths;
+mod limit;
 mod mask;
+mod plan;
 mod schedule;
 mod scores;
 mod softmax;
@@ -17,7 +19,9 @@ pub mod sm90;
 
 pub use launch::{Launch, MAX_LENGTH, Tiling};
 pub use lengths::Lengths;
+pub use limit::Limit;
 pub use mask::Mask;
+pub use plan::{Attend, Plan, by_tma};
 pub use schedule::Section;
 pub use scores::{Bias, Scores};
 pub use task::Task;
@@ -65,6 +69,15 @@ impl Problem {
             (None, Some(_)) => Mask::Right,
             (Some(_), _) => Mask::Window,
         }
+    }
+
+    /// Queries of all heads and sequences.
+    pub fn rows(&self) -> u64 {
+        let sequences = match self.lengths {
+            Lengths::Full | Lengths::Padded => self.batch,
+            Lengths::Packed => 1,
+        };
+        sequences * self.heads * self.queries
     }
 
     /// Sequences of the mean length in place of packed ones.

@@ -146,8 +146,8 @@ impl Shape {
             // result. From memory, or with one tile for each block, a long ring is faster.
             config.slabs = if largest && launch.tile_rows >= 8 { 4 } else { 2 };
         }
-        config.stages = config.max_stages().min(16);
-        (config.stages >= 3 && config.check().is_ok()).then_some(config)
+        config.stages = config.max_stages(device.shared_per_block).min(16);
+        (config.stages >= 3 && config.check(device.shared_per_block).is_ok()).then_some(config)
     }
 }
 
@@ -330,7 +330,7 @@ mod tests {
                         let problem = Problem { batch, ..problem(m, n, k) };
                         let all = candidates(&problem, &H200);
                         assert!(!all.is_empty(), "{problem:?}");
-                        all.iter().for_each(|c| c.check().unwrap());
+                        all.iter().for_each(|c| c.check(H200.shared_per_block).unwrap());
                         assert!(estimate(&all[0], &problem, &H200).is_finite());
                     }
                 }

@@ -1,12 +1,15 @@
 //! Products of matrices, `C = act(A·B + bias)`, f16 and bf16 with f32 sums.
 
 pub mod choose;
+mod plan;
 mod result;
 mod share;
 pub mod sm80;
 pub mod sm90;
 
 pub use super::epilogue::Epilogue;
+pub use plan::Plan;
+
 use crate::ptx::Half;
 
 /// Which dimension of an operand is contiguous in memory.
@@ -37,4 +40,21 @@ pub struct Problem {
     pub rhs: Major,
     /// What comes after the sum.
     pub epilogue: Epilogue,
+}
+
+impl Problem {
+    /// What is too large for the kernels, whose coordinates and numbers of tiles have 32 bits, and the
+    /// most that they take.
+    pub fn limit(&self) -> Option<(String, u64)> {
+        const MOST: u64 = i32::MAX as u64;
+        // Tiles are down to an eighth of these, and several blocks may share one.
+        const MOST_TILES: u64 = MOST / 64;
+        let &Self { m, n, k, batch, .. } = self;
+        let sizes = [("M", m), ("N", n), ("K", k), ("a batch", batch)];
+        if let Some((name, size)) = sizes.into_iter().find(|&(_, size)| size > MOST) {
+            return Some((format!("{name} of {size}"), MOST));
+        }
+        let tiles = m.div_ceil(64).saturating_mul(n.div_ceil(64)).saturating_mul(batch);
+        (tiles > MOST_TILES).then(|| (format!("a result of {tiles} tiles of 64 x 64"), MOST_TILES))
+    }
 }

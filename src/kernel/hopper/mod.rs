@@ -19,8 +19,6 @@ pub const ATOM: u32 = 8 * LINE;
 pub const SLAB: u32 = 64;
 pub const SLAB_BYTES: u32 = SLAB * LINE;
 pub const WARPGROUP: u32 = 128;
-/// Dynamic shared memory that a block can have.
-pub const MAX_SHARED: u32 = 232_448;
 
 /// A multiplying warpgroup, as one of its threads sees it.
 #[derive(Clone, Copy)]

@@ -4,11 +4,11 @@ use std::f32::consts::LOG2_E;
 
 use candle_core::Result;
 
-use super::{Call, Config, Place, Plan};
+use super::{Call, Place};
 use crate::cuda::launch::{Args, Memory, TensorMap};
 use crate::kernel::Element;
 use crate::kernel::attention::sm90::{self, Store};
-use crate::kernel::attention::{Lengths, Mask};
+use crate::kernel::attention::{Attend, Lengths, Mask, Plan};
 use crate::kernel::hopper::SLAB;
 use crate::stack::Stack;
 
@@ -23,18 +23,18 @@ impl Call<'_> {
         rows: usize,
     ) -> Result<()> {
         let (launch, facts, device) = (&plan.launch, &self.facts, self.device);
-        let tiling = plan.config.tiling();
+        let task = plan.task();
         let part = |args: &mut Args, each: usize| {
-            if tiling.task.split {
+            if task.split {
                 args.value(each as u64);
             }
         };
-        let by_threads = match &plan.config {
-            Config::Sm90(config) => {
+        let by_threads = match &plan.attend {
+            Attend::Sm90(config) => {
                 self.descriptors(args, config, out)?;
-                config.store == Store::Direct || tiling.task.lengths == Lengths::Packed
+                config.store == Store::Direct || task.lengths == Lengths::Packed
             }
-            Config::Sm80(_) => {
+            Attend::Sm80(_) => {
                 self.addresses(args);
                 true
             }
@@ -64,7 +64,7 @@ impl Call<'_> {
             args.pointer(memory.at(s.matrix_offset(0)));
             strides(args, &[s.batch()[0].1, s.batch()[1].1]);
         }
-        match tiling.task.mask {
+        match task.mask {
             Mask::None => {}
             Mask::Right => _ = args.value(launch.right),
             Mask::Window => _ = args.value(launch.right).value(launch.left),
@@ -75,10 +75,10 @@ impl Call<'_> {
         for (memory, first) in lengths.iter().flatten() {
             args.pointer(memory.at(*first));
         }
-        if tiling.task.lengths == Lengths::Packed {
+        if task.lengths == Lengths::Packed {
             args.value(facts.batch as u32);
         }
-        if tiling.task.split {
+        if task.split {
             args.value(launch.parts);
         }
         let order = &launch.order;

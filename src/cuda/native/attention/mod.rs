@@ -11,104 +11,27 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::super::fit::{self, Fitted, Want, fit};
 use super::super::gpu::Gpu;
-use super::super::launch::{Args, Function, Memory};
+use super::super::launch::{Args, Memory};
 use super::super::order::Order;
 use super::operand::{UNIT, element};
-use crate::kernel::attention::{Bias, Launch, Lengths, MAX_LENGTH, Problem, Scores, Tiling};
-use crate::kernel::attention::{choose, combine, sm80, sm90};
-use crate::kernel::{self, Element};
+use super::plan::{Compiled, Plans, Ready};
+use crate::kernel::attention::{Bias, Lengths, Limit, Plan, Problem, Scores, by_tma};
 use crate::op::{AttentionInputs, AttentionProblem};
-use crate::ptx::Target;
 use crate::stack::Stack;
 
-/// The widest heads.
-const MAX_HEAD_DIM: usize = 256;
+static PLANS: Plans<Plan> = Plans::new();
 
 /// What of a problem the kernels cannot take, and what to do instead.
 pub(crate) fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
     let width = p.head_dim().max(p.value_dim());
     let length = p.seq_q().max(p.seq_k());
-    let (heads, blocks) = (p.q.count(), (length as u64).div_ceil(64));
-    if width > MAX_HEAD_DIM {
-        let what = format!("a head dimension of {width} (at most {MAX_HEAD_DIM})");
-        Some((what, "run it on the CPU, or use narrower heads"))
-    } else if length as u64 >= MAX_LENGTH {
-        let what = format!("{length} positions (less than {MAX_LENGTH})");
-        Some((what, "divide the keys, and join the results by their log-sum-exp"))
-    } else if heads as u64 * blocks > u64::from(u32::MAX / 256) {
-        let what = format!("{heads} heads of {length} positions");
-        Some((what, "split the batch and join the results with `Tensor::cat`"))
-    } else {
-        None
-    }
-}
-
-/// A kernel for a problem.
-#[derive(Clone, Copy)]
-pub(super) enum Config {
-    Sm90(sm90::Config),
-    Sm80(sm80::Config),
-}
-
-impl Config {
-    pub fn chosen(problem: &Problem, device: &kernel::Device) -> Self {
-        match by_tma(device, problem.element) {
-            true => Self::Sm90(choose::choose(problem, device)),
-            false => Self::Sm80(sm80::choose(problem, device)),
-        }
-    }
-
-    fn tiling(&self) -> Tiling {
-        match self {
-            Self::Sm90(config) => config.into(),
-            Self::Sm80(config) => config.into(),
-        }
-    }
-
-    fn kernel(&self) -> kernel::Config {
-        match *self {
-            Self::Sm90(config) => kernel::Config::FlashSm90(config),
-            Self::Sm80(config) => kernel::Config::FlashSm80(config),
-        }
-    }
-}
-
-/// Whether Hopper's kernel takes operands of a type. Its instructions read no transposed f32.
-fn by_tma(device: &kernel::Device, element: Element) -> bool {
-    device.target == Target::Sm90a && element != Element::F32
-}
-
-/// The kernels for a problem, and the numbers of their launch.
-pub(crate) struct Plan {
-    config: Config,
-    launch: Launch,
-    function: Arc<Function>,
-    /// Puts the parts together.
-    combine: Option<Arc<Function>>,
-}
-
-impl Plan {
-    fn chosen(op: &'static str, gpu: &Gpu, problem: &Problem) -> Result<Self> {
-        Self::new(op, gpu, problem, Config::chosen(problem, &gpu.device))
-    }
-
-    /// Of a configuration for the problem.
-    pub(super) fn new(
-        op: &'static str,
-        gpu: &Gpu,
-        problem: &Problem,
-        config: Config,
-    ) -> Result<Self> {
-        let tiling = config.tiling();
-        let launch = Launch::new(tiling, problem, gpu.device.multiprocessors);
-        let function = gpu.native(op, &config.kernel())?;
-        let combine = tiling.task.split.then(|| {
-            let value_dim = problem.value_dim as u32;
-            let config = combine::Config::new(problem.out, value_dim, launch.parts, problem.lse);
-            gpu.native(op, &kernel::Config::FlashCombine(config))
-        });
-        Ok(Self { config, launch, function, combine: combine.transpose()? })
-    }
+    let limit = Limit::of(p.q.count() as u64, width as u64, length as u64)?;
+    let fix = match limit {
+        Limit::HeadDim(_) => "run it on the CPU, or use narrower heads",
+        Limit::Length(_) => "divide the keys, and join the results by their log-sum-exp",
+        Limit::Tiles { .. } => "split the batch and join the results with `Tensor::cat`",
+    };
+    Some((limit.to_string(), fix))
 }
 
 /// The result, which lies as the problem says, and if wanted the log-sum-exp. Neither the result nor the
@@ -120,8 +43,7 @@ pub(crate) fn flash_attn(
     inputs: &AttentionInputs<CudaStorage>,
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
     let call = Call::new(op, p, wants_lse, inputs)?;
-    let plan = call.gpu.attention(&call.facts, || Plan::chosen(op, &call.gpu, &call.facts))?;
-    call.run(p, &plan)
+    call.run(p, &*PLANS.get(op, &call.gpu, &call.facts)?)
 }
 
 /// The same over any batch dimensions, all of them in q, k and v.
@@ -246,7 +168,7 @@ impl<'a> Call<'a> {
     pub fn run(
         &self,
         p: &AttentionProblem,
-        plan: &Plan,
+        compiled: &Compiled<Plan>,
     ) -> Result<(CudaStorage, Option<CudaStorage>)> {
         let (device, facts) = (self.device, &self.facts);
         let (rows, width) = (p.q.count() * p.seq_q(), facts.value_dim as usize);
@@ -270,9 +192,10 @@ impl<'a> Call<'a> {
                 lse: sums.as_ref().map(Memory::address),
             };
             let [heads, queries] = [facts.heads, facts.queries].map(|n| n as usize);
-            self.order.run(|| match &plan.combine {
-                None => self.attend(plan, &whole, rows),
-                Some(combine) => {
+            let plan = &compiled.plan;
+            self.order.run(|| match compiled.steps.as_slice() {
+                [attend] => self.attend(plan, attend, &whole, rows),
+                [attend, combine] => {
                     let lines = plan.launch.parts as usize * rows;
                     let mut held = [alloc(lines * width, DType::F32)?, alloc(lines, DType::F32)?];
                     let [out, lse] = held.each_mut().map(|part| Memory::of_mut(part, device));
@@ -281,9 +204,10 @@ impl<'a> Call<'a> {
                         strides: [width, queries * width, heads * queries * width],
                         lse: Some(lse.address()),
                     };
-                    self.attend(plan, &parts, rows)?;
+                    self.attend(plan, attend, &parts, rows)?;
                     self.combine(plan, combine, &parts, &whole, rows)
                 }
+                _ => unreachable!("a split has two kernels, others one"),
             })?;
         }
         if width != p.value_dim() {
@@ -294,29 +218,27 @@ impl<'a> Call<'a> {
         Ok((out, lse))
     }
 
-    fn attend(&self, plan: &Plan, out: &Place, rows: usize) -> Result<()> {
+    fn attend(&self, plan: &Plan, kernel: &Ready, out: &Place, rows: usize) -> Result<()> {
         let mut args = Args::new();
         self.attend_args(&mut args, plan, out, rows)?;
-        let grid = [plan.launch.blocks, 1, 1];
         // SAFETY: descriptors and strides span the operands' views, inside their storages; the result
         // and its sums have this size; bias, slopes and lengths are read within their views; all live
         // until the work is submitted.
-        unsafe { plan.function.submit(self.op, self.device, grid, &args)? };
+        unsafe { kernel.function.submit(self.op, self.device, kernel.grid, &args)? };
         Ok(())
     }
 
     fn combine(
         &self,
         plan: &Plan,
-        function: &Function,
+        kernel: &Ready,
         parts: &Place,
         out: &Place,
         rows: usize,
     ) -> Result<()> {
         let args = self.combine_args(plan, parts, out, rows);
-        let blocks = combine::Config::blocks(rows as u32);
         // SAFETY: parts, result and sums have this size; all live until the work is submitted.
-        unsafe { function.submit(self.op, self.device, [blocks, 1, 1], &args)? };
+        unsafe { kernel.function.submit(self.op, self.device, kernel.grid, &args)? };
         Ok(())
     }
 }

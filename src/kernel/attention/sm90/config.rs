@@ -6,7 +6,7 @@ use crate::kernel::Arena;
 use crate::kernel::attention::{Lengths, Task, Tiling};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::ring::Ring;
-use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP, store};
+use crate::kernel::hopper::{ATOM, LINE, SLAB, SLAB_BYTES, WARPGROUP, store};
 use crate::kernel::multiprocessor::REGISTERS;
 use crate::ptx::Half;
 
@@ -177,11 +177,11 @@ impl Config {
         self.value_slabs() * self.keys * LINE
     }
 
-    /// With as much of the result on its way as fits, then the next tile's queries if they fit, then as
-    /// many stages as fit.
-    pub fn filled(self) -> Self {
+    /// With as much of the result on its way as fits where a block can have `limit` bytes of shared
+    /// memory, then the next tile's queries if they fit, then as many stages as fit.
+    pub fn filled(self, limit: u32) -> Self {
         let most = |numbers: RangeInclusive<u32>, with: &dyn Fn(u32) -> Self| {
-            let fits = |&number: &u32| with(number).check().is_ok();
+            let fits = |&number: &u32| with(number).check(limit).is_ok();
             with(numbers.clone().rev().find(fits).unwrap_or(*numbers.start()))
         };
         let mut config = Self { slabs: 0, query_stages: 1, stages: 2, ..self };
@@ -193,9 +193,9 @@ impl Config {
     }
 
     /// Whether it can be built with registers to spare, which ptxas uses to overlap more.
-    pub fn roomy(&self) -> bool {
+    pub fn roomy(&self, limit: u32) -> bool {
         let spare = if self.consumers() == 3 { 0 } else { 12 };
-        self.check().is_ok() && self.needed_registers() + spare <= self.most_registers()
+        self.check(limit).is_ok() && self.needed_registers() + spare <= self.most_registers()
     }
 
     fn most_registers(&self) -> u32 {
@@ -208,11 +208,12 @@ impl Config {
         self.task.value_dim / 2 + scores + scores / 2 + bias + SPARE_REGISTERS
     }
 
-    /// Whether the kernel can be built, or the number that is in the way.
-    pub fn check(&self) -> Result<(), String> {
+    /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
+    /// or the number that is in the way.
+    pub fn check(&self, limit: u32) -> Result<(), String> {
         let plan = self.plan();
         let shared = plan.bytes;
-        let (registers, limit) = (self.needed_registers(), self.most_registers());
+        let (registers, most) = (self.needed_registers(), self.most_registers());
         let multiple = |n: u32, of: u32| n.is_multiple_of(of) && (of..=256).contains(&n);
         let rules = [
             (
@@ -242,12 +243,9 @@ impl Config {
                 self.task.can_be_split() && (!self.task.split || self.store == Store::Direct),
                 "parts of packed sequences, or not in f32, by the threads, with their sums".into(),
             ),
-            (registers <= limit, format!("{registers} registers of a thread (at most {limit})")),
+            (registers <= most, format!("{registers} registers of a thread (at most {most})")),
             NamedBarriers::rule(plan.named_barriers),
-            (
-                shared <= MAX_SHARED,
-                format!("{shared} bytes of shared memory (at most {MAX_SHARED})"),
-            ),
+            (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
         match rules.into_iter().find(|(holds, _)| !holds) {
             Some((_, what)) => Err(what),

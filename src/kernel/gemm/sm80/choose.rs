@@ -42,11 +42,11 @@ const STEP: u64 = 16;
 const BLOCK: u64 = 2500;
 const LAUNCH: u64 = 4000;
 
-/// The configuration for a problem; `batched` as in [`Config`].
-pub fn choose(problem: &Problem, batched: bool, device: &Device) -> Config {
+/// The configuration for a problem.
+pub fn choose(problem: &Problem, device: &Device) -> Config {
     TILES
         .iter()
-        .flat_map(|tile| SPLITS.map(|split| config(problem, batched, device, tile, split)))
+        .flat_map(|tile| SPLITS.map(|split| config(problem, device, tile, split)))
         .filter(|config| config.check(device.shared_per_block).is_ok())
         // Each part of a split has at least two stages of the depth.
         .filter(|c| c.split == 1 || problem.k.div_ceil(c.depth.into()) >= 2 * u64::from(c.split))
@@ -54,7 +54,7 @@ pub fn choose(problem: &Problem, batched: bool, device: &Device) -> Config {
         .expect("the small tiles fit every device")
 }
 
-fn config(problem: &Problem, batched: bool, device: &Device, tile: &Tile, split: u32) -> Config {
+fn config(problem: &Problem, device: &Device, tile: &Tile, split: u32) -> Config {
     let deep = Config {
         half: problem.half,
         lhs: problem.lhs,
@@ -66,7 +66,7 @@ fn config(problem: &Problem, batched: bool, device: &Device, tile: &Tile, split:
         stages: 2,
         split,
         blocks_per_sm: tile.blocks_per_sm,
-        batched,
+        batched: problem.batch > 1,
         unit: if problem.n.is_multiple_of(4) { 4 } else { 1 },
         epilogue: problem.epilogue,
     };
@@ -129,7 +129,7 @@ mod tests {
     }
 
     fn tile_of(device: &Device, batch: u64, m: u64, n: u64, k: u64) -> (u32, u32, u32) {
-        let c = choose(&problem(batch, m, n, k), batch > 1, device);
+        let c = choose(&problem(batch, m, n, k), device);
         (c.rows, c.cols, c.split)
     }
 
@@ -168,7 +168,7 @@ mod tests {
         for device in [H200, A100, ADA] {
             for i in 0..SIZES.len().pow(3) {
                 let [m, n, k] = [i, i / 11, i / 121].map(|i| SIZES[i % 11]);
-                let config = choose(&problem(3, m, n, k), true, &device);
+                let config = choose(&problem(3, m, n, k), &device);
                 config.check(device.shared_per_block).expect("it was checked");
                 assert!(u64::from(config.split) <= k.div_ceil(config.depth.into()));
                 assert!(n.is_multiple_of(config.unit.into()));

@@ -87,18 +87,13 @@ impl Config {
 
     /// The most stages that fit a device whose blocks can have `limit` bytes of shared memory.
     pub fn max_stages(&self, limit: u32) -> u32 {
-        self.share_of(limit) / self.stage_bytes()
-    }
-
-    /// What a block can have if others share the multiprocessor.
-    fn share_of(&self, limit: u32) -> u32 {
-        shared_of_each(limit, self.blocks_per_sm)
+        shared_of_each(limit, self.blocks_per_sm) / self.stage_bytes()
     }
 
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
     /// or the number that is in the way.
     pub fn check(&self, limit: u32) -> Result<(), String> {
-        let (shared, limit) = (self.shared_bytes(), self.share_of(limit));
+        let (shared, limit) = (self.shared_bytes(), shared_of_each(limit, self.blocks_per_sm));
         let threads = self.threads();
         let part = |all: u32, warps: u32| {
             all.is_multiple_of(warps) && (all / warps).is_power_of_two() && all / warps >= 16

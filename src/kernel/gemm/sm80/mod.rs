@@ -7,12 +7,14 @@
 mod choose;
 mod config;
 mod copies;
+mod launch;
 mod layout;
 mod multiply;
 mod reduce;
 
 pub use choose::choose;
 pub use config::Config;
+pub use launch::Launch;
 pub use reduce::{Reduce, emit_reduce};
 
 use super::Epilogue;
@@ -92,7 +94,7 @@ pub fn emit(config: &Config) -> Source {
 
 impl Config {
     /// The epilogue of the kernel that multiplies.
-    fn first_epilogue(&self) -> Epilogue {
+    pub(super) fn first_epilogue(&self) -> Epilogue {
         match self.split {
             1 => self.epilogue,
             _ => Epilogue { out: Element::F32, bias: None, activation: None },

@@ -5,13 +5,13 @@ use crate::kernel::gemm::{Epilogue, Major, Problem};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::pingpong::Pingpong;
 use crate::kernel::hopper::ring::Ring;
-use crate::kernel::hopper::{ATOM, LINE, MAX_SHARED, SLAB, SLAB_BYTES, WARPGROUP};
+use crate::kernel::hopper::{ATOM, LINE, SLAB, SLAB_BYTES, WARPGROUP};
+use crate::kernel::multiprocessor::shared_of_each;
+use crate::kernel::plan::count;
 use crate::ptx::Half;
 
 /// Depth of a stage: the 64 16-bit elements of a 128-byte swizzled line.
 pub const DEPTH: u32 = 64;
-/// Shared memory of a multiprocessor, of which each block takes 1 KiB besides its own.
-const SM_SHARED: u32 = 233_472;
 
 /// Which matrix the tiles are tiles of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -201,23 +201,20 @@ impl Config {
         self.store != Store::Tma && self.order == Order::Grid
     }
 
-    /// What a block can have if others share the multiprocessor.
-    fn max_shared(&self) -> u32 {
-        (SM_SHARED / self.blocks_per_sm - 1024).min(MAX_SHARED)
-    }
-
-    /// The most stages that fit.
-    pub fn max_stages(&self) -> u32 {
+    /// The most stages that fit a device whose blocks can have `limit` bytes of shared memory.
+    pub fn max_stages(&self, limit: u32) -> u32 {
         let result = if self.reuses_stages() { 0 } else { self.result_bytes() };
         // The barriers of up to 32 stages.
         let barriers = 512;
-        ((self.max_shared() - result - barriers) / self.stage_bytes()).min(32)
+        let share = shared_of_each(limit, self.blocks_per_sm);
+        (share.saturating_sub(result + barriers) / self.stage_bytes()).min(32)
     }
 
-    /// Whether the kernel can be built, or the number that is in the way.
-    pub fn check(&self) -> Result<(), String> {
+    /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
+    /// or the number that is in the way.
+    pub fn check(&self, limit: u32) -> Result<(), String> {
         let plan = self.plan();
-        let (shared, limit) = (plan.bytes, self.max_shared());
+        let (shared, limit) = (plan.bytes, shared_of_each(limit, self.blocks_per_sm));
         let rules = [
             (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
             (
@@ -337,7 +334,6 @@ impl Launch {
     pub fn new(config: &Config, problem: &Problem, multiprocessors: u32) -> Self {
         let [rows, cols] = config.orient.order([problem.m, problem.n]);
         let height = config.rows;
-        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         let tile_rows = count(rows.div_ceil(height.into()));
         let tile_cols = count(cols.div_ceil(config.cols.into()));
         let each = u64::from(tile_rows) * u64::from(tile_cols);
