@@ -37,7 +37,7 @@
 //! - none: CPU tensors. Builds everywhere.
 //! - `cuda`: CUDA tensors too, through this crate's own kernels (matmul, attention) and those of `kaio-ops`, and
 //!   the module `registry`, which keeps one `KaioDevice` for each GPU. Needs CUDA's compiler to build, a GPU of compute capability
-//!   8.0 or later to run (attention falls back to kaio-ops on older ones). README lists the engine's limits.
+//!   8.0 or later to run (attention falls back to kaio-ops on older ones). docs/engines.md lists their limits.
 //!
 //! # Kernels of your own
 //!
@@ -75,7 +75,11 @@ pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
 pub use options::{Activation, AttnLayout, Engine, FlashAttnOptions, MatmulOptions};
 
-/// The README's code, run by `cargo test`.
+/// The code of README and of the recipes, run by `cargo test`.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod documents {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/recipes.md")]
+    struct Recipes;
+}

@@ -1,5 +1,7 @@
-//! All suites on the CPU, and what must not compile.
+//! All suites on the CPU, the recipes of docs/recipes.md, and what must not compile.
 
+#[path = "cpu/recipes.rs"]
+mod recipes;
 mod suites;
 #[path = "suites/tables.rs"]
 mod tables;

@@ -3,7 +3,7 @@
 //! The candidates are the shapes that won somewhere, and the constants were fitted, on 1439 timings of
 //! 127 problems (H200, 2026-11-23; `cargo bench --features cuda --bench matmul -- --sweep all`). On
 //! those the choice is 1.6 % slower than the fastest kernel on average, of which 1.0 % is that not all
-//! shapes are candidates. docs/kernels.md has what was learnt.
+//! shapes are candidates. docs/notebook.md has what was learnt.
 
 use super::sm90::{Config, DEPTH, Launch, Order, Orient, Store};
 use super::{Major, Problem};
