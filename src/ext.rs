@@ -231,8 +231,8 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// # Gradient
     ///
-    /// q, k and v, in O(S·D) memory: probabilities are rebuilt block by block from the log-sum-exp
-    /// that the forward pass kept (FlashAttention-2, Dao 2023).
+    /// q, k and v, in O(S·D) memory: probabilities are rebuilt block by block (FlashAttention-2, Dao
+    /// 2023), on the CPU from what the forward pass kept of each row.
     ///
     /// # Errors
     ///
@@ -321,8 +321,8 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// # Gradient
     ///
-    /// As there, of the result. The log-sum-exp is a constant for the backward pass: what is computed
-    /// from it has no gradient.
+    /// As there, through the result and through the log-sum-exp: partial results that are put together by
+    /// their log-sum-exp are differentiated as the whole would be.
     ///
     /// # Errors
     ///

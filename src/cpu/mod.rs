@@ -11,7 +11,7 @@ mod gemm;
 mod quantized;
 mod widen;
 
-pub(crate) use attention::{attention, attention_backward};
+pub(crate) use attention::{Attended, attention, attention_backward};
 pub(crate) use dense::{matmul, matmul_dense};
 pub(crate) use epilogue::epilogue;
 pub(crate) use quantized::{dequantize_int4, matmul_int8, widen_int8};

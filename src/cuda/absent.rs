@@ -5,9 +5,7 @@ use candle_core::{CudaStorage, Error, Result};
 
 use super::Operand;
 use crate::Engine;
-use crate::op::{
-    AttentionInputs, AttentionProblem, AttentionUpstream, Epilogue, MatmulProblem, View,
-};
+use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem, View};
 
 /// Defines functions with the engine's signatures that report the missing feature.
 macro_rules! absent {
@@ -28,21 +26,12 @@ absent! {
     ) -> CudaStorage;
     fn matmul_int8(Name, Operand, Operand, f32) -> CudaStorage;
     fn matmul_int4(Name, Operand, Operand, Operand) -> CudaStorage;
-    fn qkv_int8(Name, Operand, &[Operand], [f32; 3]) -> CudaStorage;
-    fn qkv_int4(Name, Operand, &[Operand], &[Operand]) -> CudaStorage;
+    fn qkv_int8(Name, Operand, &[Operand], [f32; 3]) -> [CudaStorage; 3];
+    fn qkv_int4(Name, Operand, &[Operand], &[Operand]) -> [CudaStorage; 3];
     fn attention_tc(Name, &AttentionProblem, [&CudaStorage; 3]) -> CudaStorage;
     fn flash_attn(
         Name, &AttentionProblem, Engine, bool, &AttentionInputs<CudaStorage>
     ) -> (CudaStorage, Option<CudaStorage>);
-    fn flash_attn_backward(
-        Name, &AttentionProblem,
-        &AttentionInputs<CudaStorage>, &AttentionUpstream<CudaStorage>
-    ) -> CudaStorage;
-}
-
-/// No problem.
-pub(crate) fn differentiates_flash_attn(_: &AttentionProblem) -> bool {
-    false
 }
 
 /// No weight, of any width.

@@ -4,10 +4,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, Result};
 
 use super::gpu::has_kernels;
-pub(crate) use super::kaio_ops::{
-    flash_attn_backward, matmul_int4, matmul_int8, qkv_int4, qkv_int8,
-};
-use super::{kaio_ops, native};
+pub(crate) use super::kaio_ops::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
+use super::{empty, kaio_ops, native};
 use crate::Engine;
 use crate::error::Error;
 use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem, View};
@@ -27,12 +25,12 @@ pub(crate) fn matmul(
     b: &CudaStorage,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
+    if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
+        return empty::matmul(op, problem, epilogue, a, bias);
+    }
     match engine {
-        Engine::Auto | Engine::Native if problem.out.elem_count() > 0 && problem.lhs.cols > 0 => {
-            native::matmul(op, problem, epilogue, a, b, bias)
-        }
-        // An empty product is zeros, to which candle's kernels add the bias.
-        _ => kaio_ops::matmul(op, problem, epilogue, a, b, bias),
+        Engine::Auto | Engine::Native => native::matmul(op, problem, epilogue, a, b, bias),
+        Engine::KaioOps => kaio_ops::matmul(op, problem, epilogue, a, b, bias),
     }
 }
 
@@ -69,7 +67,7 @@ pub(crate) fn flash_attn(
     inputs: &AttentionInputs<CudaStorage>,
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
     if problem.is_empty() {
-        return kaio_ops::empty_flash_attn(problem, wants_lse, inputs, |scores, inputs| {
+        return empty::flash_attn(problem, wants_lse, inputs, |scores, inputs| {
             flash_attn(op, scores, engine, true, inputs)
         });
     }
@@ -89,9 +87,4 @@ pub(crate) fn flash_attn(
         true => native::flash_attn(op, problem, wants_lse, inputs),
         false => kaio_ops::flash_attn(op, problem, wants_lse, inputs),
     }
-}
-
-/// Whether an engine has the backward pass of a problem. Without one, the op has it in candle's ops.
-pub(crate) fn differentiates_flash_attn(problem: &AttentionProblem) -> bool {
-    kaio_ops::flash_takes(problem)
 }

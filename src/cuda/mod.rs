@@ -9,8 +9,12 @@ mod args;
 mod cache;
 #[cfg(feature = "cuda")]
 mod compile;
+#[cfg(feature = "cuda")]
+mod empty;
 #[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
 mod engines;
+#[cfg(feature = "cuda")]
+mod epilogue;
 #[cfg(feature = "cuda")]
 mod fit;
 #[cfg(feature = "cuda")]

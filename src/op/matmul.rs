@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
-use super::{Differentiable, Op, View, apply, eval, sum_to};
+use super::{Computed, Differentiable, Op, View, apply, eval, sum_to};
 use crate::{
     Activation, Engine, MatmulOptions, check, cpu, cuda,
     error::Error,
@@ -57,7 +57,7 @@ pub(crate) fn matmul(
         None => Epilogue { out_dtype, activation: opts.activation },
     };
     let inputs: Vec<_> = [Some(a), Some(b), bias].into_iter().flatten().map(|(_, t)| t).collect();
-    let product = apply(Matmul { name: op, engine: opts.engine, epilogue }, &inputs)?;
+    let [product] = apply(Matmul { name: op, engine: opts.engine, epilogue }, &inputs)?;
     match after {
         None => Ok(product),
         Some(activation) => activate(&product, activation)?.to_dtype(out_dtype),
@@ -140,22 +140,22 @@ impl Op for Matmul {
         self.name
     }
 
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let [(a, la), (b, lb), ref bias @ ..] = *inputs else { unreachable!("two operands") };
         let problem = MatmulProblem::new(la, lb);
         let mut out = cpu::matmul(&problem, a, b)?;
         let Epilogue { out_dtype, activation } = self.epilogue;
         cpu::epilogue(&mut out, problem.rhs.cols, bias.first().copied(), activation)?;
-        Ok((cpu::narrow_to(out_dtype, out)?, problem.out))
+        Ok(vec![(cpu::narrow_to(out_dtype, out)?, problem.out)])
     }
 
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let [(a, la), (b, lb), ref bias @ ..] = *inputs else { unreachable!("two operands") };
         let problem = MatmulProblem::new(la, lb);
         let Self { name, engine, epilogue } = *self;
         let bias = bias.first().copied();
         let out = cuda::matmul(name, &problem, engine, epilogue, a, b, bias)?;
-        Ok((out, problem.out))
+        Ok(vec![(out, problem.out)])
     }
 }
 
@@ -166,9 +166,10 @@ impl Differentiable for Matmul {
     fn grad(
         &self,
         inputs: &[&Tensor],
-        _out: &Tensor,
-        grad: &Tensor,
+        _: &[Tensor],
+        grads: &[Option<Tensor>],
     ) -> Result<Vec<Option<Tensor>>> {
+        let [Some(grad)] = grads else { return Ok(vec![None; inputs.len()]) };
         let (a, b) = (inputs[0], inputs[1]);
         let da = || {
             let scaled = Scaled::new(grad, a.dtype(), grad.rank() - 1)?;
@@ -221,7 +222,7 @@ impl Matmul {
         let done = upstream.restore.is_none()
             && batch_dims(operand.dims()) == batch_dims(upstream.grad.dims());
         let epilogue = Epilogue::round(if done { dtype } else { DType::F32 });
-        let product = eval(&Self { epilogue, ..*self }, &[lhs, rhs])?;
+        let [product] = eval(&Self { epilogue, ..*self }, &[lhs, rhs])?;
         match done {
             true => Ok(product),
             false => sum_to(&upstream.restore(product)?, operand.shape())?.to_dtype(dtype),

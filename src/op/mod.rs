@@ -1,8 +1,8 @@
 //! What each op means: its arguments, its result's shape, its gradient.
 //!
 //! A method of [`KaioTensorExt`](crate::KaioTensorExt) lands here. The op's module checks the
-//! arguments and describes the work as a value that implements [`Op`]; [`eval`] runs it, and [`apply`]
-//! puts it into candle's graph if it is [`Differentiable`].
+//! arguments and describes the work as a value that implements [`Op`], which [`apply`] runs and puts into
+//! candle's graph if it is [`Differentiable`], and [`apply_constant`] if it is not.
 
 mod attention;
 mod matmul;
@@ -11,8 +11,8 @@ mod qkv;
 mod quantized;
 
 pub(crate) use attention::{
-    AttentionInputs, AttentionProblem, AttentionUpstream, Mask, attention_tc, flash_attn,
-    flash_attn_with_lse,
+    AttentionGrads, AttentionInputs, AttentionProblem, AttentionUpstream, Mask, attention_tc,
+    flash_attn, flash_attn_with_lse,
 };
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;
@@ -24,21 +24,39 @@ use std::ops::Deref;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
+use crate::error::Error;
+
 /// A storage and the view of it that is meant.
 pub(crate) type View<'a, S> = (&'a S, &'a Layout);
 
-/// A computation on checked inputs. Results are contiguous.
+/// A result and its shape.
+pub(crate) type Computed<S> = (S, Shape);
+
+/// A computation on checked inputs. Results are contiguous, and always as many.
 pub(crate) trait Op: Send + Sync + 'static {
     /// The method that the user called.
     fn name(&self) -> &'static str;
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)>;
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)>;
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>>;
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>>;
 }
 
 /// An [`Op`] with a gradient.
 pub(crate) trait Differentiable: Op {
-    /// The gradients of the inputs, given the result and its gradient; `None` where no one asks.
-    fn grad(&self, inputs: &[&Tensor], out: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>>;
+    /// Whether an input, counted from 0, has a gradient. The others are constants.
+    fn differentiates(&self, _input: usize) -> bool {
+        true
+    }
+
+    /// The gradients of the inputs; `None` where no one asks.
+    ///
+    /// `results` are all that the op computed, also what its caller does not see. `grads` are the
+    /// gradients of those that the caller sees; `None` for one on which nothing depends, but not for all.
+    fn grad(
+        &self,
+        inputs: &[&Tensor],
+        results: &[Tensor],
+        grads: &[Option<Tensor>],
+    ) -> Result<Vec<Option<Tensor>>>;
 }
 
 /// A cast that also takes tensors without elements, for which candle's CUDA kernels do not launch.
@@ -49,21 +67,46 @@ pub(crate) fn cast(t: &Tensor, dtype: DType) -> Result<Tensor> {
     }
 }
 
-/// Runs an op outside candle's graph.
-pub(crate) fn eval(op: &impl Op, inputs: &[&Tensor]) -> Result<Tensor> {
+/// Runs an op that has no gradient. An input that tracks one is an error: what it was computed from
+/// would silently stay as it is.
+pub(crate) fn apply_constant<const N: usize>(
+    op: &impl Op,
+    inputs: &[&Tensor],
+) -> Result<[Tensor; N]> {
+    if inputs.iter().any(|t| t.track_op()) {
+        return Err(Error::Tracked { op: op.name(), arg: "input" }.into());
+    }
+    eval(op, inputs)
+}
+
+/// Runs an op outside candle's graph, within a gradient.
+pub(crate) fn eval<const N: usize>(op: &impl Op, inputs: &[&Tensor]) -> Result<[Tensor; N]> {
+    let results: Vec<_> = compute(op, inputs)?.into_iter().map(tensor).collect();
+    results.try_into().map_err(|_| candle_core::Error::msg("an op with another number of results"))
+}
+
+/// What an op computes.
+fn compute(op: &impl Op, inputs: &[&Tensor]) -> Result<Vec<Computed<Storage>>> {
     let guards: Vec<_> = inputs.iter().map(|t| t.storage_and_layout()).collect();
-    let (storage, shape) = match &*guards[0].0 {
+    match &*guards[0].0 {
         Storage::Cpu(_) => {
-            let (storage, shape) = op.cpu(&on_cpu(op.name(), &guards)?)?;
-            (Storage::Cpu(storage), shape)
+            let results = op.cpu(&on_cpu(op.name(), &guards)?)?;
+            Ok(results.into_iter().map(|(storage, shape)| (Storage::Cpu(storage), shape)).collect())
         }
         Storage::Cuda(_) => {
-            let (storage, shape) = op.cuda(&on_cuda(op.name(), &guards)?)?;
-            (Storage::Cuda(storage), shape)
+            let results = op.cuda(&on_cuda(op.name(), &guards)?)?;
+            Ok(results
+                .into_iter()
+                .map(|(storage, shape)| (Storage::Cuda(storage), shape))
+                .collect())
         }
         Storage::Metal(_) => bail!("{}: no Metal kernels", op.name()),
-    };
-    Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
+    }
+}
+
+/// A result outside candle's graph.
+fn tensor((storage, shape): Computed<Storage>) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }
 
 /// What locked storages hold.

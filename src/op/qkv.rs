@@ -1,10 +1,10 @@
 //! Three projections of one input: `q = x·Wq`, `k = x·Wk`, `v = x·Wv` with quantised weights.
 
-use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, DType, Result, Tensor};
 use half::f16;
 
 use super::quantized::rows;
-use super::{Op, View, eval};
+use super::{Computed, Op, View, apply_constant};
 use crate::{check, cpu, cuda, stack::Stack};
 
 /// The weights of the three projections.
@@ -46,8 +46,8 @@ pub(crate) fn qkv_project(x: &Tensor, weights: QkvWeights) -> Result<(Tensor, Te
             (op, Kind::Int4, [[x].as_slice(), &packed, &scales].concat())
         }
     };
-    let qkv = eval(&Qkv { op, kind }, &inputs)?;
-    Ok((qkv.get(0)?, qkv.get(1)?, qkv.get(2)?))
+    let [q, k, v] = apply_constant(&Qkv { op, kind }, &inputs)?;
+    Ok((q, k, v))
 }
 
 fn check_common<'a>(
@@ -79,7 +79,7 @@ enum Kind {
     Int4,
 }
 
-/// Inputs: x, three weights and, for int4, three scales. Result: f16 `[3, .., M, N]`.
+/// Inputs: x, three weights and, for int4, three scales. Results: three f16 `[.., M, N]`.
 struct Qkv {
     op: &'static str,
     kind: Kind,
@@ -90,23 +90,23 @@ impl Op for Qkv {
         self.op
     }
 
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let (x, lx) = inputs[0];
         let n = inputs[1].1.dims()[1];
         let (lhs, shape) = rows(lx, n);
-        let mut out = Vec::with_capacity(3 * shape.elem_count());
-        for i in 0..3 {
+        let projection = |i: usize| {
             let (weight, scale) = match &self.kind {
                 Kind::Int8(scales) => (cpu::widen_int8(inputs[1 + i])?, scales[i]),
                 Kind::Int4 => (cpu::dequantize_int4(inputs[1 + i], inputs[4 + i])?, 1.0),
             };
             let sums = cpu::matmul_dense(&lhs, x, &weight, n)?;
-            out.extend(sums.into_iter().map(|sum| f16::from_f32(sum * scale)));
-        }
-        Ok((CpuStorage::F16(out), tripled(&shape)))
+            let out = sums.into_iter().map(|sum| f16::from_f32(sum * scale)).collect();
+            Ok((CpuStorage::F16(out), shape.clone()))
+        };
+        (0..3).map(projection).collect()
     }
 
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let (x, lx) = inputs[0];
         let (lhs, shape) = rows(lx, inputs[1].1.dims()[1]);
         let stacks: Vec<_> = inputs.iter().map(|(_, layout)| Stack::new(layout)).collect();
@@ -116,10 +116,6 @@ impl Op for Qkv {
             Kind::Int8(scales) => cuda::qkv_int8(self.op, x, &operands[1..4], *scales)?,
             Kind::Int4 => cuda::qkv_int4(self.op, x, &operands[1..4], &operands[4..7])?,
         };
-        Ok((out, tripled(&shape)))
+        Ok(out.into_iter().map(|out| (out, shape.clone())).collect())
     }
-}
-
-fn tripled(shape: &Shape) -> Shape {
-    Shape::from([[3].as_slice(), shape.dims()].concat())
 }

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
 
 use super::matmul::Matmul;
-use super::{Op, View, eval};
+use super::{Computed, Op, View, apply_constant};
 use crate::{check, cpu, cuda, error::Error, quant, stack::Stack};
 
 /// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`.
@@ -31,7 +31,8 @@ pub(crate) fn matmul_int8(lhs: &Tensor, rhs: &Tensor, scale: f32) -> Result<Tens
     }
     check::finite(OP, "scale", scale)?;
     check::untracked(OP, &[a, b])?;
-    eval(&MatmulInt8 { scale }, &[lhs, rhs])
+    let [out] = apply_constant(&MatmulInt8 { scale }, &[lhs, rhs])?;
+    Ok(out)
 }
 
 /// f32 `[.., M, N]` = `a · dequantised weight`.
@@ -48,9 +49,11 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     if lhs.device().is_cuda() && !cuda::takes_int4(packed.dims()[1]) {
         // To f16, on the GPU: what the int4 kernel does with each nibble.
         let weight = quant::dequantize(packed, scales, DType::F16)?;
-        return eval(&Matmul::new(OP), &[lhs, &weight]);
+        let [out] = apply_constant(&Matmul::new(OP), &[lhs, &weight])?;
+        return Ok(out);
     }
-    eval(&MatmulInt4, &[lhs, packed, scales])
+    let [out] = apply_constant(&MatmulInt4, &[lhs, packed, scales])?;
+    Ok(out)
 }
 
 /// The result's shape and the activations as one matrix or, if strides forbid that, as a stack.
@@ -70,19 +73,19 @@ impl Op for MatmulInt8 {
         "kaio_matmul_int8"
     }
 
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
         let (lhs, shape) = rows(la, lb.dims()[1]);
         let out = cpu::matmul_int8(&lhs, &Stack::new(lb), self.scale, a.as_slice()?, b.as_slice()?);
-        Ok((CpuStorage::F32(out), shape))
+        Ok(vec![(CpuStorage::F32(out), shape)])
     }
 
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
         let (lhs, shape) = rows(la, lb.dims()[1]);
         let rhs = Stack::new(lb);
         let out = cuda::matmul_int8(self.name(), (a, &lhs), (b, &rhs), self.scale)?;
-        Ok((out, shape))
+        Ok(vec![(out, shape)])
     }
 }
 
@@ -93,20 +96,20 @@ impl Op for MatmulInt4 {
         "kaio_matmul_int4"
     }
 
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let [(a, la), packed, scales] = *inputs else { unreachable!("three operands") };
         let n = packed.1.dims()[1];
         let (lhs, shape) = rows(la, n);
         let weight = cpu::dequantize_int4(packed, scales)?;
         let out = cpu::matmul_dense(&lhs, a, &weight, n)?;
-        Ok((CpuStorage::F32(out), shape))
+        Ok(vec![(CpuStorage::F32(out), shape)])
     }
 
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let [(a, la), (b, lb), (s, ls)] = *inputs else { unreachable!("three operands") };
         let (lhs, shape) = rows(la, lb.dims()[1]);
         let (words, steps) = (Stack::new(lb), Stack::new(ls));
         let out = cuda::matmul_int4(self.name(), (a, &lhs), (b, &words), (s, &steps))?;
-        Ok((out, shape))
+        Ok(vec![(out, shape)])
     }
 }

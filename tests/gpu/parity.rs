@@ -140,17 +140,17 @@ fn quantised() -> Result<()> {
 }
 
 #[test]
-fn flash_attention_and_gradient() -> Result<()> {
+fn flash_attention() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
     let kaio = registry::device(0)?;
     let mut source = Source::new("parity flash", &gpu);
     let (s, d) = (300, 64);
-    let [q, k, v, g] = [0; 4].map(|_| source.tensor(DType::F32, &[s, d], Layout::Plain).unwrap());
-    let [kq, kk, kv, kg] = [&q, &k, &v, &g].map(|t| buffer::<f32>(&kaio, t));
+    let [q, k, v] = [0; 3].map(|_| source.tensor(DType::F32, &[s, d], Layout::Plain).unwrap());
+    let [kq, kk, kv] = [&q, &k, &v].map(|t| buffer::<f32>(&kaio, t));
     let new = || kaio.alloc_zeros::<f32>(s * d).unwrap();
     let (su, du) = (s as u32, d as u32);
     for causal in [false, true] {
-        let (mut out, mut lse) = (new(), kaio.alloc_zeros::<f32>(s).unwrap());
+        let mut out = new();
         let forward = match causal {
             false => kaio_ops::attention_flash,
             true => kaio_ops::attention_flash_causal,
@@ -160,29 +160,6 @@ fn flash_attention_and_gradient() -> Result<()> {
         let what = format!("attention_flash causal={causal}");
         let opts = FlashAttnOptions::default().causal(causal).engine(Engine::KaioOps);
         same(&what, &q.kaio_flash_attn_with(&k, &v, &opts)?, &kaio, &out);
-
-        let with_stats = match causal {
-            false => kaio_ops::attention_flash_with_stats,
-            true => kaio_ops::attention_flash_causal_with_stats,
-        };
-        with_stats(&kaio, &kq, &kk, &kv, &mut out, &mut lse, su, du).unwrap();
-        let (mut dq, mut dk, mut dv) = (new(), new(), new());
-        let backward = match causal {
-            false => kaio_ops::attention_flash_bwd,
-            true => kaio_ops::attention_flash_bwd_causal,
-        };
-        backward(&kaio, &kg, &kq, &kk, &kv, &out, &lse, &mut dq, &mut dk, &mut dv, su, du).unwrap();
-        let vars = [&q, &k, &v].map(|t| candle_core::Var::from_tensor(t).unwrap());
-        poison(&gpu, s * d);
-        let result = vars[0].kaio_flash_attn_with(&vars[1], &vars[2], &opts)?;
-        let loss = (result * &g)?.sum_all()?;
-        poison(&gpu, s * d);
-        let grads = loss.backward()?;
-        for (name, var, want) in
-            [("dq", &vars[0], &dq), ("dk", &vars[1], &dk), ("dv", &vars[2], &dv)]
-        {
-            same(&format!("{what} {name}"), grads.get(var).unwrap(), &kaio, want);
-        }
     }
     Ok(())
 }

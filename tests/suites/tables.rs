@@ -59,6 +59,8 @@ tables! {
     attention_option_differences: attention::option_differences;
     attention_random_options: attention::random_options;
     attention_log_sum_exp: attention::log_sum_exp;
+    attention_log_sum_exp_gradients: attention::log_sum_exp_gradients;
+    attention_stand_ins: attention::stand_ins;
     attention_shared_graph: attention::shared_graph;
     attention_kinds: attention::kinds;
     attention_many_tiles: attention::many_tiles;

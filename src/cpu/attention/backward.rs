@@ -9,53 +9,63 @@ use super::super::exp::exp_minus;
 use super::super::widen::packed;
 use super::block::{Block, Rows};
 use super::{BLOCK_K, BLOCK_Q, Heads, Piece, blocks, cut};
-use crate::op::{AttentionInputs, AttentionProblem, AttentionUpstream};
+use crate::op::{AttentionGrads, AttentionInputs, AttentionProblem, AttentionUpstream};
 
-/// dq, dk and dv in a row, packed, heads before rows, and the gradient of a bias of shape `bias` (up to
-/// `[B, Hq, Sq, Sk]`), or nothing; in f32.
+/// The gradients of q, k and v, packed, heads before rows, and of a bias of shape `bias` (up to
+/// `[B, Hq, Sq, Sk]`); in f32.
 pub(crate) fn attention_backward(
     p: &AttentionProblem,
     inputs: &AttentionInputs<CpuStorage>,
     upstream: &AttentionUpstream<CpuStorage>,
     bias: Option<&[usize]>,
-) -> Result<(Vec<f32>, Vec<f32>)> {
+) -> Result<AttentionGrads<Vec<f32>>> {
     let (q, k, v) = (packed(inputs.q, &p.q)?, packed(inputs.k, &p.k)?, packed(inputs.v, &p.v)?);
     let out = packed(upstream.out, &p.out)?;
     let grad = packed(upstream.grad.0, &upstream.grad.1)?;
-    let mut grads = vec![0f32; q.len() + k.len() + v.len()];
-    let mut dbias = vec![0f32; bias.map_or(0, |dims| dims.iter().product())];
+    let zeros = |len| vec![0f32; len];
+    let mut grads = AttentionGrads {
+        q: zeros(q.len()),
+        k: zeros(k.len()),
+        v: zeros(v.len()),
+        bias: bias.map(|dims| zeros(dims.iter().product())),
+    };
     if p.is_empty() {
-        return Ok((grads, dbias));
+        return Ok(grads);
     }
     let heads = Heads::new(p, inputs, &[&q, &k, &v, &grad])?;
     let (d, dv) = (p.head_dim(), p.value_dim());
-    // Dᵢ = Σ dO·O, the part of dS that all keys of a row share.
-    let delta: Vec<f32> = std::iter::zip(out.chunks(dv), grad.chunks(dv))
+    // Dᵢ = Σ dO·O, the part of dS that all keys of a row share, less the log-sum-exp's gradient, whose
+    // slope by a score is the score's probability.
+    let mut delta: Vec<f32> = std::iter::zip(out.chunks(dv), grad.chunks(dv))
         .map(|(out, grad)| std::iter::zip(out, grad).map(|(o, g)| o * g).sum())
         .collect();
+    if let Some((storage, stack)) = &upstream.lse_grad {
+        let lse_grad = packed(storage, stack)?;
+        delta.iter_mut().zip(&*lse_grad).for_each(|(delta, grad)| *delta -= grad);
+    }
     let backward = Backward {
         heads: &heads,
         q: Rows { data: &q, width: d },
         k: Rows { data: &k, width: d },
         v: Rows { data: &v, width: dv },
         grad: Rows { data: &grad, width: dv },
-        lse: upstream.lse.as_slice()?,
+        max: upstream.max.as_slice()?,
+        sum: upstream.sum.as_slice()?,
         delta: &delta,
     };
-    let (dq, dkv) = grads.split_at_mut(q.len());
-    let (dk, dv) = dkv.split_at_mut(k.len());
     let rows = heads.pieces(heads.count, heads.sq, BLOCK_Q, |sequence| &sequence.rows);
-    rows.par_iter().zip(cut(dq, d, &rows)).for_each(|(piece, dq)| backward.queries(piece, dq));
+    let dq = cut(&mut grads.q, d, &rows);
+    rows.par_iter().zip(dq).for_each(|(piece, dq)| backward.queries(piece, dq));
     let kv_heads = heads.count / heads.group;
     let keys = heads.pieces(kv_heads, heads.sk, BLOCK_K, |sequence| &sequence.keys);
     keys.par_iter()
-        .zip(cut(dk, d, &keys))
-        .zip(cut(dv, p.value_dim(), &keys))
+        .zip(cut(&mut grads.k, d, &keys))
+        .zip(cut(&mut grads.v, dv, &keys))
         .for_each(|((piece, dk), dv)| backward.keys(piece, dk, dv));
-    if let Some(dims) = bias {
-        backward.bias(p.q.batch()[1].0, dims, &mut dbias);
+    if let Some((dims, dbias)) = bias.zip(grads.bias.as_mut()) {
+        backward.bias(p.q.batch()[1].0, dims, dbias);
     }
-    Ok((grads, dbias))
+    Ok(grads)
 }
 
 /// What the passes read. Each block of dq has one owner, and each of dk and dv, and of the bias, so that
@@ -66,7 +76,8 @@ struct Backward<'a> {
     k: Rows<'a>,
     v: Rows<'a>,
     grad: Rows<'a>,
-    lse: &'a [f32],
+    max: &'a [f32],
+    sum: &'a [f32],
     delta: &'a [f32],
 }
 
@@ -102,8 +113,8 @@ impl Backward<'_> {
         block.inner(ds, self.grad, self.v, 1.0);
         for (r, (p, ds)) in p.chunks_mut(n).zip(ds.chunks_mut(n)).enumerate() {
             let i = block.query() + r;
-            // A row that sees no key, be it for its bias.
-            let visible = if self.lse[i] == f32::NEG_INFINITY { 0..0 } else { block.visible(r) };
+            // A row that sees no key, because of the mask or of its bias.
+            let visible = if self.max[i] == f32::NEG_INFINITY { 0..0 } else { block.visible(r) };
             for row in [&mut *p, &mut *ds] {
                 row[..visible.start].fill(0.0);
                 row[visible.end..].fill(0.0);
@@ -112,8 +123,11 @@ impl Backward<'_> {
             let bends = &mut scratch.bends[..];
             let bends = if bends.is_empty() { bends } else { &mut bends[..p.len()] };
             block.score(r, visible.start, p, bends);
-            exp_minus(p, self.lse[i]);
-            ds.iter_mut().zip(&*p).for_each(|(ds, p)| *ds = p * (*ds - self.delta[i]));
+            exp_minus(p, self.max[i]);
+            for (p, ds) in p.iter_mut().zip(&mut *ds) {
+                *p /= self.sum[i];
+                *ds = *p * (*ds - self.delta[i]);
+            }
             if by == By::Products {
                 ds.iter_mut().zip(bends).for_each(|(ds, bend)| *ds *= *bend);
             }

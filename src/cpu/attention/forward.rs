@@ -10,12 +10,21 @@ use super::{BLOCK_K, BLOCK_Q, Heads, Piece, blocks, cut};
 use crate::op::{AttentionInputs, AttentionProblem};
 use crate::stack::Stack;
 
-/// The result in f32, in the order of the problem's `out`, and the log-sum-exp `[heads, Sq]`: −∞ where a
-/// row sees no key.
+/// What the forward pass computes.
+pub(crate) struct Attended {
+    /// In the order of the problem's `out`.
+    pub out: Vec<f32>,
+    /// `[heads, Sq]`: each row's largest score, −∞ where it sees no key.
+    pub max: Vec<f32>,
+    /// `[heads, Sq]`: the sum of each row's exp(score − max).
+    pub sum: Vec<f32>,
+}
+
+/// The result, and what each row's probabilities can be rebuilt from.
 pub(crate) fn attention(
     p: &AttentionProblem,
     inputs: &AttentionInputs<CpuStorage>,
-) -> Result<(Vec<f32>, Vec<f32>)> {
+) -> Result<Attended> {
     let (q, k, v) = (packed(inputs.q, &p.q)?, packed(inputs.k, &p.k)?, packed(inputs.v, &p.v)?);
     let heads = Heads::new(p, inputs, &[&v])?;
     let (d, dv) = (p.head_dim(), p.value_dim());
@@ -26,21 +35,22 @@ pub(crate) fn attention(
         v: Rows { data: &v, width: dv },
     };
     let mut out = vec![0f32; heads.count * heads.sq * dv];
-    let mut lse = vec![f32::NEG_INFINITY; heads.count * heads.sq];
+    let mut max = vec![f32::NEG_INFINITY; heads.count * heads.sq];
+    let mut sum = vec![0f32; heads.count * heads.sq];
     let pieces = heads.pieces(heads.count, heads.sq, BLOCK_Q, |sequence| &sequence.rows);
-    let (outs, lses) = (cut(&mut out, dv, &pieces), cut(&mut lse, 1, &pieces));
+    let (maxima, sums) = (cut(&mut max, 1, &pieces), cut(&mut sum, 1, &pieces));
     pieces
         .par_iter()
-        .zip(outs)
-        .zip(lses)
-        .for_each(|((piece, out), lse)| forward.rows(piece, out, lse));
+        .zip(cut(&mut out, dv, &pieces))
+        .zip(maxima.into_par_iter().zip(sums))
+        .for_each(|((piece, out), (maxima, sums))| forward.rows(piece, out, maxima, sums));
     if p.out.contiguous().is_none() {
         // Heads behind rows.
         let [(batch, _), (count, _)] = *p.out.batch() else { unreachable!("batches and heads") };
         let heads_first = Layout::contiguous((batch, count, heads.sq, dv));
         out = pick(&Stack::new(&heads_first.transpose(1, 2)?), |i| out[i]);
     }
-    Ok((out, lse))
+    Ok(Attended { out, max, sum })
 }
 
 struct Forward<'a> {
@@ -51,14 +61,12 @@ struct Forward<'a> {
 }
 
 impl Forward<'_> {
-    fn rows(&self, piece: &Piece, out: &mut [f32], lse: &mut [f32]) {
+    fn rows(&self, piece: &Piece, out: &mut [f32], maxima: &mut [f32], sums: &mut [f32]) {
         let &Piece { h, sequence, first: q0, .. } = piece;
-        let (m, dv, heads) = (lse.len(), self.v.width, self.heads);
+        let (m, dv, heads) = (sums.len(), self.v.width, self.heads);
         let mut scores = vec![0f32; m * BLOCK_K.min(sequence.keys.len())];
-        let mut sums = vec![0f32; m];
         // Whether the row sees any key.
         let mut open = vec![false; m];
-        let maxima = lse;
         for (k0, n) in blocks(heads.seen(sequence, q0, m), BLOCK_K) {
             let block = Block { heads, sequence, h, q0, k0, m, n };
             let scores = &mut scores[..m * n];
@@ -94,11 +102,13 @@ impl Forward<'_> {
             let out = &mut out[r * dv..][..dv];
             if open[r] {
                 out.iter_mut().for_each(|x| *x /= sums[r]);
-                // −∞ is for rows without keys. Scores that are all −∞ are NaN here as in the result.
-                maxima[r] = if sums[r] == 0.0 { f32::NAN } else { maxima[r] + sums[r].ln() };
+                if maxima[r] == f32::NEG_INFINITY {
+                    // That is for rows without keys. Scores that are all −∞ or NaN are NaN as in the result.
+                    maxima[r] = f32::NAN;
+                }
             } else {
                 out.fill(0.0);
-                maxima[r] = f32::NEG_INFINITY;
+                (maxima[r], sums[r]) = (f32::NEG_INFINITY, 0.0);
             }
         }
     }

@@ -5,7 +5,7 @@ mod block;
 mod forward;
 
 pub(crate) use backward::attention_backward;
-pub(crate) use forward::attention;
+pub(crate) use forward::{Attended, attention};
 
 use std::borrow::Cow;
 use std::ops::Range;

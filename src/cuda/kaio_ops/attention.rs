@@ -1,4 +1,4 @@
-//! Attention: the f32 flash kernels with their backward.
+//! Attention: the f32 flash kernels.
 //!
 //! They take one square head: as many queries as keys, D ≤ 256, scale 1/√D, top-left
 //! causal. Sizes are cut and padded to that, with rows and columns of zeros that change no number (see
@@ -6,14 +6,12 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;
-use candle_core::op::ReduceOp;
-use candle_core::scalar::Scalar;
-use candle_core::{CudaStorage, DType, Layout, Result, Shape};
+use candle_core::{CudaStorage, DType, Layout, Result};
 
 use super::fit::{self, Fitted, Want, fit};
 use super::session::Session;
-use super::{cast, crop, indexable, unsupported, zeros};
-use crate::op::{AttentionInputs, AttentionProblem, AttentionUpstream, Mask};
+use super::{cast, crop, full, indexable, unsupported};
+use crate::op::{AttentionInputs, AttentionProblem, Mask};
 use crate::stack::Stack;
 
 /// The flash kernels give each column of the result a thread of a block of 256.
@@ -42,18 +40,13 @@ fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
     given.map(|(_, option)| (option.into(), "run it on the CPU, or leave it out"))
 }
 
-/// Whether the flash kernels take a problem and its gradients.
-pub(crate) fn flash_takes(p: &AttentionProblem) -> bool {
-    limit(p).is_none()
-}
-
 /// How the rows of a problem become squares of `sk` queries by `sk` keys.
 ///
 /// - Causal, Sq ≤ Sk: rows of zeros before the first query align the last query with the last key.
 /// - Causal, Sq > Sk: the first Sq − Sk queries see no key; the others are a square.
 /// - Not causal: squares of Sk queries each, the last filled up with rows of zeros.
 ///
-/// Rows of zeros are queries whose results are thrown away and whose upstream gradient is zero.
+/// Rows of zeros are queries whose results are thrown away.
 struct Square {
     op: &'static str,
     causal: bool,
@@ -148,40 +141,6 @@ impl Square {
     }
 }
 
-/// `len` times a number, in f32.
-fn full(like: &CudaStorage, len: usize, value: f32) -> Result<CudaStorage> {
-    let mut out = zeros(like, len, DType::F32)?;
-    if len > 0 && value != 0.0 {
-        out.const_set(Scalar::F32(value), &Layout::contiguous(len))?;
-    }
-    Ok(out)
-}
-
-/// The result and log-sum-exp of a problem without elements in its result, or without keys.
-pub(crate) fn empty_flash_attn(
-    p: &AttentionProblem,
-    wants_lse: bool,
-    inputs: &AttentionInputs<CudaStorage>,
-    attend: impl FnOnce(
-        &AttentionProblem,
-        &AttentionInputs<CudaStorage>,
-    ) -> Result<(CudaStorage, Option<CudaStorage>)>,
-) -> Result<(CudaStorage, Option<CudaStorage>)> {
-    let AttentionInputs { q, k, ref extras, .. } = *inputs;
-    let rows = p.q.count() * p.seq_q();
-    let lse = match wants_lse {
-        false => None,
-        // Without columns of v the scores are still there: any matrix stands in for it.
-        true if rows > 0 && p.seq_k() > 0 && p.packed != Some(0) => {
-            let out = p.q.packed();
-            let scores = AttentionProblem { v: p.k.clone(), out, ..p.clone() };
-            attend(&scores, &AttentionInputs { q, k, v: k, extras: extras.clone() })?.1
-        }
-        true => Some(full(q, rows, f32::NEG_INFINITY)?),
-    };
-    Ok((zeros(q, p.out.elements(), p.out_dtype)?, lse))
-}
-
 /// The result and, if wanted, the log-sum-exp `[heads, Sq]` in f32.
 pub(crate) fn flash_attn(
     op: &'static str,
@@ -257,95 +216,4 @@ fn flash_f32(
 
 fn wrap(session: &Session, slice: cudarc::driver::CudaSlice<f32>) -> CudaStorage {
     CudaDType::wrap_cuda_slice(slice, session.device.clone())
-}
-
-/// dq, dk and dv in a row, packed, heads before rows, in the inputs' dtype.
-pub(crate) fn flash_attn_backward(
-    op: &'static str,
-    p: &AttentionProblem,
-    inputs: &AttentionInputs<CudaStorage>,
-    upstream: &AttentionUpstream<CudaStorage>,
-) -> Result<CudaStorage> {
-    let AttentionInputs { q, k, v, .. } = *inputs;
-    let lens = [&p.q, &p.k, &p.v].map(Stack::elements);
-    let total: usize = lens.iter().sum();
-    let dtype = q.dtype();
-    if p.is_empty() {
-        return zeros(q, total, dtype);
-    }
-    let square = Square::new(op, p)?;
-    let (side, width, len) = (square.side, square.width, square.len());
-    let (heads, sq) = (p.q.count(), p.seq_q());
-    let q = square.queries((q, &p.q), width, square.factor)?;
-    let (k, v) = (square.keys(k, &p.k)?, square.keys(v, &p.v)?);
-    let out = square.queries((upstream.out, &p.out), width, None)?;
-    let grad = square.queries((upstream.grad.0, &upstream.grad.1), width, None)?;
-    let rows = Stack::new(&Layout::contiguous((heads, sq, 1)));
-    let lse = square.queries((upstream.lse, &rows), 1, None)?;
-
-    let fitted = [&q, &k, &v, &out, &grad, &lse];
-    let session = Session::new(op, &fitted.map(Fitted::storage))?;
-    let count = heads * square.pieces;
-    let mut dq = session.alloc::<f32>(count * len)?;
-    // One dk and dv for each square; those that share a key head are summed after.
-    let mut dk = session.alloc::<f32>(count * len)?;
-    let mut dv = session.alloc::<f32>(count * len)?;
-    {
-        let [pq, pk, pv, po, pg, pl] = fitted.map(|f| session.input(f.storage()));
-        let (pq, pk, pv, po, pg, pl) = (pq?, pk?, pv?, po?, pg?, pl?);
-        let (pdq, pdk, pdv) =
-            (session.output(&mut dq)?, session.output(&mut dk)?, session.output(&mut dv)?);
-        let kernel = match square.causal {
-            false => kaio_ops::attention_flash_bwd,
-            true => kaio_ops::attention_flash_bwd_causal,
-        };
-        session.run(|device| {
-            for i in 0..count {
-                let (head, at) = (i / square.pieces, i % square.pieces * len);
-                let kv = head / p.group;
-                kernel(
-                    device,
-                    &pg.view(grad.offset(head) + at, len),
-                    &pq.view(q.offset(head) + at, len),
-                    &pk.view(k.offset(kv), len),
-                    &pv.view(v.offset(kv), len),
-                    &po.view(out.offset(head) + at, len),
-                    &pl.view(lse.offset(head) + at / width, side),
-                    &mut pdq.view(i * len, len),
-                    &mut pdk.view(i * len, len),
-                    &mut pdv.view(i * len, len),
-                    side as u32,
-                    width as u32,
-                )?;
-            }
-            Ok(())
-        })?;
-    }
-    let (d, v_dim) = (p.head_dim(), p.value_dim());
-    let dq = square.restore(wrap(&session, dq), heads, width, (sq, d), 0.0)?;
-    let dq = match square.factor {
-        Some(factor) => dq.affine(&Layout::contiguous(lens[0]), f64::from(factor), 0.0)?,
-        None => dq,
-    };
-    let shared = p.group * square.pieces;
-    if shared != 1 {
-        fit::copyable(op, count * len)?;
-    }
-    let shared_sum = |grads: CudaStorage, cols: usize| {
-        let kv = count / shared;
-        let sum = match shared {
-            1 => grads,
-            _ => grads.reduce_op(ReduceOp::Sum, &Layout::contiguous((kv, shared, len)), &[1])?,
-        };
-        crop(op, sum, kv, (side, width), 0, (side, cols))
-    };
-    let dk = shared_sum(wrap(&session, dk), d)?;
-    let dv = shared_sum(wrap(&session, dv), v_dim)?;
-    let mut flat = fit::uninit(&session.device, &Shape::from(total), DType::F32)?;
-    let mut start = 0;
-    for (part, len) in [&dq, &dk, &dv].into_iter().zip(lens) {
-        part.copy_strided_src(&mut flat, start, &Layout::contiguous(len))?;
-        start += len;
-    }
-    cast(op, flat, total, dtype)
 }

@@ -2,15 +2,14 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;
-use candle_core::op::{Add, CmpOp, Gelu, GeluErf, Silu};
-use candle_core::{CudaStorage, DType, Layout, Result, backend::BackendDevice};
+use candle_core::{CudaStorage, DType, Result};
 use half::{bf16, f16};
 use kaio::prelude::{GpuBuffer, KaioDevice};
 
-use super::fit::{Want, copyable, fit};
+use super::epilogue;
+use super::fit::{Want, fit};
 use super::session::{KaioResult, Session};
-use super::{product_indexable, slabs, zeros};
-use crate::Activation;
+use super::{product_indexable, slabs};
 use crate::op::{Epilogue, MatmulProblem, View};
 
 /// The depth of one `mma.sync`: the kernels do not pad K.
@@ -28,66 +27,13 @@ pub(crate) fn matmul(
     b: &CudaStorage,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
-    let (len, out_dtype) = (problem.out.elem_count(), epilogue.out_dtype);
-    let plain = bias.is_none() && epilogue.activation.is_none();
-    if len == 0 || (plain && problem.lhs.cols == 0) {
-        return zeros(a, len, out_dtype);
-    }
-    let mut out = match a.dtype() {
-        _ if problem.lhs.cols == 0 => zeros(a, len, DType::F32),
+    let sums = match a.dtype() {
         DType::F16 => run::<f16>(op, problem, kaio_ops::matmul_tc_async, a, b),
         DType::BF16 => run::<bf16>(op, problem, kaio_ops::matmul_tc_bf16_async, a, b),
         other => candle_core::bail!("{op}: no kernel multiplies {}", other.as_str()),
     }?;
-    // The kernels have neither; candle's have.
-    if !plain {
-        copyable(op, len)?;
-    }
-    if let Some(bias) = bias {
-        out = add_row(&out, (len, problem.rhs.cols), bias)?;
-    }
-    if let Some(activation) = epilogue.activation {
-        out = activate(&out, len, activation)?;
-    }
-    super::cast(op, out, len, out_dtype)
-}
-
-/// The packed f32 rows of `n` elements with a vector added to each.
-fn add_row(
-    rows: &CudaStorage,
-    (len, n): (usize, usize),
-    (bias, layout): View<CudaStorage>,
-) -> Result<CudaStorage> {
-    let shape = (len / n, n);
-    let repeated = |stride, offset| Layout::new(shape.into(), vec![0, stride], offset);
-    let packed = Layout::contiguous(shape);
-    match bias.dtype() {
-        DType::F32 => {
-            let bias_layout = repeated(layout.stride()[0], layout.start_offset());
-            rows.binary_impl::<Add>(bias, &packed, &bias_layout)
-        }
-        _ => {
-            let bias = bias.to_dtype(layout, DType::F32)?;
-            rows.binary_impl::<Add>(&bias, &packed, &repeated(1, 0))
-        }
-    }
-}
-
-/// A function of each of `len` packed f32.
-fn activate(xs: &CudaStorage, len: usize, activation: Activation) -> Result<CudaStorage> {
-    let packed = Layout::contiguous(len);
-    match activation {
-        Activation::Relu => {
-            // candle's `relu` turns NaN into 0.
-            let zero = xs.device.zeros_impl(&().into(), DType::F32)?;
-            let zeros = Layout::new(len.into(), vec![0], 0);
-            let hidden = xs.cmp(CmpOp::Le, &zero, &packed, &zeros)?;
-            hidden.where_cond(&packed, &zero, &zeros, xs, &packed)
-        }
-        Activation::GeluTanh => xs.unary_impl::<Gelu>(&packed),
-        Activation::GeluErf => xs.unary_impl::<GeluErf>(&packed),
-        Activation::Silu => xs.unary_impl::<Silu>(&packed),
-    }
+    // The kernels have neither bias nor activation; candle's have.
+    epilogue::apply(op, sums, (problem.out.elem_count(), problem.rhs.cols), bias, epilogue)
 }
 
 fn run<T: CudaDType>(

@@ -5,15 +5,16 @@ mod attention;
 mod matmul;
 mod quantized;
 
-pub(crate) use attention::{empty_flash_attn, flash_attn, flash_attn_backward, flash_takes};
+pub(crate) use attention::flash_attn;
 pub(crate) use matmul::matmul;
 pub(crate) use quantized::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
 
-use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CudaStorage, DType, Layout, Result, Shape};
+use candle_core::backend::BackendStorage;
+use candle_core::{CudaStorage, DType, Layout, Result};
 
+use super::empty::{full, zeros};
 use super::fit::{self, Fitted};
-use super::{Operand, session};
+use super::{Operand, epilogue, session};
 use crate::error::Error;
 
 /// The kernels index with u32; this keeps every element index and byte offset of a matrix inside it.
@@ -48,11 +49,6 @@ fn product_indexable(
     indexable(op, lhs, slab, k)?;
     indexable(op, rhs, k, n)?;
     indexable(op, "result", slab, n)
-}
-
-/// Zeros, for a result that no kernel writes.
-fn zeros(like: &CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
-    like.device.zeros_impl(&Shape::from(len), dtype)
 }
 
 /// A packed f32 result in the dtype that was asked for.

@@ -54,10 +54,11 @@ pub(crate) fn matmul_int8(
     product_indexable(op, ("lhs", m), k, ("rhs", n))?;
     let x = activations(op, x, m, k)?;
     let w = fit(op, w, Want { rows: k, ..Want::default() })?;
-    products(op, (m, n), k, &x, &[&w], |device, x, inputs, [c], rows| {
+    let [out] = products(op, (m, n), k, &x, &[&w], |device, x, inputs, [c], rows| {
         let w = inputs[0].view::<i8>(w.offset(0), k * n);
         kaio_ops::matmul_int8(device, x, &w, c, scale, rows, n as u32, k as u32)
-    })
+    })?;
+    Ok(out)
 }
 
 pub(crate) fn matmul_int4(
@@ -74,7 +75,7 @@ pub(crate) fn matmul_int4(
     product_indexable(op, ("lhs", m), k, ("packed", width))?;
     let x = activations(op, x, m, k)?;
     let (w, s) = (packed(op, w, width)?, scales(op, s, width)?);
-    let out = products(op, (m, width), k, &x, &[&w, &s], |device, x, inputs, [c], rows| {
+    let [out] = products(op, (m, width), k, &x, &[&w, &s], |device, x, inputs, [c], rows| {
         let w_view = inputs[0].view::<u32>(w.offset(0), words(k) * width);
         let s_view = inputs[1].view::<f16>(s.offset(0), k / INT4_GROUP * width);
         let (n, k, group) = (width as u32, k as u32, INT4_GROUP as u32);
@@ -88,11 +89,11 @@ pub(crate) fn qkv_int8(
     x: Operand,
     weights: &[Operand],
     s: [f32; 3],
-) -> Result<CudaStorage> {
+) -> Result<[CudaStorage; 3]> {
     let (m, n) = (x.1.count() * x.1.rows, weights[0].1.cols);
     let k = x.1.cols.next_multiple_of(F16_K_TILE);
     if m * n == 0 || k == 0 {
-        return zeros(x.0, 3 * m * n, DType::F16);
+        return three(|_| zeros(x.0, m * n, DType::F16));
     }
     let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
     product_indexable(op, ("x", height), k, ("weights[0]", width))?;
@@ -108,7 +109,8 @@ pub(crate) fn qkv_int8(
             device, x, &w0, &w1, &w2, s[0], s[1], s[2], q, key, v, rows, n, k,
         )
     })?;
-    crop(op, out, 3, (height, width), 0, (m, n))
+    let [q, k, v] = out.map(|out| crop(op, out, 1, (height, width), 0, (m, n)));
+    Ok([q?, k?, v?])
 }
 
 pub(crate) fn qkv_int4(
@@ -116,10 +118,10 @@ pub(crate) fn qkv_int4(
     x: Operand,
     weights: &[Operand],
     steps: &[Operand],
-) -> Result<CudaStorage> {
+) -> Result<[CudaStorage; 3]> {
     let (m, n, k) = (x.1.count() * x.1.rows, weights[0].1.cols, x.1.cols);
     if m * n == 0 || k == 0 {
-        return zeros(x.0, 3 * m * n, DType::F16);
+        return three(|_| zeros(x.0, m * n, DType::F16));
     }
     let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
     product_indexable(op, ("x", height), k, ("weights[0]", width))?;
@@ -140,10 +142,11 @@ pub(crate) fn qkv_int4(
                 device, x, &w0, &w1, &w2, &s0, &s1, &s2, q, key, v, rows, n, k, group,
             )
         })?;
-    crop(op, out, 3, (height, width), 0, (m, n))
+    let [q, k, v] = out.map(|out| crop(op, out, 1, (height, width), 0, (m, n)));
+    Ok([q?, k?, v?])
 }
 
-/// `N` results `[N, m, n]` of activations `[m, k]` and some weights, in slabs of rows.
+/// `N` results `[m, n]` of activations `[m, k]` and some weights, in slabs of rows.
 fn products<const N: usize, X, Y: CudaDType + DeviceRepr>(
     op: &'static str,
     (m, n): (usize, usize),
@@ -151,24 +154,30 @@ fn products<const N: usize, X, Y: CudaDType + DeviceRepr>(
     x: &Fitted,
     weights: &[&Fitted],
     kernel: impl Fn(&KaioDevice, &GpuBuffer<X>, &[Pointer], [&mut GpuBuffer<Y>; N], u32) -> KaioResult,
-) -> Result<CudaStorage> {
+) -> Result<[CudaStorage; N]> {
     let inputs: Vec<_> = std::iter::once(x).chain(weights.iter().copied()).collect();
     let storages: Vec<_> = inputs.iter().map(|input| input.storage()).collect();
     let session = Session::new(op, &storages)?;
-    let mut out = session.alloc::<Y>(N * m * n)?;
+    let mut out = (0..N).map(|_| session.alloc::<Y>(m * n)).collect::<Result<Vec<_>>>()?;
     {
         let px = session.input(x.storage())?;
         let pw = weights.iter().map(|w| session.input(w.storage()));
         let pw = pw.collect::<Result<Vec<_>>>()?;
-        let py = session.output(&mut out)?;
+        let py = out.iter_mut().map(|out| session.output(out)).collect::<Result<Vec<_>>>()?;
         session.run(|device| {
             for (start, rows) in slabs(m, k.max(n)) {
                 let x = px.view(x.offset(0) + start * k, rows * k);
-                let mut y: [_; N] = std::array::from_fn(|i| py.view((i * m + start) * n, rows * n));
+                let mut y: [_; N] = std::array::from_fn(|i| py[i].view(start * n, rows * n));
                 kernel(device, &x, &pw, y.each_mut().map(|y| &mut **y), rows as u32)?;
             }
             Ok(())
         })?;
     }
-    Ok(CudaDType::wrap_cuda_slice(out, session.device.clone()))
+    let mut out = out.into_iter().map(|out| Y::wrap_cuda_slice(out, session.device.clone()));
+    Ok(std::array::from_fn(|_| out.next().expect("N of them")))
+}
+
+/// One for each projection.
+fn three<T>(mut each: impl FnMut(usize) -> Result<T>) -> Result<[T; 3]> {
+    Ok([each(0)?, each(1)?, each(2)?])
 }

@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor};
 use super::problem::Extras;
 use crate::check::{self, Arg};
 use crate::error::Error;
-use crate::{AttnLayout, FlashAttnOptions};
+use crate::{AttnLayout, Engine, FlashAttnOptions};
 
 /// Sizes of a tensor, 1 for what it does not have.
 struct Sizes {
@@ -92,6 +92,21 @@ pub(super) fn flash(
         slopes: opts.alibi_slopes.clone(),
         lengths: [lengths_q?, lengths_k?],
     })
+}
+
+/// On a GPU, where an input tracks a gradient: the backward pass is candle's ops, which no engine's name
+/// stands for.
+pub(super) fn differentiable(op: &'static str, engine: Engine) -> Result<()> {
+    if engine == Engine::Auto {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        op,
+        what: format!("Engine::{engine:?}"),
+        limit: "has no backward pass of attention, and an input tracks a gradient".into(),
+        fix: "leave the engine to `Engine::Auto`, which has one, or `.detach()` the inputs".into(),
+    }
+    .into())
 }
 
 /// q, k and v belong together.

@@ -46,6 +46,11 @@ impl Call {
         }
     }
 
+    /// Whether a bias follows q, k and v.
+    pub fn has_bias(&self) -> bool {
+        self.extras.bias.is_some()
+    }
+
     /// The inputs in their order.
     pub fn inputs<'a, T>(&self, list: &[&'a T]) -> AttentionInputs<'a, T> {
         let mut rest = list[3..].iter();

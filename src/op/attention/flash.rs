@@ -1,35 +1,30 @@
 //! Flash attention as a differentiable op.
 
-use std::sync::{Arc, OnceLock};
-
-use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CudaStorage, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CudaStorage, D, Result, Shape, Storage, Tensor};
 
-use super::super::{Differentiable, Op, View, eval};
+use super::super::{Computed, Differentiable, Op, View, on_cpu};
 use super::call::{Call, heads_first, heads_first_back};
-use super::problem::{AttentionInputs, AttentionProblem, AttentionUpstream};
+use super::problem::{AttentionGrads, AttentionProblem, AttentionUpstream};
 use super::recompute;
+use crate::stack::Stack;
 use crate::{cpu, cuda};
 
-/// Inputs: q, k, v and the optional operands, of which the bias is the first.
+/// Inputs: q, k, v and the optional operands, of which the bias is the first. Results: the attention, if
+/// wanted the log-sum-exp, and what the backward pass of the CPU path needs: for each row the largest
+/// score and the sum of the exponentials.
 pub(super) struct FlashAttention {
     pub call: Call,
-    pub keeps_lse: bool,
     /// f32, heads before rows: the natural log-sum-exp of each row's scores, −∞ where it sees no key.
-    pub lse: Arc<OnceLock<Tensor>>,
+    pub wants_lse: bool,
+    /// Whether a backward pass may follow.
+    pub tracked: bool,
 }
 
-impl FlashAttention {
-    fn keep(&self, problem: &AttentionProblem, lse: Storage) {
-        if self.keeps_lse {
-            // Heads and rows, as many dimensions as the result has without its columns.
-            let batch = problem.q.batch().iter().map(|&(len, _)| len).chain([problem.seq_q()]);
-            let shape: Vec<_> = batch.skip(4 - problem.shape.rank()).collect();
-            let lse = Tensor::from_storage(lse, shape, BackpropOp::none(), false);
-            self.lse.set(lse).expect("a node runs forward once");
-        }
-    }
+/// Heads and rows, as many dimensions as the result has without its columns.
+fn rows(problem: &AttentionProblem) -> Shape {
+    let batch = problem.q.batch().iter().map(|&(len, _)| len).chain([problem.seq_q()]);
+    Shape::from(batch.skip(4 - problem.shape.rank()).collect::<Vec<_>>())
 }
 
 impl Op for FlashAttention {
@@ -37,108 +32,123 @@ impl Op for FlashAttention {
         self.call.name
     }
 
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let (problem, inputs) = self.call.read(inputs);
-        let (out, lse) = cpu::attention(&problem, &inputs)?;
-        self.keep(&problem, Storage::Cpu(CpuStorage::F32(lse)));
-        Ok((cpu::narrow_to(problem.out_dtype, out)?, problem.shape))
+        let cpu::Attended { out, max, sum } = cpu::attention(&problem, &inputs)?;
+        let row = |values| (CpuStorage::F32(values), rows(&problem));
+        let mut results = vec![(cpu::narrow_to(problem.out_dtype, out)?, problem.shape.clone())];
+        if self.wants_lse {
+            let lse = std::iter::zip(&max, &sum).map(|(max, sum)| max + sum.ln());
+            results.push(row(lse.collect()));
+        }
+        if self.tracked {
+            results.extend([row(max), row(sum)]);
+        }
+        Ok(results)
     }
 
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let (problem, inputs) = self.call.read(inputs);
         let Call { name, engine, .. } = self.call;
-        let (out, lse) = cuda::flash_attn(name, &problem, engine, self.keeps_lse, &inputs)?;
-        if let Some(lse) = lse {
-            self.keep(&problem, Storage::Cuda(lse));
-        }
-        Ok((out, problem.shape))
+        let (out, lse) = cuda::flash_attn(name, &problem, engine, self.wants_lse, &inputs)?;
+        let lse = lse.map(|lse| (lse, rows(&problem)));
+        Ok([(out, problem.shape)].into_iter().chain(lse).collect())
     }
 }
 
 impl Differentiable for FlashAttention {
-    /// Rebuilds the probabilities block by block from the kept log-sum-exp (FlashAttention-2, Dao 2023,
-    /// algorithm 2): by loops on the CPU, on a GPU by an engine's kernels if they take the case, else
-    /// in candle's own ops.
-    fn grad(&self, inputs: &[&Tensor], out: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let lse = self.lse.get().expect("kept because an input is tracked");
-        let problem = self.call.problem(inputs.iter().map(|t| t.layout()));
-        let by_kernel = out.device().is_cpu() || cuda::differentiates_flash_attn(&problem);
-        let grads = match by_kernel {
-            true => self.by_kernel(inputs, &[out, grad, lse])?,
-            false => recompute::gradients(&self.call, inputs, [out, grad, lse])?,
-        };
-        // The bias, where there is one, is the fourth input.
-        let tracked = inputs.iter().map(|t| t.track_op());
-        Ok(tracked.zip(grads).map(|(tracked, grad)| grad.filter(|_| tracked)).collect())
+    /// q, k, v and the bias.
+    fn differentiates(&self, input: usize) -> bool {
+        input < 3 + usize::from(self.call.has_bias())
     }
+
+    /// Rebuilds the probabilities block by block (FlashAttention-2, Dao 2023, algorithm 2): by loops on the
+    /// CPU, in candle's own ops on a GPU.
+    fn grad(
+        &self,
+        inputs: &[&Tensor],
+        results: &[Tensor],
+        grads: &[Option<Tensor>],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let out = &results[0];
+        let grad = match &grads[0] {
+            Some(grad) => grad.clone(),
+            None => out.zeros_like()?,
+        };
+        let lse_grad = match grads.get(1) {
+            Some(Some(grad)) => Some(grad.unsqueeze(D::Minus1)?),
+            _ => None,
+        };
+        let upstream = Upstream { out, grad: &grad, lse_grad: lse_grad.as_ref() };
+        let all = match results.split_last_chunk() {
+            Some((_, [max, sum])) if out.device().is_cpu() => {
+                self.by_loops(inputs, upstream, [max, sum])?
+            }
+            _ => recompute::gradients(&self.call, inputs, upstream)?,
+        };
+        let wanted = inputs.iter().map(|t| t.track_op());
+        Ok(wanted
+            .zip(all.list(inputs.len()))
+            .map(|(wanted, grad)| grad.filter(|_| wanted))
+            .collect())
+    }
+}
+
+/// What a backward pass begins with.
+#[derive(Clone, Copy)]
+pub(super) struct Upstream<'a> {
+    pub out: &'a Tensor,
+    pub grad: &'a Tensor,
+    /// Of the log-sum-exp, with one column.
+    pub lse_grad: Option<&'a Tensor>,
 }
 
 impl FlashAttention {
-    pub fn by_kernel(&self, inputs: &[&Tensor], after: &[&Tensor]) -> Result<[Option<Tensor>; 4]> {
-        let bias = self.call.inputs(inputs).extras.bias.filter(|bias| bias.track_op());
-        let backward = Backward {
-            call: self.call.clone(),
-            bias: bias.map(|bias| (bias.shape().clone(), OnceLock::new())),
-        };
-        // One flat result holds three gradients in turn.
-        let flat = eval(&backward, &[inputs, after].concat())?;
-        let mut start = 0;
-        let mut part = |t: &Tensor| {
-            let len = t.elem_count();
-            let part = flat.narrow(0, start, len)?;
-            start += len;
-            heads_first_back(self.call.layout, &part, t)
-        };
-        let [q, k, v] = [part(inputs[0])?, part(inputs[1])?, part(inputs[2])?].map(Some);
-        Ok([q, k, v, backward.bias.and_then(|(_, grad)| grad.into_inner())])
-    }
-}
-
-/// Inputs: those of the forward pass, then the result, its gradient and the log-sum-exp. Result: dq, dk
-/// and dv in a row, heads before rows.
-struct Backward {
-    call: Call,
-    /// The shape of the bias, if its gradient is wanted, and that gradient.
-    bias: Option<(Shape, OnceLock<Tensor>)>,
-}
-
-impl Backward {
-    fn read<'a, S>(
+    /// The gradients on the CPU, given each row's largest score and sum of exponentials.
+    pub fn by_loops(
         &self,
-        views: &[View<'a, S>],
-    ) -> (AttentionProblem, AttentionInputs<'a, S>, AttentionUpstream<'a, S>) {
-        let (inputs, &[(out, _), (grad, at), (lse, _)]) =
-            views.split_last_chunk().expect("three behind the inputs");
-        let (problem, inputs) = self.call.read(inputs);
-        let grad = (grad, heads_first(self.call.layout, at));
-        (problem, inputs, AttentionUpstream { out, grad, lse })
-    }
-}
-
-impl Op for Backward {
-    fn name(&self) -> &'static str {
-        self.call.name
-    }
-
-    fn cpu(&self, views: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
-        let (problem, inputs, upstream) = self.read(views);
-        let shape = self.bias.as_ref().map(|(shape, _)| shape.dims());
-        let (grads, bias) = cpu::attention_backward(&problem, &inputs, &upstream, shape)?;
-        if let (Some((shape, grad)), Some(storage)) = (&self.bias, inputs.extras.bias) {
-            let storage = Storage::Cpu(cpu::narrow_to(storage.dtype(), bias)?);
-            let bias = Tensor::from_storage(storage, shape.clone(), BackpropOp::none(), false);
-            grad.set(bias).expect("an op runs once");
-        }
-        let shape = Shape::from(grads.len());
-        Ok((cpu::narrow_to(inputs.q.dtype(), grads)?, shape))
-    }
-
-    fn cuda(&self, views: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
-        let (problem, inputs, upstream) = self.read(views);
-        let name = self.call.name;
-        let grads = cuda::flash_attn_backward(name, &problem, &inputs, &upstream)?;
-        let len: usize =
-            [&problem.q, &problem.k, &problem.v].map(|stack| stack.elements()).iter().sum();
-        Ok((grads, Shape::from(len)))
+        inputs: &[&Tensor],
+        upstream: Upstream,
+        stats: [&Tensor; 2],
+    ) -> Result<AttentionGrads<Tensor>> {
+        let after = [Some(upstream.out), Some(upstream.grad), Some(stats[0]), Some(stats[1])];
+        let after = after.into_iter().chain([upstream.lse_grad]).flatten();
+        let guards: Vec<_> =
+            inputs.iter().copied().chain(after).map(|t| t.storage_and_layout()).collect();
+        let views = on_cpu(self.call.name, &guards)?;
+        let (own, after) = views.split_at(inputs.len());
+        let (problem, operands) = self.call.read(own);
+        let upstream = AttentionUpstream {
+            out: after[0].0,
+            grad: (after[1].0, heads_first(self.call.layout, after[1].1)),
+            max: after[2].0,
+            sum: after[3].0,
+            lse_grad: after.get(4).map(|&(grad, at)| (grad, Stack::new(at).with_batch_dims(2))),
+        };
+        let bias = self.call.inputs(inputs).extras.bias.filter(|bias| bias.track_op());
+        let grads =
+            cpu::attention_backward(&problem, &operands, &upstream, bias.map(|bias| bias.dims()))?;
+        let narrowed = |grad: Vec<f32>, like: &Tensor| {
+            let storage = Storage::Cpu(cpu::narrow_to(like.dtype(), grad)?);
+            let len = like.elem_count();
+            Ok::<_, candle_core::Error>(Tensor::from_storage(
+                storage,
+                len,
+                BackpropOp::none(),
+                false,
+            ))
+        };
+        let matrices = |grad: Vec<f32>, like: &Tensor| {
+            heads_first_back(self.call.layout, &narrowed(grad, like)?, like)
+        };
+        Ok(AttentionGrads {
+            q: matrices(grads.q, inputs[0])?,
+            k: matrices(grads.k, inputs[1])?,
+            v: matrices(grads.v, inputs[2])?,
+            bias: match grads.bias.zip(bias) {
+                Some((grad, bias)) => Some(narrowed(grad, bias)?.reshape(bias.shape())?),
+                None => None,
+            },
+        })
     }
 }

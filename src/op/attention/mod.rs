@@ -8,13 +8,13 @@ mod recompute;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use problem::{AttentionInputs, AttentionProblem, AttentionUpstream, Mask};
+pub(crate) use problem::{
+    AttentionGrads, AttentionInputs, AttentionProblem, AttentionUpstream, Mask,
+};
 
-use std::sync::{Arc, OnceLock};
+use candle_core::{CpuStorage, CudaStorage, Result, Tensor};
 
-use candle_core::{CpuStorage, CudaStorage, Result, Shape, Tensor};
-
-use super::{Op, View, apply, eval};
+use super::{Computed, Op, View, apply, apply_constant};
 use crate::{FlashAttnOptions, cpu, cuda};
 use call::Call;
 use flash::FlashAttention;
@@ -28,7 +28,8 @@ pub(crate) fn flash_attn(
     v: &Tensor,
     opts: &FlashAttnOptions,
 ) -> Result<Tensor> {
-    Ok(flash(op, [q, k, v], opts, false)?.0)
+    let [out] = flash(op, [q, k, v], opts, false)?;
+    Ok(out)
 }
 
 /// The same, and the log-sum-exp of each query's scores.
@@ -39,32 +40,32 @@ pub(crate) fn flash_attn_with_lse(
     v: &Tensor,
     opts: &FlashAttnOptions,
 ) -> Result<(Tensor, Tensor)> {
-    let (out, lse) = flash(op, [q, k, v], opts, true)?;
-    Ok((out, lse.get().expect("kept because it was asked for").clone()))
+    let [out, lse] = flash(op, [q, k, v], opts, true)?;
+    Ok((out, lse))
 }
 
-fn flash(
+fn flash<const N: usize>(
     op: &'static str,
     qkv @ [q, k, v]: [&Tensor; 3],
     opts: &FlashAttnOptions,
     wants_lse: bool,
-) -> Result<(Tensor, Arc<OnceLock<Tensor>>)> {
+) -> Result<[Tensor; N]> {
     let extras = arguments::flash(op, [("q", q), ("k", k), ("v", v)], opts)?;
     let inputs = [qkv.as_slice(), &extras.list()].concat();
-    let lse = Arc::new(OnceLock::new());
-    let flash = FlashAttention {
-        call: Call::new(op, q.dtype(), opts, &extras),
-        keeps_lse: wants_lse || inputs.iter().any(|t| t.track_op()),
-        lse: lse.clone(),
-    };
-    Ok((apply(flash, &inputs)?, lse))
+    let tracked = inputs.iter().any(|t| t.track_op());
+    if tracked && q.device().is_cuda() {
+        arguments::differentiable(op, opts.engine)?;
+    }
+    let call = Call::new(op, q.dtype(), opts, &extras);
+    apply(FlashAttention { call, wants_lse, tracked }, &inputs)
 }
 
 /// Attention from f16 to f32 over any broadcast batch dimensions. No gradient.
 pub(crate) fn attention_tc(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
     const OP: &str = "kaio_attention_tc";
     arguments::broadcast(OP, [("q", q), ("k", k), ("v", v)])?;
-    eval(&AttentionTc { causal }, &[q, k, v])
+    let [out] = apply_constant(&AttentionTc { causal }, &[q, k, v])?;
+    Ok(out)
 }
 
 struct AttentionTc {
@@ -76,18 +77,18 @@ impl Op for AttentionTc {
         "kaio_attention_tc"
     }
 
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let [(q, lq), (k, lk), (v, lv)] = *inputs else { unreachable!("q, k, v") };
         let problem = AttentionProblem::broadcast(lq, lk, lv, self.causal);
         let inputs = AttentionInputs { q, k, v, extras: Extras::default() };
-        let (out, _) = cpu::attention(&problem, &inputs)?;
-        Ok((CpuStorage::F32(out), problem.shape))
+        let out = cpu::attention(&problem, &inputs)?.out;
+        Ok(vec![(CpuStorage::F32(out), problem.shape)])
     }
 
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let [(q, lq), (k, lk), (v, lv)] = *inputs else { unreachable!("q, k, v") };
         let problem = AttentionProblem::broadcast(lq, lk, lv, self.causal);
         let out = cuda::attention_tc(self.name(), &problem, [q, k, v])?;
-        Ok((out, problem.shape))
+        Ok(vec![(out, problem.shape)])
     }
 }

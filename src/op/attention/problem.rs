@@ -149,14 +149,38 @@ pub(crate) struct AttentionInputs<'a, S> {
     pub extras: Extras<&'a S>,
 }
 
-/// What the backward pass has besides.
+/// What the backward pass of the CPU path has besides.
+///
+/// A row's largest score and the sum of its exponentials are apart: their log-sum-exp in f32 has lost the
+/// sum where scores are near −10⁹, as under a mask of such a number.
 pub(crate) struct AttentionUpstream<'a, S> {
     /// The result, which lies as the problem says.
     pub out: &'a S,
     /// Its gradient, in its dtype, and where that lies.
     pub grad: (&'a S, Stack),
-    /// f32 `[B, Hq, Sq]`: what the forward pass kept.
-    pub lse: &'a S,
+    /// f32 `[B, Hq, Sq]`, without gaps: each row's largest score, −∞ where it sees no key.
+    pub max: &'a S,
+    /// f32 `[B, Hq, Sq]`, without gaps: the sum of each row's exp(score − max).
+    pub sum: &'a S,
+    /// f32 `[B, Hq, Sq, 1]`: the gradient of the log-sum-exp.
+    pub lse_grad: Option<(&'a S, Stack)>,
+}
+
+/// What the backward pass gives.
+pub(crate) struct AttentionGrads<T> {
+    pub q: T,
+    pub k: T,
+    pub v: T,
+    /// Where it is tracked.
+    pub bias: Option<T>,
+}
+
+impl<T> AttentionGrads<T> {
+    /// One for each input, in their order: the bias, if it is tracked, is the fourth.
+    pub fn list(self, inputs: usize) -> Vec<Option<T>> {
+        let given = [Some(self.q), Some(self.k), Some(self.v), self.bias];
+        given.into_iter().chain(std::iter::repeat_with(|| None)).take(inputs).collect()
+    }
 }
 
 #[cfg(test)]

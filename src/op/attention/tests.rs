@@ -1,10 +1,10 @@
 //! The two backward passes that need no engine: loops, and candle's ops.
 
 use candle_core::Device::Cpu;
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{D, DType, Result, Tensor, Var};
 
 use super::call::Call;
-use super::flash::FlashAttention;
+use super::flash::{FlashAttention, Upstream};
 use super::{arguments, recompute};
 use crate::op::eval;
 use crate::{AttnLayout, FlashAttnOptions};
@@ -96,27 +96,31 @@ fn compare(what: &str, a: &[Option<Tensor>], b: &[Option<Tensor>], tolerance: f6
 
 /// Calls `check` with each call's op, inputs and what follows them.
 fn each(
-    mut check: impl FnMut(&str, &FlashAttention, &[&Tensor], [&Tensor; 3]) -> Result<()>,
+    mut check: impl FnMut(&str, &FlashAttention, &[&Tensor], Upstream, [&Tensor; 2]) -> Result<()>,
 ) -> Result<()> {
     for (what, [q, k, v], opts) in calls()? {
         let extras = arguments::flash("test", [("q", &q), ("k", &k), ("v", &v)], &opts)?;
         let call = Call::new("test", q.dtype(), &opts, &extras);
-        let flash = FlashAttention { call, keeps_lse: true, lse: Default::default() };
+        let flash = FlashAttention { call, wants_lse: true, tracked: true };
         let inputs = [[&q, &k, &v].as_slice(), &extras.list()].concat();
-        let out = eval(&flash, &inputs)?;
+        let [out, lse, max, sum] = eval(&flash, &inputs)?;
         let grad = out.randn_like(0., 1.)?;
-        let lse = flash.lse.get().expect("kept").clone();
-        check(what, &flash, &inputs, [&out, &grad, &lse])?;
+        let lse_grad = lse.randn_like(0., 1.)?.unsqueeze(D::Minus1)?;
+        for lse_grad in [None, Some(&lse_grad)] {
+            let upstream = Upstream { out: &out, grad: &grad, lse_grad };
+            check(what, &flash, &inputs, upstream, [&max, &sum])?;
+        }
     }
     Ok(())
 }
 
 #[test]
 fn agrees_with_the_loops() -> Result<()> {
-    each(|what, flash, inputs, after| {
+    each(|what, flash, inputs, upstream, stats| {
         let tolerance = if inputs[0].dtype() == DType::F16 { 1e-3 } else { 2e-5 };
-        let loops = flash.by_kernel(inputs, &after)?;
-        compare(what, &recompute::gradients(&flash.call, inputs, after)?, &loops, tolerance)
+        let loops = flash.by_loops(inputs, upstream, stats)?.list(4);
+        let ops = recompute::gradients(&flash.call, inputs, upstream)?.list(4);
+        compare(what, &ops, &loops, tolerance)
     })
 }
 
@@ -124,12 +128,12 @@ fn agrees_with_the_loops() -> Result<()> {
 fn loops_do_not_depend_on_threads() -> Result<()> {
     let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");
     let (one, five) = (pool(1), pool(5));
-    each(|what, flash, inputs, after| {
+    each(|what, flash, inputs, upstream, stats| {
         let run = || {
-            let (call, lse) = (flash.call.clone(), Default::default());
-            let [q, k, v, bias] = flash.by_kernel(inputs, &after)?;
-            let out = eval(&FlashAttention { call, keeps_lse: true, lse }, inputs)?;
-            Ok::<_, candle_core::Error>(vec![Some(out), q, k, v, bias])
+            let [out, lse, ..]: [_; 4] = eval(flash, inputs)?;
+            let mut all = flash.by_loops(inputs, upstream, stats)?.list(4);
+            all.extend([Some(out), Some(lse.exp()?)]);
+            Ok::<_, candle_core::Error>(all)
         };
         compare(what, &one.install(run)?, &five.install(run)?, 0.0)
     })

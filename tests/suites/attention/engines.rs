@@ -1,14 +1,15 @@
 //! Results and gradients by each engine.
 
-use candle_core::Device;
-use kaio_candle::Engine;
+use candle_core::{DType, Device, Result, Var, bail};
+use kaio_candle::prelude::*;
 
 use super::options::Lengths::{Packed, Padded};
 use super::options::{Bias, Options, Slopes};
 use super::{SMALL, Sizes, each};
 use crate::suites::Tally;
 
-/// What each engine takes, it computes and differentiates as all others; what it cannot take, it refuses.
+/// What each engine takes, it computes as all others, and differentiates if it has a backward pass; what it
+/// cannot take, it refuses.
 pub fn engines(device: &Device) {
     let padded = Padded([None, Some(vec![140, 31])]);
     let packed = Packed([vec![0, 70, 70, 150], vec![0, 64, 90, 161]]);
@@ -37,9 +38,36 @@ pub fn engines(device: &Device) {
     ];
     for engine in [Engine::Auto, Engine::Native, Engine::KaioOps] {
         let mut tally = Tally::new("flash_attn engines", device);
+        // On a GPU the backward pass is that of `Engine::Auto` alone.
+        let forward_alone = device.is_cuda() && engine != Engine::Auto;
         for problem in problems.iter().flatten() {
+            let problem = match forward_alone {
+                true => problem.clone().untracked(),
+                false => problem.clone(),
+            };
             tally.case(format!("{engine:?}: {problem:?}"), || problem.check_by(engine, device));
         }
+        if forward_alone {
+            tally.case(format!("{engine:?}: a tracked input"), || refuses(engine, device));
+        }
         tally.finish();
+    }
+}
+
+/// A tracked input is refused by the call, not by the backward pass, and never frozen.
+fn refuses(engine: Engine, device: &Device) -> Result<()> {
+    let q = Var::zeros((4, 8), DType::F32, device)?;
+    let opts = FlashAttnOptions::default().engine(engine);
+    match q.kaio_flash_attn_with(&q, &q, &opts) {
+        Ok(_) => bail!("{engine:?} took a tracked input"),
+        Err(error) => {
+            let want = format!(
+                "kaio_flash_attn_with: Engine::{engine:?} has no backward pass of attention, and an input \
+                 tracks a gradient; leave the engine to `Engine::Auto`, which has one, or `.detach()` the \
+                 inputs"
+            );
+            assert_eq!(error.to_string(), want);
+            Ok(())
+        }
     }
 }

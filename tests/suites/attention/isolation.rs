@@ -55,21 +55,28 @@ pub fn isolation(device: &Device) {
     tally.finish();
 }
 
-/// Rows of q, k and v in the first matrix that are spoilt, and what of the result they must not change: a
-/// dimension, where it begins and how long it is. And whether gradients keep to that, too.
-type Apart = ([Range<usize>; 3], [usize; 3], bool);
+/// Rows of q, k and v in the first matrix that are spoilt, and what of the result and of the gradients they
+/// must not change: a dimension, where it begins and how long it is, in what has a row for each query and
+/// in what has one for each key.
+type Apart = ([Range<usize>; 3], [[usize; 3]; 2]);
 
 /// Another batch, another sequence, what is before the sequence's end.
 fn apart(lengths: &Lengths) -> Vec<Apart> {
     let same = |rows: Range<usize>| [rows.clone(), rows.clone(), rows];
     match lengths {
         Packed(_) => {
-            vec![(same(0..30), [1, 30, 40], false), ([30..70, 33..66, 33..66], [1, 0, 30], false)]
+            // The first sequence, then the second.
+            let first = [0..30, 0..33, 0..33];
+            vec![
+                (first, [[1, 30, 40], [1, 33, 33]]),
+                ([30..70, 33..66, 33..66], [[1, 0, 30], [1, 0, 33]]),
+            ]
         }
         Padded(_) => {
-            vec![(same(0..30), [0, 1, 1], true), ([40..70, 30..66, 30..66], [0, 0, 2], false)]
+            // Another batch, then what no sequence has.
+            vec![(same(0..30), [[0, 1, 1]; 2]), ([40..70, 30..66, 30..66], [[0, 0, 2]; 2])]
         }
-        Whole => vec![(same(0..30), [0, 1, 1], true)],
+        Whole => vec![(same(0..30), [[0, 1, 1]; 2])],
     }
 }
 
@@ -80,9 +87,9 @@ fn isolated_bits(name: &'static str, device: &Device) {
     let cases = isolating().into_iter().flat_map(|options| {
         apart(&options.lengths).into_iter().map(move |apart| (options.clone(), apart))
     });
-    for (options, (spoilt, [dim, start, len], tracked)) in cases {
+    for (options, (spoilt, kept)) in cases {
         let heads: &[usize] = if matches!(options.lengths, Packed(_)) { &[2] } else { &[2, 2] };
-        let tracked = [tracked && !results_alone(); 3];
+        let tracked = [!results_alone(); 3];
         let problem = Problem { options, tracked, ..Problem::new(F16, (heads, 1, [70, 66, 8, 8])) };
         let results = |inputs: &[Tensor]| {
             let mut lse = None;
@@ -92,8 +99,12 @@ fn isolated_bits(name: &'static str, device: &Device) {
                 Ok(out)
             })?;
             all.push(lse);
-            let others = all.into_iter().flatten().map(|t| t.narrow(dim, start, len));
-            others.collect::<Result<Vec<_>>>()
+            // The result, the gradients of q, k and v, and the log-sum-exp.
+            let others = all.into_iter().zip([0, 0, 1, 1, 0]).map(|(t, side)| {
+                let [dim, start, len] = kept[side];
+                t.map(|t| t.narrow(dim, start, len)).transpose()
+            });
+            others.filter_map(Result::transpose).collect::<Result<Vec<_>>>()
         };
         let mut source = Source::new(&format!("{problem:?}"), device);
         let clean = problem.inputs(&mut source).expect("inputs");

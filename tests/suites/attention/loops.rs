@@ -74,14 +74,13 @@ impl Loops {
     }
 
     /// The same sums over the magnitudes of their terms, to which rounding errors are in proportion.
-    /// A score that is off by its ulp takes its weight with it. Where weights are rebuilt for the gradient,
-    /// the score is computed again, in an order of its own, and the log-sum-exp in f32, score −
-    /// ln(weight), is off by its ulp, too.
+    /// A score that is off by its ulp takes its weight with it; one that is `rebuilt` for the gradient has the
+    /// ulps of its exponential and of its division by their sum, too.
     pub fn sizes(&self, rebuilt: bool) -> Self {
         let (x, scale) = (self.x.each_ref().map(|nd| nd.map(f64::abs)), self.scale.abs());
         let size = |&w: &Weight| {
-            let again = if rebuilt { w.size - w.p.ln() } else { 0.0 };
-            let p = if w.p == 0.0 { 0.0 } else { w.p * (1.0 + w.size + again) };
+            let ulps = w.size + if rebuilt { 3.0 } else { 1.0 };
+            let p = if w.p == 0.0 { 0.0 } else { w.p * ulps };
             Weight { p, bend: 1.0, ..w }
         };
         let weights = self.weights.iter().map(|row| row.iter().map(size).collect()).collect();
@@ -125,12 +124,17 @@ impl Loops {
     /// Of q, k, v and the bias. `sign` is that of the term which all scores of a row lose: −1, or 1 for
     /// sizes.
     pub fn backward(&self, grad: &Nd, out: &Nd, sign: f64) -> Vec<Nd> {
+        self.backward_of_both(grad, out, &self.lse.map(|_| 0.0), sign)
+    }
+
+    /// The same with a gradient of the log-sum-exp, too.
+    pub fn backward_of_both(&self, grad: &Nd, out: &Nd, lse_grad: &Nd, sign: f64) -> Vec<Nd> {
         let [q, k, v] = &self.x;
         let [mut dq, mut dk, mut dv] = self.x.each_ref().map(|nd| Nd::full(&nd.dims, 0.0));
         let mut dbias = self.bias.as_ref().map(|dims| Nd::full(dims, 0.0));
         for (i, weights) in self.weights.iter().enumerate() {
             let (grad, out) = (grad.row(i), out.row(i));
-            let shared = sign * dot(grad, out);
+            let shared = lse_grad.data[i] + sign * dot(grad, out);
             for &Weight { j, p, bend, at, .. } in weights {
                 let ds = p * (dot(grad, v.row(j)) + shared);
                 if let Some(dbias) = &mut dbias {

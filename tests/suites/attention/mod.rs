@@ -21,13 +21,14 @@ mod scales;
 mod sizes;
 mod softcap;
 mod specials;
+mod stand_ins;
 mod tc;
 mod windows;
 
 pub use {
     accuracy::*, alibi::*, bias::*, combined::*, differences::*, engines::*, isolation::*,
     kinds::*, layouts::*, lengths::*, log_sum_exp::*, many_tiles::*, random::*, scales::*,
-    sizes::*, softcap::*, specials::*, tc::*, windows::*,
+    sizes::*, softcap::*, specials::*, stand_ins::*, tc::*, windows::*,
 };
 
 use candle_core::DType::{self, BF16, F16, F32};
