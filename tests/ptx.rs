@@ -3,12 +3,15 @@
 //!
 //! - `cargo test --test ptx` assembles a sample; without `ptxas` (PATH or `$CUDA_HOME/bin`) it says
 //!   SKIPPED and passes.
-//! - `KAIO_REQUIRE_PTXAS=1` assembles everything, and wants a `ptxas`.
+//! - `KAIO_REQUIRE_PTXAS=1` assembles everything, and wants a `ptxas`. What it said of a text is kept in the
+//!   target folder; `KAIO_CI_ALL=1` asks again.
 //! - `KAIO_MANIFEST=FILE` writes a hash of each text there: a refactoring changes none.
 //! - `KAIO_BLESS=1` rewrites `tests/golden`; read the difference before you commit it.
 
 #[path = "ptx/assembler.rs"]
 mod assembler;
+#[path = "ptx/cache.rs"]
+mod cache;
 #[path = "ptx/choices.rs"]
 mod choices;
 #[path = "ptx/gate.rs"]

@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use crate::assembler::Assembler;
+use crate::cache::Cache;
 use crate::choices::{Choice, Extent, choices, on_all_cores, spread};
 use crate::ratchet::{Ratchet, Use};
 use crate::{golden_folder, instructions, say, set};
@@ -36,12 +37,18 @@ fn what_is_chosen_assembles() {
     let choices =
         if all { choices(Extent::All).into_iter().collect() } else { sample(choices(Extent::Few)) };
     let chosen = start.elapsed();
-    let (measured, failures) = assemble(&assembler, &choices);
+    let cache = cache();
+    let (measured, failures) = assemble(&assembler, &choices, &cache);
+    if all {
+        cache.forget_unused();
+    }
     say(&format!(
-        "ptxas {}: {} of {} chosen kernels assemble cleanly{}; choosing {:.0?}, all {:.0?}",
+        "ptxas {}: {} of {} chosen kernels assemble cleanly, {} of them as found before \
+         (KAIO_CI_ALL=1 asks ptxas again){}; choosing {:.0?}, all {:.0?}",
         assembler.release,
         measured.rows.len(),
         choices.len(),
+        cache.found(),
         if all { "" } else { " (a sample: KAIO_REQUIRE_PTXAS=1 takes all)" },
         chosen,
         start.elapsed()
@@ -59,6 +66,14 @@ fn what_is_chosen_assembles() {
     );
 }
 
+/// What `ptxas` said before, in the folder of cargo's that all checkouts share.
+fn cache() -> Cache {
+    match set("KAIO_CI_ALL") {
+        true => Cache::none(),
+        false => Cache::new(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("ptxas")),
+    }
+}
+
 /// Some of each.
 fn sample(choices: BTreeMap<String, Choice>) -> Vec<(String, Choice)> {
     let word_of = |name: &str| {
@@ -69,13 +84,17 @@ fn sample(choices: BTreeMap<String, Choice>) -> Vec<(String, Choice)> {
 }
 
 /// What each takes, and what is wrong with the others.
-fn assemble(assembler: &Assembler, choices: &[(String, Choice)]) -> (Ratchet, Vec<String>) {
+fn assemble(
+    assembler: &Assembler,
+    choices: &[(String, Choice)],
+    cache: &Cache,
+) -> (Ratchet, Vec<String>) {
     let next = AtomicUsize::new(0);
     let (rows, failures) = (Mutex::new(BTreeMap::new()), Mutex::new(Vec::new()));
     on_all_cores(|worker| {
         let file = scratch(&format!("gate-{worker}"));
         while let Some((name, choice)) = choices.get(next.fetch_add(1, Ordering::Relaxed)) {
-            match judge(assembler, choice, &file) {
+            match judge(assembler, choice, &file, cache) {
                 Ok(used) => {
                     rows.lock().expect("nobody panicked").insert(name.clone(), used);
                 }
@@ -91,9 +110,14 @@ fn assemble(assembler: &Assembler, choices: &[(String, Choice)]) -> (Ratchet, Ve
     (Ratchet { release: assembler.release.clone(), rows }, failures)
 }
 
-fn judge(assembler: &Assembler, choice: &Choice, file: &std::path::Path) -> Result<Use, String> {
+fn judge(
+    assembler: &Assembler,
+    choice: &Choice,
+    file: &Path,
+    cache: &Cache,
+) -> Result<Use, String> {
     let source = choice.kernel.emit();
-    let registers = assembler.assemble(&source, choice.gpu.arch, file)?;
+    let registers = assembler.assemble(&source, choice.gpu.arch, file, cache)?;
     let (shared, limit) = (source.shared, choice.gpu.device.shared_per_block);
     if shared > limit {
         return Err(format!("{shared} bytes of shared memory (at most {})", limit));
@@ -160,13 +184,14 @@ fn compare(measured: Ratchet, all: bool, bless: bool) -> Option<String> {
 #[test]
 fn every_instruction_assembles() {
     let Some(assembler) = assembler() else { return };
+    let cache = cache();
     for (name, source) in instructions::kernels() {
         let archs: &[_] = match source.target {
             kaio_candle::ptx::Target::Sm80 => &["sm_80", "sm_89", "sm_90"],
             kaio_candle::ptx::Target::Sm90a => &["sm_90a"],
         };
         for arch in archs {
-            if let Err(why) = assembler.assemble(&source, arch, &scratch(name)) {
+            if let Err(why) = assembler.assemble(&source, arch, &scratch(name), &cache) {
                 panic!("{name} for {arch}: {why}");
             }
         }
