@@ -315,3 +315,6 @@ macro_rules! custom_op {
 custom_op!(CustomOp1: a l1 t1 => Option<Tensor>);
 custom_op!(CustomOp2: a l1 t1, b l2 t2 => (Option<Tensor>, Option<Tensor>));
 custom_op!(CustomOp3: a l1 t1, b l2 t2, c l3 t3 => (Option<Tensor>, Option<Tensor>, Option<Tensor>));
+
+#[cfg(test)]
+mod tests;
