@@ -19,8 +19,20 @@ pub(crate) fn place(location: DeviceLocation) -> String {
     }
 }
 
+/// What every op asks of its tensors first: one device, and sizes that nothing computed from them can
+/// carry out of a `usize`.
+pub(crate) fn tensors(op: &'static str, args: &[Arg]) -> Result<()> {
+    one_device(op, args)?;
+    args.iter().try_for_each(|&arg| tensor(op, arg))
+}
+
+/// The same of an op with one tensor.
+pub(crate) fn tensor(op: &'static str, (arg, t): Arg) -> Result<()> {
+    size(op, format_args!("`{arg}`"), t.dims(), t.dtype())
+}
+
 /// All arguments are on the CPU, or on the GPU of one ordinal.
-pub(crate) fn one_device(op: &'static str, args: &[Arg]) -> Result<()> {
+fn one_device(op: &'static str, args: &[Arg]) -> Result<()> {
     let (with, first) = args[0];
     let want = first.device().location();
     if matches!(want, DeviceLocation::Metal { .. }) {
@@ -132,6 +144,76 @@ pub(crate) fn batch(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Resu
         return Ok(());
     }
     Err(Error::Batch { op, arg, got: got.to_vec(), with, want: want.to_vec() })
+}
+
+/// The most bytes that a tensor may have, or seem to have as a broadcast view.
+///
+/// No process can have more on x86-64 or AArch64, and what is computed from sizes under it (padded
+/// rows, parts of a result, bytes) stays far from the end of a `usize`, so that it need not be checked.
+const MOST_BYTES: usize = isize::MAX as usize >> (if usize::BITS == 64 { 15 } else { 0 });
+
+/// Memory that is asked for at once without a look whether it is there.
+const SMALL_BYTES: usize = 1 << 24;
+
+/// The bytes of a tensor. Dimensions of 0 count as 1, as they do in strides.
+fn bytes(dims: &[usize], dtype: DType) -> Option<usize> {
+    let bytes = dims.iter().try_fold(dtype.size_in_bytes(), |n, &d| n.checked_mul(d.max(1)));
+    bytes.filter(|&bytes| bytes <= MOST_BYTES)
+}
+
+/// A tensor of this shape can exist.
+pub(crate) fn size(
+    op: &'static str,
+    what: impl std::fmt::Display,
+    dims: &[usize],
+    dtype: DType,
+) -> Result<()> {
+    match bytes(dims, dtype) {
+        Some(_) => Ok(()),
+        None => {
+            let limit = format!("would be over {MOST_BYTES} bytes, more than any memory");
+            Err(too_large(op, what, dims, dtype, limit))
+        }
+    }
+}
+
+/// A tensor of this shape can be allocated on the CPU. Whoever allocates it then may use `vec!`.
+pub(crate) fn memory(
+    op: &'static str,
+    what: impl std::fmt::Display,
+    dims: &[usize],
+    dtype: DType,
+) -> Result<()> {
+    size(op, &what, dims, dtype)?;
+    let bytes = if dims.contains(&0) { 0 } else { bytes(dims, dtype).unwrap_or(usize::MAX) };
+    if bytes <= SMALL_BYTES || Vec::<u8>::new().try_reserve_exact(bytes).is_ok() {
+        return Ok(());
+    }
+    let limit = format!("needs {bytes} bytes, which cannot be allocated");
+    Err(too_large(op, what, dims, dtype, limit))
+}
+
+fn too_large(
+    op: &'static str,
+    what: impl std::fmt::Display,
+    dims: &[usize],
+    dtype: DType,
+    limit: String,
+) -> Error {
+    Error::TooLarge { op, what: what.to_string(), got: dims.to_vec(), dtype, limit }
+}
+
+/// candle's own CUDA kernels count elements in u32: past that they would copy a part, or never end.
+pub(crate) fn copyable(op: &'static str, elements: usize) -> Result<()> {
+    if u32::try_from(elements).is_ok() {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        op,
+        what: "this crate".into(),
+        limit: format!("cannot copy or convert {elements} elements at once (at most {})", u32::MAX),
+        fix: "split the batch and join the results with `Tensor::cat`".into(),
+    })
 }
 
 const ONE_MATRIX: &str = "a weight is one matrix";

@@ -84,6 +84,21 @@ pub enum Error {
         /// That argument's batch dimensions.
         want: Vec<usize>,
     },
+    /// A tensor is too large for memory: the result, an argument as a broadcast view shows it, or what
+    /// the CPU path keeps of one.
+    #[error("{op}: {what} {got:?} in {} {limit}; check its sizes, or work in parts", dtype.as_str())]
+    TooLarge {
+        /// The method that was called.
+        op: &'static str,
+        /// What is too large: `the result`, or an argument's name in backticks.
+        what: String,
+        /// Its shape.
+        got: Vec<usize>,
+        /// Its dtype.
+        dtype: DType,
+        /// What is in the way, as a predicate.
+        limit: String,
+    },
     /// Two arguments live on different devices.
     #[error(
         "{op}: `{arg}` is on {got}, but `{with}` is on {want}; move one with `.to_device(..)?`"

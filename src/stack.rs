@@ -18,11 +18,13 @@ pub(crate) struct Stack {
 
 impl Stack {
     /// The stack of a layout with at least two dimensions.
+    ///
+    /// The offset of an empty view, which may lie past the end of its storage, becomes 0.
     pub fn new(layout: &Layout) -> Self {
         let (dims, strides) = (layout.dims(), layout.stride());
         let (b, r) = (dims.len() - 2, dims.len() - 1);
         Self {
-            offset: layout.start_offset(),
+            offset: if dims.contains(&0) { 0 } else { layout.start_offset() },
             batch: std::iter::zip(&dims[..b], &strides[..b]).map(|(&d, &s)| (d, s)).collect(),
             rows: dims[b],
             cols: dims[r],
@@ -59,9 +61,11 @@ impl Stack {
         self.batch.iter().map(|&(len, _)| len).product()
     }
 
-    /// Number of elements that the view shows.
+    /// Number of elements that the view shows. Repeated over a result's batch dimensions, an operand
+    /// may show more than a `usize` counts: then the largest.
     pub fn elements(&self) -> usize {
-        self.count() * self.rows * self.cols
+        let factors = self.batch.iter().map(|&(len, _)| len).chain([self.rows, self.cols]);
+        factors.fold(1, usize::saturating_mul)
     }
 
     /// Where matrix `i` begins.
@@ -93,8 +97,7 @@ impl Stack {
         (folded.is_row_major() || self.elements() == 0).then_some(self.offset)
     }
 
-    /// The storage elements from the first to behind the last that the view can touch. An empty view
-    /// touches none; its offset may lie behind the storage.
+    /// The storage elements from the first to past the last that the view can touch.
     pub fn span(&self) -> std::ops::Range<usize> {
         if self.elements() == 0 {
             return 0..0;
@@ -289,5 +292,8 @@ mod tests {
         assert!(stack(&[5, 1], &[1, 99], 0).is_row_major());
         assert!(!stack(&[5, 3], &[1, 5], 0).is_row_major());
         assert_eq!(stack(&[2, 0, 5], &[0, 5, 1], 4).span(), 0..0);
+        assert_eq!(stack(&[2, 0, 5], &[0, 5, 1], 4).contiguous(), Some(0));
+        // Repeated so often that a product of the sizes would wrap to 0.
+        assert_eq!(stack(&[1 << 32, 1 << 31, 2], &[0, 2, 1], 0).elements(), usize::MAX);
     }
 }

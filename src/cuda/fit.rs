@@ -4,7 +4,7 @@
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
-use crate::error::Error;
+pub(super) use crate::check::copyable;
 use crate::stack::Stack;
 
 /// What a kernel wants of an operand. `Want::default()` is row-major.
@@ -82,7 +82,7 @@ pub(super) fn fit<'a>(
         return Ok(Fitted { held: Held::View(storage), stack });
     }
     let once = if want.folded { stack.clone() } else { stack.without_repeats() };
-    copyable(op, once.elements().max(once.count() * rows * cols))?;
+    copyable(op, once.elements().max(once.count().saturating_mul(rows).saturating_mul(cols)))?;
     let layout = once.layout();
     let mut copy = match (dtype == storage.dtype(), want.factor) {
         (true, Some(factor)) => storage.affine(&layout, f64::from(factor), 0.0)?,
@@ -110,20 +110,6 @@ pub(super) fn fit<'a>(
 fn is_aligned(stack: &Stack, dtype: DType, align: usize) -> bool {
     let size = dtype.size_in_bytes();
     align <= size || stack.origins().all(|elements| (elements * size).is_multiple_of(align))
-}
-
-/// candle's own kernels count elements in u32: past that they would copy a part, or never end.
-pub(super) fn copyable(op: &'static str, elements: usize) -> Result<()> {
-    if u32::try_from(elements).is_ok() {
-        return Ok(());
-    }
-    Err(Error::Unsupported {
-        op,
-        what: "this crate".into(),
-        limit: format!("cannot copy or convert {elements} elements at once (at most {})", u32::MAX),
-        fix: "split the batch and join the results with `Tensor::cat`".into(),
-    }
-    .into())
 }
 
 /// A contiguous copy of a view.

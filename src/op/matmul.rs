@@ -9,6 +9,9 @@ use crate::{
     stack::{Stack, batch_dims, broadcast_batch},
 };
 
+/// What a message calls the result, whose sums are f32 whatever it is rounded to.
+pub(super) const RESULT: &str = "the result";
+
 /// The product of the user's methods.
 pub(crate) fn matmul(
     op: &'static str,
@@ -18,7 +21,7 @@ pub(crate) fn matmul(
 ) -> Result<Tensor> {
     let (a, b) = (("lhs", lhs), ("rhs", rhs));
     let bias = opts.bias.as_ref().map(|bias| ("bias", bias));
-    check::one_device(op, &[Some(a), Some(b), bias].into_iter().flatten().collect::<Vec<_>>())?;
+    check::tensors(op, &[Some(a), Some(b), bias].into_iter().flatten().collect::<Vec<_>>())?;
     check::dtype(op, a, &[DType::F16, DType::BF16])?;
     check::same_dtype(op, b, a)?;
     let k = check::activations(op, a)?;
@@ -122,16 +125,19 @@ impl MatmulProblem {
     /// rows, so that one product is left. Where strides forbid that, it stays a stack beside a
     /// right-hand side that is broadcast by stride: the CPU path multiplies its matrices in turn, the
     /// GPU packs them into one. The right-hand side is never repeated in memory.
-    pub fn new(lhs: &Layout, rhs: &Layout) -> Self {
+    ///
+    /// A result that no memory can hold is an error.
+    pub fn new(op: &'static str, lhs: &Layout, rhs: &Layout) -> Result<Self> {
         let (a, b) = (Stack::new(lhs), Stack::new(rhs));
         let shared = batch_dims(rhs.dims()).is_empty();
         let batch = broadcast_batch(batch_dims(lhs.dims()), batch_dims(rhs.dims()))
             .expect("checked before the op was made");
         let out = Shape::from([batch.as_slice(), &[a.rows, b.cols]].concat());
-        match (shared, a.fold_rows()) {
+        check::size(op, RESULT, out.dims(), DType::F32)?;
+        Ok(match (shared, a.fold_rows()) {
             (true, Some(lhs)) => Self { lhs, rhs: b, out },
             _ => Self { lhs: a.broadcast(&batch), rhs: b.broadcast(&batch), out },
-        }
+        })
     }
 }
 
@@ -142,7 +148,8 @@ impl Op for Matmul {
 
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let [(a, la), (b, lb), ref bias @ ..] = *inputs else { unreachable!("two operands") };
-        let problem = MatmulProblem::new(la, lb);
+        let problem = MatmulProblem::new(self.name, la, lb)?;
+        check::memory(self.name, RESULT, problem.out.dims(), DType::F32)?;
         let mut out = cpu::matmul(&problem, a, b)?;
         let Epilogue { out_dtype, activation } = self.epilogue;
         cpu::epilogue(&mut out, problem.rhs.cols, bias.first().copied(), activation)?;
@@ -151,7 +158,7 @@ impl Op for Matmul {
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let [(a, la), (b, lb), ref bias @ ..] = *inputs else { unreachable!("two operands") };
-        let problem = MatmulProblem::new(la, lb);
+        let problem = MatmulProblem::new(self.name, la, lb)?;
         let Self { name, engine, epilogue } = *self;
         let bias = bias.first().copied();
         let out = cuda::matmul(name, &problem, engine, epilogue, a, b, bias)?;

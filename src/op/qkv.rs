@@ -36,7 +36,7 @@ pub(crate) fn qkv_project(x: &Tensor, weights: QkvWeights) -> Result<(Tensor, Te
             let args = check_common(op, x, packed, DType::U32)?;
             let k = check::activations(op, ("x", x))?;
             let scale_args = std::array::from_fn::<_, 3, _>(|i| (SCALE_NAMES[i], scales[i]));
-            check::one_device(op, &[[("x", x)].as_slice(), &scale_args].concat())?;
+            check::tensors(op, &[[("x", x)].as_slice(), &scale_args].concat())?;
             for i in 0..3 {
                 check::dtype(op, scale_args[i], &[DType::F16])?;
                 check::int4_weight(op, ("x", k), (NAMES[i], packed[i]), scale_args[i])?;
@@ -57,7 +57,7 @@ fn check_common<'a>(
     dtype: DType,
 ) -> Result<[check::Arg<'a>; 4]> {
     let args = [("x", x), (NAMES[0], weights[0]), (NAMES[1], weights[1]), (NAMES[2], weights[2])];
-    check::one_device(op, &args)?;
+    check::tensors(op, &args)?;
     check::dtype(op, args[0], &[DType::F16])?;
     for arg in &args[1..] {
         check::dtype(op, *arg, &[dtype])?;
@@ -93,7 +93,9 @@ impl Op for Qkv {
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let (x, lx) = inputs[0];
         let n = inputs[1].1.dims()[1];
-        let (lhs, shape) = rows(lx, n);
+        let (lhs, shape) = rows(self.op, lx, n)?;
+        let all = [&[3], shape.dims()].concat();
+        check::memory(self.op, "the three results", &all, DType::F32)?;
         let projection = |i: usize| {
             let (weight, scale) = match &self.kind {
                 Kind::Int8(scales) => (cpu::widen_int8(inputs[1 + i])?, scales[i]),
@@ -108,7 +110,7 @@ impl Op for Qkv {
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let (x, lx) = inputs[0];
-        let (lhs, shape) = rows(lx, inputs[1].1.dims()[1]);
+        let (lhs, shape) = rows(self.op, lx, inputs[1].1.dims()[1])?;
         let stacks: Vec<_> = inputs.iter().map(|(_, layout)| Stack::new(layout)).collect();
         let operands: Vec<_> = inputs.iter().map(|&(s, _)| s).zip(&stacks).collect();
         let x = (x, &lhs);

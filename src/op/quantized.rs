@@ -1,8 +1,8 @@
 //! Products with int8 and int4 weights. No gradient: see [`check::untracked`].
 
-use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
-use super::matmul::Matmul;
+use super::matmul::{Matmul, RESULT};
 use super::{Computed, Op, View, apply_constant};
 use crate::{check, cpu, cuda, error::Error, quant, stack::Stack};
 
@@ -13,7 +13,7 @@ const INT8_MAX_K: usize = (i32::MAX / (128 * 128)) as usize;
 pub(crate) fn matmul_int8(lhs: &Tensor, rhs: &Tensor, scale: f32) -> Result<Tensor> {
     const OP: &str = "kaio_matmul_int8";
     let (a, b) = (("lhs", lhs), ("rhs", rhs));
-    check::one_device(OP, &[a, b])?;
+    check::tensors(OP, &[a, b])?;
     check::dtype(OP, a, &[DType::U8])?;
     check::dtype(OP, b, &[DType::U8])?;
     let k = check::activations(OP, a)?;
@@ -39,7 +39,7 @@ pub(crate) fn matmul_int8(lhs: &Tensor, rhs: &Tensor, scale: f32) -> Result<Tens
 pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
     const OP: &str = "kaio_matmul_int4";
     let (a, b, s) = (("lhs", lhs), ("packed", packed), ("scales", scales));
-    check::one_device(OP, &[a, b, s])?;
+    check::tensors(OP, &[a, b, s])?;
     check::dtype(OP, a, &[DType::F16])?;
     check::dtype(OP, b, &[DType::U32])?;
     check::dtype(OP, s, &[DType::F16])?;
@@ -56,12 +56,14 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     Ok(out)
 }
 
-/// The result's shape and the activations as one matrix or, if strides forbid that, as a stack.
-pub(super) fn rows(lhs: &candle_core::Layout, n: usize) -> (Stack, Shape) {
+/// The activations as one matrix or, if strides forbid that, as a stack, and the shape of their product
+/// with a weight of `n` columns, unless no memory can hold it.
+pub(super) fn rows(op: &'static str, lhs: &Layout, n: usize) -> Result<(Stack, Shape)> {
     let mut dims = lhs.dims().to_vec();
     *dims.last_mut().expect("rank checked") = n;
+    check::size(op, RESULT, &dims, DType::F32)?;
     let stack = Stack::new(lhs);
-    (stack.fold_rows().unwrap_or(stack), Shape::from(dims))
+    Ok((stack.fold_rows().unwrap_or(stack), Shape::from(dims)))
 }
 
 struct MatmulInt8 {
@@ -75,14 +77,15 @@ impl Op for MatmulInt8 {
 
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
-        let (lhs, shape) = rows(la, lb.dims()[1]);
+        let (lhs, shape) = rows(self.name(), la, lb.dims()[1])?;
+        check::memory(self.name(), RESULT, shape.dims(), DType::F32)?;
         let out = cpu::matmul_int8(&lhs, &Stack::new(lb), self.scale, a.as_slice()?, b.as_slice()?);
         Ok(vec![(CpuStorage::F32(out), shape)])
     }
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
-        let (lhs, shape) = rows(la, lb.dims()[1]);
+        let (lhs, shape) = rows(self.name(), la, lb.dims()[1])?;
         let rhs = Stack::new(lb);
         let out = cuda::matmul_int8(self.name(), (a, &lhs), (b, &rhs), self.scale)?;
         Ok(vec![(out, shape)])
@@ -99,7 +102,8 @@ impl Op for MatmulInt4 {
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
         let [(a, la), packed, scales] = *inputs else { unreachable!("three operands") };
         let n = packed.1.dims()[1];
-        let (lhs, shape) = rows(la, n);
+        let (lhs, shape) = rows(self.name(), la, n)?;
+        check::memory(self.name(), RESULT, shape.dims(), DType::F32)?;
         let weight = cpu::dequantize_int4(packed, scales)?;
         let out = cpu::matmul_dense(&lhs, a, &weight, n)?;
         Ok(vec![(CpuStorage::F32(out), shape)])
@@ -107,7 +111,7 @@ impl Op for MatmulInt4 {
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let [(a, la), (b, lb), (s, ls)] = *inputs else { unreachable!("three operands") };
-        let (lhs, shape) = rows(la, lb.dims()[1]);
+        let (lhs, shape) = rows(self.name(), la, lb.dims()[1])?;
         let (words, steps) = (Stack::new(lb), Stack::new(ls));
         let out = cuda::matmul_int4(self.name(), (a, &lhs), (b, &words), (s, &steps))?;
         Ok(vec![(out, shape)])

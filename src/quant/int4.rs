@@ -51,11 +51,12 @@ pub fn quantize_int4(weight: &Tensor) -> Result<(Tensor, Tensor)> {
     let why = "the rows that share a scale";
     multiple(OP, "weight", ("K", k), (INT4_GROUP, why), "pad K with zeros")?;
     check::untracked(OP, &[arg])?;
-    let groups = weight.to_dtype(DType::F32)?.reshape((k / INT4_GROUP, INT4_GROUP, n))?;
-    if groups.elem_count() == 0 {
+    super::sizes(OP, arg, weight.dims())?;
+    if weight.elem_count() == 0 {
         let packed = Tensor::zeros((k / NIBBLES, n), DType::U32, weight.device())?;
         return Ok((packed, Tensor::zeros((k / INT4_GROUP, n), DType::F16, weight.device())?));
     }
+    let groups = weight.to_dtype(DType::F32)?.reshape((k / INT4_GROUP, INT4_GROUP, n))?;
     let peak = groups.abs()?.max_keepdim(1)?;
     let scales = (peak / 7.0)?.maximum(MIN_STEP)?.to_dtype(DType::F16)?;
     let steps = scales.to_dtype(DType::F32)?;
@@ -96,6 +97,7 @@ pub fn pack_int4(values: &Tensor) -> Result<Tensor> {
     check::rank(OP, ("values", values), 2..=2, "[K, N]", "pack one matrix at a time")?;
     let (k, n) = values.dims2()?;
     multiple(OP, "values", ("K", k), (NIBBLES, "the values in a u32"), "pad K with zeros")?;
+    super::sizes(OP, ("values", values), values.dims())?;
     if values.elem_count() == 0 {
         return Tensor::zeros((k / NIBBLES, n), DType::U32, values.device());
     }
@@ -114,7 +116,14 @@ pub fn unpack_int4(packed: &Tensor) -> Result<Tensor> {
     const OP: &str = "unpack_int4";
     check::dtype(OP, ("packed", packed), &[DType::U32])?;
     check::rank(OP, ("packed", packed), 2..=2, "[K/8, N]", "unpack one matrix at a time")?;
+    super::sizes(OP, ("packed", packed), &unpacked(packed))?;
     values(packed, DType::F32)
+}
+
+/// The shape of a packed matrix's values. Words of a matrix so high that this saturates are refused.
+fn unpacked(packed: &Tensor) -> [usize; 2] {
+    let dims = packed.dims();
+    [dims[0].saturating_mul(NIBBLES), dims[1]]
 }
 
 /// The values of packed words in a float dtype.
@@ -138,14 +147,15 @@ fn values(packed: &Tensor, dtype: DType) -> Result<Tensor> {
 pub fn dequantize_int4(packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
     const OP: &str = "dequantize_int4";
     let args = [("packed", packed), ("scales", scales)];
-    check::one_device(OP, &args)?;
+    check::tensors(OP, &args)?;
     check::dtype(OP, args[0], &[DType::U32])?;
     check::dtype(OP, args[1], &[DType::F16])?;
     check::rank(OP, args[0], 2..=2, "[K/8, N]", "unpack one matrix at a time")?;
-    let k = packed.dims()[0] * NIBBLES;
+    let k = unpacked(packed)[0];
     let of = (INT4_GROUP / NIBBLES, "the words of 128 values that share a scale");
     multiple(OP, "packed", ("rows", packed.dims()[0]), of, "pad K with zeros before packing")?;
     check::int4_weight(OP, ("packed", k), args[0], args[1])?;
+    super::sizes(OP, args[0], &unpacked(packed))?;
     dequantize(packed, scales, DType::F32)
 }
 

@@ -31,6 +31,7 @@ use crate::{check, error::Error, op::cast};
 pub fn quantize_int8(t: &Tensor) -> Result<(Tensor, f32)> {
     const OP: &str = "quantize_int8";
     check::dtype(OP, ("t", t), &[DType::F32, DType::F16, DType::BF16])?;
+    super::sizes(OP, ("t", t), t.dims())?;
     check::untracked(OP, &[("t", t)])?;
     if t.elem_count() == 0 {
         return Ok((cast(t, DType::U8)?, 1.0));
@@ -61,7 +62,9 @@ pub fn quantize_int8(t: &Tensor) -> Result<(Tensor, f32)> {
 ///
 /// Another dtype.
 pub fn dequantize_int8(q: &Tensor, scale: f32) -> Result<Tensor> {
-    check::dtype("dequantize_int8", ("q", q), &[DType::U8])?;
+    const OP: &str = "dequantize_int8";
+    check::dtype(OP, ("q", q), &[DType::U8])?;
+    super::sizes(OP, ("q", q), q.dims())?;
     if q.elem_count() == 0 {
         return cast(q, DType::F32);
     }

@@ -61,7 +61,12 @@ impl Layout {
         match self {
             Self::Plain => Ok(base.clone()),
             Self::Transposed => base.t(),
-            Self::Narrowed => base.narrow(r - 2, 1, dims[r - 2])?.narrow(r - 1, 1, dims[r - 1]),
+            Self::Narrowed => {
+                // An empty view begins past the end.
+                let from = |len: usize| if len == 0 { 2 } else { 1 };
+                let (rows, cols) = (dims[r - 2], dims[r - 1]);
+                base.narrow(r - 2, from(rows), rows)?.narrow(r - 1, from(cols), cols)
+            }
             Self::Rows => base.narrow(r - 1, 1, 1)?.squeeze(r - 1),
             Self::Columns => base.narrow(D::Minus1, 1, 1)?.squeeze(D::Minus1),
             Self::Repeated | Self::Expanded => base.broadcast_as(dims),

@@ -1,6 +1,6 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
-use crate::suites::{attention, errors, matmul, quantized};
+use crate::suites::{attention, empty, errors, matmul, quantized};
 
 macro_rules! tables {
     ($($name:ident: $suite:path;)*) => {$(
@@ -65,6 +65,9 @@ tables! {
     attention_kinds: attention::kinds;
     attention_many_tiles: attention::many_tiles;
     attention_accuracy: attention::accuracy;
+    empty_products: empty::products;
+    empty_attention: empty::attention;
+    empty_quantisers: empty::quantisers;
     errors_matmul: errors::matmul;
     errors_int8: errors::int8;
     errors_int4: errors::int4;
@@ -72,6 +75,7 @@ tables! {
     errors_attention_tc: errors::attention_tc;
     errors_flash_attn: errors::flash_attn;
     errors_flash_options: errors::flash_options;
+    errors_sizes: errors::sizes;
     errors_tracked: errors::tracked;
     errors_layers: errors::layers;
     errors_devices: errors::devices;

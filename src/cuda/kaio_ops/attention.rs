@@ -11,6 +11,7 @@ use candle_core::{CudaStorage, DType, Layout, Result};
 use super::fit::{self, Fitted, Want, fit};
 use super::session::Session;
 use super::{cast, crop, full, indexable, unsupported};
+use crate::check;
 use crate::op::{AttentionInputs, AttentionProblem, Mask};
 use crate::stack::Stack;
 
@@ -74,6 +75,7 @@ impl Square {
         let causal = p.mask.right.is_some();
         let pieces = if causal { 1 } else { sq.div_ceil(side) };
         indexable(op, "q", pieces * side, width)?;
+        check::size(op, "the squares", &[p.q.count(), pieces * side, width], DType::F32)?;
         let kernel_scale = 1.0 / (width as f32).sqrt();
         Ok(Self {
             op,

@@ -21,7 +21,7 @@ pub fn matmul(
 ) -> Result<(Tensor, Problem)> {
     let ((sa, la), (sb, lb)) = (a.storage_and_layout(), b.storage_and_layout());
     let (Storage::Cuda(sa), Storage::Cuda(sb)) = (&*sa, &*sb) else { bail!("not on a GPU") };
-    let problem = MatmulProblem::new(la, lb);
+    let problem = MatmulProblem::new("tune", la, lb)?;
     let call = Call::new("tune", &problem, Epilogue::round(out), sa, sb, None)?;
     let device = &call.gpu.device;
     let plan = match config {

@@ -2,9 +2,11 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::super::matmul::RESULT;
 use super::problem::Extras;
 use crate::check::{self, Arg};
 use crate::error::Error;
+use crate::stack::{batch_dims, broadcast_batch};
 use crate::{AttnLayout, Engine, FlashAttnOptions};
 
 /// Sizes of a tensor, 1 for what it does not have.
@@ -43,12 +45,13 @@ pub(super) fn flash(
     ];
     let given = options.map(|(name, t)| t.as_ref().map(|t| (name, t)));
     let all: Vec<_> = args.into_iter().chain(given.into_iter().flatten()).collect();
-    check::one_device(op, &all)?;
+    check::tensors(op, &all)?;
     tensors(op, args, opts.layout)?;
+    let [q_sizes, k_sizes] = [q, k].map(|(_, t)| Sizes::new(opts.layout, t));
+    memory(op, args, args.map(|(_, t)| t.dims().to_vec()))?;
     numbers(op, q.1.dtype(), opts)?;
 
     let [bias, slopes, cu_q, cu_k, len_q, len_k] = given;
-    let [q_sizes, k_sizes] = [q, k].map(|(_, t)| Sizes::new(opts.layout, t));
     if let (Some((with, _)), Some((name, _))) = (cu_q.or(cu_k), len_q.or(len_k)) {
         let fix = "one is for padded batches, the other for packed ones";
         return Err(Error::Conflict { op, name, with, fix }.into());
@@ -82,6 +85,9 @@ pub(super) fn flash(
     if let Some(arg) = bias {
         let Sizes { batch, heads, rows, .. } = q_sizes;
         check_bias(op, q, arg, [batch, heads, rows, k_sizes.rows])?;
+        if arg.1.track_op() && arg.1.device().is_cpu() {
+            check::memory(op, "the gradient of `bias`", arg.1.dims(), DType::F32)?;
+        }
     }
     let constant: Vec<_> = given[1..].iter().flatten().copied().collect();
     check::untracked(op, &constant)?;
@@ -150,7 +156,7 @@ fn tensors(op: &'static str, args: [Arg; 3], layout: AttnLayout) -> Result<()> {
 
 /// Checks a call of attention over any batch dimensions, without a gradient.
 pub(super) fn broadcast(op: &'static str, args: [Arg; 3]) -> Result<()> {
-    check::one_device(op, &args)?;
+    check::tensors(op, &args)?;
     for arg in args {
         check::dtype(op, arg, &[DType::F16])?;
         let fix = "add a dimension with `.unsqueeze(0)?`";
@@ -164,7 +170,31 @@ pub(super) fn broadcast(op: &'static str, args: [Arg; 3]) -> Result<()> {
     check::batch(op, args[1], args[0])?;
     check::batch(op, args[2], args[1])?;
     check::batch(op, args[2], args[0])?;
+    let batch = args[1..].iter().fold(batch_dims(args[0].1.dims()).to_vec(), |batch, (_, t)| {
+        broadcast_batch(&batch, batch_dims(t.dims())).expect("checked above")
+    });
+    let repeated = |t: Sizes| [batch.as_slice(), &[t.rows, t.cols]].concat();
+    memory(op, args, sizes.map(repeated))?;
     Ok(check::untracked(op, &args)?)
+}
+
+/// The result of operands of these shapes can exist; on the CPU there is memory for it, and for what that
+/// path keeps: the operands in f32 and some numbers for each row.
+fn memory(op: &'static str, args: [Arg; 3], operands: [Vec<usize>; 3]) -> Result<()> {
+    const ROW: usize = 16;
+    let [q, _, v] = &operands;
+    let of_rows = |width: usize| [&q[..q.len() - 1], &[width]].concat();
+    let out = of_rows(v[v.len() - 1]);
+    check::size(op, RESULT, &out, DType::F32)?;
+    if !args[0].1.device().is_cpu() {
+        return Ok(());
+    }
+    check::memory(op, RESULT, &out, DType::F32)?;
+    check::memory(op, "what is kept of the rows of `q`,", &of_rows(ROW), DType::F32)?;
+    for ((arg, _), dims) in args.iter().zip(&operands) {
+        check::memory(op, format_args!("`{arg}`, as the CPU path takes it,"), dims, DType::F32)?;
+    }
+    Ok(())
 }
 
 /// q `[.., Sq, D]`, k `[.., Sk, D]` and v `[.., Sk, Dv]` belong together.
@@ -310,7 +340,8 @@ fn values(op: &'static str, (name, t): Arg, rows: usize, packed: bool) -> Result
         let (got, fix) = (format!("{got} at entry {i}"), "check how it was computed");
         Err(Error::Value { op, name, got, want, fix })
     };
-    let values = t.to_vec1::<u32>()?;
+    // candle looks for an empty view's elements where its offset says.
+    let values = if t.elem_count() == 0 { vec![] } else { t.to_vec1::<u32>()? };
     for (i, &value) in values.iter().enumerate() {
         if packed && i == 0 && value != 0 {
             refuse(i, value, "0, where the first sequence begins".into())?;

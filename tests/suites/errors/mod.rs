@@ -22,8 +22,10 @@ macro_rules! refused {
 
 // Behind the macro, which it uses.
 mod attention;
+mod sizes;
 
 pub use attention::{attention_tc, flash_attn, flash_options};
+pub use sizes::sizes;
 
 /// Zeros on one device.
 #[derive(Clone, Copy)]

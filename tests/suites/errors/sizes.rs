@@ -1,0 +1,97 @@
+//! Sizes that wrap, as broadcast views have them without memory.
+
+use candle_core::DType::{self, BF16, F16, F32, U8, U32};
+use candle_core::{Device, Tensor, bail};
+use kaio_candle::{Error, prelude::*, quant};
+
+use crate::suites::Tally;
+
+/// Arguments and results that no memory holds: the same words on CPU and GPU, before anything is
+/// allocated or read.
+pub fn sizes(device: &Device) {
+    let mut tally = Tally::new("errors of sizes", device);
+    // One element, repeated.
+    let view = |dtype: DType, dims: &[usize]| {
+        let one = Tensor::zeros(vec![1; dims.len()], dtype, device).expect("zeros");
+        one.broadcast_as(dims).expect("a view")
+    };
+    let over = "would be over 281474976710655 bytes, more than any memory; check its sizes, or work in parts";
+    let product = |dtype, a: &[usize], b: &[usize]| view(dtype, a).kaio_matmul_tc(&view(dtype, b));
+    let with =
+        |a: &[usize], b: &[usize], opts| view(BF16, a).kaio_matmul_with(&view(BF16, b), &opts);
+    let (matmul, int8, int4) = ("kaio_matmul_tc", "kaio_matmul_int8", "kaio_matmul_int4");
+    // Times 20 it is 4 more than 2⁶⁴.
+    let fifth = ((1usize << 62) + 1) / 5;
+    let (t46, t40) = (1usize << 46, 1usize << 40);
+    refused! { tally;
+        product(F16, &[fifth, 1], &[1, 20]) => TooLarge, "{matmul}: `lhs` [{fifth}, 1] in f16 {over}";
+        product(F16, &[20, 1], &[1, fifth]) => TooLarge, "{matmul}: `rhs` [1, {fifth}] in f16 {over}";
+        product(BF16, &[1, usize::MAX], &[usize::MAX, 1]) => TooLarge, "{matmul}: `lhs` [1, {}] in bf16 {over}", usize::MAX;
+        product(F16, &[0, usize::MAX], &[usize::MAX, 1]) => TooLarge, "{matmul}: `lhs` [0, {}] in f16 {over}", usize::MAX;
+        product(F16, &[t40, 1], &[1, t40]) => TooLarge, "{matmul}: the result [{t40}, {t40}] in f32 {over}";
+        product(F16, &[t46, 1], &[1, 1]) => TooLarge, "{matmul}: the result [{t46}, 1] in f32 {over}";
+        product(F16, &[t40, 1, 1, 1], &[t40, 1, 1]) => TooLarge, "{matmul}: the result [{t40}, {t40}, 1, 1] in f32 {over}";
+        product(F16, &[t40, 0], &[0, t40]) => TooLarge, "{matmul}: the result [{t40}, {t40}] in f32 {over}";
+        with(&[t40, 1], &[1, t40], MatmulOptions::default().out_dtype(BF16)) => TooLarge, "kaio_matmul_with: the result [{t40}, {t40}] in f32 {over}";
+        with(&[1, 1], &[1, t46], MatmulOptions::default().bias(view(F32, &[t46]))) => TooLarge, "kaio_matmul_with: `bias` [{t46}] in f32 {over}";
+        view(U8, &[fifth, 1]).kaio_matmul_int8(&view(U8, &[1, 20]), 1.0) => TooLarge, "{int8}: `lhs` [{fifth}, 1] in u8 {over}";
+        view(U8, &[t40, 1]).kaio_matmul_int8(&view(U8, &[1, t40]), 1.0) => TooLarge, "{int8}: the result [{t40}, {t40}] in f32 {over}";
+        view(F16, &[fifth, 128]).kaio_matmul_int4(&view(U32, &[16, 20]), &view(F16, &[1, 20])) => TooLarge, "{int4}: `lhs` [{fifth}, 128] in f16 {over}";
+        view(F16, &[1 << 39, 128]).kaio_matmul_int4(&view(U32, &[16, t40]), &view(F16, &[1, t40])) => TooLarge, "{int4}: the result [{}, {t40}] in f32 {over}", 1usize << 39;
+    }
+
+    let qkv8 = |x: &Tensor, w: &Tensor| x.kaio_qkv_project_int8([w; 3], [1.0; 3]);
+    let qkv4 = |x: &Tensor, w: &Tensor, s: &Tensor| x.kaio_qkv_project_int4([w; 3], [s; 3]);
+    refused! { tally;
+        qkv8(&view(F16, &[1, 1]), &view(U8, &[1, fifth])) => TooLarge, "kaio_qkv_project_int8: `weights[0]` [1, {fifth}] in u8 {over}";
+        qkv8(&view(F16, &[t40, 1]), &view(U8, &[1, t40])) => TooLarge, "kaio_qkv_project_int8: the result [{t40}, {t40}] in f32 {over}";
+        qkv4(&view(F16, &[1, 128]), &view(U32, &[16, 20]), &view(F16, &[1, fifth])) => TooLarge, "kaio_qkv_project_int4: `scales[0]` [1, {fifth}] in f16 {over}";
+        qkv4(&view(F16, &[1 << 39, 128]), &view(U32, &[16, t40]), &view(F16, &[1, t40])) => TooLarge, "kaio_qkv_project_int4: the result [{}, {t40}] in f32 {over}", 1usize << 39;
+    }
+
+    let flash = |[q, k, v]: [&[usize]; 3]| {
+        view(F16, q).kaio_flash_attn(&view(F16, k), &view(F16, v), false)
+    };
+    let tc = |[q, k, v]: [&[usize]; 3]| {
+        view(F16, q).kaio_attention_tc(&view(F16, k), &view(F16, v), false)
+    };
+    let biased = |bias: &[usize]| {
+        let (q, opts) = (view(F16, &[1, 1, 1, 8]), FlashAttnOptions::default());
+        q.kaio_flash_attn_with(&q, &q, &opts.bias(view(F32, bias)))
+    };
+    refused! { tally;
+        flash([&[fifth, 20], &[1, 20], &[1, 20]]) => TooLarge, "kaio_flash_attn: `q` [{fifth}, 20] in f16 {over}";
+        flash([&[1, 20], &[fifth, 20], &[fifth, 20]]) => TooLarge, "kaio_flash_attn: `k` [{fifth}, 20] in f16 {over}";
+        flash([&[t46, 1, 1], &[1, 1, 1], &[1, 1, 1]]) => TooLarge, "kaio_flash_attn: the result [{t46}, 1, 1] in f32 {over}";
+        flash([&[t40, 1], &[1, 1], &[1, t40]]) => TooLarge, "kaio_flash_attn: the result [{t40}, {t40}] in f32 {over}";
+        biased(&[usize::MAX, 1, 1, 1]) => TooLarge, "kaio_flash_attn_with: `bias` [{}, 1, 1, 1] in f32 {over}", usize::MAX;
+        tc([&[fifth, 20], &[1, 20], &[1, 20]]) => TooLarge, "kaio_attention_tc: `q` [{fifth}, 20] in f16 {over}";
+        tc([&[t40, 1, 1, 1], &[t40, 1, 1], &[1, 1]]) => TooLarge, "kaio_attention_tc: the result [{t40}, {t40}, 1, 1] in f32 {over}";
+    }
+
+    refused! { tally;
+        quant::quantize_int8(&view(F16, &[fifth, 20])) => TooLarge, "quantize_int8: `t` [{fifth}, 20] in f16 {over}";
+        quant::quantize_int8(&view(F16, &[t46])) => TooLarge, "quantize_int8: what is made of `t`, [{t46}] in f32 {over}";
+        quant::dequantize_int8(&view(U8, &[t46]), 1.0) => TooLarge, "dequantize_int8: what is made of `q`, [{t46}] in f32 {over}";
+        quant::quantize_int4(&view(F32, &[128, fifth])) => TooLarge, "quantize_int4: `weight` [128, {fifth}] in f32 {over}";
+        quant::pack_int4(&view(U8, &[8, 1 << 43])) => TooLarge, "pack_int4: what is made of `values`, [8, {}] in f32 {over}", 1usize << 43;
+        quant::unpack_int4(&view(U32, &[1 << 43, 1])) => TooLarge, "unpack_int4: what is made of `packed`, [{t46}, 1] in f32 {over}";
+        quant::unpack_int4(&view(U32, &[usize::MAX, 0])) => TooLarge, "unpack_int4: `packed` [{}, 0] in u32 {over}", usize::MAX;
+        quant::dequantize_int4(&view(U32, &[1 << 43, 1]), &view(F16, &[1 << 39, 1])) => TooLarge, "dequantize_int4: what is made of `packed`, [{t46}, 1] in f32 {over}";
+    }
+
+    if device.is_cpu() {
+        // More than the 2⁴⁷ bytes that a process can map, whatever it is promised.
+        let (rows, cols, bytes) = (1usize << 23, 3usize << 21, 3usize << 46);
+        let no = format!(
+            "needs {bytes} bytes, which cannot be allocated; check its sizes, or work in parts"
+        );
+        refused! { tally;
+            product(F16, &[rows, 1], &[1, cols]) => TooLarge, "{matmul}: the result [{rows}, {cols}] in f32 {no}";
+            view(U8, &[rows, 1]).kaio_matmul_int8(&view(U8, &[1, cols]), 1.0) => TooLarge, "{int8}: the result [{rows}, {cols}] in f32 {no}";
+            tc([&[rows, 1], &[1, 1], &[1, cols]]) => TooLarge, "kaio_attention_tc: the result [{rows}, {cols}] in f32 {no}";
+            quant::quantize_int8(&view(F32, &[rows, cols])) => TooLarge, "quantize_int8: what is made of `t`, [{rows}, {cols}] in f32 {no}";
+        }
+    }
+    tally.finish();
+}
