@@ -58,7 +58,7 @@ pub(crate) fn dtype(op: &'static str, (arg, t): Arg, want: &[DType]) -> Result<(
     if want.contains(&t.dtype()) {
         return Ok(());
     }
-    Err(Error::DType { op, arg, got: t.dtype(), want: one_of(want), fix: cast_to(want[0]) })
+    Err(Error::DType { op, arg, got: t.dtype(), want: one_of(want), fix: cast_to_one_of(want) })
 }
 
 /// `f16`, `f16 or bf16`, `f16, bf16 or f32`.
@@ -84,14 +84,41 @@ pub(crate) fn same_dtype(op: &'static str, (arg, t): Arg, (with, first): Arg) ->
     })
 }
 
+/// The cast that loses least.
+fn cast_to_one_of(dtypes: &[DType]) -> String {
+    let both = [DType::F16, DType::BF16].iter().all(|half| dtypes.contains(half));
+    if dtypes.contains(&DType::F32) {
+        cast_to(DType::F32)
+    } else if both {
+        "cast it with `.to_dtype(DType::BF16)?`, which keeps the range of f32, or \
+         `.to_dtype(DType::F16)?`, which keeps three more bits but ends at 65504"
+            .into()
+    } else {
+        cast_to(dtypes[0])
+    }
+}
+
 fn cast_to(dtype: DType) -> String {
     match dtype {
-        DType::F16 | DType::BF16 | DType::F32 => {
-            format!("cast it with `.to_dtype(DType::{dtype:?})?`")
-        }
         DType::U8 => "quantise it with `quant::quantize_int8`".into(),
-        _ => "quantise it with `quant::quantize_int4`".into(),
+        _ => format!("cast it with `.to_dtype(DType::{dtype:?})?`"),
     }
+}
+
+/// The dtype of packed int4 words.
+pub(crate) fn int4_words(op: &'static str, (arg, t): Arg) -> Result<()> {
+    let got = t.dtype();
+    let fix = match got {
+        DType::U32 => return Ok(()),
+        // What checkpoints hold.
+        DType::I32 => {
+            "a cast does not convert GPTQ's words (unsigned nibbles with zero points) nor AWQ's \
+             (packed along N): here nibbles are two's complement, along K, the lowest first, with no \
+             zero points; see `quant::pack_int4`"
+        }
+        _ => "quantise it with `quant::quantize_int4`",
+    };
+    Err(Error::DType { op, arg, got, want: "u32".into(), fix: fix.into() })
 }
 
 /// The argument's rank lies in `ranks`.

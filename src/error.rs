@@ -1,5 +1,7 @@
 //! Every way a call can be wrong, as a type.
 
+use std::io::ErrorKind;
+
 use candle_core::{DType, Shape};
 
 /// What went wrong in a call to this crate.
@@ -17,6 +19,9 @@ use candle_core::{DType, Shape};
 /// assert!(matches!(Error::of(&error), Some(Error::Dimension { got: 9, .. })));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
+///
+/// The candle error is `Cuda` if a driver refused or a GPU is missing, and for a wrong call `Io` of kind
+/// `InvalidInput`, `Unsupported` or `OutOfMemory`.
 ///
 /// Messages name the op, the argument, what came, what was wanted and what to do. They are the same
 /// for CPU and CUDA tensors and come before any allocation or launch, but for the limits of an engine
@@ -117,7 +122,7 @@ pub enum Error {
     },
     /// An input tracks a gradient, and the op has none for it.
     #[error(
-        "{op}: `{arg}` tracks a gradient, but this op has none for it; call `.detach()` on it if nothing that it was computed from is to be trained"
+        "{op}: `{arg}` tracks a gradient, but this op has none for it; `.detach()` makes it a constant, and what it was computed from (the layers below) then gets no gradient through it"
     )]
     Tracked {
         /// The method that was called.
@@ -202,6 +207,7 @@ impl Error {
         use candle_core::Error as E;
         match error {
             E::Cuda(inner) => inner.downcast_ref(),
+            E::Io(inner) => inner.get_ref()?.downcast_ref(),
             E::WithBacktrace { inner, .. } | E::Context { inner, .. } => Self::of(inner),
             E::WithPath { inner, .. } => Self::of(inner),
             E::WrappedContext { wrapped, .. } => {
@@ -216,11 +222,21 @@ impl Error {
     }
 }
 
-/// candle has one variant that carries a boxed `std::error::Error` unchanged and shows its text as it
-/// is: `Cuda`. (`Wrapped` holds a `dyn Display`, out of which nothing can be downcast.)
+/// A refusal by the driver is candle's `Cuda`. A wrong call is no matter of CUDA, and often of a CPU
+/// tensor: it travels as `Io`, candle's other variant out of which an error can be downcast and that
+/// shows its text as it is. (`Wrapped` holds a `dyn Display`, which gives nothing back, and
+/// `WrappedContext` shows the `Debug` form.) The `ErrorKind` says what the variant's name does not.
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
-        candle_core::Error::Cuda(Box::new(error))
+        let kind = match error {
+            Error::NoDevice { .. } | Error::NotCuda { .. } | Error::Driver { .. } => {
+                return candle_core::Error::Cuda(Box::new(error));
+            }
+            Error::Unsupported { .. } => ErrorKind::Unsupported,
+            Error::TooLarge { .. } => ErrorKind::OutOfMemory,
+            _ => ErrorKind::InvalidInput,
+        };
+        candle_core::Error::Io(std::io::Error::new(kind, error))
     }
 }
 

@@ -151,7 +151,8 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// Product with a weight in int4, eight values a `u32`, one scale for 128 rows and a column.
     ///
     /// The lowest nibble of a word is the lowest k; a nibble is two's complement, −8 to 7; the weight
-    /// is nibble · scale, on a GPU rounded to f16. [`quant::quantize_int4`](crate::quant::quantize_int4) makes this form.
+    /// is nibble · scale, on a GPU rounded to f16. [`quant::quantize_int4`](crate::quant::quantize_int4) makes this form;
+    /// words of GPTQ and AWQ are others, which nothing can tell from these: see [`quant`](crate::quant).
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|

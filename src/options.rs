@@ -161,6 +161,19 @@ pub struct FlashAttnOptions {
     /// `layout`, where each but Sk may be 1 and leading ones may be left out. It is read by its
     /// strides and never expanded. Not with packed batches.
     ///
+    /// A mask of 0 and 1 is no bias: cast, it would add 1 to the scores of visible keys. It becomes one
+    /// by 0 and −∞:
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let visible = Tensor::new(&[[1u8, 1, 0], [1, 1, 1]], &Device::Cpu)?;
+    /// let zeros = Tensor::zeros((2, 3), candle_core::DType::F32, &Device::Cpu)?;
+    /// let hidden = Tensor::full(f32::NEG_INFINITY, (2, 3), &Device::Cpu)?;
+    /// let opts = FlashAttnOptions::default().bias(visible.where_cond(&zeros, &hidden)?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
     /// It is an input: its gradient is that of the scores, summed in f32 over what was broadcast, in
     /// its own shape and dtype.
     pub bias: Option<Tensor>,

@@ -21,7 +21,10 @@ pub(crate) fn qkv_project(x: &Tensor, weights: QkvWeights) -> Result<(Tensor, Te
     let (op, kind, inputs) = match weights {
         QkvWeights::Int8 { weights, scales } => {
             let op = "kaio_qkv_project_int8";
-            let args = check_common(op, x, weights, DType::U8)?;
+            let args = check_common(op, x, weights)?;
+            for arg in &args[1..] {
+                check::dtype(op, *arg, &[DType::U8])?;
+            }
             let k = check::activations(op, ("x", x))?;
             for i in 0..3 {
                 check::int8_weight(op, ("x", x, k), (NAMES[i], weights[i]))?;
@@ -33,7 +36,10 @@ pub(crate) fn qkv_project(x: &Tensor, weights: QkvWeights) -> Result<(Tensor, Te
         }
         QkvWeights::Int4 { packed, scales } => {
             let op = "kaio_qkv_project_int4";
-            let args = check_common(op, x, packed, DType::U32)?;
+            let args = check_common(op, x, packed)?;
+            for arg in &args[1..] {
+                check::int4_words(op, *arg)?;
+            }
             let k = check::activations(op, ("x", x))?;
             let scale_args = std::array::from_fn::<_, 3, _>(|i| (SCALE_NAMES[i], scales[i]));
             check::tensors(op, &[[("x", x)].as_slice(), &scale_args].concat())?;
@@ -54,14 +60,10 @@ fn check_common<'a>(
     op: &'static str,
     x: &'a Tensor,
     weights: [&'a Tensor; 3],
-    dtype: DType,
 ) -> Result<[check::Arg<'a>; 4]> {
     let args = [("x", x), (NAMES[0], weights[0]), (NAMES[1], weights[1]), (NAMES[2], weights[2])];
     check::tensors(op, &args)?;
     check::dtype(op, args[0], &[DType::F16])?;
-    for arg in &args[1..] {
-        check::dtype(op, *arg, &[dtype])?;
-    }
     Ok(args)
 }
 

@@ -41,7 +41,7 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     let (a, b, s) = (("lhs", lhs), ("packed", packed), ("scales", scales));
     check::tensors(OP, &[a, b, s])?;
     check::dtype(OP, a, &[DType::F16])?;
-    check::dtype(OP, b, &[DType::U32])?;
+    check::int4_words(OP, b)?;
     check::dtype(OP, s, &[DType::F16])?;
     let k = check::activations(OP, a)?;
     check::int4_weight(OP, ("lhs", k), b, s)?;

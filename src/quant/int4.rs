@@ -114,7 +114,7 @@ pub fn pack_int4(values: &Tensor) -> Result<Tensor> {
 /// Another dtype or rank.
 pub fn unpack_int4(packed: &Tensor) -> Result<Tensor> {
     const OP: &str = "unpack_int4";
-    check::dtype(OP, ("packed", packed), &[DType::U32])?;
+    check::int4_words(OP, ("packed", packed))?;
     check::rank(OP, ("packed", packed), 2..=2, "[K/8, N]", "unpack one matrix at a time")?;
     super::sizes(OP, ("packed", packed), &unpacked(packed))?;
     values(packed, DType::F32)
@@ -148,7 +148,7 @@ pub fn dequantize_int4(packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
     const OP: &str = "dequantize_int4";
     let args = [("packed", packed), ("scales", scales)];
     check::tensors(OP, &args)?;
-    check::dtype(OP, args[0], &[DType::U32])?;
+    check::int4_words(OP, args[0])?;
     check::dtype(OP, args[1], &[DType::F16])?;
     check::rank(OP, args[0], 2..=2, "[K/8, N]", "unpack one matrix at a time")?;
     let k = unpacked(packed)[0];

@@ -1,5 +1,27 @@
 //! From float weights to the integer forms that the quantised products take, and back.
 //!
+//! # int4 words of other formats
+//!
+//! A word here is eight nibbles along K, the lowest k the lowest, each two's complement (−8 to 7), with
+//! one f16 scale for 128 rows of a column and no zero points. Nothing in a `u32` says so: words of
+//! another format are taken as they are and give wrong products.
+//!
+//! - GPTQ's are unsigned, with zero points, in i32. If all zero points mean 8 (a symmetric checkpoint),
+//!   groups are of 128 rows and rows are in order (no act-order), the top bit of each nibble is the
+//!   whole difference. Otherwise dequantise to float and quantise again.
+//! - AWQ's are packed along N in an order of their own.
+//!
+//! ```
+//! # use candle_core::{Device, Tensor};
+//! use kaio_candle::quant;
+//!
+//! let gptq = 0xFEDC_BA98_u32; // 8, 9, .. 15, each minus 8
+//! let packed = Tensor::new(&[[gptq ^ 0x8888_8888]], &Device::Cpu)?;
+//! let values = quant::unpack_int4(&packed)?.flatten_all()?;
+//! assert_eq!(values.to_vec1::<f32>()?, [0., 1., 2., 3., 4., 5., 6., 7.]);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
 //! All functions run on the tensor's own device and take any layout. The quantisers have no gradient:
 //! a tracked input is an error.
 

@@ -77,6 +77,7 @@ tables! {
     errors_flash_options: errors::flash_options;
     errors_sizes: errors::sizes;
     errors_tracked: errors::tracked;
+    errors_variants: errors::variants;
     errors_layers: errors::layers;
     errors_devices: errors::devices;
 }

@@ -316,6 +316,17 @@ fn check_slopes(op: &'static str, (arg, t): Arg, batch: (usize, &str), heads: us
 /// Broadcast from the right to `want` = `[B, Hq, Sq, Sk]`.
 fn check_bias(op: &'static str, q: Arg, (arg, t): Arg, want: [usize; 4]) -> Result<()> {
     let dtypes = [DType::F32, q.1.dtype()];
+    if t.dtype().is_int() {
+        let want = if dtypes[0] == dtypes[1] {
+            "f32".into()
+        } else {
+            format!("f32 or {}", dtypes[1].as_str())
+        };
+        let fix = "a mask becomes a bias of 0 where a key is visible and -inf where not: \
+                   `mask.where_cond(&zeros, &minus_infinities)?`; cast, it would add 1 to their scores"
+            .into();
+        return Err(Error::DType { op, arg, got: t.dtype(), want, fix }.into());
+    }
     check::dtype(op, (arg, t), if dtypes[0] == dtypes[1] { &dtypes[..1] } else { &dtypes })?;
     let fix = "give it the shape of the scores, with 1 for what is shared";
     check::rank(op, (arg, t), 1..=4, "[B or 1, Hq or 1, Sq or 1, Sk]", fix)?;

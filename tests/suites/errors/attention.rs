@@ -6,6 +6,8 @@ use kaio_candle::{Error, prelude::*};
 use super::{ADD, On};
 use crate::suites::Tally;
 
+const MASK: &str = "a mask becomes a bias of 0 where a key is visible and -inf where not: \
+                    `mask.where_cond(&zeros, &minus_infinities)?`; cast, it would add 1 to their scores";
 const HEADS: &str =
     "give heads a dimension of their own with `.reshape(..)?` and `.transpose(..)?`";
 
@@ -58,7 +60,7 @@ pub fn flash_attn(device: &Device) {
             run(q, k, &on.f32([])) => Rank, "{op}: `v` has shape [] (rank 0), wanted {shapes}; {fix}";
             run(q, &on.f32([2, 5, 8]), v) => Dimension, "{op}: `k` has rank = 3, wanted 4, the rank of `q`; add the missing dimensions with `.unsqueeze(..)?`";
             run(q, k, &on.f32([5, 6])) => Dimension, "{op}: `v` has rank = 2, wanted 4, the rank of `q`; add the missing dimensions with `.unsqueeze(..)?`";
-            run(&on.zeros(DType::F64, [2, 4, 3, 8]), k, v) => DType, "{op}: `q` is f64, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F16)?`";
+            run(&on.zeros(DType::F64, [2, 4, 3, 8]), k, v) => DType, "{op}: `q` is f64, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
             run(q, &on.f16([2, 2, 5, 8]), v) => DType, "{op}: `k` is f16, wanted f32, the dtype of `q`; cast it with `.to_dtype(DType::F32)?`";
             run(q, k, &on.bf16([2, 2, 5, 6])) => DType, "{op}: `v` is bf16, wanted f32, the dtype of `q`; cast it with `.to_dtype(DType::F32)?`";
             run(q, &f32(2, 5, 4), v) => Dimension, "{op}: `k` has D = 4, wanted 8, the head dimension of `q`; {HEADS}";
@@ -122,6 +124,9 @@ pub fn flash_options(device: &Device) {
     refused! { tally;
         biased(on.bf16([5])) => DType, "{op}: `bias` is bf16, wanted f32 or f16; cast it with `.to_dtype(DType::F32)?`";
         on.f32([3, 8]).kaio_flash_attn_with(&on.f32([3, 8]), &on.f32([3, 8]), &opts().bias(on.f16([3]))) => DType, "{op}: `bias` is f16, wanted f32; cast it with `.to_dtype(DType::F32)?`";
+        biased(on.u8([5])) => DType, "{op}: `bias` is u8, wanted f32 or f16; {MASK}";
+        biased(on.u32([3, 5])) => DType, "{op}: `bias` is u32, wanted f32 or f16; {MASK}";
+        on.f32([3, 8]).kaio_flash_attn_with(&on.f32([3, 8]), &on.f32([3, 8]), &opts().bias(on.u8([3]))) => DType, "{op}: `bias` is u8, wanted f32; {MASK}";
         biased(on.f32([])) => Rank, "{op}: `bias` has shape [] (rank 0), wanted [B or 1, Hq or 1, Sq or 1, Sk]; {each}";
         biased(on.f32([1, 1, 1, 1, 5])) => Rank, "{op}: `bias` has shape [1, 1, 1, 1, 5] (rank 5), wanted [B or 1, Hq or 1, Sq or 1, Sk]; {each}";
         biased(on.f32([1])) => Dimension, "{op}: `bias` has Sk = 1, wanted 5; {each}";
@@ -134,7 +139,7 @@ pub fn flash_options(device: &Device) {
     let each = "give each head a slope, or each batch and head";
     let sloped = |slopes: Tensor| run(opts().alibi_slopes(slopes));
     let var = |t: Tensor| Var::from_tensor(&t).expect("var").into_inner();
-    let tracked = "tracks a gradient, but this op has none for it; call `.detach()` on it if nothing that it was computed from is to be trained";
+    let tracked = "tracks a gradient, but this op has none for it; `.detach()` makes it a constant, and what it was computed from (the layers below) then gets no gradient through it";
     refused! { tally;
         sloped(on.f16([4])) => DType, "{op}: `alibi_slopes` is f16, wanted f32; cast it with `.to_dtype(DType::F32)?`";
         sloped(on.f32([1, 2, 4])) => Rank, "{op}: `alibi_slopes` has shape [1, 2, 4] (rank 3), wanted [Hq] or [B, Hq]; {each}";

@@ -58,6 +58,11 @@ impl On<'_> {
 }
 
 const ADD: &str = "add a dimension with `.unsqueeze(0)?`";
+const HALF: &str = "cast it with `.to_dtype(DType::BF16)?`, which keeps the range of f32, or \
+                    `.to_dtype(DType::F16)?`, which keeps three more bits but ends at 65504";
+const WORDS: &str = "a cast does not convert GPTQ's words (unsigned nibbles with zero points) nor \
+                     AWQ's (packed along N): here nibbles are two's complement, along K, the lowest \
+                     first, with no zero points; see `quant::pack_int4`";
 const EACH: &str = "one scale for each group of 128 rows and each column";
 
 pub fn matmul(device: &Device) {
@@ -75,8 +80,8 @@ pub fn matmul(device: &Device) {
         refused! { tally;
             mul(&on.f16([8]), &b) => Rank, "{op}: `lhs` has shape [8] (rank 1), wanted [.., M, K]; {ADD}";
             mul(&a, &on.f16([])) => Rank, "{op}: `rhs` has shape [] (rank 0), wanted [.., K, N]; {ADD}";
-            mul(&on.f32([4, 8]), &b) => DType, "{op}: `lhs` is f32, wanted f16 or bf16; cast it with `.to_dtype(DType::F16)?`";
-            mul(&on.u8([4, 8]), &b) => DType, "{op}: `lhs` is u8, wanted f16 or bf16; cast it with `.to_dtype(DType::F16)?`";
+            mul(&on.f32([4, 8]), &b) => DType, "{op}: `lhs` is f32, wanted f16 or bf16; {HALF}";
+            mul(&on.u8([4, 8]), &b) => DType, "{op}: `lhs` is u8, wanted f16 or bf16; {HALF}";
             mul(&a, &on.bf16([8, 6])) => DType, "{op}: `rhs` is bf16, wanted f16, the dtype of `lhs`; cast it with `.to_dtype(DType::F16)?`";
             mul(&on.bf16([4, 8]), &b) => DType, "{op}: `rhs` is f16, wanted bf16, the dtype of `lhs`; cast it with `.to_dtype(DType::BF16)?`";
             mul(&a, &a) => Dimension, "{op}: `rhs` has K = 4, wanted 8, the K of `lhs` [4, 8]; transpose one with `.t()?` or swap the operands";
@@ -151,6 +156,7 @@ pub fn int4(device: &Device) {
         a.kaio_matmul_int4(&on.u32([1, 32, 6]), &s) => Rank, "kaio_matmul_int4: `packed` has shape [1, 32, 6] (rank 3), wanted [K/8, N]; a weight is one matrix";
         a.kaio_matmul_int4(&w, &on.f16([6])) => Rank, "kaio_matmul_int4: `scales` has shape [6] (rank 1), wanted [K/128, N]; {EACH}";
         on.bf16([4, 256]).kaio_matmul_int4(&w, &s) => DType, "kaio_matmul_int4: `lhs` is bf16, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        a.kaio_matmul_int4(&on.zeros(DType::I32, [32, 6]), &s) => DType, "kaio_matmul_int4: `packed` is i32, wanted u32; {WORDS}";
         a.kaio_matmul_int4(&on.f32([256, 6]), &s) => DType, "kaio_matmul_int4: `packed` is f32, wanted u32; quantise it with `quant::quantize_int4`";
         a.kaio_matmul_int4(&w, &on.f32([2, 6])) => DType, "kaio_matmul_int4: `scales` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
         on.f16([4, 200]).kaio_matmul_int4(&w, &s) => Dimension, "kaio_matmul_int4: `lhs` has K = 200, wanted a multiple of 128, the rows that share a scale; pad it with zeros, and the weight too before it is quantised";
@@ -168,6 +174,8 @@ pub fn int4(device: &Device) {
         quant::pack_int4(&on.u8([8])) => Rank, "pack_int4: `values` has shape [8] (rank 1), wanted [K, N]; pack one matrix at a time";
         quant::pack_int4(&on.u8([9, 2])) => Dimension, "pack_int4: `values` has K = 9, wanted a multiple of 8, the values in a u32; pad K with zeros";
         quant::unpack_int4(&on.u32([8])) => Rank, "unpack_int4: `packed` has shape [8] (rank 1), wanted [K/8, N]; unpack one matrix at a time";
+        quant::unpack_int4(&on.zeros(DType::I32, [16, 6])) => DType, "unpack_int4: `packed` is i32, wanted u32; {WORDS}";
+        quant::dequantize_int4(&on.zeros(DType::I32, [16, 6]), &s) => DType, "dequantize_int4: `packed` is i32, wanted u32; {WORDS}";
         quant::unpack_int4(&nan) => DType, "unpack_int4: `packed` is f32, wanted u32; quantise it with `quant::quantize_int4`";
         quant::dequantize_int4(&on.u32([3, 6]), &s) => Dimension, "dequantize_int4: `packed` has rows = 3, wanted a multiple of 16, the words of 128 values that share a scale; pad K with zeros before packing";
         quant::dequantize_int4(&w, &on.f16([1, 6])) => Dimension, "dequantize_int4: `scales` has rows = 1, wanted 2, K/128 for the K = 256 of `packed`; {EACH}; see `quant::quantize_int4`";
@@ -205,6 +213,7 @@ pub fn qkv(device: &Device) {
         int4(x, [w, &on.u32([32]), w], [s; 3]) => Rank, "{op}: `weights[1]` has shape [32] (rank 1), wanted [K/8, N]; a weight is one matrix";
         int4(x, [w; 3], [s, s, &on.f16([1, 2, 6])]) => Rank, "{op}: `scales[2]` has shape [1, 2, 6] (rank 3), wanted [K/128, N]; {EACH}";
         int4(&on.f32([4, 256]), [w; 3], [s; 3]) => DType, "{op}: `x` is f32, wanted f16; cast it with `.to_dtype(DType::F16)?`";
+        int4(x, [w, &on.zeros(DType::I32, [32, 6]), w], [s; 3]) => DType, "{op}: `weights[1]` is i32, wanted u32; {WORDS}";
         int4(x, [w, w, &on.u8([32, 6])], [s; 3]) => DType, "{op}: `weights[2]` is u8, wanted u32; quantise it with `quant::quantize_int4`";
         int4(x, [w; 3], [s, &on.bf16([2, 6]), s]) => DType, "{op}: `scales[1]` is bf16, wanted f16; cast it with `.to_dtype(DType::F16)?`";
         int4(&on.f16([4, 64]), [w; 3], [s; 3]) => Dimension, "{op}: `x` has K = 64, wanted a multiple of 128, the rows that share a scale; pad it with zeros, and the weight too before it is quantised";
@@ -322,7 +331,7 @@ pub fn tracked(device: &Device) {
     for (op, args, call) in WITHOUT_GRADIENT {
         for (i, (arg, ..)) in args.iter().enumerate() {
             let text = format!(
-                "{op}: `{arg}` tracks a gradient, but this op has none for it; call `.detach()` on it if nothing that it was computed from is to be trained"
+                "{op}: `{arg}` tracks a gradient, but this op has none for it; `.detach()` makes it a constant, and what it was computed from (the layers below) then gets no gradient through it"
             );
             let run = |change: fn(&Tensor) -> Result<Tensor>| {
                 let mut inputs = zeros(args, device)?;
@@ -378,6 +387,32 @@ fn place(device: &Device) -> String {
         DeviceLocation::Cuda { gpu_id } => format!("CUDA device {gpu_id}"),
         DeviceLocation::Metal { gpu_id } => format!("Metal device {gpu_id}"),
     }
+}
+
+/// What candle's own type says of an error: nothing of CUDA where it has no part.
+pub fn variants(device: &Device) {
+    use std::io::ErrorKind;
+    let on = On(device);
+    let mut tally = Tally::new("variants of candle errors", device);
+    let one = on.f16([1, 1]);
+    let wide = one.broadcast_as((1, 1usize << 60)).expect("a view");
+    let refused = |q: Tensor| q.kaio_attention_tc(&q, &q, false).map(drop);
+    for (name, result, kind) in [
+        ("a dtype", on.f32([1, 1]).kaio_matmul_tc(&one).map(drop), ErrorKind::InvalidInput),
+        ("a shape", one.kaio_matmul_tc(&on.f16([2, 1])).map(drop), ErrorKind::InvalidInput),
+        (
+            "tracked",
+            refused(Var::zeros((1, 8), F16, device).expect("zeros").into_inner()),
+            ErrorKind::InvalidInput,
+        ),
+        ("a size", one.kaio_matmul_tc(&wide).map(drop), ErrorKind::OutOfMemory),
+    ] {
+        tally.case(name, || match result {
+            Err(candle_core::Error::Io(error)) if error.kind() == kind => Ok(()),
+            other => bail!("{other:?}"),
+        });
+    }
+    tally.finish();
 }
 
 /// The error is found under every layer that candle puts around one.
