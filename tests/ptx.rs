@@ -22,6 +22,8 @@ mod golden;
 mod instructions;
 #[path = "ptx/manifest.rs"]
 mod manifest;
+#[path = "ptx/params.rs"]
+mod params;
 #[path = "ptx/ratchet.rs"]
 mod ratchet;
 #[path = "ptx/writer.rs"]

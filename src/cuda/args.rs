@@ -1,15 +1,9 @@
 //! The arguments of a launch.
-#![allow(unsafe_code)]
 
 use std::ffi::c_void;
-use std::mem::MaybeUninit;
 
 use super::tensor_map::TensorMap;
-use crate::ptx::Scalar;
-
-pub(super) fn list<T: ToString>(sizes: &[T]) -> String {
-    sizes.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
-}
+use crate::ptx::{Param, Scalar};
 
 /// Most parameters of a kernel, and their bytes: what every GPU and driver take.
 const MOST: usize = 64;
@@ -31,19 +25,26 @@ const MOST_BYTES: usize = 4096;
 /// launch(&args);
 /// ```
 pub struct Args {
-    bytes: Bytes,
-    /// Where each argument begins, and its size. Of these and the bytes only what was pushed is
-    /// initialised: a launch has a handful.
-    places: [MaybeUninit<(u16, u16)>; MOST],
+    words: Words,
+    /// The word in which each argument begins, and its bytes.
+    places: [(u16, u16); MOST],
     count: usize,
+    /// Words.
     used: usize,
+    /// Bytes of all.
+    bytes: usize,
     /// One did not fit.
     full: bool,
 }
 
-/// Aligned as the largest of arguments, a descriptor, wants it.
-#[repr(align(128))]
-struct Bytes([MaybeUninit<u8>; MOST_BYTES]);
+/// A number has a word of its own, a descriptor as many as it takes. Aligned as descriptors are.
+#[repr(align(64))]
+struct Words([u64; MOST_BYTES / WORD + MOST]);
+
+const WORD: usize = size_of::<u64>();
+
+// The driver copies a parameter's first bytes from where its argument begins.
+const _: () = assert!(cfg!(target_endian = "little"));
 
 impl Default for Args {
     fn default() -> Self {
@@ -54,86 +55,99 @@ impl Default for Args {
 impl Args {
     /// No arguments.
     pub fn new() -> Self {
-        let bytes = Bytes([MaybeUninit::uninit(); MOST_BYTES]);
-        let places = [MaybeUninit::uninit(); MOST];
-        Self { bytes, places, count: 0, used: 0, full: false }
+        let words = Words([0; MOST_BYTES / WORD + MOST]);
+        Self { words, places: [(0, 0); MOST], count: 0, used: 0, bytes: 0, full: false }
     }
 
-    fn push<T: Copy>(&mut self, value: T) -> &mut Self {
-        const { assert!(align_of::<T>() <= align_of::<Bytes>()) };
-        let (offset, size) = (self.used.next_multiple_of(align_of::<T>()), size_of::<T>());
-        if self.count == MOST || offset + size > MOST_BYTES {
+    fn push(&mut self, words: &[u64], bytes: usize) -> &mut Self {
+        // The parameters lie aligned to their sizes, descriptors to 64 bytes.
+        let align = bytes.min(64);
+        let (first, end) = (self.used.next_multiple_of(align.div_ceil(WORD)), self.bytes);
+        let end = end.next_multiple_of(align) + bytes;
+        if self.count == MOST || end > MOST_BYTES {
             self.full = true;
             return self;
         }
-        // SAFETY: that many bytes are there, aligned: the offset is a multiple of the type's alignment
-        // from an address that is a multiple of at least that.
-        unsafe { self.bytes.0.as_mut_ptr().add(offset).cast::<T>().write(value) };
+        self.words.0[first..][..words.len()].copy_from_slice(words);
         // Both are at most MOST_BYTES.
-        self.places[self.count].write((offset as u16, size as u16));
+        self.places[self.count] = (first as u16, bytes as u16);
         self.count += 1;
-        self.used = offset + size;
+        (self.used, self.bytes) = (first + words.len(), end);
         self
     }
 
     /// A number.
     pub fn value<T: Scalar>(&mut self, value: T) -> &mut Self {
-        self.push(value)
+        self.push(&[value.bits()], T::SIZE)
     }
 
     /// An address in the GPU's memory: [`Memory::address`](super::launch::Memory::address),
     /// [`Memory::at`](super::launch::Memory::at).
     pub fn pointer(&mut self, address: u64) -> &mut Self {
-        self.push(address)
+        self.value(address)
     }
 
     /// A TMA descriptor.
     pub fn tensor_map(&mut self, map: TensorMap) -> &mut Self {
-        self.push(map.raw())
+        let words = map.raw().opaque;
+        self.push(&words, size_of_val(&words))
     }
 
-    fn places(&self) -> impl Iterator<Item = (usize, usize)> {
-        self.places[..self.count].iter().map(|place| {
-            // SAFETY: the first `count` were written.
-            let (offset, size) = unsafe { place.assume_init() };
-            (offset.into(), size.into())
-        })
+    fn sizes(&self) -> impl Iterator<Item = usize> {
+        self.places[..self.count].iter().map(|&(_, bytes)| bytes.into())
     }
 
-    /// Whether they have these sizes.
-    pub(super) fn are(&self, params: &[usize]) -> bool {
-        !self.full && self.places().map(|(_, size)| size).eq(params.iter().copied())
+    /// Whether they have the sizes of these parameters.
+    pub(super) fn fit(&self, params: &[Param]) -> bool {
+        !self.full && self.sizes().eq(params.iter().map(|param| param.kind.size()))
     }
 
     pub(super) fn show(&self) -> String {
         match self.full {
             true => format!("more than {MOST} arguments or {MOST_BYTES} bytes"),
-            false => {
-                format!("{} bytes", list(&self.places().map(|(_, size)| size).collect::<Vec<_>>()))
-            }
+            false => format!("{} bytes", list(self.sizes())),
         }
     }
 
     /// Where each argument is. The driver only reads.
     pub(super) fn pointers(&self) -> [*mut c_void; MOST] {
         let mut pointers = [std::ptr::null_mut(); MOST];
-        for (pointer, (offset, _)) in pointers.iter_mut().zip(self.places()) {
-            *pointer = self.bytes.0[offset..].as_ptr().cast_mut().cast();
+        for (pointer, &(first, _)) in pointers.iter_mut().zip(&self.places[..self.count]) {
+            *pointer = self.words.0[first.into()..].as_ptr().cast_mut().cast();
         }
         pointers
     }
 }
 
+/// Sizes of parameters, for people.
+pub(super) fn list(sizes: impl IntoIterator<Item = usize>) -> String {
+    sizes.into_iter().map(|size| size.to_string()).collect::<Vec<_>>().join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ptx::ParamKind;
+
+    fn params(kinds: &[ParamKind]) -> Vec<Param> {
+        kinds.iter().map(|&kind| Param { name: String::new(), kind }).collect()
+    }
 
     #[test]
+    #[allow(unsafe_code)]
     fn arguments_lie_where_they_are_pointed_at() {
         let mut args = Args::new();
         args.value(7u32).pointer(0x1234_5678_9abc).value(9u16).value(-2i32).value(0.5f32);
-        assert!(args.are(&[4, 8, 2, 4, 4]));
-        assert!(!args.are(&[4, 8, 2, 4]) && !args.are(&[4, 8, 2, 4, 4, 4]));
+        let mut kinds = vec![
+            ParamKind::value::<u32>(),
+            ParamKind::Pointer,
+            ParamKind::value::<u16>(),
+            ParamKind::value::<i32>(),
+            ParamKind::value::<f32>(),
+        ];
+        assert!(args.fit(&params(&kinds)) && !args.fit(&params(&kinds[..4])));
+        kinds.push(ParamKind::value::<f32>());
+        assert!(!args.fit(&params(&kinds)));
         let pointers = args.pointers();
         // SAFETY: each points to an aligned argument of this type.
         unsafe {
@@ -149,12 +163,31 @@ mod tests {
     #[test]
     fn too_many_arguments_are_no_kernels() {
         let mut args = Args::new();
+        let most = params(&[ParamKind::Pointer; MOST]);
         for _ in 0..MOST {
             args.value(1u64);
         }
-        assert!(args.are(&[8; MOST]));
+        assert!(args.fit(&most));
         args.value(1u64);
-        assert!(!args.are(&[8; MOST]) && !args.are(&[8; MOST + 1]));
+        assert!(!args.fit(&most) && !args.fit(&params(&[ParamKind::Pointer; MOST + 1])));
         assert_eq!(args.show(), "more than 64 arguments or 4096 bytes");
+    }
+
+    #[test]
+    fn descriptors_are_aligned_and_counted_in_bytes() {
+        let mut args = Args::new();
+        args.value(1u16).push(&[2; 16], 128).value(3u32).push(&[4; 16], 128);
+        let pointers = args.pointers();
+        assert!([1, 3].iter().all(|&i| pointers[i].addr().is_multiple_of(64)));
+        let map = ParamKind::TensorMap;
+        let kinds = [ParamKind::value::<u16>(), map, ParamKind::value::<u32>(), map];
+        assert!(args.fit(&params(&kinds)));
+        let mut maps = Args::new();
+        for _ in 0..MOST_BYTES / 128 {
+            maps.push(&[0; 16], 128);
+        }
+        assert!(maps.fit(&params(&[map; MOST_BYTES / 128])));
+        maps.value(1u16);
+        assert_eq!(maps.show(), "more than 64 arguments or 4096 bytes");
     }
 }

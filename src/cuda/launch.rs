@@ -31,7 +31,8 @@
 //!     });
 //!     k.finish()
 //! }
-//! assert_eq!(silu_gate().params, [8, 8, 8, 4]);
+//! let params = silu_gate().params;
+//! assert!(params.iter().map(|param| param.name.as_str()).eq(["x", "gate", "y", "len"]));
 //! ```
 //!
 //! [`Target::Sm80`](crate::ptx::Target::Sm80) runs on every GPU that this crate supports.
@@ -149,7 +150,7 @@ pub use super::compile::{Kernels, kernels};
 use super::gpu::Gpu;
 pub use super::tensor_map::TensorMap;
 use crate::error::{Error, Result};
-use crate::ptx::Source;
+use crate::ptx::{Param, Source};
 
 /// A kernel compiled for one GPU. It is never unloaded.
 #[derive(Debug)]
@@ -161,7 +162,7 @@ pub struct Function {
     shared: u32,
     cluster: u32,
     starts_early: bool,
-    params: Vec<usize>,
+    params: Vec<Param>,
 }
 
 // SAFETY: a function handle belongs to a context, not to a thread, and its module is never unloaded.
@@ -177,6 +178,11 @@ impl Function {
         let &Source { entry, threads, shared, cluster, starts_early, .. } = source;
         let params = source.params.clone();
         Self { raw, entry, ordinal, threads, shared, cluster, starts_early, params }
+    }
+
+    /// The kernel's parameters, in their order.
+    pub(super) fn params(&self) -> &[Param] {
+        &self.params
     }
 
     /// The kernel of this text on the device's GPU: compiled by the first call in the process, found
@@ -272,8 +278,9 @@ impl Function {
     /// What the driver would refuse without saying why, and what it would not notice.
     fn check(&self, op: &'static str, ordinal: usize, grid: [u32; 3], args: &Args) -> Result<()> {
         let refuse = |name, got, want, fix| Err(Error::Value { op, name, got, want, fix });
-        if !args.are(&self.params) {
-            let want = format!("{} bytes, the parameters of `{}`", list(&self.params), self.entry);
+        if !args.fit(&self.params) {
+            let sizes = list(self.params.iter().map(|param| param.kind.size()));
+            let want = format!("{sizes} bytes, the parameters of `{}`", self.entry);
             return refuse(
                 "args",
                 args.show(),

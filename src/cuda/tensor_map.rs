@@ -10,7 +10,7 @@ use cudarc::driver::sys::{
 };
 
 use crate::error::{Error, Result};
-use crate::kernel::Element;
+use crate::kernel::{Element, params};
 use crate::ptx::Half;
 
 /// How a tensor of up to five dimensions lies in memory, and the box that one transfer moves, whose
@@ -80,6 +80,11 @@ impl TensorMap {
         result.result().map_err(|e| refuse(format!("what the driver takes ({e})")))?;
         // SAFETY: the driver reported success.
         Ok(Self(unsafe { map.assume_init() }))
+    }
+
+    /// As a kernel of this crate wants it.
+    pub(super) fn of(map: &params::TensorMap) -> Result<Self> {
+        Self::new(map.element, map.address, map.dims(), map.strides(), map.boxed())
     }
 
     pub(super) fn raw(self) -> sys::CUtensorMap {

@@ -11,6 +11,7 @@ pub mod gemm;
 pub(crate) mod hopper;
 mod multiprocessor;
 mod name;
+pub mod params;
 mod plan;
 mod raster;
 

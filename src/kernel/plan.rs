@@ -1,5 +1,6 @@
 //! From the facts of a problem to launches, as a pure function of each family of kernels.
 
+use super::params::Names;
 use super::{Config, Device};
 
 /// A launch: a kernel, and the blocks of its grid in x, y and z.
@@ -15,6 +16,8 @@ pub struct Step {
 pub trait Plan: Sized {
     /// The facts.
     type Problem;
+    /// The names of the parameters of its kernels.
+    type Name: Names;
 
     /// What is chosen for a problem on a device.
     fn new(problem: &Self::Problem, device: &Device) -> Self;

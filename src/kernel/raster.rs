@@ -1,5 +1,6 @@
 //! The order in which tiles are computed.
 
+use super::gemm::Name;
 use crate::ptx::{Kernel, Reg};
 
 /// Tiles of a batch of results, walked in groups of rows of tiles so that the blocks at work share
@@ -22,10 +23,10 @@ pub struct Tile<'k> {
 }
 
 impl<'k> Raster<'k> {
-    /// Declares the parameters `tile_rows`, `tile_cols`, `tiles` (with the batch) and `group`.
+    /// Declares its parameters.
     pub fn params(k: &'k Kernel) -> Self {
-        let (rows, cols) = (k.param("tile_rows"), k.param("tile_cols"));
-        let (count, group) = (k.param("tiles"), k.param("group"));
+        let (rows, cols) = (k.param(Name::TileRows), k.param(Name::TileCols));
+        let (count, group) = (k.param(Name::Tiles), k.param(Name::Group));
         Self { rows, cols, count, group }
     }
 

@@ -30,6 +30,7 @@ mod copy;
 mod mbarrier;
 mod memory;
 mod mma;
+mod param;
 mod reg;
 mod sync;
 mod tma;
@@ -39,6 +40,7 @@ use std::fmt::{Arguments, Write};
 
 pub use control::Exit;
 pub use mma::{Half, Mma, Operand, Wgmma, WgmmaRegs};
+pub use param::{Param, ParamKind, TENSOR_MAP_BYTES};
 pub use reg::{Address, Float, Integer, Number, Reg, Scalar, Value};
 pub use tma::Delivery;
 
@@ -83,8 +85,8 @@ pub struct Source {
     pub starts_early: bool,
     /// Whether warpgroups give and take registers ([`Kernel::take_registers`]).
     pub moves_registers: bool,
-    /// Sizes in bytes of the parameters, in order.
-    pub params: Vec<usize>,
+    /// The parameters, in order.
+    pub params: Vec<Param>,
 }
 
 /// A kernel being written.
@@ -101,7 +103,9 @@ pub struct Kernel {
 #[derive(Debug, Default)]
 struct State {
     body: String,
-    params: Vec<(String, usize)>,
+    params: Vec<Param>,
+    /// Their declarations.
+    declared: Vec<String>,
     registers: [u32; Class::COUNT],
     labels: u32,
     version: (u32, u32),
@@ -113,9 +117,6 @@ struct State {
     starts_early: bool,
     moves_registers: bool,
 }
-
-/// Bytes of a TMA descriptor (`CUtensorMap`).
-pub const TENSOR_MAP_BYTES: usize = 128;
 
 impl Kernel {
     /// A kernel of blocks of `threads` threads.
@@ -155,24 +156,36 @@ impl Kernel {
     }
 
     /// Declares the next parameter and loads it.
-    pub fn param<T: Scalar>(&self, name: &str) -> Reg<'_, T> {
-        self.declare(format!(".param .{} {name}", T::BITS), T::SIZE);
+    ///
+    /// # Panics
+    ///
+    /// If there is one of this name, as in [`pointer`](Self::pointer) and
+    /// [`tensor_map`](Self::tensor_map).
+    pub fn param<T: Scalar>(&self, name: impl AsRef<str>) -> Reg<'_, T> {
+        self.declare_number(name.as_ref(), ParamKind::value::<T>())
+    }
+
+    /// Declares a number, of whatever meaning, and loads it.
+    fn declare_number<T: Scalar>(&self, name: &str, kind: ParamKind) -> Reg<'_, T> {
+        self.declare(name, kind, format!(".param .{} {name}", T::BITS));
         let value = self.reg();
         self.emit(format_args!("ld.param.{} {value}, [{name}]", T::BITS));
         value
     }
 
     /// Declares a parameter that points to global memory.
-    pub fn pointer(&self, name: &str) -> Reg<'_, u64> {
-        let generic = self.param::<u64>(name);
+    pub fn pointer(&self, name: impl AsRef<str>) -> Reg<'_, u64> {
+        let generic = self.declare_number::<u64>(name.as_ref(), ParamKind::Pointer);
         let global = self.reg();
         self.emit(format_args!("cvta.to.global.u64 {global}, {generic}"));
         global
     }
 
     /// Declares a TMA descriptor that is passed by value; gives its address.
-    pub fn tensor_map(&self, name: &str) -> Reg<'_, u64> {
-        self.declare(format!(".param .align 64 .b8 {name}[{TENSOR_MAP_BYTES}]"), TENSOR_MAP_BYTES);
+    pub fn tensor_map(&self, name: impl AsRef<str>) -> Reg<'_, u64> {
+        let name = name.as_ref();
+        let declaration = format!(".param .align 64 .b8 {name}[{TENSOR_MAP_BYTES}]");
+        self.declare(name, ParamKind::TensorMap, declaration);
         let address = self.reg::<u64>();
         self.emit(format_args!("mov.u64 {address}, {name}"));
         self.emit(format_args!("cvta.param.u64 {address}, {address}"));
@@ -198,7 +211,7 @@ impl Kernel {
             cluster: state.cluster,
             starts_early: state.starts_early,
             moves_registers: state.moves_registers,
-            params: state.params.iter().map(|&(_, size)| size).collect(),
+            params: state.params.clone(),
         }
     }
 
@@ -206,8 +219,7 @@ impl Kernel {
         let (major, minor) = state.version;
         writeln!(out, ".version {major}.{minor}\n.target {}", self.target.name())?;
         writeln!(out, ".address_size 64\n.extern .shared .align 1024 .b8 smem[];")?;
-        let params: Vec<_> = state.params.iter().map(|(text, _)| text.as_str()).collect();
-        writeln!(out, ".visible .entry {}({})", self.entry, params.join(", "))?;
+        writeln!(out, ".visible .entry {}({})", self.entry, state.declared.join(", "))?;
         writeln!(out, ".reqntid {}, 1, 1", self.threads)?;
         if state.blocks_per_sm > 0 {
             writeln!(out, ".minnctapersm {}", state.blocks_per_sm)?;
@@ -224,8 +236,12 @@ impl Kernel {
         writeln!(out, "{}  ret;\n}}", state.body)
     }
 
-    fn declare(&self, text: String, size: usize) {
-        self.state.borrow_mut().params.push((text, size));
+    fn declare(&self, name: &str, kind: ParamKind, declaration: String) {
+        let state = &mut *self.state.borrow_mut();
+        let taken = state.params.iter().any(|param| param.name == name);
+        assert!(!taken, "two parameters of `{}` are called {name}", self.entry);
+        state.params.push(Param { name: name.into(), kind });
+        state.declared.push(declaration);
     }
 
     /// A new register with undefined contents: for instructions that write several.

@@ -47,6 +47,9 @@ pub trait Scalar: sealed::Sealed + Copy + 'static {
     const SIZE: usize;
     /// The immediate.
     fn literal(self) -> String;
+    /// As a launch passes it: its bytes are the first ones in memory.
+    #[doc(hidden)]
+    fn bits(self) -> u64;
 }
 
 /// A type with arithmetic.
@@ -69,7 +72,9 @@ pub trait Integer: Number {}
 pub trait Float: Number {}
 
 macro_rules! scalars {
-    ($($t:ty, $class:ident, $suffix:literal, $bits:literal, $size:literal, $literal:expr;)*) => {$(
+    ($(
+        $t:ty, $class:ident, $suffix:literal, $bits:literal, $size:literal, $literal:expr, $word:expr;
+    )*) => {$(
         impl sealed::Sealed for $t {}
         impl Scalar for $t {
             const CLASS: Class = Class::$class;
@@ -80,17 +85,21 @@ macro_rules! scalars {
                 let show: fn($t) -> String = $literal;
                 show(self)
             }
+            fn bits(self) -> u64 {
+                let word: fn($t) -> u64 = $word;
+                word(self)
+            }
         }
     )*};
 }
 
 scalars! {
-    bool, Predicate, "pred", "pred", 1, |x| u8::from(x).to_string();
-    u16, Bits16, "u16", "b16", 2, |x| x.to_string();
-    u32, Bits32, "u32", "b32", 4, |x| x.to_string();
-    i32, Bits32, "s32", "b32", 4, |x| x.to_string();
-    u64, Bits64, "u64", "b64", 8, |x| x.to_string();
-    f32, Float, "f32", "f32", 4, |x| format!("0f{:08X}", x.to_bits());
+    bool, Predicate, "pred", "pred", 1, |x| u8::from(x).to_string(), u64::from;
+    u16, Bits16, "u16", "b16", 2, |x| x.to_string(), u64::from;
+    u32, Bits32, "u32", "b32", 4, |x| x.to_string(), u64::from;
+    i32, Bits32, "s32", "b32", 4, |x| x.to_string(), |x| x.cast_unsigned().into();
+    u64, Bits64, "u64", "b64", 8, |x| x.to_string(), |x| x;
+    f32, Float, "f32", "f32", 4, |x| format!("0f{:08X}", x.to_bits()), |x| x.to_bits().into();
 }
 
 macro_rules! numbers {

@@ -233,6 +233,7 @@ fn with_facts(title: &str, source: &Source) -> String {
     let Source { entry, threads, shared, cluster, starts_early, params, .. } = source;
     let mut text =
         format!("// {title}\n// {entry}: {threads} threads, {shared} bytes of shared memory");
+    let params: Vec<_> = params.iter().map(|param| param.kind.size()).collect();
     let early = if *starts_early { ", starts early" } else { "" };
     writeln!(text, ", clusters of {cluster}{early}\n// parameters of {params:?} bytes")
         .expect("a String");

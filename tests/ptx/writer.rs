@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use kaio_candle::ptx::{Kernel, Reg, Source, TENSOR_MAP_BYTES, Target};
+use kaio_candle::ptx::{Kernel, ParamKind, Reg, Source, TENSOR_MAP_BYTES, Target};
 
 fn sm80(write: impl FnOnce(&Kernel)) -> Source {
     let k = Kernel::new("test", Target::Sm80, 64);
@@ -168,7 +168,17 @@ fn parameters() {
         k.param::<u64>("stride");
         k.param::<f32>("scale");
     });
-    assert_eq!(source.params, [TENSOR_MAP_BYTES, 8, 4, 8, 4]);
+    let params: Vec<_> = source.params.iter().map(|p| (p.name.as_str(), p.kind)).collect();
+    let expected = [
+        ("map", ParamKind::TensorMap),
+        ("address", ParamKind::Pointer),
+        ("count", ParamKind::value::<u32>()),
+        ("stride", ParamKind::value::<u64>()),
+        ("scale", ParamKind::value::<f32>()),
+    ];
+    assert_eq!(params, expected);
+    let sizes: Vec<_> = source.params.iter().map(|param| param.kind.size()).collect();
+    assert_eq!(sizes, [TENSOR_MAP_BYTES, 8, 4, 8, 4]);
     let list = ".param .align 64 .b8 map[128], .param .b64 address, .param .b32 count, \
                 .param .b64 stride, .param .f32 scale";
     assert!(source.text.contains(&format!(".entry test({list})")), "{}", source.text);

@@ -11,7 +11,6 @@ use super::super::launch::Memory;
 use super::super::order::Order;
 use super::operand::{Batch, Lines, element, half, operand, row};
 use super::plan::{Compiled, Plans};
-use super::{sm80, sm90};
 use crate::error::Error;
 use crate::kernel::gemm::{self, Plan, Problem};
 use crate::op::{Epilogue, MatmulProblem, View};
@@ -52,13 +51,6 @@ pub(super) struct Call<'a> {
     bias: Option<Fitted<'a>>,
     out_dtype: DType,
     out_len: usize,
-}
-
-/// Where one launch reads and writes.
-pub(super) struct Addresses {
-    pub operands: [u64; 2],
-    pub bias: Option<u64>,
-    pub out: u64,
 }
 
 impl<'a> Call<'a> {
@@ -109,38 +101,34 @@ impl<'a> Call<'a> {
     }
 
     pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
-        let device = &self.device;
-        let mut out = fit::uninit(device, &Shape::from(self.out_len), self.out_dtype)?;
+        let (device, problem) = (&self.device, &self.facts);
+        let alloc = |len: usize, dtype| fit::uninit(device, &Shape::from(len), dtype);
+        let mut out = alloc(self.out_len, self.out_dtype)?;
+        let partial = compiled.plan.partial_sums(problem);
+        let mut partial = partial.map(|sums| alloc(sums as usize, DType::F32)).transpose()?;
         let [a, b] = &self.operands;
         let inputs = [Memory::of(a.storage(), device), Memory::of(b.storage(), device)];
-        let bias = self
-            .bias
-            .as_ref()
-            .map(|fitted| (Memory::of(fitted.storage(), device), fitted.offset(0)));
+        let bias = self.bias.as_ref();
+        let bias = bias.map(|row| (Memory::of(row.storage(), device), row.offset(0)));
         let result = Memory::of_mut(&mut out, device);
-        let Problem { m, n, batch, ref epilogue, .. } = self.facts;
-        let result_bytes = m * n * batch * u64::from(epilogue.out.size());
+        let partial = partial.as_mut().map(|sums| Memory::of_mut(sums, device));
+        let products = problem.m * problem.n * problem.batch;
         self.order.run(|| {
-            for (i, skipped) in self.batch.launches().enumerate() {
-                let begin =
-                    |side: usize| inputs[side].at(self.operands[side].offset(0) + skipped[side]);
-                let at = Addresses {
-                    operands: [begin(0), begin(1)],
-                    bias: bias.as_ref().map(|(memory, first)| memory.at(*first)),
-                    out: result.address() + i as u64 * result_bytes,
+            for (i, skipped) in (0..).zip(self.batch.launches()) {
+                let operand = |side: usize| gemm::Operand {
+                    address: inputs[side].at(self.operands[side].offset(0) + skipped[side]),
+                    line: self.lines[side].stride as u64,
+                    batch: self.batch.side(side).map(|(len, each)| (len as u64, each as u64)),
                 };
-                match (&compiled.plan, compiled.steps.as_slice()) {
-                    (Plan::Sm90(config, launch), [kernel]) => {
-                        sm90::launch(self, config, launch, kernel, &at)?;
-                    }
-                    (Plan::Sm80(config, launch), [kernel]) => {
-                        sm80::launch(self, config, launch, kernel, &at)?;
-                    }
-                    (Plan::Split(config, launch, _), [kernel, sum]) => {
-                        sm80::launch_split(self, config, launch, [kernel, sum], &at)?;
-                    }
-                    _ => unreachable!("a split has two kernels, others one"),
-                }
+                let arguments = gemm::Arguments {
+                    problem,
+                    plan: &compiled.plan,
+                    operands: [operand(0), operand(1)],
+                    bias: bias.as_ref().map(|(memory, first)| memory.at(*first)),
+                    out: result.at((i * products) as usize),
+                    partial: partial.as_ref().map(Memory::address),
+                };
+                compiled.launch(self.op, device, &arguments)?;
             }
             Ok(())
         })?;

@@ -4,8 +4,6 @@ mod attention;
 mod matmul;
 mod operand;
 mod plan;
-mod sm80;
-mod sm90;
 pub mod tune;
 
 pub(crate) use attention::{attention_tc, flash_attn, limit as flash_limit};

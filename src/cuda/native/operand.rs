@@ -3,7 +3,6 @@
 use candle_core::{CudaStorage, DType, Layout, Result};
 
 use super::super::fit::{Fitted, Want, fit};
-use super::super::launch::TensorMap;
 use crate::kernel::Element;
 use crate::kernel::gemm::Major;
 use crate::op::View;
@@ -47,33 +46,6 @@ impl Lines {
         let origins = stack.origins().all(|elements| elements.is_multiple_of(UNIT));
         let found = lines(Major::K, col, row).or_else(|| lines(Major::Outer, row, col));
         found.filter(|_| origins)
-    }
-
-    /// The descriptor of one matrix, or of those of two batch dimensions, inner and outer, with their
-    /// strides. A box is a swizzled line wide and `lines` high.
-    pub fn map(
-        &self,
-        half: Half,
-        address: u64,
-        batch: Option<[(usize, usize); 2]>,
-        lines: u32,
-    ) -> Result<TensorMap> {
-        let (inner, outer) = match self.major {
-            Major::K => (self.depth, self.outer),
-            Major::Outer => (self.outer, self.depth),
-        };
-        let bytes = |elements: usize| 2 * elements as u64;
-        let mut dims = [inner as u64, outer as u64, 1, 1];
-        let mut strides = [bytes(self.stride), 16, 16];
-        for (i, (len, stride)) in batch.into_iter().flatten().enumerate() {
-            dims[2 + i] = len as u64;
-            strides[1 + i] = if len > 1 { bytes(stride) } else { 16 };
-        }
-        let rank = if batch.is_some() { 4 } else { 2 };
-        let boxed = [64, lines, 1, 1];
-        let element = Element::Half(half);
-        let (dims, strides) = (&dims[..rank], &strides[..rank - 1]);
-        Ok(TensorMap::new(element, address, dims, strides, &boxed[..rank])?)
     }
 }
 
@@ -141,11 +113,6 @@ impl Batch {
     /// Products of one launch.
     pub fn count(&self) -> usize {
         self.inner().iter().map(|&(len, _)| len).product()
-    }
-
-    /// Length of the innermost dimension.
-    pub fn inner_len(&self) -> usize {
-        self.inner().last().map_or(1, |&(len, _)| len)
     }
 
     /// The innermost two dimensions of an operand, the innermost first.

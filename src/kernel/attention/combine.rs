@@ -1,6 +1,7 @@
 //! The results of the parts of the keys, put together: `Σ exp(lseᵢ - lse)·Oᵢ`, in the order of the
 //! parts.
 
+use super::Name;
 use crate::kernel::Element;
 use crate::ptx::{Kernel, Reg, Source, Target};
 
@@ -39,29 +40,18 @@ impl Config {
     }
 }
 
-/// The kernel.
-///
-/// Parameters, in order:
-///
-/// | | type | |
-/// |---|---|---|
-/// | `parts_at` | address | f32, `[parts, batch, heads, queries, value_dim]` |
-/// | `lse_at` | address | f32, `[parts, batch, heads, queries]` |
-/// | `out`, `out_row`, `out_head`, `out_batch` | address, 3 × u64 | the result, strides in elements, multiples of 16 bytes |
-/// | `lse` | address | only with [`Config::lse`]: f32, `[batch, heads, queries]` |
-/// | `parts` | u32 | |
-/// | `queries`, `heads` | u32 | |
-/// | `rows` | u32 | batch · heads · queries |
+/// The kernel. Its parameters are those of [`Name`]; strides of the result are multiples of 16 bytes.
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("combine", Target::Sm80, ROWS * LANES);
     // Without a bound ptxas takes 32 or 40 registers for sm_80, and spills.
     k.blocks_per_sm(4);
-    let (partial, sums) = (k.pointer("parts_at"), k.pointer("lse_at"));
-    let out = k.pointer("out");
-    let strides = ["out_row", "out_head", "out_batch"].map(|name| k.param::<u64>(name));
-    let lse = config.lse.then(|| k.pointer("lse"));
-    let parts = k.param::<u32>("parts");
-    let (queries, heads, rows) = (k.param("queries"), k.param("heads"), k.param("rows"));
+    let (partial, sums) = (k.pointer(Name::PartsAt), k.pointer(Name::LseAt));
+    let out = k.pointer(Name::Out);
+    let strides = [Name::OutRow, Name::OutHead, Name::OutBatch].map(|name| k.param::<u64>(name));
+    let lse = config.lse.then(|| k.pointer(Name::Lse));
+    let parts = k.param::<u32>(Name::Parts);
+    let (queries, heads, rows) =
+        (k.param(Name::Queries), k.param(Name::Heads), k.param(Name::Rows));
     let (thread, lane) = (k.thread(), k.lane());
     let row: Reg<u32> = k.block_x() * ROWS + k.broadcast(thread / LANES, 0);
     k.if_(row.lt(rows), || {

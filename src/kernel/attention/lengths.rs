@@ -1,5 +1,6 @@
 //! How long sequences are, and where they lie.
 
+use super::Name;
 use crate::ptx::{Kernel, Reg};
 
 /// How long sequences are.
@@ -54,14 +55,13 @@ pub struct Found<'k> {
 }
 
 impl<'k> Sequences<'k> {
-    /// Declares the parameters `lengths_q` and `lengths_k` unless all are full, and `sequences` if they
-    /// are packed.
+    /// Declares its parameters: of lengths unless all are full, and of sequences if they are packed.
     pub fn params(k: &'k Kernel, lengths: Lengths, size: [Reg<'k, i32>; 2]) -> Self {
-        let memory = (lengths != Lengths::Full).then_some(["lengths_q", "lengths_k"]);
+        let memory = (lengths != Lengths::Full).then_some([Name::LengthsQ, Name::LengthsK]);
         Self {
             size,
             memory: memory.map(|names| names.map(|name| k.pointer(name))),
-            count: (lengths == Lengths::Packed).then(|| k.param("sequences")),
+            count: (lengths == Lengths::Packed).then(|| k.param(Name::Sequences)),
         }
     }
 

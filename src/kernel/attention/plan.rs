@@ -1,6 +1,6 @@
 //! The plan of an attention.
 
-use super::{Launch, Problem, Task, Tiling, choose, combine, sm80, sm90};
+use super::{Launch, Name, Problem, Task, Tiling, choose, combine, sm80, sm90};
 use crate::kernel::plan::{Step, count};
 use crate::kernel::{self, Device, Element};
 use crate::ptx::Target;
@@ -34,6 +34,7 @@ pub fn by_tma(device: &Device, element: Element) -> bool {
 
 impl kernel::Plan for Plan {
     type Problem = Problem;
+    type Name = Name;
 
     fn new(problem: &Problem, device: &Device) -> Self {
         let attend = match by_tma(device, problem.element) {

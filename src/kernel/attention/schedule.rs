@@ -13,6 +13,7 @@
 //! of all heads, which see the most keys under a causal mask, in the next one the first ones, so that a
 //! tile costs about as much as its neighbours in the row. The last section ends with the least.
 
+use super::Name;
 use crate::ptx::{Kernel, Reg};
 
 /// Heads whose keys and values are meant to be in L2 together.
@@ -76,10 +77,10 @@ impl<'k> Tour<'k> {
 }
 
 impl<'k> Schedule<'k> {
-    /// Declares the parameters `all_heads`, `columns`, `tiles` and `section`: those of [`Section`].
+    /// Declares its parameters: those of [`Section`].
     pub fn params(k: &'k Kernel) -> Self {
-        let (heads, columns) = (k.param("all_heads"), k.param("columns"));
-        Self { heads, columns, tiles: k.param("tiles"), section: k.param("section") }
+        let (heads, columns) = (k.param(Name::AllHeads), k.param(Name::Columns));
+        Self { heads, columns, tiles: k.param(Name::Tiles), section: k.param(Name::Section) }
     }
 
     /// The tiles of this block.

@@ -1,5 +1,6 @@
 //! What becomes of the products of queries and keys before the softmax.
 
+use super::Name;
 use super::mask::column;
 use super::softmax::Softmax;
 use crate::kernel::Element;
@@ -65,9 +66,8 @@ struct Memory<'k, const N: usize> {
 }
 
 impl<'k, const N: usize> Memory<'k, N> {
-    fn params(k: &'k Kernel, name: &str, strides: [&str; N]) -> Self {
-        let address = k.pointer(name);
-        Self { address, strides: strides.map(|stride| k.param(&format!("{name}_{stride}"))) }
+    fn params(k: &'k Kernel, at: Name, strides: [Name; N]) -> Self {
+        Self { address: k.pointer(at), strides: strides.map(|stride| k.param(stride)) }
     }
 
     /// The address of the element at the first indices.
@@ -99,17 +99,17 @@ pub struct Query<'k> {
 }
 
 impl<'k> Shaping<'k> {
-    /// Declares the parameters `scale`, and those that the scores need: `cap`; `bias` and its strides
-    /// `bias_batch`, `bias_head`, `bias_query`, `bias_key`; `slopes`, `slopes_batch`, `slopes_head`.
-    /// The queries' elements say how exact scores have to be.
+    /// Declares the parameters that the scores need. The queries' elements say how exact scores have to be.
     pub fn params(k: &'k Kernel, scores: Scores, element: Element) -> Self {
+        let bias = [Name::BiasBatch, Name::BiasHead, Name::BiasQuery, Name::BiasKey];
+        let slopes = [Name::SlopesBatch, Name::SlopesHead];
         Self {
             scores,
             element,
-            scale: k.param("scale"),
-            cap: scores.softcap.then(|| k.param("cap")),
-            bias: scores.bias.map(|_| Memory::params(k, "bias", ["batch", "head", "query", "key"])),
-            slopes: scores.alibi.then(|| Memory::params(k, "slopes", ["batch", "head"])),
+            scale: k.param(Name::Scale),
+            cap: scores.softcap.then(|| k.param(Name::Cap)),
+            bias: scores.bias.map(|_| Memory::params(k, Name::Bias, bias)),
+            slopes: scores.alibi.then(|| Memory::params(k, Name::Slopes, slopes)),
         }
     }
 

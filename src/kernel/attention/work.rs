@@ -5,7 +5,7 @@ use super::lengths::{Sequences, Side};
 use super::mask::{Blocks, Sight};
 use super::schedule::{Place, Schedule, Tour};
 use super::scores::Query;
-use super::{Lengths, Mask};
+use super::{Lengths, Mask, Name};
 use crate::ptx::{Kernel, Reg};
 
 /// The tiles of a launch.
@@ -106,18 +106,17 @@ impl<'k> Row<'k> {
 }
 
 impl<'k> Tiles<'k> {
-    /// Declares the parameters `right` with a mask, `left` for a window, those of
-    /// [`Sequences::params`], `parts` for a split, and those of [`Schedule::params`].
+    /// Declares the parameters of masks, lengths and splits, if there are such, and of the schedule.
     pub fn params(
         k: &'k Kernel,
         tiling: Tiling,
         size: [Reg<'k, i32>; 2],
         heads: [Reg<'k, u32>; 2],
     ) -> Self {
-        let right = (tiling.task.mask != Mask::None).then(|| k.param("right"));
-        let left = (tiling.task.mask == Mask::Window).then(|| k.param("left"));
+        let right = (tiling.task.mask != Mask::None).then(|| k.param(Name::Right));
+        let left = (tiling.task.mask == Mask::Window).then(|| k.param(Name::Left));
         let sequences = Sequences::params(k, tiling.task.lengths, size);
-        let parts = tiling.task.split.then(|| k.param("parts"));
+        let parts = tiling.task.split.then(|| k.param(Name::Parts));
         let schedule = Schedule::params(k);
         Self { tiling, size, heads, right, left, sequences, parts, schedule }
     }
@@ -267,14 +266,14 @@ pub struct Memory<'k> {
 }
 
 impl<'k> Memory<'k> {
-    /// Declares the parameters `out_at`, `out_row`, `out_head`, `out_batch`, and `out_part` for a split.
+    /// Declares its parameters: one more for a split.
     pub fn params(k: &'k Kernel, split: bool) -> Self {
         Self {
-            address: k.pointer("out_at"),
-            row: k.param("out_row"),
-            head: k.param("out_head"),
-            batch: k.param("out_batch"),
-            part: split.then(|| k.param("out_part")),
+            address: k.pointer(Name::OutAt),
+            row: k.param(Name::OutRow),
+            head: k.param(Name::OutHead),
+            batch: k.param(Name::OutBatch),
+            part: split.then(|| k.param(Name::OutPart)),
         }
     }
 
@@ -310,9 +309,9 @@ pub struct Logarithms<'k> {
 }
 
 impl<'k> Logarithms<'k> {
-    /// Declares the parameters `lse`, and `lse_part` for a split.
+    /// Declares its parameters: one more for a split.
     pub fn params(k: &'k Kernel, split: bool) -> Self {
-        Self { address: k.pointer("lse"), part: split.then(|| k.param("lse_part")) }
+        Self { address: k.pointer(Name::Lse), part: split.then(|| k.param(Name::LsePart)) }
     }
 
     /// Stores those of two rows, which four neighbouring lanes share, by the first of them.

@@ -1,6 +1,7 @@
 //! Products of matrices, `C = act(A·B + bias)`, f16 and bf16 with f32 sums.
 
 pub mod choose;
+mod params;
 mod plan;
 mod result;
 mod share;
@@ -8,6 +9,7 @@ pub mod sm80;
 pub mod sm90;
 
 pub use super::epilogue::Epilogue;
+pub use params::{Arguments, Name, Operand};
 pub use plan::Plan;
 
 use crate::ptx::Half;

@@ -1,6 +1,6 @@
 //! The plan of a product.
 
-use super::{Problem, choose, sm80, sm90};
+use super::{Name, Problem, choose, sm80, sm90};
 use crate::kernel::plan::Step;
 use crate::kernel::{self, Device};
 use crate::ptx::Target;
@@ -18,6 +18,7 @@ pub enum Plan {
 
 impl kernel::Plan for Plan {
     type Problem = Problem;
+    type Name = Name;
 
     fn new(problem: &Problem, device: &Device) -> Self {
         match device.target {

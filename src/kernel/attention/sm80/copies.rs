@@ -2,6 +2,7 @@
 
 use super::lines::Lines;
 use crate::kernel::ampere::swizzle::CHUNK;
+use crate::kernel::attention::Name;
 use crate::ptx::{Address, Kernel, Reg, Value};
 
 /// An operand in global memory, strides in elements.
@@ -14,12 +15,10 @@ pub struct Operand<'k> {
 }
 
 impl<'k> Operand<'k> {
-    /// Declares the parameters `NAME`, `NAME_row`, `NAME_head`, `NAME_batch`.
-    pub fn params(k: &'k Kernel, name: &str) -> Self {
-        let address = k.pointer(name);
-        let [row, head, batch] =
-            ["row", "head", "batch"].map(|stride| k.param(&format!("{name}_{stride}")));
-        Self { address, row, head, batch }
+    /// Declares its parameters: the address, and the strides of rows, heads and sequences.
+    pub fn params(k: &'k Kernel, [at, row, head, batch]: [Name; 4]) -> Self {
+        let address = k.pointer(at);
+        Self { address, row: k.param(row), head: k.param(head), batch: k.param(batch) }
     }
 
     fn head(&self, batch: Reg<'k, u32>, head: Reg<'k, u32>) -> Reg<'k, u64> {

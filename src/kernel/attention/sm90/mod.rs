@@ -12,9 +12,9 @@ mod store;
 pub use super::{Launch, MAX_LENGTH};
 pub use config::{Config, Store};
 
-use super::Lengths;
 use super::scores::Shaping;
 use super::work::{Logarithms, Memory, Tiles};
+use super::{Lengths, Name};
 use crate::kernel::Element;
 use crate::kernel::hopper::WARPGROUP;
 use crate::ptx::{Kernel, Reg, Source, Target};
@@ -22,53 +22,19 @@ use config::Plan;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
-/// Parameters, in order; strides are in elements:
-///
-/// | | type | |
-/// |---|---|---|
-/// | `q` | descriptor | of the queries |
-/// | `k`, `v` | descriptors | of keys and values |
-/// | `out` | descriptor | only for [`Store::Tma`] |
-/// | `out_at`, `out_row`, `out_head`, `out_batch` | address, 3 × u64 | only for [`Store::Direct`] and [`Lengths::Packed`]: strides between positions, heads, sequences |
-/// | `out_part` | u64 | only for a split: from part to part |
-/// | `lse` | address | only with [`Task::lse`](super::Task::lse): f32, `[batch, heads, queries]` |
-/// | `lse_part` | u64 | only for a split: from part to part |
-/// | `queries`, `keys` | i32 | positions of the tensors |
-/// | `heads`, `group` | u32 | heads of the queries, and how many share keys |
-/// | `scale` | f32 | the scale times log₂e; with a soft cap the scale over the cap |
-/// | `cap` | f32 | only with a soft cap: the cap times log₂e |
-/// | `bias`, `bias_batch`, `bias_head`, `bias_query`, `bias_key` | address, 4 × u64 | only with a bias |
-/// | `slopes`, `slopes_batch`, `slopes_head` | address, 2 × u64 | only with ALiBi: f32 |
-/// | `right` | i32 | only with a mask: that of [`Launch`] |
-/// | `left` | i32 | only for [`Mask::Window`](super::Mask::Window): that of [`Launch`] |
-/// | `lengths_q`, `lengths_k` | addresses | u32. [`Lengths::Padded`]: of each sequence; [`Lengths::Packed`]: where each begins, and the last one's end |
-/// | `sequences` | u32 | only for [`Lengths::Packed`] |
-/// | `parts` | u32 | only for a split: that of [`Launch`] |
-/// | `all_heads`, `columns`, `tiles`, `section` | u32 | those of [`Launch::order`] |
-///
-/// Descriptors have a swizzle of 128 bytes. Their dimensions, innermost first, and boxes:
-///
-/// | | dimensions | box |
-/// |---|---|---|
-/// | `q` | head_dim, queries, heads, batch | 64, 64, 1, 1 |
-/// | `q` with [`Task::pack`](super::Task::pack) > 1 | head_dim, pack, queries, heads / pack, batch | 64, pack, [`Config::positions`], 1, 1 |
-/// | `k` | head_dim, keys, kv_heads, batch | 64, [`Config::keys`], 1, 1 |
-/// | `v` | value_dim, keys, kv_heads, batch | 64, [`Config::keys`], 1, 1 |
-/// | `out` | as `q`, with value_dim | as `q`, [`Config::slab_cols`] wide |
-///
-/// The batch of [`Lengths::Packed`] is one; a bias and slopes have a batch of sequences there, too.
+/// Its parameters are those of [`Name`].
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("attention", Target::Sm90a, config.threads());
     k.blocks_per_sm(1);
     let plan = config.plan();
-    let maps = [k.tensor_map("q"), k.tensor_map("k"), k.tensor_map("v")];
-    let out_map = (config.store == Store::Tma).then(|| k.tensor_map("out"));
+    let maps = [Name::Q, Name::K, Name::V].map(|name| k.tensor_map(name));
+    let out_map = (config.store == Store::Tma).then(|| k.tensor_map(Name::Out));
     let packed = config.task.lengths == Lengths::Packed;
     let out_memory =
         (config.store == Store::Direct || packed).then(|| Memory::params(k, config.task.split));
     let lse = config.task.lse.then(|| Logarithms::params(k, config.task.split));
-    let size = [k.param("queries"), k.param("keys")];
-    let heads = [k.param("heads"), k.param("group")];
+    let size = [k.param(Name::Queries), k.param(Name::Keys)];
+    let heads = [k.param(Name::Heads), k.param(Name::Group)];
     let shaping = Shaping::params(k, config.task.scores, Element::Half(config.half));
     let tiles = Tiles::params(k, config.into(), size, heads);
     let base = k.shared(plan.bytes);

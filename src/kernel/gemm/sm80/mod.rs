@@ -17,9 +17,9 @@ pub use config::Config;
 pub use launch::Launch;
 pub use reduce::{Reduce, emit_reduce};
 
-use super::Epilogue;
 use super::result::TileOfResult;
 use super::share::Share;
+use super::{Epilogue, Name};
 use crate::kernel::Element;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::raster::Raster;
@@ -33,30 +33,18 @@ const HALF: u32 = 2;
 
 /// The kernel of a configuration that [`Config::check`] accepts. The grid is tiles × split blocks in x.
 ///
-/// Parameters, in order:
-///
-/// | | type | |
-/// |---|---|---|
-/// | `lhs`, `rhs`, `out` | address | of the first elements; with a split, `out` is that of partial sums, f32 `[split, batch, m, n]` |
-/// | `bias` | address | only with a bias and without a split |
-/// | `m`, `n`, `k` | u32 | `k` at least 1, and at least one stage for each block of a split |
-/// | `lhs_line`, `rhs_line` | u64 | elements between lines: what follows each other along the dimension that is not contiguous |
-/// | `tile_rows`, `tile_cols`, `tiles`, `group` | u32 | the raster; `tiles` counts the batch too |
-/// | `inner_batch` | u32 | if batched: the length of the inner batch dimension |
-/// | `lhs_inner`, `lhs_outer`, `rhs_inner`, `rhs_outer` | u64 | if batched: elements between operands along the batch dimensions |
-/// | `batch` | u32 | if batched and split: products |
-///
+/// Its parameters are those of [`Name`].
 /// Addresses of operands are multiples of 16, strides of 8; `n` is one of [`Config::unit`]. Where the
 /// contiguous extent is no multiple of 8, up to 7 elements behind it are read and ignored, but none
 /// behind the last line.
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("matmul", Target::Sm80, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
-    let (lhs, rhs, out) = (k.pointer("lhs"), k.pointer("rhs"), k.pointer("out"));
+    let (lhs, rhs, out) = (k.pointer(Name::Lhs), k.pointer(Name::Rhs), k.pointer(Name::Out));
     let epilogue = config.first_epilogue();
-    let bias = epilogue.bias.map(|_| k.pointer("bias"));
-    let [m, n, depth] = ["m", "n", "k"].map(|name| k.param::<u32>(name));
-    let lines = ["lhs_line", "rhs_line"].map(|name| k.param::<u64>(name));
+    let bias = epilogue.bias.map(|_| k.pointer(Name::Bias));
+    let [m, n, depth] = [Name::M, Name::N, Name::K].map(|name| k.param::<u32>(name));
+    let lines = [Name::LhsLine, Name::RhsLine].map(|name| k.param::<u64>(name));
     let raster = Raster::params(k);
     let batches = config.batched.then(|| Batches::params(k, config.split > 1));
     let base = k.shared(config.shared_bytes());
@@ -112,10 +100,10 @@ struct Batches<'k> {
 
 impl<'k> Batches<'k> {
     fn params(k: &'k Kernel, split: bool) -> Self {
-        let inner = k.param("inner_batch");
-        let strides =
-            [["lhs_inner", "lhs_outer"], ["rhs_inner", "rhs_outer"]].map(|s| s.map(|s| k.param(s)));
-        Self { inner, strides, count: split.then(|| k.param("batch")) }
+        let inner = k.param(Name::InnerBatch);
+        let strides = [[Name::LhsInner, Name::LhsOuter], [Name::RhsInner, Name::RhsOuter]];
+        let strides = strides.map(|side| side.map(|stride| k.param(stride)));
+        Self { inner, strides, count: split.then(|| k.param(Name::Batch)) }
     }
 
     /// The part of the depth and the operands' addresses of product `index`.

@@ -1,8 +1,8 @@
 //! Adds the partial sums of a split.
 
 use super::Config;
-use crate::kernel::gemm::Epilogue;
 use crate::kernel::gemm::result::TileOfResult;
+use crate::kernel::gemm::{Epilogue, Name};
 use crate::ptx::{Kernel, Source, Target};
 
 /// The choices for the kernel that adds partial sums.
@@ -37,15 +37,14 @@ impl Config {
 /// The kernel that adds partial sums in the order of the split, so that results are the same each time.
 /// The grid has a block for each row of all products in x, and one for each [`Reduce::cols`] in y.
 ///
-/// Parameters, in order: `partial` (address: f32 `[split, rows, cols]`), `out` (address), `bias`
-/// (address, only with a bias), `rows` (u32: those of all products), `cols` (u32).
+/// Its parameters are those of [`Name`].
 pub fn emit_reduce(config: &Reduce) -> Source {
     let k = &Kernel::new("matmul_reduce", Target::Sm80, Reduce::THREADS);
     // Without a number ptxas aims at so few registers that it spills.
     k.blocks_per_sm(4);
-    let (partial, out) = (k.pointer("partial"), k.pointer("out"));
-    let bias = config.epilogue.bias.map(|_| k.pointer("bias"));
-    let (rows, cols) = (k.param::<u32>("rows"), k.param::<u32>("cols"));
+    let (partial, out) = (k.pointer(Name::Partial), k.pointer(Name::Out));
+    let bias = config.epilogue.bias.map(|_| k.pointer(Name::Bias));
+    let (rows, cols) = (k.param::<u32>(Name::Rows), k.param::<u32>(Name::Cols));
     let row = k.block_x();
     let col = (k.block_y() * Reduce::THREADS + k.thread()) * config.unit;
     k.if_(col.lt(cols), || {

@@ -12,8 +12,8 @@ mod store;
 
 pub use config::{Boxes, Config, DEPTH, Launch, Order, Orient, Store};
 
-use super::Major;
 use super::share::Share;
+use super::{Major, Name};
 use crate::kernel::hopper::barriers::Mbarrier;
 use crate::kernel::hopper::pingpong::PingpongTurn;
 use crate::kernel::hopper::product::{Descriptor, LeftStep, products};
@@ -25,32 +25,22 @@ use config::Plan;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
-/// Parameters, in order:
-///
-/// | | type | |
-/// |---|---|---|
-/// | `lhs`, `rhs` | descriptor | of the kernel's left and right operand; a box is 64 elements wide and has the lines of [`Config::lhs_boxes`] and [`Config::rhs_boxes`] |
-/// | `out` | descriptor or address | of `C`: a descriptor for [`Store::Tma`], with boxes of [`Config::result_box`] |
-/// | `m`, `n` | u32 | rows and columns of `C` |
-/// | `bias` | address | only with a bias |
-/// | `depth` | u32 | stages along K |
-/// | `tile_rows`, `tile_cols`, `tiles`, `group` | u32 | only for [`Order::Raster`]: those of [`Launch`] |
-/// | `inner_batch` | u32 | only if batched: the length of the inner batch dimension |
+/// Its parameters are those of [`Name`](super::Name): `tile_rows` to `group` only for [`Order::Raster`].
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("matmul", Target::Sm90a, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
     k.cluster(config.split);
     let plan = config.plan();
-    let (lhs, rhs) = (k.tensor_map("lhs"), k.tensor_map("rhs"));
+    let (lhs, rhs) = (k.tensor_map(Name::Lhs), k.tensor_map(Name::Rhs));
     let out = match config.store {
-        Store::Tma => Out::Map(k.tensor_map("out")),
-        Store::Staged { unit } => Out::Memory { unit, address: k.pointer("out") },
+        Store::Tma => Out::Map(k.tensor_map(Name::Out)),
+        Store::Staged { unit } => Out::Memory { unit, address: k.pointer(Name::Out) },
     };
-    let size = [k.param("m"), k.param("n")];
-    let bias = config.epilogue.bias.map(|_| k.pointer("bias"));
-    let depth = k.param("depth");
+    let size = [k.param(Name::M), k.param(Name::N)];
+    let bias = config.epilogue.bias.map(|_| k.pointer(Name::Bias));
+    let depth = k.param(Name::Depth);
     let raster = (config.order == Order::Raster).then(|| Raster::params(k));
-    let inner_batch = config.batched.then(|| k.param("inner_batch"));
+    let inner_batch = config.batched.then(|| k.param(Name::InnerBatch));
     let base = k.shared(plan.bytes);
     let thread = k.thread();
     let warp = k.broadcast(thread / 32, 0);

@@ -1,7 +1,4 @@
 //! Attention.
-#![allow(unsafe_code)]
-
-mod args;
 
 use std::sync::Arc;
 
@@ -11,11 +8,13 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::super::fit::{self, Fitted, Want, fit};
 use super::super::gpu::Gpu;
-use super::super::launch::{Args, Memory};
+use super::super::launch::Memory;
 use super::super::order::Order;
 use super::operand::{UNIT, element};
-use super::plan::{Compiled, Plans, Ready};
-use crate::kernel::attention::{Bias, Lengths, Limit, Plan, Problem, Scores, by_tma};
+use super::plan::{Compiled, Plans};
+use crate::kernel::attention::{
+    Arguments, Bias, Extra, Lengths, Limit, Operand, Output, Plan, Problem, Scores, by_tma,
+};
 use crate::op::{AttentionInputs, AttentionProblem};
 use crate::stack::Stack;
 
@@ -182,34 +181,27 @@ impl<'a> Call<'a> {
                 lse.const_set(Scalar::F32(f32::NEG_INFINITY), &Layout::contiguous(rows))?;
             }
         }
-        {
+        // Results of the parts of a split, and their sums.
+        let mut parts = match compiled.plan.combine {
+            None => None,
+            Some(_) => {
+                let lines = compiled.plan.launch.parts as usize * rows;
+                Some([alloc(lines * width, DType::F32)?, alloc(lines, DType::F32)?])
+            }
+        };
+        let strides = [p.out.row_stride, p.out.batch()[1].1, p.out.batch()[0].1]
+            .map(|stride| (stride / p.value_dim() * width) as u64);
+        self.order.run(|| {
             let memory = Memory::of_mut(&mut out, device);
             let sums = lse.as_mut().map(|lse| Memory::of_mut(lse, device));
-            let whole = Place {
-                address: memory.address(),
-                strides: [p.out.row_stride, p.out.batch()[1].1, p.out.batch()[0].1]
-                    .map(|stride| stride / p.value_dim() * width),
-                lse: sums.as_ref().map(Memory::address),
-            };
-            let [heads, queries] = [facts.heads, facts.queries].map(|n| n as usize);
-            let plan = &compiled.plan;
-            self.order.run(|| match compiled.steps.as_slice() {
-                [attend] => self.attend(plan, attend, &whole, rows),
-                [attend, combine] => {
-                    let lines = plan.launch.parts as usize * rows;
-                    let mut held = [alloc(lines * width, DType::F32)?, alloc(lines, DType::F32)?];
-                    let [out, lse] = held.each_mut().map(|part| Memory::of_mut(part, device));
-                    let parts = Place {
-                        address: out.address(),
-                        strides: [width, queries * width, heads * queries * width],
-                        lse: Some(lse.address()),
-                    };
-                    self.attend(plan, attend, &parts, rows)?;
-                    self.combine(plan, combine, &parts, &whole, rows)
-                }
-                _ => unreachable!("a split has two kernels, others one"),
-            })?;
-        }
+            let held = parts.as_mut();
+            let held = held.map(|held| held.each_mut().map(|part| Memory::of_mut(part, device)));
+            let parts = held.as_ref().map(|[out, lse]| {
+                let rows = [1, facts.queries, facts.heads * facts.queries];
+                output(out, Some(lse), rows.map(|rows| rows * facts.value_dim))
+            });
+            self.submit(compiled, output(&memory, sums.as_ref(), strides), parts)
+        })?;
         if width != p.value_dim() {
             let mut cut = alloc(rows * p.value_dim(), p.out_dtype)?;
             out.copy2d(&mut cut, rows, p.value_dim(), width, p.value_dim(), 0, 0)?;
@@ -218,37 +210,62 @@ impl<'a> Call<'a> {
         Ok((out, lse))
     }
 
-    fn attend(&self, plan: &Plan, kernel: &Ready, out: &Place, rows: usize) -> Result<()> {
-        let mut args = Args::new();
-        self.attend_args(&mut args, plan, out, rows)?;
-        // SAFETY: descriptors and strides span the operands' views, inside their storages; the result
-        // and its sums have this size; bias, slopes and lengths are read within their views; all live
-        // until the work is submitted.
-        unsafe { kernel.function.submit(self.op, self.device, kernel.grid, &args)? };
-        Ok(())
-    }
-
-    fn combine(
-        &self,
-        plan: &Plan,
-        kernel: &Ready,
-        parts: &Place,
-        out: &Place,
-        rows: usize,
-    ) -> Result<()> {
-        let args = self.combine_args(plan, parts, out, rows);
-        // SAFETY: parts, result and sums have this size; all live until the work is submitted.
-        unsafe { kernel.function.submit(self.op, self.device, kernel.grid, &args)? };
-        Ok(())
+    fn submit(&self, compiled: &Compiled<Plan>, out: Output, parts: Option<Output>) -> Result<()> {
+        let device = self.device;
+        // All of these live until the kernels are submitted.
+        let operands = self.operands.each_ref().map(|fitted| memory(fitted, device));
+        let lengths = self.lengths.as_ref();
+        let lengths =
+            lengths.map(|sides| sides.each_ref().map(|side| (memory(side, device), side)));
+        let [bias, slopes] = [self.bias, self.slopes]
+            .map(|extra| extra.map(|(storage, stack)| (Memory::of(storage, device), stack)));
+        let arguments = Arguments {
+            problem: &self.facts,
+            plan: &compiled.plan,
+            operands: [0, 1, 2].map(|i| operand(&operands[i], &self.operands[i])),
+            scale: self.scale,
+            softcap: self.softcap,
+            bias: bias.as_ref().map(|(memory, s)| {
+                extra(memory, s, [s.batch()[0].1, s.batch()[1].1, s.row_stride, s.col_stride])
+            }),
+            slopes: slopes
+                .as_ref()
+                .map(|(memory, s)| extra(memory, s, [s.batch()[0].1, s.batch()[1].1])),
+            lengths: lengths
+                .as_ref()
+                .map(|sides| sides.each_ref().map(|(memory, side)| memory.at(side.offset(0)))),
+            out,
+            parts,
+        };
+        Ok(compiled.launch(self.op, device, &arguments)?)
     }
 }
 
+/// That of an operand, to be read.
+fn memory<'m>(fitted: &'m Fitted, device: &CudaDevice) -> Memory<'m> {
+    Memory::of(fitted.storage(), device)
+}
+
 /// Where results go.
-struct Place {
-    address: u64,
-    /// Between rows, heads and sequences, in elements.
-    strides: [usize; 3],
-    lse: Option<u64>,
+fn output(memory: &Memory, lse: Option<&Memory>, strides: [u64; 3]) -> Output {
+    Output { address: memory.address(), strides, lse: lse.map(Memory::address) }
+}
+
+/// Where what is added to scores begins, and its strides.
+fn extra<const N: usize>(memory: &Memory, stack: &Stack, strides: [usize; N]) -> Extra<N> {
+    (memory.at(stack.matrix_offset(0)), strides.map(|stride| stride as u64))
+}
+
+/// How a kernel reads an operand.
+fn operand(memory: &Memory, fitted: &Fitted) -> Operand {
+    let stack = &fitted.stack;
+    let [(batch, each_batch), (heads, each_head)] = [0, 1].map(|i| stack.batch()[i]);
+    Operand {
+        address: memory.at(fitted.offset(0)),
+        cols: stack.cols as u64,
+        lens: [stack.rows, heads, batch].map(|len| len as u64),
+        strides: [stack.row_stride, each_head, each_batch].map(|stride| stride as u64),
+    }
 }
 
 /// An operand whose rows are contiguous, begin at multiples of 16 bytes and are a multiple of `columns`

@@ -1,0 +1,318 @@
+//! The parameters of attention's kernels, and their values.
+
+use std::f32::consts::LOG2_E;
+
+use super::{Attend, Plan, Problem, sm90};
+use crate::kernel::Element;
+use crate::kernel::hopper::SLAB;
+use crate::kernel::params::{self, Argument, TensorMap, names};
+
+names! {
+    /// The parameters of attention's kernels. Strides are in elements.
+    ///
+    /// Descriptors are Hopper's; their dimensions, innermost first, and boxes:
+    ///
+    /// | | dimensions | box |
+    /// |---|---|---|
+    /// | `q` | head_dim, queries, heads, batch | 64, 64, 1, 1 |
+    /// | `q` with [`Task::pack`](super::Task::pack) > 1 | head_dim, pack, queries, heads / pack, batch | 64, pack, [`positions`](sm90::Config::positions), 1, 1 |
+    /// | `k` | head_dim, keys, kv_heads, batch | 64, [`keys`](sm90::Config::keys), 1, 1 |
+    /// | `v` | value_dim, keys, kv_heads, batch | 64, [`keys`](sm90::Config::keys), 1, 1 |
+    /// | `out` | as `q`, with value_dim | as `q`, [`slab_cols`](sm90::Config::slab_cols) wide |
+    ///
+    /// Addresses and strides of operands are multiples of 16 bytes: rows must be so far apart, not so
+    /// long. The batch of packed sequences is one; a bias and slopes have a batch of sequences there, too.
+    pub enum Name {
+        /// The queries: a descriptor or an address.
+        Q "q",
+        /// From row to row.
+        QRow "q_row",
+        /// From head to head.
+        QHead "q_head",
+        /// From sequence to sequence.
+        QBatch "q_batch",
+        /// The keys: a descriptor or an address.
+        K "k",
+        /// From row to row.
+        KRow "k_row",
+        /// From head to head.
+        KHead "k_head",
+        /// From sequence to sequence.
+        KBatch "k_batch",
+        /// The values: a descriptor or an address.
+        V "v",
+        /// From row to row.
+        VRow "v_row",
+        /// From head to head.
+        VHead "v_head",
+        /// From sequence to sequence.
+        VBatch "v_batch",
+        /// The result: a descriptor for [`sm90::Store::Tma`], and the address where parts are put
+        /// together.
+        Out "out",
+        /// The result where threads store it: its address. With a split f32
+        /// `[parts, batch, heads, queries, value_dim]`.
+        OutAt "out_at",
+        /// From row to row.
+        OutRow "out_row",
+        /// From head to head.
+        OutHead "out_head",
+        /// From sequence to sequence.
+        OutBatch "out_batch",
+        /// With a split: from part to part.
+        OutPart "out_part",
+        /// The logarithms of the sums: the address of f32 `[batch, heads, queries]`.
+        Lse "lse",
+        /// With a split: from part to part.
+        LsePart "lse_part",
+        /// Queries of the tensor.
+        Queries "queries",
+        /// Keys of the tensor.
+        Keys "keys",
+        /// Heads of the queries.
+        Heads "heads",
+        /// How many of them share keys.
+        Group "group",
+        /// The scale times log₂e; with a soft cap the scale over the cap.
+        Scale "scale",
+        /// The soft cap times log₂e.
+        Cap "cap",
+        /// The bias: its address.
+        Bias "bias",
+        /// From sequence to sequence.
+        BiasBatch "bias_batch",
+        /// From head to head.
+        BiasHead "bias_head",
+        /// From query to query.
+        BiasQuery "bias_query",
+        /// From key to key.
+        BiasKey "bias_key",
+        /// ALiBi's slopes: the address of f32.
+        Slopes "slopes",
+        /// From sequence to sequence.
+        SlopesBatch "slopes_batch",
+        /// From head to head.
+        SlopesHead "slopes_head",
+        /// With a mask: that of [`Launch`](super::Launch).
+        Right "right",
+        /// With a window: that of [`Launch`](super::Launch).
+        Left "left",
+        /// The address of u32: lengths of each sequence's queries, or, of packed ones, where each begins
+        /// and the last one ends.
+        LengthsQ "lengths_q",
+        /// Of its keys.
+        LengthsK "lengths_k",
+        /// How many sequences are packed.
+        Sequences "sequences",
+        /// With a split: the parts of the keys of a tile.
+        Parts "parts",
+        /// Heads of all sequences, or packs of them: of [`Section`](super::Section), as the next three.
+        AllHeads "all_heads",
+        /// Tiles of each.
+        Columns "columns",
+        /// Tiles of all.
+        Tiles "tiles",
+        /// Heads of a section.
+        Section "section",
+        /// The results of the parts: the address of f32 `[parts, batch, heads, queries, value_dim]`.
+        PartsAt "parts_at",
+        /// Their logarithms: the address of f32 `[parts, batch, heads, queries]`.
+        LseAt "lse_at",
+        /// Queries of all heads and sequences.
+        Rows "rows",
+    }
+}
+
+/// Queries, keys or values of a launch, as rows of contiguous elements.
+#[derive(Clone, Copy, Debug)]
+pub struct Operand {
+    /// The address of its first element.
+    pub address: u64,
+    /// Elements of a row.
+    pub cols: u64,
+    /// Rows, heads and sequences.
+    pub lens: [u64; 3],
+    /// Elements from one to the next of each.
+    pub strides: [u64; 3],
+}
+
+/// Where results go.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    /// The address of the first element.
+    pub address: u64,
+    /// Elements between rows, heads and sequences.
+    pub strides: [u64; 3],
+    /// The address of the logarithms of the sums.
+    pub lse: Option<u64>,
+}
+
+/// The address of the first element of what is added to scores, and the elements from one to the next of
+/// each dimension.
+pub type Extra<const N: usize> = (u64, [u64; N]);
+
+/// One launch of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Arguments<'a> {
+    /// What is computed.
+    pub problem: &'a Problem,
+    /// By which kernels.
+    pub plan: &'a Plan,
+    /// Queries, keys and values.
+    pub operands: [Operand; 3],
+    /// The factor of the scores.
+    pub scale: f32,
+    /// The soft cap.
+    pub softcap: Option<f32>,
+    /// By sequence, head, query and key.
+    pub bias: Option<Extra<4>>,
+    /// By sequence and head.
+    pub slopes: Option<Extra<2>>,
+    /// The addresses of the lengths of queries and keys.
+    pub lengths: Option<[u64; 2]>,
+    /// The result.
+    pub out: Output,
+    /// The results of the parts of a split.
+    pub parts: Option<Output>,
+}
+
+impl params::Arguments for Arguments<'_> {
+    type Name = Name;
+
+    fn argument(&self, step: usize, name: Name) -> Option<Argument> {
+        match step {
+            0 => self.attend(name),
+            1 => self.combine(name),
+            _ => None,
+        }
+    }
+}
+
+impl Arguments<'_> {
+    fn attend(&self, name: Name) -> Option<Argument> {
+        let (problem, launch) = (self.problem, &self.plan.launch);
+        let out = if self.plan.task().split { self.parts? } else { self.out };
+        let number = |n: u64| Argument::U32(n as u32);
+        Some(match name {
+            Name::Q | Name::K | Name::V | Name::Out => self.tensor(name, &out)?,
+            Name::QRow => self.stride(0, 0),
+            Name::QHead => self.stride(0, 1),
+            Name::QBatch => self.stride(0, 2),
+            Name::KRow => self.stride(1, 0),
+            Name::KHead => self.stride(1, 1),
+            Name::KBatch => self.stride(1, 2),
+            Name::VRow => self.stride(2, 0),
+            Name::VHead => self.stride(2, 1),
+            Name::VBatch => self.stride(2, 2),
+            Name::OutAt => Argument::Pointer(out.address),
+            Name::OutRow => Argument::U64(out.strides[0]),
+            Name::OutHead => Argument::U64(out.strides[1]),
+            Name::OutBatch => Argument::U64(out.strides[2]),
+            Name::OutPart => Argument::U64(problem.rows() * problem.value_dim),
+            Name::Lse => Argument::Pointer(out.lse?),
+            Name::LsePart => Argument::U64(problem.rows()),
+            Name::Queries => number(problem.queries),
+            Name::Keys => number(problem.keys),
+            Name::Heads => number(problem.heads),
+            Name::Group => number(problem.heads / problem.kv_heads),
+            Name::Scale => Argument::F32(match self.softcap {
+                None => self.scale * LOG2_E,
+                Some(cap) => self.scale / cap,
+            }),
+            Name::Cap => Argument::F32(self.softcap? * LOG2_E),
+            Name::Bias => Argument::Pointer(self.bias?.0),
+            Name::BiasBatch => Argument::U64(self.bias?.1[0]),
+            Name::BiasHead => Argument::U64(self.bias?.1[1]),
+            Name::BiasQuery => Argument::U64(self.bias?.1[2]),
+            Name::BiasKey => Argument::U64(self.bias?.1[3]),
+            Name::Slopes => Argument::Pointer(self.slopes?.0),
+            Name::SlopesBatch => Argument::U64(self.slopes?.1[0]),
+            Name::SlopesHead => Argument::U64(self.slopes?.1[1]),
+            Name::Right => Argument::U32(launch.right.cast_unsigned()),
+            Name::Left => Argument::U32(launch.left.cast_unsigned()),
+            Name::LengthsQ => Argument::Pointer(self.lengths?[0]),
+            Name::LengthsK => Argument::Pointer(self.lengths?[1]),
+            Name::Sequences => number(problem.batch),
+            Name::Parts => Argument::U32(launch.parts),
+            Name::AllHeads => Argument::U32(launch.order.heads),
+            Name::Columns => Argument::U32(launch.order.columns),
+            Name::Tiles => Argument::U32(launch.order.tiles),
+            Name::Section => Argument::U32(launch.order.section),
+            Name::PartsAt | Name::LseAt | Name::Rows => return None,
+        })
+    }
+
+    fn combine(&self, name: Name) -> Option<Argument> {
+        let (problem, parts) = (self.problem, self.parts?);
+        Some(match name {
+            Name::PartsAt => Argument::Pointer(parts.address),
+            Name::LseAt => Argument::Pointer(parts.lse?),
+            Name::Out => Argument::Pointer(self.out.address),
+            Name::OutRow => Argument::U64(self.out.strides[0]),
+            Name::OutHead => Argument::U64(self.out.strides[1]),
+            Name::OutBatch => Argument::U64(self.out.strides[2]),
+            Name::Lse => Argument::Pointer(self.out.lse?),
+            Name::Parts => Argument::U32(self.plan.launch.parts),
+            Name::Queries => Argument::U32(problem.queries as u32),
+            Name::Heads => Argument::U32(problem.heads as u32),
+            Name::Rows => Argument::U32(problem.rows() as u32),
+            _ => return None,
+        })
+    }
+
+    /// Of an operand (0 to 2) along a dimension. That of a single row or matrix may be anything, but
+    /// threads compute with it.
+    fn stride(&self, operand: usize, dim: usize) -> Argument {
+        let Operand { lens, strides, .. } = self.operands[operand];
+        Argument::U64(if lens[dim] == 1 { 0 } else { strides[dim] })
+    }
+
+    fn tensor(&self, name: Name, out: &Output) -> Option<Argument> {
+        let [q, k, v] = &self.operands;
+        let config = match (&self.plan.attend, name) {
+            (Attend::Sm90(config), _) => config,
+            (Attend::Sm80(_), Name::Q) => return Some(Argument::Pointer(q.address)),
+            (Attend::Sm80(_), Name::K) => return Some(Argument::Pointer(k.address)),
+            (Attend::Sm80(_), Name::V) => return Some(Argument::Pointer(v.address)),
+            (Attend::Sm80(_), _) => return None,
+        };
+        let half = Element::Half(config.half);
+        Some(Argument::TensorMap(match name {
+            Name::Q => q.queries_map(config, half, SLAB),
+            Name::K => k.map(half, [SLAB, config.keys]),
+            Name::V => v.map(half, [SLAB, config.keys]),
+            Name::Out if config.store == sm90::Store::Tma => {
+                let &Output { address, strides, .. } = out;
+                let result = Operand { address, cols: self.problem.value_dim, strides, ..*q };
+                result.queries_map(config, config.task.out, config.slab_cols())
+            }
+            _ => return None,
+        }))
+    }
+}
+
+impl Operand {
+    /// With boxes of some columns, and the rows of a warpgroup.
+    fn queries_map(&self, config: &sm90::Config, element: Element, cols: u32) -> TensorMap {
+        match config.task.pack {
+            1 => self.map(element, [cols, SLAB]),
+            pack => self.packed_map(element, [cols, pack, config.positions()]),
+        }
+    }
+
+    /// With boxes of some columns and rows.
+    fn map(&self, element: Element, [cols, rows]: [u32; 2]) -> TensorMap {
+        let [len, heads, batch] = self.lens;
+        let dims = [self.cols, len, heads, batch];
+        TensorMap::new(element, self.address, dims, self.strides, [cols, rows, 1, 1])
+    }
+
+    /// With boxes of some columns, heads and rows of each.
+    fn packed_map(&self, element: Element, [cols, pack, rows]: [u32; 3]) -> TensorMap {
+        let ([len, heads, batch], [row, head, each]) = (self.lens, self.strides);
+        let together = u64::from(pack);
+        let dims = [self.cols, together, len, heads / together, batch];
+        let strides = [head, row, head * together, each];
+        TensorMap::new(element, self.address, dims, strides, [cols, pack, rows, 1, 1])
+    }
+}

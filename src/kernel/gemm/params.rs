@@ -1,0 +1,204 @@
+//! The parameters of the products' kernels, and their values.
+
+use super::{Major, Plan, Problem, sm80, sm90};
+use crate::kernel::Element;
+use crate::kernel::params::{self, Argument, TensorMap, names};
+
+names! {
+    /// The parameters of the products' kernels. Strides are in elements.
+    pub enum Name {
+        /// The kernel's left operand: on Hopper a descriptor, whose boxes are 64 elements wide and have
+        /// the lines of [`sm90::Config::lhs_boxes`], else the address of its first element, a multiple
+        /// of 16.
+        Lhs "lhs",
+        /// The right one, likewise.
+        Rhs "rhs",
+        /// `C`, or the parts of its sums: an address, or for [`sm90::Store::Tma`] a descriptor, with
+        /// boxes of [`sm90::Config::result_box`].
+        Out "out",
+        /// With a bias: its address.
+        Bias "bias",
+        /// Rows of `C`.
+        M "m",
+        /// Columns of `C`.
+        N "n",
+        /// The depth, at least 1; with a split, at least one stage for each part.
+        K "k",
+        /// Stages along the depth.
+        Depth "depth",
+        /// Elements between lines: what follows each other along the dimension that is not contiguous.
+        LhsLine "lhs_line",
+        /// The right operand's.
+        RhsLine "rhs_line",
+        /// Rows of tiles.
+        TileRows "tile_rows",
+        /// Columns of tiles.
+        TileCols "tile_cols",
+        /// Tiles of all products.
+        Tiles "tiles",
+        /// Rows of tiles that are walked together.
+        Group "group",
+        /// If batched: the length of the inner batch dimension.
+        InnerBatch "inner_batch",
+        /// If batched: from operand to operand along the inner batch dimension.
+        LhsInner "lhs_inner",
+        /// Along the outer one.
+        LhsOuter "lhs_outer",
+        /// The right operand's, along the inner one.
+        RhsInner "rhs_inner",
+        /// Along the outer one.
+        RhsOuter "rhs_outer",
+        /// If batched and split: products.
+        Batch "batch",
+        /// The parts of the sums: the address of f32 `[split, rows, cols]`.
+        Partial "partial",
+        /// Rows of all products.
+        Rows "rows",
+        /// Columns of `C`.
+        Cols "cols",
+    }
+}
+
+/// An operand of a launch. Its lines are contiguous, along the dimension that the problem says.
+#[derive(Clone, Copy, Debug)]
+pub struct Operand {
+    /// The address of its first element.
+    pub address: u64,
+    /// Elements from line to line.
+    pub line: u64,
+    /// Length and stride of the inner and the outer batch dimension.
+    pub batch: [(u64, u64); 2],
+}
+
+/// One launch of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Arguments<'a> {
+    /// What is computed.
+    pub problem: &'a Problem,
+    /// By which kernels.
+    pub plan: &'a Plan,
+    /// `A` and `B`.
+    pub operands: [Operand; 2],
+    /// The address of the bias.
+    pub bias: Option<u64>,
+    /// The address of `C`.
+    pub out: u64,
+    /// The address of [`Plan::partial_sums`].
+    pub partial: Option<u64>,
+}
+
+impl params::Arguments for Arguments<'_> {
+    type Name = Name;
+
+    fn argument(&self, step: usize, name: Name) -> Option<Argument> {
+        match (self.plan, step) {
+            (Plan::Sm90(config, launch), 0) => self.sm90(config, launch, name),
+            (Plan::Sm80(config, launch), 0) => self.sm80(config, launch, self.out, name),
+            (Plan::Split(config, launch, _), 0) => self.sm80(config, launch, self.partial?, name),
+            (Plan::Split(..), 1) => self.reduce(name),
+            _ => None,
+        }
+    }
+}
+
+impl Arguments<'_> {
+    fn sm90(&self, c: &sm90::Config, launch: &sm90::Launch, name: Name) -> Option<Argument> {
+        let [left, right] = c.orient.order([0, 1]);
+        Some(match name {
+            Name::Lhs => Argument::TensorMap(self.operand_map(c, left, c.lhs_boxes().lines)),
+            Name::Rhs => Argument::TensorMap(self.operand_map(c, right, c.rhs_boxes().lines)),
+            Name::Out => match c.store {
+                sm90::Store::Tma => Argument::TensorMap(self.result_map(c)),
+                sm90::Store::Staged { .. } => Argument::Pointer(self.out),
+            },
+            Name::Depth => Argument::U32(launch.depth),
+            Name::TileRows => Argument::U32(launch.tile_rows),
+            Name::TileCols => Argument::U32(launch.tile_cols),
+            Name::Tiles => Argument::U32(launch.tiles),
+            Name::Group => Argument::U32(launch.group),
+            other => return self.size(other),
+        })
+    }
+
+    fn sm80(
+        &self,
+        config: &sm80::Config,
+        launch: &sm80::Launch,
+        out: u64,
+        name: Name,
+    ) -> Option<Argument> {
+        let [lhs, rhs] = &self.operands;
+        let [lhs_batch, rhs_batch] = [lhs, rhs].map(|operand| operand.batch.map(|(_, each)| each));
+        Some(match name {
+            Name::Lhs => Argument::Pointer(lhs.address),
+            Name::Rhs => Argument::Pointer(rhs.address),
+            Name::Out => Argument::Pointer(out),
+            // What comes after the sum is the second kernel's.
+            Name::Bias if config.split > 1 => return None,
+            Name::LhsLine => Argument::U64(lhs.line),
+            Name::RhsLine => Argument::U64(rhs.line),
+            Name::TileRows => Argument::U32(launch.tile_rows),
+            Name::TileCols => Argument::U32(launch.tile_cols),
+            Name::Tiles => Argument::U32(launch.tiles),
+            Name::Group => Argument::U32(launch.group),
+            Name::LhsInner => Argument::U64(lhs_batch[0]),
+            Name::LhsOuter => Argument::U64(lhs_batch[1]),
+            Name::RhsInner => Argument::U64(rhs_batch[0]),
+            Name::RhsOuter => Argument::U64(rhs_batch[1]),
+            other => return self.size(other),
+        })
+    }
+
+    fn reduce(&self, name: Name) -> Option<Argument> {
+        let Problem { m, n, batch, .. } = *self.problem;
+        Some(match name {
+            Name::Partial => Argument::Pointer(self.partial?),
+            Name::Out => Argument::Pointer(self.out),
+            Name::Rows => Argument::U32((batch * m) as u32),
+            Name::Cols => Argument::U32(n as u32),
+            Name::Bias => Argument::Pointer(self.bias?),
+            _ => return None,
+        })
+    }
+
+    /// What all kernels that multiply get alike.
+    fn size(&self, name: Name) -> Option<Argument> {
+        let Problem { m, n, k, batch, .. } = *self.problem;
+        Some(match name {
+            Name::M => Argument::U32(m as u32),
+            Name::N => Argument::U32(n as u32),
+            Name::K => Argument::U32(k as u32),
+            Name::Bias => Argument::Pointer(self.bias?),
+            Name::InnerBatch => Argument::U32(self.operands[0].batch[0].0 as u32),
+            Name::Batch => Argument::U32(batch as u32),
+            _ => return None,
+        })
+    }
+
+    /// `A` (0) or `B` (1), or those of two batch dimensions. A box is a swizzled line wide.
+    fn operand_map(&self, config: &sm90::Config, side: usize, lines: u32) -> TensorMap {
+        let problem = self.problem;
+        let outer = [problem.m, problem.n][side];
+        let [contiguous, across] = match [problem.lhs, problem.rhs][side] {
+            Major::K => [problem.k, outer],
+            Major::Outer => [outer, problem.k],
+        };
+        let Operand { address, line, batch: [inner, last] } = self.operands[side];
+        let map = TensorMap::new(
+            Element::Half(config.half),
+            address,
+            [contiguous, across, inner.0, last.0],
+            [line, inner.1, last.1],
+            [sm90::DEPTH, lines, 1, 1],
+        );
+        if config.batched { map } else { map.cut(2) }
+    }
+
+    fn result_map(&self, config: &sm90::Config) -> TensorMap {
+        let Problem { m, n, batch, .. } = *self.problem;
+        let [cols, rows] = config.result_box();
+        let (dims, strides) = ([n, m, batch], [n, m * n]);
+        let map = TensorMap::new(config.epilogue.out, self.out, dims, strides, [cols, rows, 1]);
+        if config.batched { map } else { map.cut(2) }
+    }
+}
