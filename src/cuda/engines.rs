@@ -1,11 +1,10 @@
 //! Which engine computes an op.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, Result};
+use candle_core::{CudaStorage, DType, Result};
 
 use super::gpu::has_kernels;
-pub(crate) use super::kaio_ops::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
-use super::{empty, kaio_ops, native};
+use super::{Operand, empty, kaio_ops, native};
 use crate::Engine;
 use crate::error::Error;
 use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem, View};
@@ -32,6 +31,63 @@ pub(crate) fn matmul(
         Engine::Auto | Engine::Native => native::matmul(op, problem, epilogue, a, b, bias),
         Engine::KaioOps => kaio_ops::matmul(op, problem, epilogue, a, b, bias),
     }
+}
+
+pub(crate) fn matmul_int8(
+    op: &'static str,
+    x: Operand,
+    w: Operand,
+    scale: f32,
+) -> Result<CudaStorage> {
+    match empty::product(x, w.1.cols, DType::F32)? {
+        Some(zeros) => Ok(zeros),
+        None => kaio_ops::matmul_int8(op, x, w, scale),
+    }
+}
+
+pub(crate) fn matmul_int4(
+    op: &'static str,
+    x: Operand,
+    w: Operand,
+    s: Operand,
+) -> Result<CudaStorage> {
+    match empty::product(x, w.1.cols, DType::F32)? {
+        Some(zeros) => Ok(zeros),
+        None => kaio_ops::matmul_int4(op, x, w, s),
+    }
+}
+
+/// Three products of one input, with weights of equal width.
+pub(crate) fn qkv_int8(
+    op: &'static str,
+    x: Operand,
+    weights: &[Operand],
+    scales: [f32; 3],
+) -> Result<[CudaStorage; 3]> {
+    match no_projections(x, weights)? {
+        Some(zeros) => Ok(zeros),
+        None => kaio_ops::qkv_int8(op, x, weights, scales),
+    }
+}
+
+pub(crate) fn qkv_int4(
+    op: &'static str,
+    x: Operand,
+    weights: &[Operand],
+    scales: &[Operand],
+) -> Result<[CudaStorage; 3]> {
+    match no_projections(x, weights)? {
+        Some(zeros) => Ok(zeros),
+        None => kaio_ops::qkv_int4(op, x, weights, scales),
+    }
+}
+
+fn no_projections(x: Operand, weights: &[Operand]) -> Result<Option<[CudaStorage; 3]>> {
+    let each = || empty::product(x, weights[0].1.cols, DType::F16);
+    Ok(match [each()?, each()?, each()?] {
+        [Some(q), Some(k), Some(v)] => Some([q, k, v]),
+        _ => None,
+    })
 }
 
 /// Attention from f16 to f32, over any batch dimensions.

@@ -1,16 +1,18 @@
 //! Every method and helper with sizes of zero, on views whose offset lies past the end of their storage.
 
 use candle_core::DType::{F16, F32, U8, U32};
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use kaio_candle::{prelude::*, quant};
 
-use super::{Nd, Tally, pairs};
+use super::{Nd, Tally, pairs, results_alone};
 
 /// What a call takes and gives, and the call.
 struct Row {
     inputs: Vec<(DType, Vec<usize>)>,
     outputs: Vec<Vec<usize>>,
     call: fn(&[Tensor]) -> Result<Vec<Tensor>>,
+    /// Of how many inputs, from the first on, there are gradients.
+    tracked: usize,
 }
 
 /// Zeros; the view of an empty one begins past the end of its storage.
@@ -25,10 +27,11 @@ fn past_the_end(dtype: DType, dims: &[usize], device: &Device) -> Result<Tensor>
 
 /// Results of the right shape, all zeros: as many as are listed, with no panic on the way.
 fn run(tally: &mut Tally, device: &Device, name: &str, row: Row) {
-    let Row { inputs, outputs, call } = row;
+    let Row { inputs, outputs, call, tracked } = row;
     tally.case(format!("{name} {inputs:?}"), || {
         let views = inputs.iter().map(|(dtype, dims)| past_the_end(*dtype, dims, device));
-        let results = call(&views.collect::<Result<Vec<_>>>()?)?;
+        let views = views.collect::<Result<Vec<_>>>()?;
+        let results = call(&views)?;
         if results.len() != outputs.len() {
             bail!("{} results", results.len());
         }
@@ -39,6 +42,25 @@ fn run(tally: &mut Tally, device: &Device, name: &str, row: Row) {
             }
             if let Some(x) = got.data.iter().find(|&&x| x != 0.0) {
                 bail!("{x} where all is zero");
+            }
+        }
+        if tracked == 0 || results_alone() {
+            return Ok(());
+        }
+        let mut inputs = views;
+        let vars = inputs[..tracked].iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+        for (input, var) in inputs.iter_mut().zip(&vars) {
+            *input = var.as_tensor().clone();
+        }
+        let grads = call(&inputs)?[0].sum_all()?.backward()?;
+        for (i, var) in vars.iter().enumerate() {
+            let Some(grad) = grads.get(var) else { bail!("input {i} has no gradient") };
+            if grad.shape() != var.shape() || grad.dtype() != var.dtype() {
+                bail!("the gradient of input {i} is {:?} {:?}", grad.dtype(), grad.shape());
+            }
+            // A bias of rows without terms has a gradient of ones, and scores without values one of zeros.
+            if let Some(x) = Nd::of(grad)?.data.iter().find(|x| !x.is_finite()) {
+                bail!("{x} in the gradient of input {i}");
             }
         }
         Ok(())
@@ -54,8 +76,11 @@ pub fn products(device: &Device) {
         let of = |dims: [usize; 2]| [batch, &dims].concat();
         let (rows, out) = (of([m, k]), of([m, n]));
         let mut check = |name, inputs: &[(DType, Vec<usize>)], outputs, call| {
+            // Products of floats alone have gradients.
+            let differentiable = inputs.iter().all(|(dtype, _)| dtype.is_float()) && outputs == 1;
+            let tracked = if differentiable { inputs.len() } else { 0 };
             let outputs = vec![out.clone(); outputs];
-            run(&mut tally, device, name, Row { inputs: inputs.to_vec(), outputs, call });
+            run(&mut tally, device, name, Row { inputs: inputs.to_vec(), outputs, call, tracked });
         };
         for rhs in [vec![k, n], of([k, n])] {
             let operands = [(F16, rows.clone()), (F16, rhs)];
@@ -107,7 +132,12 @@ pub fn attention(device: &Device) {
         };
         let mut check = |name, inputs: Vec<_>, heads: &[usize], call| {
             let outputs = vec![dims(heads, [sq, dv])];
-            run(&mut tally, device, name, Row { inputs, outputs, call });
+            let tracked = match name {
+                "kaio_attention_tc" => 0,
+                "bias" => 4,
+                _ => 3,
+            };
+            run(&mut tally, device, name, Row { inputs, outputs, call, tracked });
         };
         check("kaio_attention_tc", rows(F16, &[b, h]), &[b, h], |t| {
             Ok(vec![t[0].kaio_attention_tc(&t[1], &t[2], true)?])
@@ -144,7 +174,7 @@ pub fn quantisers(device: &Device) {
         let mut check = |name, inputs: &[(DType, &[usize])], outputs: &[&[usize]], call| {
             let inputs = inputs.iter().map(|&(dtype, dims)| (dtype, dims.to_vec())).collect();
             let outputs = outputs.iter().map(|dims| dims.to_vec()).collect();
-            run(&mut tally, device, name, Row { inputs, outputs, call });
+            run(&mut tally, device, name, Row { inputs, outputs, call, tracked: 0 });
         };
         for dtype in [F16, DType::BF16, F32] {
             check("quantize_int8", &[(dtype, &weight)], &[&weight], |t| {

@@ -283,9 +283,12 @@ pub fn quantize_int8(device: &Device) {
             });
         }
     }
-    for dims in [[0, 4], [4, 0]] {
-        tally.case(format!("{dims:?}"), || {
-            let (q, scale) = quant::quantize_int8(&Tensor::zeros(&dims, DType::F32, device)?)?;
+    for ((dtype, _), (dims, layout)) in pairs(MAGNITUDES, pairs([[0, 4], [4, 0], [0, 0]], WEIGHTS))
+    {
+        let case = format!("{dtype:?} {dims:?} {layout:?}");
+        tally.case(&case, || {
+            let t = Source::new(&case, device).tensor(dtype, &dims, layout)?;
+            let (q, scale) = quant::quantize_int8(&t)?;
             close("q", &q, &Nd::full(&dims, 0.0), |_| 0.0)?;
             close("back", &quant::dequantize_int8(&q, scale)?, &Nd::full(&dims, 0.0), |_| 0.0)
         });
@@ -321,10 +324,13 @@ pub fn quantize_int4(device: &Device) {
             });
         }
     }
-    for dims in [[0, 4], [128, 0]] {
-        tally.case(format!("{dims:?}"), || {
-            let (packed, scales) =
-                quant::quantize_int4(&Tensor::zeros(&dims, DType::F32, device)?)?;
+    for ((dtype, _), (dims, layout)) in
+        pairs(MAGNITUDES, pairs([[0, 4], [128, 0], [0, 0]], WEIGHTS))
+    {
+        let case = format!("{dtype:?} {dims:?} {layout:?}");
+        tally.case(&case, || {
+            let weight = Source::new(&case, device).tensor(dtype, &dims, layout)?;
+            let (packed, scales) = quant::quantize_int4(&weight)?;
             close("packed", &packed, &Nd::full(&[dims[0] / 8, dims[1]], 0.0), |_| 0.0)?;
             let back = quant::dequantize_int4(&packed, &scales)?;
             close("back", &back, &Nd::full(&dims, 0.0), |_| 0.0)

@@ -12,7 +12,7 @@ pub(crate) use quantized::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Layout, Result};
 
-use super::empty::{full, zeros};
+use super::empty::full;
 use super::fit::{self, Fitted};
 use super::{Operand, epilogue, session};
 use crate::error::Error;

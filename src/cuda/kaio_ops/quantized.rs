@@ -1,14 +1,14 @@
 //! int8 and int4 products and the three projections of an attention layer.
 
 use candle_core::cuda_backend::CudaDType;
-use candle_core::{CudaStorage, DType, Result};
+use candle_core::{CudaStorage, Result};
 use cudarc::driver::DeviceRepr;
 use half::f16;
 use kaio::prelude::{GpuBuffer, KaioDevice};
 
 use super::fit::{Want, fit};
 use super::session::{KaioResult, Pointer, Session};
-use super::{Fitted, Operand, crop, product_indexable, slabs, zeros};
+use super::{Fitted, Operand, crop, product_indexable, slabs};
 use crate::check::INT4_GROUP;
 
 /// The depth of one int8 `mma.sync`.
@@ -48,9 +48,6 @@ pub(crate) fn matmul_int8(
     scale: f32,
 ) -> Result<CudaStorage> {
     let (m, n, k) = (x.1.count() * x.1.rows, w.1.cols, x.1.cols.next_multiple_of(INT8_K_TILE));
-    if m * n == 0 || k == 0 {
-        return zeros(x.0, m * n, DType::F32);
-    }
     product_indexable(op, ("lhs", m), k, ("rhs", n))?;
     let x = activations(op, x, m, k)?;
     let w = fit(op, w, Want { rows: k, ..Want::default() })?;
@@ -68,9 +65,6 @@ pub(crate) fn matmul_int4(
     s: Operand,
 ) -> Result<CudaStorage> {
     let (m, n, k) = (x.1.count() * x.1.rows, w.1.cols, x.1.cols);
-    if m * n == 0 || k == 0 {
-        return zeros(x.0, m * n, DType::F32);
-    }
     let width = n.next_multiple_of(PAIR);
     product_indexable(op, ("lhs", m), k, ("packed", width))?;
     let x = activations(op, x, m, k)?;
@@ -92,9 +86,6 @@ pub(crate) fn qkv_int8(
 ) -> Result<[CudaStorage; 3]> {
     let (m, n) = (x.1.count() * x.1.rows, weights[0].1.cols);
     let k = x.1.cols.next_multiple_of(F16_K_TILE);
-    if m * n == 0 || k == 0 {
-        return three(|_| zeros(x.0, m * n, DType::F16));
-    }
     let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
     product_indexable(op, ("x", height), k, ("weights[0]", width))?;
     let x = activations(op, x, height, k)?;
@@ -120,9 +111,6 @@ pub(crate) fn qkv_int4(
     steps: &[Operand],
 ) -> Result<[CudaStorage; 3]> {
     let (m, n, k) = (x.1.count() * x.1.rows, weights[0].1.cols, x.1.cols);
-    if m * n == 0 || k == 0 {
-        return three(|_| zeros(x.0, m * n, DType::F16));
-    }
     let (height, width) = (m.next_multiple_of(QKV_TILE.0), n.next_multiple_of(QKV_TILE.1));
     product_indexable(op, ("x", height), k, ("weights[0]", width))?;
     let x = activations(op, x, height, k)?;
@@ -175,9 +163,4 @@ fn products<const N: usize, X, Y: CudaDType + DeviceRepr>(
     }
     let mut out = out.into_iter().map(|out| Y::wrap_cuda_slice(out, session.device.clone()));
     Ok(std::array::from_fn(|_| out.next().expect("N of them")))
-}
-
-/// One for each projection.
-fn three<T>(mut each: impl FnMut(usize) -> Result<T>) -> Result<[T; 3]> {
-    Ok([each(0)?, each(1)?, each(2)?])
 }

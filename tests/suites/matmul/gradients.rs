@@ -44,8 +44,8 @@ pub fn gradients(device: &Device) {
         for ([m, k, n], layouts) in pairs(SIZES, pairs([Plain, Transposed], [Plain, Transposed])) {
             check(Gradient { dims: [&[m, k], &[k, n]], layouts: layouts.into(), ..base });
         }
-        for dims in EMPTY {
-            check(Gradient { dims, ..base });
+        for (dims, loss) in pairs(EMPTY, [LOSSES[0], LOSSES[1]]) {
+            check(Gradient { dims, loss, ..base });
         }
         for (dims, layouts) in pairs(BATCHES, pairs(UNREPEATED, UNREPEATED)) {
             check(Gradient { dims, layouts: layouts.into(), ..base });

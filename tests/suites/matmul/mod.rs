@@ -54,7 +54,7 @@ const SIZES: [[usize; 3]; 17] = [
 ];
 
 /// A dimension of size zero in every place.
-const EMPTY: [[&[usize]; 2]; 12] = [
+const EMPTY: [[&[usize]; 2]; 14] = [
     [&[0, 5], &[5, 3]],
     [&[4, 0], &[0, 3]],
     [&[4, 5], &[5, 0]],
@@ -67,6 +67,8 @@ const EMPTY: [[&[usize]; 2]; 12] = [
     [&[0, 4, 5], &[1, 5, 3]],
     [&[2, 4, 0], &[2, 0, 3]],
     [&[1, 4, 5], &[3, 0, 5, 3]],
+    [&[1, 0, 5], &[3, 1, 5, 25]],
+    [&[3, 1, 4, 5], &[1, 5, 0]],
 ];
 
 /// Batch dimensions: none, equal, missing and broadcast on either side.
