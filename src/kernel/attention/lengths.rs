@@ -42,7 +42,7 @@ impl<'k> Side<'k> {
     }
 }
 
-/// A tile of the queries of a sequence.
+/// A tile of the queries or keys of a sequence.
 #[derive(Clone, Copy)]
 pub struct Found<'k> {
     /// Whether there is one.
@@ -51,7 +51,8 @@ pub struct Found<'k> {
     /// Its number in the sequence, and how many there are.
     pub tile: Reg<'k, u32>,
     pub tiles: Reg<'k, u32>,
-    pub queries: Side<'k>,
+    /// All of the sequence's.
+    pub side: Side<'k>,
 }
 
 impl<'k> Sequences<'k> {
@@ -86,14 +87,15 @@ impl<'k> Sequences<'k> {
         Side { begin: Some(begin), count: (end.max(begin) - begin).cast() }
     }
 
-    /// Looks for tile number `tile` of all sequences, each cut into tiles of `rows` queries. All lanes
-    /// of a warp look together.
-    pub fn find(&self, tile: Reg<'k, u32>, rows: u32) -> Found<'k> {
+    /// Looks for tile number `tile` of all sequences, whose queries (0) or keys (1) are cut into tiles of
+    /// `rows`. All lanes of a warp look together.
+    pub fn find(&self, which: usize, tile: Reg<'k, u32>, rows: u32) -> Found<'k> {
         let k = tile.kernel();
-        let (Some([memory, _]), Some(count)) = (self.memory, self.count) else {
+        let (Some(memory), Some(count)) = (self.memory, self.count) else {
             panic!("sequences are packed");
         };
-        let (lane, limit) = (k.lane(), self.size[0].cast::<u32>());
+        let (memory, limit) = (memory[which], self.size[which].cast::<u32>());
+        let lane = k.lane();
         let [sequence, number, tiles, begin, length] = k.regs();
         let (chunk, before, exists) = (k.var(0u32), k.var(0u32), k.var(0u32));
         k.loop_(|exit| {
@@ -126,7 +128,7 @@ impl<'k> Sequences<'k> {
             before.increase(all);
             chunk.increase(32);
         });
-        let queries = Side { begin: Some(begin), count: length.cast() };
-        Found { exists: exists.ne(0), sequence, tile: number, tiles, queries }
+        let side = Side { begin: Some(begin), count: length.cast() };
+        Found { exists: exists.ne(0), sequence, tile: number, tiles, side }
     }
 }

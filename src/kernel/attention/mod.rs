@@ -4,11 +4,11 @@
 mod launch;
 mod lengths;
 mod limit;
-mod mask;
+pub mod mask;
 mod params;
 mod plan;
 mod schedule;
-mod scores;
+pub mod scores;
 mod softmax;
 mod task;
 mod work;

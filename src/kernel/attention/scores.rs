@@ -1,4 +1,8 @@
-//! What becomes of the products of queries and keys before the softmax.
+//! The score modification: what becomes of the products of queries and keys before the softmax, and what
+//! of a gradient on its way back.
+//!
+//! A fragment's rows are queries and its columns keys, or, for a kernel that computes the scores'
+//! transpose, the other way round: [`ScoreParams::of_queries`] and [`ScoreParams::of_keys`].
 
 use super::Name;
 use super::mask::column;
@@ -48,24 +52,24 @@ impl Scores {
 
 /// The parameters.
 #[derive(Clone, Copy)]
-pub struct Shaping<'k> {
+pub struct ScoreParams<'k> {
     scores: Scores,
     element: Element,
     /// Of the products.
     scale: Reg<'k, f32>,
     cap: Option<Reg<'k, f32>>,
-    bias: Option<Memory<'k, 4>>,
-    slopes: Option<Memory<'k, 2>>,
+    bias: Option<Strided<'k, 4>>,
+    slopes: Option<Strided<'k, 2>>,
 }
 
 /// What is in memory, and its strides in elements.
 #[derive(Clone, Copy)]
-struct Memory<'k, const N: usize> {
+struct Strided<'k, const N: usize> {
     address: Reg<'k, u64>,
     strides: [Reg<'k, u64>; N],
 }
 
-impl<'k, const N: usize> Memory<'k, N> {
+impl<'k, const N: usize> Strided<'k, N> {
     fn params(k: &'k Kernel, at: Name, strides: [Name; N]) -> Self {
         Self { address: k.pointer(at), strides: strides.map(|stride| k.param(stride)) }
     }
@@ -78,27 +82,32 @@ impl<'k, const N: usize> Memory<'k, N> {
     }
 }
 
-/// Those of two rows of a fragment.
+/// The modification of the scores of two rows of a fragment.
 #[derive(Clone, Copy)]
-pub struct Shape<'k> {
-    shaping: Shaping<'k>,
-    /// Where the rows' biases begin, and the bytes from key to key.
+pub struct FragmentScores<'k> {
+    params: ScoreParams<'k>,
+    /// Where the rows' biases begin, and the bytes from column to column.
     bias: Option<([Reg<'k, u64>; 2], Reg<'k, u64>)>,
-    /// Minus the slopes, to base 2, and the keys that are the rows' places.
+    /// Whether neighbouring columns' biases are loaded together.
+    pairs: bool,
+    /// Minus ALiBi's slopes, to base 2.
     slopes: Option<[Reg<'k, f32>; 2]>,
+    /// The columns that are the rows' places: those at no distance.
     places: [Reg<'k, i32>; 2],
 }
 
 /// A query.
 #[derive(Clone, Copy)]
 pub struct Query<'k> {
+    /// The sequence.
     pub batch: Reg<'k, u32>,
+    /// Of the queries' heads.
     pub head: Reg<'k, u32>,
     /// In its sequence.
     pub row: Reg<'k, i32>,
 }
 
-impl<'k> Shaping<'k> {
+impl<'k> ScoreParams<'k> {
     /// Declares the parameters that the scores need. The queries' elements say how exact scores have to be.
     pub fn params(k: &'k Kernel, scores: Scores, element: Element) -> Self {
         let bias = [Name::BiasBatch, Name::BiasHead, Name::BiasQuery, Name::BiasKey];
@@ -108,44 +117,88 @@ impl<'k> Shaping<'k> {
             element,
             scale: k.param(Name::Scale),
             cap: scores.softcap.then(|| k.param(Name::Cap)),
-            bias: scores.bias.map(|_| Memory::params(k, Name::Bias, bias)),
-            slopes: scores.alibi.then(|| Memory::params(k, Name::Slopes, slopes)),
+            bias: scores.bias.map(|_| Strided::params(k, Name::Bias, bias)),
+            slopes: scores.alibi.then(|| Strided::params(k, Name::Slopes, slopes)),
         }
     }
 
-    /// The softmax of scores, which scales them if nothing else is done to them.
-    pub fn softmax(&self) -> Softmax<'k> {
-        Softmax::new(self.scale.kernel(), self.scores.plain().then_some(self.scale))
+    /// What scores are still to be multiplied with to be to base 2: the scale, where nothing else is done
+    /// to products.
+    pub fn scale_left(&self) -> Option<Reg<'k, f32>> {
+        self.scores.plain().then_some(self.scale)
     }
 
-    /// Of two queries of a sequence that has `queries`, which are `offset` keys before their places. A
-    /// query behind the last one has the last one's bias.
-    pub fn rows(
+    /// The softmax of scores, which scales them if nothing else is done to them.
+    pub(super) fn softmax(&self) -> Softmax<'k> {
+        Softmax::new(self.scale.kernel(), self.scale_left())
+    }
+
+    /// For fragments whose rows are queries, of a sequence that has `queries`: these two, which are
+    /// `offset` keys before their places. A query past the last has the last one's bias.
+    pub fn of_queries(
         &self,
         rows: [Query<'k>; 2],
         queries: Reg<'k, i32>,
         offset: Reg<'k, i32>,
-    ) -> Shape<'k> {
-        let k = self.scale.kernel();
-        let size = self.scores.bias.map_or(0, |bias| bias.element.size());
+    ) -> FragmentScores<'k> {
+        let size = self.bias_size();
         let bias = self.bias.map(|memory| {
             let begins = rows.map(|Query { batch, head, row }| {
                 memory.at([batch, head, row.min(queries - 1).or_zero()], size)
             });
             (begins, memory.strides[3] * u64::from(size))
         });
-        let slopes = self.slopes.map(|memory| {
-            rows.map(|Query { batch, head, .. }| {
-                let [slope] = k.ld_global_nc::<f32, 1>(memory.at([batch, head], 4));
-                slope * -std::f32::consts::LOG2_E
-            })
+        let slopes = self
+            .slopes
+            .map(|memory| rows.map(|Query { batch, head, .. }| Self::slope(memory, batch, head)));
+        FragmentScores {
+            params: *self,
+            bias,
+            pairs: self.scores.bias.is_some_and(|bias| bias.pairs),
+            slopes,
+            places: rows.map(|query| query.row + offset),
+        }
+    }
+
+    /// For fragments whose rows are keys, of a sequence that has `keys`: these two; the columns are queries
+    /// of one head, which are `offset` keys before their places. A key past the last has the last one's
+    /// bias.
+    pub fn of_keys(
+        &self,
+        rows: [Reg<'k, i32>; 2],
+        (batch, head): (Reg<'k, u32>, Reg<'k, u32>),
+        keys: Reg<'k, i32>,
+        offset: Reg<'k, i32>,
+    ) -> FragmentScores<'k> {
+        let size = self.bias_size();
+        let bias = self.bias.map(|memory| {
+            let [.., query, key] = memory.strides;
+            let start = memory.at([batch, head], size);
+            let key_bytes = key * u64::from(size);
+            let begins = rows.map(|row| start + row.min(keys - 1).or_zero().wide() * key_bytes);
+            (begins, query * u64::from(size))
         });
-        Shape { shaping: *self, bias, slopes, places: rows.map(|query| query.row + offset) }
+        let slopes = self.slopes.map(|memory| [Self::slope(memory, batch, head); 2]);
+        let places = rows.map(|row| row - offset);
+        FragmentScores { params: *self, bias, pairs: false, slopes, places }
+    }
+
+    /// Bytes of an element of the bias.
+    fn bias_size(&self) -> u32 {
+        self.scores.bias.map_or(0, |bias| bias.element.size())
+    }
+
+    /// Minus a head's slope, to base 2.
+    fn slope(memory: Strided<'k, 2>, batch: Reg<'k, u32>, head: Reg<'k, u32>) -> Reg<'k, f32> {
+        let [slope] = batch.kernel().ld_global_nc::<f32, 1>(memory.at([batch, head], 4));
+        slope * -std::f32::consts::LOG2_E
     }
 }
 
 /// A bias on its way to the scores.
-pub enum Loaded<'k> {
+pub struct LoadedBias<'k>(Loaded<'k>);
+
+enum Loaded<'k> {
     Nothing,
     Pairs(Half, Vec<Reg<'k, u32>>),
     Halves(Half, Vec<Reg<'k, u16>>),
@@ -166,22 +219,31 @@ impl<'k> Loaded<'k> {
     }
 }
 
-impl<'k> Shape<'k> {
-    /// Begins to load the bias of `count` scores, the first of which is of key `first`; where there is
-    /// a limit, only of keys before that.
+impl<'k> FragmentScores<'k> {
+    /// Begins to load the bias of `count` scores, the first of which is of column `first`; where there is
+    /// a limit, only of columns before that.
     pub fn load(
         &self,
         count: usize,
         first: Reg<'k, i32>,
         limit: Option<Reg<'k, i32>>,
+    ) -> LoadedBias<'k> {
+        LoadedBias(self.load_bias(count, first, limit))
+    }
+
+    fn load_bias(
+        &self,
+        count: usize,
+        first: Reg<'k, i32>,
+        limit: Option<Reg<'k, i32>>,
     ) -> Loaded<'k> {
-        let (Some((rows, stride)), Some(bias)) = (self.bias, self.shaping.scores.bias) else {
+        let (Some((rows, stride)), Some(bias)) = (self.bias, self.params.scores.bias) else {
             return Loaded::Nothing;
         };
         let k = stride.kernel();
         let rows = rows.map(|row| row + first.cast::<u32>().wide() * stride);
         let left = limit.map(|limit| limit - first);
-        match (bias.element, bias.pairs) {
+        match (bias.element, self.pairs) {
             (Element::Half(half), true) => {
                 let all = (0..count / 2).map(|pair| {
                     let (row, col) = (rows[pair % 2], column(2 * pair));
@@ -228,9 +290,33 @@ impl<'k> Shape<'k> {
         }
     }
 
-    /// Turns products into scores to base 2, in place, unless that is left to the softmax.
-    pub fn apply(&self, scores: &[Reg<'k, f32>], bias: &Loaded<'k>, first: Reg<'k, i32>) {
-        let Shaping { scores: what, scale, cap, .. } = self.shaping;
+    /// Turns products into scores to base 2, in place, unless that is left to the softmax
+    /// ([`ScoreParams::scale_left`]). The thread's first column is `first`.
+    pub fn apply(&self, scores: &[Reg<'k, f32>], bias: &LoadedBias<'k>, first: Reg<'k, i32>) {
+        self.modify(scores, bias, first, |_| ());
+    }
+
+    /// The same, and gives by what each score changes with its product, beside the scale.
+    pub fn apply_with_slopes(
+        &self,
+        scores: &[Reg<'k, f32>],
+        bias: &LoadedBias<'k>,
+        first: Reg<'k, i32>,
+    ) -> ScoreSlopes<'k> {
+        let mut slopes = Vec::new();
+        self.modify(scores, bias, first, |tanh| slopes.push((tanh * tanh).fma(-1.0, 1.0)));
+        ScoreSlopes(slopes)
+    }
+
+    /// `capped` is given each score's hyperbolic tangent, if there is a soft cap.
+    fn modify(
+        &self,
+        scores: &[Reg<'k, f32>],
+        bias: &LoadedBias<'k>,
+        first: Reg<'k, i32>,
+        mut capped: impl FnMut(Reg<'k, f32>),
+    ) {
+        let ScoreParams { scores: what, scale, cap, .. } = self.params;
         if what.plain() {
             return;
         }
@@ -242,13 +328,14 @@ impl<'k> Shape<'k> {
         for (i, score) in scores.iter().enumerate() {
             let mut x = *score * scale;
             if let Some(cap) = cap {
-                let tanh = match self.shaping.element {
-                    Element::Half(_) => tanh,
-                    Element::F32 => tanh_exactly,
+                let tanh = match self.params.element {
+                    Element::Half(_) => tanh(x),
+                    Element::F32 => tanh_exactly(x),
                 };
-                x = tanh(x) * cap;
+                capped(tanh);
+                x = tanh * cap;
             }
-            if let Some(bias) = bias.get(i) {
+            if let Some(bias) = bias.0.get(i) {
                 x = bias.fma(std::f32::consts::LOG2_E, x);
             }
             if let Some(rows) = distances {
@@ -257,6 +344,17 @@ impl<'k> Shape<'k> {
             }
             score.set(x);
         }
+    }
+}
+
+/// By what scores change with their products, beside the scale: `1 - tanh²` under a soft cap, else 1.
+pub struct ScoreSlopes<'k>(Vec<Reg<'k, f32>>);
+
+impl<'k> ScoreSlopes<'k> {
+    /// Turns the gradients of scores, which are those of the bias, too, into those of the products, but for
+    /// the scale: in place.
+    pub fn back(&self, gradients: &[Reg<'k, f32>]) {
+        gradients.iter().zip(&self.0).for_each(|(gradient, &slope)| gradient.scale(slope));
     }
 }
 

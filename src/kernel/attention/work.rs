@@ -2,7 +2,7 @@
 
 use super::launch::Tiling;
 use super::lengths::{Sequences, Side};
-use super::mask::{Blocks, Sight};
+use super::mask::{BlockRange, Bounds};
 use super::schedule::{Place, Schedule, Tour};
 use super::scores::Query;
 use super::{Lengths, Mask, Name};
@@ -28,8 +28,8 @@ pub struct Work<'k> {
     pub tile: Tile<'k>,
     /// Of keys and values.
     pub kv_head: Reg<'k, u32>,
-    pub sight: Sight<'k>,
-    pub blocks: Blocks<'k>,
+    pub bounds: Bounds<Reg<'k, i32>>,
+    pub blocks: BlockRange<Reg<'k, i32>>,
 }
 
 /// Where a tile of queries lies, and its results.
@@ -154,7 +154,7 @@ impl<'k> Tiles<'k> {
             |pack: Reg<'k, u32>| if c.task.pack == 1 { pack } else { pack * c.task.pack };
         let first = |tile: Reg<'k, u32>| (tile * c.positions).cast::<i32>();
         if c.task.lengths == Lengths::Packed {
-            let found = self.sequences.find(column, c.positions);
+            let found = self.sequences.find(0, column, c.positions);
             // Those with the most keys first.
             let tile = match c.task.mask {
                 Mask::Right => found.tiles - 1 - found.tile,
@@ -168,7 +168,7 @@ impl<'k> Tiles<'k> {
                     head: first_head(head),
                     part: None,
                     first: first(tile),
-                    queries: found.queries,
+                    queries: found.side,
                     keys: self.sequences.side(1, found.sequence),
                 });
             });
@@ -206,13 +206,14 @@ impl<'k> Tiles<'k> {
         let c = &self.tiling;
         let Tile { head, part, first, queries, keys, .. } = tile;
         let offset = keys.count - queries.count;
-        let sight = Sight {
-            keys: keys.count,
+        let bounds = Bounds {
+            cols: keys.count,
             end: self.right.map(|right| offset + right + 1),
             begin: self.left.map(|left| offset - left),
+            rows: None,
         };
         let last = (first + c.positions as i32).min(queries.count);
-        let mut blocks = sight.blocks(first, last, c.keys);
+        let mut blocks = bounds.blocks(first, last, c.keys);
         if c.task.lengths == Lengths::Padded {
             blocks.end = blocks.end.or_else(first.lt(queries.count), 0);
         }
@@ -222,7 +223,7 @@ impl<'k> Tiles<'k> {
             blocks.begin = blocks.begin + (part * each).cast();
             blocks.end = blocks.end.min(blocks.begin + each.cast());
         }
-        Work { tile, kv_head: head / self.heads[1], sight, blocks }
+        Work { tile, kv_head: head / self.heads[1], bounds, blocks }
     }
 
     /// Row `row` of those that begin with query `first` of a tile, and whether it is a query of the

@@ -8,7 +8,7 @@ use super::multiply::{Fragment, fragments};
 use crate::kernel::Element;
 use crate::kernel::ampere::swizzle::MatrixOrder;
 use crate::kernel::attention::Mask;
-use crate::kernel::attention::scores::Shape;
+use crate::kernel::attention::scores::FragmentScores;
 use crate::kernel::attention::softmax::Softmax;
 use crate::kernel::attention::work::{Row, Tile, Work};
 use crate::kernel::multiprocessor::WARP;
@@ -57,14 +57,14 @@ pub(super) struct Strip<'k> {
 struct Context<'k, 'w> {
     work: &'w Work<'k>,
     /// Of each strip.
-    rows: Vec<Sights<'k>>,
+    rows: Vec<FragmentRows<'k>>,
     /// The block at work.
     block: Reg<'k, i32>,
 }
 
 /// What the scores of a thread's two rows of a strip depend on.
-struct Sights<'k> {
-    shape: Shape<'k>,
+struct FragmentRows<'k> {
+    scores: FragmentScores<'k>,
     positions: [Reg<'k, i32>; 2],
 }
 
@@ -101,7 +101,7 @@ impl<'k> Attention<'k, '_> {
         let strip = || Strip {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             sums: (0..c.columns() / 2).map(|_| k.reg()).collect(),
-            softmax: self.shaping.softmax(),
+            softmax: self.score_params.softmax(),
             queries: (0..kept).map(|_| k.regs()).collect(),
         };
         Thread {
@@ -125,16 +125,16 @@ impl<'k> Attention<'k, '_> {
 
     /// The sums of a tile's rows.
     fn attend(&self, t: &Thread<'k>, work: &Work<'k>) {
-        let (k, c, blocks) = (self.k, self.c, work.blocks);
+        let (k, blocks) = (self.k, work.blocks);
         let offset = work.tile.keys.count - work.tile.queries.count;
-        let sights = |rows: &[Row<'k>; 2]| {
+        let fragment = |rows: &[Row<'k>; 2]| {
             let queries = rows.map(|row| row.query);
-            let shape = self.shaping.rows(queries, work.tile.queries.count, offset);
-            Sights { shape, positions: queries.map(|query| query.row) }
+            let scores = self.score_params.of_queries(queries, work.tile.queries.count, offset);
+            FragmentRows { scores, positions: queries.map(|query| query.row) }
         };
         let rows = self.rows(&work.tile, Seat::new(k));
         let block = k.var(blocks.end - 1);
-        let context = Context { work, rows: rows.iter().map(sights).collect(), block };
+        let context = Context { work, rows: rows.iter().map(fragment).collect(), block };
         for strip in &t.strips {
             strip.sums.iter().for_each(|sum| sum.set(0.0));
             strip.softmax.reset();
@@ -144,7 +144,7 @@ impl<'k> Attention<'k, '_> {
         k.if_(block.ge(blocks.begin), || {
             self.begin(t, &context);
             self.turn(t, &context, Turn::First);
-            blocks.walk(c.task.mask, block, |masked| self.turn(t, &context, Turn::Next { masked }));
+            blocks.walk(block, |masked| self.turn(t, &context, Turn::Next { masked }));
         });
     }
 
@@ -194,7 +194,7 @@ impl<'k> Attention<'k, '_> {
         let first = from + (k.lane() % 4 * 2).cast::<i32>();
         // The block that ends behind the last key is the first.
         let limit = (turn == Turn::First).then_some(work.tile.keys.count);
-        let load = |rows: &Sights<'k>| rows.shape.load(c.keys as usize / 2, first, limit);
+        let load = |rows: &FragmentRows<'k>| rows.scores.load(c.keys as usize / 2, first, limit);
         let biases: Vec<_> = context.rows.iter().map(load).collect();
         match c.element {
             Element::Half(half) => self.multiply_keys(half, t),
@@ -202,11 +202,11 @@ impl<'k> Attention<'k, '_> {
         }
         let mut weights = Vec::new();
         for ((strip, rows), bias) in t.strips.iter().zip(&context.rows).zip(&biases) {
-            rows.shape.apply(&strip.scores, bias, first);
-            let hide = || work.sight.hide(&strip.scores, rows.positions, first);
+            rows.scores.apply(&strip.scores, bias, first);
+            let hide = || work.bounds.hide(&strip.scores, rows.positions, first);
             match turn {
                 Turn::First if c.task.mask == Mask::None => {
-                    k.if_(work.sight.beyond(from, c.keys), hide);
+                    k.if_(work.bounds.beyond(from, c.keys), hide);
                 }
                 Turn::First | Turn::Next { masked: true } => hide(),
                 Turn::Next { masked: false } => (),

@@ -21,7 +21,7 @@ pub use choose::choose;
 pub use config::Config;
 
 use super::Name;
-use super::scores::Shaping;
+use super::scores::ScoreParams;
 use super::work::{Logarithms, Memory, Tiles};
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::Plan;
@@ -43,11 +43,11 @@ pub fn emit(config: &Config) -> Source {
     let lse = config.task.lse.then(|| Logarithms::params(k, config.task.split));
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
-    let shaping = Shaping::params(k, config.task.scores, config.element);
+    let score_params = ScoreParams::params(k, config.task.scores, config.element);
     let tiles = Tiles::params(k, config.into(), size, heads);
     let plan = config.plan();
     let base = k.shared(plan.bytes);
-    let a = Attention { k, c: config, plan, operands, out, lse, shaping, tiles, base };
+    let a = Attention { k, c: config, plan, operands, out, lse, score_params, tiles, base };
     a.run();
     k.finish()
 }
@@ -60,7 +60,7 @@ struct Attention<'k, 'c> {
     operands: [Operand<'k>; 3],
     out: Memory<'k>,
     lse: Option<Logarithms<'k>>,
-    shaping: Shaping<'k>,
+    score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,
     base: Reg<'k, u32>,
 }

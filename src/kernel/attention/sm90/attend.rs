@@ -2,7 +2,7 @@
 
 use super::Attention;
 use super::config::QueriesGo;
-use crate::kernel::attention::scores::Shape;
+use crate::kernel::attention::scores::FragmentScores;
 use crate::kernel::attention::softmax::Softmax;
 use crate::kernel::attention::work::{Ahead, Row, Tile, Work};
 use crate::kernel::attention::{Lengths, Mask};
@@ -48,7 +48,7 @@ struct Before<'k> {
 /// What the blocks of a tile have in common.
 struct Context<'k, 'w> {
     work: &'w Work<'k>,
-    shape: Shape<'k>,
+    scores: FragmentScores<'k>,
     /// Of the thread's rows.
     positions: [Reg<'k, i32>; 2],
     /// The block at work.
@@ -70,7 +70,7 @@ impl<'k> Context<'k, '_> {
 
     /// Hides scores, the thread's first column of which is key `first`.
     fn hide(&self, g: &Group<'k>, first: Reg<'k, i32>) {
-        self.work.sight.hide(&g.scores, self.positions, first);
+        self.work.bounds.hide(&g.scores, self.positions, first);
     }
 }
 
@@ -113,7 +113,7 @@ impl<'k> Attention<'k, '_> {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
             sums: (0..c.task.value_dim / 2).map(|_| k.reg()).collect(),
-            softmax: self.shaping.softmax(),
+            softmax: self.score_params.softmax(),
             queries: Descriptor::along_k(self.base + plan.queries, SLAB),
             keys: Descriptor::along_k(self.base + plan.keys, c.keys),
             values: Descriptor::across_k(self.base + plan.values, c.keys),
@@ -139,10 +139,10 @@ impl<'k> Attention<'k, '_> {
         let (k, c, blocks) = (self.k, self.c, work.blocks);
         let Tile { queries, keys, .. } = work.tile;
         let rows = self.rows(g, &work.tile).map(|row| row.query);
-        let shape = self.shaping.rows(rows, queries.count, keys.count - queries.count);
+        let scores = self.score_params.of_queries(rows, queries.count, keys.count - queries.count);
         let col = (g.warps.lane.lane % 4 * 2).cast::<i32>();
         let block = k.var(blocks.end - 1);
-        let context = Context { work, shape, positions: rows.map(|row| row.row), block, col };
+        let context = Context { work, scores, positions: rows.map(|row| row.row), block, col };
         let some = blocks.some();
         g.query_place.wait();
         let first = || k.if_else(some, || self.first(g, &context, None), || self.nothing(g));
@@ -158,7 +158,7 @@ impl<'k> Attention<'k, '_> {
             ),
         }
         block.increase(-1);
-        blocks.walk(c.task.mask, block, |masked| {
+        blocks.walk(block, |masked| {
             self.step(g, &context, masked);
             block.increase(-1);
         });
@@ -208,13 +208,13 @@ impl<'k> Attention<'k, '_> {
             ahead.look();
             (before.tile, g.softmax.finish())
         });
-        let bias = context.shape.load(g.scores.len(), first, Some(keys));
+        let bias = context.scores.load(g.scores.len(), first, Some(keys));
         k.wgmma_wait(open.is_some().into());
         self.release(g, g.key_place);
         self.release_queries(g, QueriesGo::Multiplied, Some(context));
-        context.shape.apply(&g.scores, &bias, first);
+        context.scores.apply(&g.scores, &bias, first);
         let from = context.block * c.keys as i32;
-        let beyond = work.sight.beyond(from, c.keys);
+        let beyond = work.bounds.beyond(from, c.keys);
         match c.task.mask {
             Mask::None => k.if_(beyond, || context.hide(g, first)),
             Mask::Right | Mask::Window => context.hide(g, first),
@@ -241,11 +241,11 @@ impl<'k> Attention<'k, '_> {
         g.key_place.wait();
         self.multiply(g);
         // The block that ends behind the last key was the first.
-        let bias = context.shape.load(g.scores.len(), first, None);
+        let bias = context.scores.load(g.scores.len(), first, None);
         k.wgmma_wait(1);
         self.release(g, g.key_place);
         self.release_queries(g, QueriesGo::Multiplied, Some(context));
-        context.shape.apply(&g.scores, &bias, first);
+        context.scores.apply(&g.scores, &bias, first);
         if masked {
             context.hide(g, first);
         }

@@ -12,7 +12,7 @@ mod store;
 pub use super::{Launch, MAX_LENGTH};
 pub use config::{Config, Store};
 
-use super::scores::Shaping;
+use super::scores::ScoreParams;
 use super::work::{Logarithms, Memory, Tiles};
 use super::{Lengths, Name};
 use crate::kernel::Element;
@@ -35,7 +35,7 @@ pub fn emit(config: &Config) -> Source {
     let lse = config.task.lse.then(|| Logarithms::params(k, config.task.split));
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
-    let shaping = Shaping::params(k, config.task.scores, Element::Half(config.half));
+    let score_params = ScoreParams::params(k, config.task.scores, Element::Half(config.half));
     let tiles = Tiles::params(k, config.into(), size, heads);
     let base = k.shared(plan.bytes);
     let thread = k.thread();
@@ -54,7 +54,8 @@ pub fn emit(config: &Config) -> Source {
     k.wait_for_stream();
     k.let_next_start();
 
-    let a = Attention { k, c: config, plan, maps, out_map, out_memory, lse, shaping, tiles, base };
+    let a =
+        Attention { k, c: config, plan, maps, out_map, out_memory, lse, score_params, tiles, base };
     k.if_else(
         group.eq(0),
         || {
@@ -82,7 +83,7 @@ struct Attention<'k, 'c> {
     out_map: Option<Reg<'k, u64>>,
     out_memory: Option<Memory<'k>>,
     lse: Option<Logarithms<'k>>,
-    shaping: Shaping<'k>,
+    score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,
     base: Reg<'k, u32>,
 }
