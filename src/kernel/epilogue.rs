@@ -38,6 +38,19 @@ impl Epilogue {
         }
     }
 
+    /// `→f32 +bf16 relu`
+    pub(super) fn name(&self) -> String {
+        let bias = self.bias.map_or(String::new(), |bias| format!(" +{}", bias.name()));
+        let activation = match self.activation {
+            None => "",
+            Some(Activation::Relu) => " relu",
+            Some(Activation::GeluTanh) => " gelu_tanh",
+            Some(Activation::GeluErf) => " gelu_erf",
+            Some(Activation::Silu) => " silu",
+        };
+        format!("→{}{bias}{activation}", self.out.name())
+    }
+
     /// Bytes of a bias element, 0 without one.
     pub(super) fn bias_size(&self) -> u32 {
         self.bias.map_or(0, Element::size)

@@ -36,6 +36,13 @@ impl Element {
             Self::Half(_) => 2,
         }
     }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Half(half) => half.name(),
+        }
+    }
 }
 
 /// What kernels are chosen for.
@@ -49,35 +56,48 @@ pub struct Device {
     pub shared_per_block: u32,
 }
 
-/// A kernel of this crate, with all its choices made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Config {
-    /// A product on Hopper.
-    MatmulSm90(gemm::sm90::Config),
-    /// A product on any GPU from Ampere on.
-    MatmulSm80(gemm::sm80::Config),
-    /// The sum of a product's parts.
-    MatmulReduce(gemm::sm80::Reduce),
-    /// Attention on Hopper.
-    FlashSm90(attention::sm90::Config),
-    /// Attention on any GPU from Ampere on.
-    FlashSm80(attention::sm80::Config),
-    /// The results of an attention's parts, put together.
-    FlashCombine(attention::combine::Config),
+/// The kernels: of each, what it is, the type of its configuration, and its emitter. A configuration has a
+/// `name()`.
+macro_rules! kernels {
+    ($($(#[$what:meta])* $Kernel:ident($Config:ty) by $emit:path;)*) => {
+        /// A kernel of this crate, with all its choices made.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Config { $($(#[$what])* $Kernel($Config),)* }
+
+        impl Config {
+            /// The kernel.
+            pub fn emit(&self) -> Source {
+                match self { $(Self::$Kernel(config) => $emit(config),)* }
+            }
+
+            /// What it is called where people read about it: `SHAPE, VARIANT`. The shape is what decides
+            /// about resources; all choices are in the name.
+            pub fn name(&self) -> String {
+                match self { $(Self::$Kernel(config) => config.name(),)* }
+            }
+        }
+
+        $(impl From<$Config> for Config {
+            fn from(config: $Config) -> Self {
+                Self::$Kernel(config)
+            }
+        })*
+    };
 }
 
-impl Config {
-    /// The kernel.
-    pub fn emit(&self) -> Source {
-        match self {
-            Self::MatmulSm90(config) => gemm::sm90::emit(config),
-            Self::MatmulSm80(config) => gemm::sm80::emit(config),
-            Self::MatmulReduce(config) => gemm::sm80::emit_reduce(config),
-            Self::FlashSm90(config) => attention::sm90::emit(config),
-            Self::FlashSm80(config) => attention::sm80::emit(config),
-            Self::FlashCombine(config) => attention::combine::emit(config),
-        }
-    }
+kernels! {
+    /// A product on Hopper.
+    MatmulSm90(gemm::sm90::Config) by gemm::sm90::emit;
+    /// A product on any GPU from Ampere on.
+    MatmulSm80(gemm::sm80::Config) by gemm::sm80::emit;
+    /// The sum of a product's parts.
+    MatmulReduce(gemm::sm80::Reduce) by gemm::sm80::emit_reduce;
+    /// Attention on Hopper.
+    FlashSm90(attention::sm90::Config) by attention::sm90::emit;
+    /// Attention on any GPU from Ampere on.
+    FlashSm80(attention::sm80::Config) by attention::sm80::emit;
+    /// The results of an attention's parts, put together.
+    FlashCombine(attention::combine::Config) by attention::combine::emit;
 }
 
 /// Hands out shared memory: each region has one owner and an offset that nobody types in.

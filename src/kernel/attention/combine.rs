@@ -3,6 +3,7 @@
 
 use super::Name;
 use crate::kernel::Element;
+use crate::kernel::name::given;
 use crate::ptx::{Kernel, Reg, Source, Target};
 
 /// Rows of a block, each of a warp.
@@ -32,6 +33,13 @@ impl Config {
     /// Of so many parts.
     pub fn new(out: Element, value_dim: u32, parts: u32, lse: bool) -> Self {
         Self { out, value_dim, rounds: parts.div_ceil(LANES), lse }
+    }
+
+    /// `combine d128 parts32, →bf16 lse`
+    pub fn name(&self) -> String {
+        let (dim, parts) = (self.value_dim, LANES * self.rounds);
+        let lse = given(self.lse, " lse");
+        format!("combine d{dim} parts{parts}, →{}{lse}", self.out.name())
     }
 
     /// Blocks of the grid for so many rows.

@@ -46,14 +46,13 @@ impl kernel::Plan for Plan {
 
     fn steps(&self) -> Vec<Step> {
         let attend = match self.attend {
-            Attend::Sm90(config) => kernel::Config::FlashSm90(config),
-            Attend::Sm80(config) => kernel::Config::FlashSm80(config),
+            Attend::Sm90(config) => config.into(),
+            Attend::Sm80(config) => config.into(),
         };
         let attend = Step { kernel: attend, grid: [self.launch.blocks, 1, 1] };
-        let combine = self.combine.map(|(config, blocks)| Step {
-            kernel: kernel::Config::FlashCombine(config),
-            grid: [blocks, 1, 1],
-        });
+        let combine = self
+            .combine
+            .map(|(config, blocks)| Step { kernel: config.into(), grid: [blocks, 1, 1] });
         [attend].into_iter().chain(combine).collect()
     }
 }

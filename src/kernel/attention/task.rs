@@ -2,6 +2,7 @@
 
 use super::{Lengths, Mask, Problem, Scores};
 use crate::kernel::Element;
+use crate::kernel::name::{given, several};
 
 /// The facts of a problem that are in the text of its kernel, and how its work is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,6 +44,41 @@ impl Task {
             split,
             lse: problem.lse || split,
         }
+    }
+
+    /// In a name: elements of a query and of a value.
+    pub(super) fn widths(&self) -> String {
+        format!("d{}/{}", self.head_dim, self.value_dim)
+    }
+
+    /// The end of a name: heads of a tile, and the variant of an attention of operands of a type.
+    /// `direct`: threads store.
+    pub(super) fn variant(&self, operands: Element, direct: bool) -> String {
+        let scores = &self.scores;
+        let pack = several(self.pack, |pack| format!(" pack{pack}"));
+        let mask = match self.mask {
+            Mask::None => "",
+            Mask::Right => " causal",
+            Mask::Window => " window",
+        };
+        let bias = scores.bias.map_or(String::new(), |bias| {
+            format!(" +{}{}", bias.element.name(), given(bias.pairs, "x2"))
+        });
+        let lengths = match self.lengths {
+            Lengths::Full => "",
+            Lengths::Padded => " padded",
+            Lengths::Packed => " packed",
+        };
+        let words = [
+            given(scores.shrunk, " shrunk"),
+            given(scores.softcap, " softcap"),
+            given(scores.alibi, " alibi"),
+            given(self.lse, " lse"),
+            given(direct, " direct"),
+            given(self.split, " split"),
+        ];
+        let (operands, out) = (operands.name(), self.out.name());
+        format!("{pack}, {operands}→{out}{mask}{bias}{lengths}{}", words.concat())
     }
 
     /// Whether a split, if it is one, can be put together.

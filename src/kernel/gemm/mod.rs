@@ -23,6 +23,18 @@ pub enum Major {
     Outer,
 }
 
+impl Major {
+    /// Layouts of `A` and `B` as BLAS names them.
+    fn names([a, b]: [Self; 2]) -> &'static str {
+        match (a, b) {
+            (Self::K, Self::Outer) => "nn",
+            (Self::K, Self::K) => "nt",
+            (Self::Outer, Self::Outer) => "tn",
+            (Self::Outer, Self::K) => "tt",
+        }
+    }
+}
+
 /// A batch of products, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {

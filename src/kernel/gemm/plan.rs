@@ -29,18 +29,11 @@ impl kernel::Plan for Plan {
 
     fn steps(&self) -> Vec<Step> {
         match *self {
-            Self::Sm90(config, launch) => {
-                vec![Step { kernel: kernel::Config::MatmulSm90(config), grid: launch.grid }]
-            }
-            Self::Sm80(config, launch) => {
-                vec![Step { kernel: kernel::Config::MatmulSm80(config), grid: launch.grid }]
-            }
+            Self::Sm90(config, launch) => vec![Step { kernel: config.into(), grid: launch.grid }],
+            Self::Sm80(config, launch) => vec![Step { kernel: config.into(), grid: launch.grid }],
             Self::Split(config, launch, reduce) => vec![
-                Step { kernel: kernel::Config::MatmulSm80(config), grid: launch.grid },
-                Step {
-                    kernel: kernel::Config::MatmulReduce(reduce),
-                    grid: launch.sum_grid(&reduce),
-                },
+                Step { kernel: config.into(), grid: launch.grid },
+                Step { kernel: reduce.into(), grid: launch.sum_grid(&reduce) },
             ],
         }
     }

@@ -3,6 +3,7 @@
 use super::lines::Lines;
 use crate::kernel::attention::{Lengths, Mask, Task, Tiling};
 use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
+use crate::kernel::name::{given, several};
 use crate::kernel::{Arena, Element};
 
 /// Rows of a strip: those of an `mma`.
@@ -53,6 +54,18 @@ pub(super) struct Plan {
 }
 
 impl Config {
+    /// `flash80 128x64 d128/64 4warps 2/sm kept pack4, bf16→f32 causal +bf16 softcap alibi packed lse
+    /// split`: as for [`sm90::Config::name`](crate::kernel::attention::sm90::Config::name), with warps,
+    /// the blocks of a multiprocessor, and whether queries stay in registers.
+    pub fn name(&self) -> String {
+        let Self { task, keys, warps, .. } = self;
+        let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
+        let kept = given(self.kept, " kept");
+        let variant = task.variant(self.element, false);
+        let (rows, widths) = (self.rows(), task.widths());
+        format!("flash80 {rows}x{keys} {widths} {warps}warps{blocks}{kept}{variant}")
+    }
+
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
         WARP * self.warps

@@ -2,12 +2,13 @@
 
 use std::ops::RangeInclusive;
 
-use crate::kernel::Arena;
 use crate::kernel::attention::{Lengths, Task, Tiling};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::ring::Ring;
 use crate::kernel::hopper::{ATOM, LINE, SLAB, SLAB_BYTES, WARPGROUP, store};
 use crate::kernel::multiprocessor::REGISTERS;
+use crate::kernel::name::given;
+use crate::kernel::{Arena, Element};
 use crate::ptx::Half;
 
 /// The most of a thread that takes from others.
@@ -81,6 +82,17 @@ pub(super) struct Plan {
 }
 
 impl Config {
+    /// `flash90 128x176 d128/64 x2 slabs1 turns, bf16→f32 causal +bf16 softcap alibi packed lse direct`:
+    /// rows of a tile and keys of a block, elements of a query and of a value, stages, slabs of the
+    /// result, heads of a tile; types, mask, bias, lengths, what becomes of scores, how what is stored.
+    pub fn name(&self) -> String {
+        let Self { task, rows, keys, stages, slabs, .. } = self;
+        let turns = given(self.turns, " turns");
+        let direct = self.store == Store::Direct;
+        let variant = task.variant(Element::Half(self.half), direct);
+        format!("flash90 {rows}x{keys} {} x{stages} slabs{slabs}{turns}{variant}", task.widths())
+    }
+
     /// Warpgroups that multiply.
     pub fn consumers(&self) -> u32 {
         self.rows / SLAB

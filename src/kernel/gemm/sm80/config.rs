@@ -4,6 +4,7 @@ use super::layout::{Layout, Side};
 use crate::kernel::Element;
 use crate::kernel::gemm::{Epilogue, Major};
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
+use crate::kernel::name::{given, several};
 use crate::ptx::Half;
 
 /// All choices.
@@ -40,6 +41,22 @@ pub struct Config {
 }
 
 impl Config {
+    /// `sm80 128x256 k64x4 warps2x4 split3 2/sm unit4, nt bf16→f32 +bf16 relu batched`: as for
+    /// [`sm90::Config::name`](crate::kernel::gemm::sm90::Config::name), with the warps of a tile and the
+    /// elements of a store.
+    pub fn name(&self) -> String {
+        let Self { rows, cols, depth, stages, warps: [below, beside], unit, .. } = self;
+        let split = several(self.split, |split| format!(" split{split}"));
+        let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
+        let layouts = Major::names([self.lhs, self.rhs]);
+        let (half, epilogue) = (self.half.name(), self.epilogue.name());
+        let batched = given(self.batched, " batched");
+        format!(
+            "sm80 {rows}x{cols} k{depth}x{stages} warps{below}x{beside}{split}{blocks} unit{unit}, \
+             {layouts} {half}{epilogue}{batched}"
+        )
+    }
+
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
         WARP * self.warps[0] * self.warps[1]

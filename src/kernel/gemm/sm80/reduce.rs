@@ -20,6 +20,12 @@ impl Reduce {
     /// Threads of a block.
     pub const THREADS: u32 = 128;
 
+    /// `sm80 reduce split3 unit4, →f32 +bf16 relu`
+    pub fn name(&self) -> String {
+        let Self { split, unit, epilogue } = self;
+        format!("sm80 reduce split{split} unit{unit}, {}", epilogue.name())
+    }
+
     /// Columns of a block.
     pub fn cols(&self) -> u32 {
         Self::THREADS * self.unit

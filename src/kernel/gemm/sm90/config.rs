@@ -7,6 +7,7 @@ use crate::kernel::hopper::pingpong::Pingpong;
 use crate::kernel::hopper::ring::Ring;
 use crate::kernel::hopper::{ATOM, LINE, SLAB, SLAB_BYTES, WARPGROUP};
 use crate::kernel::multiprocessor::shared_of_each;
+use crate::kernel::name::{given, several};
 use crate::kernel::plan::count;
 use crate::ptx::Half;
 
@@ -112,6 +113,33 @@ pub(super) struct Plan {
 }
 
 impl Config {
+    /// `sm90 128x256 k64x4 pingpong tma4 raster, nt bf16→f32 +bf16 relu batched boxes64/32`: rows and
+    /// columns of a tile, depth and number of stages, split or turns, blocks of a multiprocessor,
+    /// store, order; layouts of `A` and `B` as BLAS names them, types, bias, activation, lines of the
+    /// boxes of both operands.
+    pub fn name(&self) -> String {
+        let Self { rows, cols, stages, half, lhs_lines, rhs_lines, epilogue, .. } = self;
+        let swapped = given(self.orient == Orient::Swapped, " swapped");
+        let split = several(self.split, |split| format!(" split{split}"));
+        let pingpong = given(self.pingpong, " pingpong");
+        let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
+        let store = match self.store {
+            Store::Tma => format!("tma{}", self.slabs),
+            Store::Staged { unit } => format!("staged{unit}"),
+        };
+        let order = match self.order {
+            Order::Grid => "grid",
+            Order::Raster => "raster",
+        };
+        let layouts = Major::names(self.orient.order([self.lhs, self.rhs]));
+        let (half, batched) = (half.name(), given(self.batched, " batched"));
+        format!(
+            "sm90 {rows}x{cols} k{DEPTH}x{stages}{swapped}{split}{pingpong}{blocks} {store} {order}, \
+             {layouts} {half}{}{batched} boxes{lhs_lines}/{rhs_lines}",
+            epilogue.name()
+        )
+    }
+
     /// Warpgroups that multiply.
     pub fn consumers(&self) -> u32 {
         self.rows / SLAB
