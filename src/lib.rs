@@ -48,8 +48,14 @@
 //! # Where things live
 //!
 //! `ext` speaks tensors, `op` shapes and gradients, `cpu` loops, `cuda` to the driver, `stack` turns
-//! batch dimensions into offsets, [`quant`] makes weights, [`kernel`] turns problems into tiles and
+//! batch dimensions into offsets, [`quant`] makes weights, `kernel` turns problems into tiles and
 //! [`ptx`] instructions into text. CONTRIBUTING.md has the map.
+//!
+//! # What versions promise
+//!
+//! Semantic versioning holds for what this page shows. The modules `kernel` and `tune` are public for this crate's own benches
+//! and tests alone: they are hidden here, and may change in any release, so that tuning a kernel breaks nobody. Nor do the
+//! texts of kernels, their choice or the last bits of a result belong to the promise.
 #![cfg_attr(not(feature = "cuda"), doc = "\n\n[`launch`]: #features")]
 
 mod check;
@@ -57,6 +63,8 @@ mod cpu;
 mod cuda;
 mod error;
 mod ext;
+// For this crate's benches and tests; hidden, so that a field more in a configuration is no breaking release.
+#[doc(hidden)]
 pub mod kernel;
 mod op;
 mod options;
@@ -65,7 +73,7 @@ pub mod ptx;
 pub mod quant;
 mod stack;
 
-/// For this crate's benches; not part of the public interface.
+// As `kernel`.
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
 pub use cuda::native::tune;

@@ -28,7 +28,8 @@ pub fn save(
     tensors.insert(LOSSES.into(), Tensor::new(losses, device)?);
     tensors.insert(CONFIG.into(), Tensor::new(&numbers(model.config()), device)?);
     // A run that is killed while it writes must not take the previous checkpoint with it.
-    let unfinished = path.with_added_extension("unfinished");
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(".unfinished");
     safetensors::save(&tensors, &unfinished)?;
     Ok(std::fs::rename(unfinished, path)?)
 }

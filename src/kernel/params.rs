@@ -1,7 +1,7 @@
 //! Parameters by name: emitters declare them and launches fill them by the same names, so that neither
 //! knows an order.
 //!
-//! Each family has a table of [`names!`], and [`Arguments`] that know the value of each. A kernel
+//! Each family has a table of `names!`, and [`Arguments`] that know the value of each. A kernel
 //! declares what it needs; a launch asks for the values of what was declared. Tests compare both for all
 //! kernels, without a GPU: each parameter has a value of its type.
 
