@@ -58,9 +58,8 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// ```
     fn kaio_matmul_tc(&self, rhs: &Tensor) -> Result<Tensor>;
 
-    /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) under the name that it has in kaio-candle 0.2, whose
-    /// engine had a second kernel. All kernels of today load while they compute: arguments, kernel,
-    /// result, gradient and errors are the same.
+    /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) under its other name in kaio-candle 0.2, which had a second,
+    /// asynchronous kernel. All kernels load while they compute now, so that nothing differs.
     ///
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
@@ -148,11 +147,11 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// ```
     fn kaio_matmul_int8(&self, rhs: &Tensor, scale: f32) -> Result<Tensor>;
 
-    /// Product with a weight in int4, eight values a `u32`, one scale for 128 rows and a column.
+    /// Product with a weight in int4, eight values a `u32`, one scale for each 128 rows of a column.
     ///
     /// The lowest nibble of a word is the lowest k; a nibble is two's complement, −8 to 7; the weight
-    /// is nibble · scale, on a GPU rounded to f16. [`quant::quantize_int4`](crate::quant::quantize_int4) makes this form;
-    /// words of GPTQ and AWQ are others, which nothing can tell from these: see [`quant`](crate::quant).
+    /// is nibble · scale, on a GPU rounded to f16. [`quant::quantize_int4`](crate::quant::quantize_int4) makes this form.
+    /// GPTQ and AWQ pack theirs differently, and nothing in a `u32` says so: see [`quant`](crate::quant).
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|
@@ -291,7 +290,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// let o = x.kaio_flash_attn_with(&x, &x, &FlashAttnOptions::default().softmax_scale(0.))?;
     /// assert_eq!(o.to_vec2::<f32>()?, x.to_vec2::<f32>()?);
     ///
-    /// // Two sequences of 4 and 2 rows behind one another, 3 heads of width 16.
+    /// // Two sequences of 4 and 2 rows end to end, 3 heads of width 16.
     /// let ends = Tensor::new(&[0u32, 4, 6], &Device::Cpu)?;
     /// let opts = FlashAttnOptions::default()
     ///     .layout(AttnLayout::Bshd)
@@ -311,7 +310,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     ) -> Result<Tensor>;
 
     /// [`kaio_flash_attn_with`](Self::kaio_flash_attn_with), and each query's log-sum-exp
-    /// `ln Σ exp(score)`, with which results over parts of the keys can be put together.
+    /// `ln Σ exp(score)`, with which results over parts of the keys can be combined.
     ///
     /// | | shape | dtype |
     /// |---|---|---|
@@ -322,8 +321,8 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// # Gradient
     ///
-    /// As there, through the result and through the log-sum-exp: partial results that are put together by
-    /// their log-sum-exp are differentiated as the whole would be.
+    /// As there, through the result and through the log-sum-exp: results over parts of the keys that are
+    /// combined by their log-sum-exps are differentiated as the whole would be.
     ///
     /// # Errors
     ///

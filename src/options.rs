@@ -13,11 +13,11 @@ pub enum Engine {
     /// rest.
     #[default]
     Auto,
-    /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, sm_80 and later; those of
-    /// attention on older GPUs, too.
+    /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, for compute capability
+    /// 8.0 or later (those of attention for older GPUs, too).
     KaioOps,
-    /// This crate's own kernels, for matmul and attention (its backward pass is that of kaio-ops or
-    /// candle's ops), sm_80 and later: [`docs/kernels.md`] says how they work.
+    /// This crate's own kernels, for matmul and for attention's forward pass, on compute capability 8.0
+    /// or later: [`docs/kernels.md`] says how they work.
     ///
     /// [`docs/kernels.md`]: https://docs.rs/crate/kaio-candle/latest/source/docs/kernels.md
     Native,
@@ -115,8 +115,12 @@ pub enum AttnLayout {
 /// `softcap · tanh(softmax_scale · q·k / softcap) + bias − slope · |i + o − j|`,
 ///
 /// and the softmax is over the keys that the masks leave. All masks are aligned bottom-right: the last
-/// query stands at the last key. A query that no mask leaves a key, or none with a bias over −∞, gives
-/// 0, its log-sum-exp is −∞, and no gradient comes from it.
+/// query stands at the last key. A query that sees no key, or only keys with a bias of −∞, gives 0; its
+/// log-sum-exp is −∞, and no gradient comes from it.
+///
+/// A key that `causal`, a window or a length hides never reaches a result, whatever it holds. A bias of −∞
+/// is added like any other: it hides a key as long as its score and value are finite, but NaN − ∞ and
+/// 0 · NaN are NaN.
 ///
 /// ```
 /// use kaio_candle::prelude::*;
@@ -130,8 +134,8 @@ pub enum AttnLayout {
 /// Batches of sequences of several lengths come in two forms, which exclude each other:
 ///
 /// - padded, rank 4: `seqlens_q` and `seqlens_k` (or one of them) say how many rows of each batch
-///   count. Rows behind them have no part in anything; those of the result are 0;
-/// - packed, rank 3: all sequences behind one another, `[Tq, Hq, D]` or, by `layout`, `[Hq, Tq, D]`;
+///   count. Rows after them have no part in anything, and are 0 in the result;
+/// - packed, rank 3: all sequences end to end, `[Tq, Hq, D]` or, by `layout`, `[Hq, Tq, D]`;
 ///   `cu_seqlens_q` and `cu_seqlens_k` (both) say where each begins and the last ends. Sequence `b`
 ///   is the rows from entry `b` to before entry `b + 1`; rows of no sequence give 0.
 ///
@@ -151,7 +155,7 @@ pub struct FlashAttnOptions {
     pub window_size_left: Option<usize>,
     /// Query `i` sees the keys `j <= i + o + window_size_right`. `None` is no bound.
     pub window_size_right: Option<usize>,
-    /// Bends scores so that their magnitude stays under it (Gemma 2): above 0. On a GPU the scores of
+    /// Keeps the magnitude of scores under it, smoothly (Gemma 2): above 0. On a GPU the scores of
     /// f16 and bf16 operands are then good to `softcap` · 2⁻²².
     pub softcap: Option<f32>,
     /// ALiBi (Press, Smith and Lewis, 2021): f32 `[Hq]` or `[B, Hq]`, for packed batches with B the
@@ -216,7 +220,7 @@ impl FlashAttnOptions {
         self
     }
 
-    /// Sets how many keys behind its own a query sees.
+    /// Sets how many keys after its own a query sees.
     pub fn window_size_right(mut self, keys: usize) -> Self {
         self.window_size_right = Some(keys);
         self
