@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Result};
 
-use super::gpu::has_kernels;
+use super::driver::gpu::has_kernels;
 use super::{Operand, empty, kaio_ops, native};
 use crate::Engine;
 use crate::error::Error;

@@ -2,8 +2,9 @@
 //! is; otherwise one copy is made on candle's stream, with candle's own kernels.
 
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
+use candle_core::{CudaStorage, DType, Layout, Result, Shape};
 
+use super::driver::memory::uninit;
 pub(super) use crate::check::copyable;
 use crate::stack::Stack;
 
@@ -117,13 +118,6 @@ pub(super) fn pack(storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage
     let mut out = uninit(storage.device(), layout.shape(), storage.dtype())?;
     storage.copy_strided_src(&mut out, 0, layout)?;
     Ok(out)
-}
-
-/// Storage that the caller writes whole before anyone reads it.
-#[allow(unsafe_code)]
-pub(super) fn uninit(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<CudaStorage> {
-    // SAFETY: see above; the element types have no invalid bit patterns.
-    unsafe { device.alloc_uninit(shape, dtype) }
 }
 
 /// `lines` contiguous lines of `len` elements, each put at `before` of a line of `to` zeros.

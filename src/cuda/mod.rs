@@ -4,11 +4,7 @@
 //! so, which keeps `cfg` out of the ops.
 
 #[cfg(feature = "cuda")]
-mod args;
-#[cfg(feature = "cuda")]
-mod cache;
-#[cfg(feature = "cuda")]
-mod compile;
+mod driver;
 #[cfg(feature = "cuda")]
 mod empty;
 #[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
@@ -18,21 +14,15 @@ mod epilogue;
 #[cfg(feature = "cuda")]
 mod fit;
 #[cfg(feature = "cuda")]
-mod gpu;
-#[cfg(feature = "cuda")]
 mod kaio_ops;
 #[cfg(feature = "cuda")]
 pub mod launch;
 #[cfg(feature = "cuda")]
 pub mod native;
 #[cfg(feature = "cuda")]
-mod order;
-#[cfg(feature = "cuda")]
 pub mod registry;
 #[cfg(feature = "cuda")]
 mod session;
-#[cfg(feature = "cuda")]
-mod tensor_map;
 
 pub(crate) use engines::*;
 

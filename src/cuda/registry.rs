@@ -8,11 +8,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DeviceLocation, Tensor};
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::CudaStream;
 use kaio::prelude::KaioDevice;
 use once_cell::sync::{Lazy, OnceCell};
 use parking_lot::Mutex;
 
+use super::driver::raw::untracked_stream;
 use crate::check::place;
 use crate::error::{Error, Result};
 
@@ -30,19 +31,12 @@ impl Entry {
     }
 
     pub(super) fn views(&self) -> Result<&Arc<CudaStream>> {
-        self.views.get_or_try_init(|| untracked_stream(self.kaio.ordinal()))
+        self.views.get_or_try_init(|| {
+            let ordinal = self.kaio.ordinal();
+            untracked_stream(ordinal)
+                .map_err(|e| Error::NoDevice { ordinal, reason: e.to_string() })
+        })
     }
-}
-
-#[allow(unsafe_code)]
-fn untracked_stream(ordinal: usize) -> Result<Arc<CudaStream>> {
-    let no_device =
-        |e: cudarc::driver::DriverError| Error::NoDevice { ordinal, reason: e.to_string() };
-    let context = CudaContext::new(ordinal).map_err(no_device)?;
-    // SAFETY: this context allocates nothing. Only views are made on its stream, and each session
-    // orders their uses by its own fences.
-    unsafe { context.disable_event_tracking() };
-    Ok(context.default_stream())
 }
 
 /// A slot fills at most once; callers that come while it fills wait for it. A failure leaves it empty.

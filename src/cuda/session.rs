@@ -10,7 +10,8 @@ use candle_core::{CudaDevice, CudaStorage, DeviceLocation, Result, backend::Back
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 use kaio::prelude::{GpuBuffer, KaioDevice};
 
-use super::order::Order;
+use super::driver::memory::uninit_slice;
+use super::driver::order::Order;
 use super::registry::{self, Entry};
 use crate::error::Error;
 
@@ -49,8 +50,7 @@ impl Session {
         &self,
         len: usize,
     ) -> Result<CudaSlice<T>> {
-        // SAFETY: the caller passes the whole slice to kernels as output before anyone reads it.
-        unsafe { self.device.alloc::<T>(len) }
+        uninit_slice(&self.device, len)
     }
 
     /// A storage that kernels read.

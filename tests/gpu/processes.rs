@@ -177,6 +177,14 @@ fn an_unknown_architecture_is_an_error() {
     );
 }
 
+/// What is compiled for a GPU outlives the devices that it was first compiled for.
+#[test]
+fn one_device_after_the_other() {
+    if gpu().is_some() {
+        child("devices_in_turn", &[]);
+    }
+}
+
 fn product(device: &Device) -> Tensor {
     let mut source = Source::new("a product", device);
     let a = source.tensor(DType::F16, &[80, 96], Layout::Plain).unwrap();
@@ -198,6 +206,19 @@ fn a_product() {
     let hash = |sum: u64, bits: u32| (sum ^ u64::from(bits)).wrapping_mul(0x100_0000_01b3);
     tell("bits", bits(&product(&gpu)).into_iter().fold(7, hash));
     tell_kernels();
+}
+
+#[test]
+#[ignore = "run in a process of its own"]
+fn devices_in_turn() {
+    if !is_child() {
+        return;
+    }
+    // Nothing else in this process holds the GPU's context: it goes with each device.
+    let all = [0; 3].map(|_| bits(&product(&Device::new_cuda(0).unwrap())));
+    assert!(all.iter().all(|bits| bits == &all[0]));
+    let Kernels { compiled, from_disk } = kernels();
+    assert_eq!((compiled, from_disk), (1, 0), "the product's kernel, for all of them");
 }
 
 #[test]

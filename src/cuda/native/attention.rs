@@ -6,10 +6,10 @@ use candle_core::backend::BackendStorage;
 use candle_core::scalar::Scalar;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
+use super::super::driver::gpu::Gpu;
+use super::super::driver::memory::{Memory, uninit};
+use super::super::driver::order::Order;
 use super::super::fit::{self, Fitted, Want, fit};
-use super::super::gpu::Gpu;
-use super::super::launch::Memory;
-use super::super::order::Order;
 use super::operand::{UNIT, element};
 use super::plan::{Compiled, Plans};
 use crate::kernel::attention::{
@@ -156,7 +156,7 @@ impl<'a> Call<'a> {
             None => {
                 let len = p.q.batch()[0].0;
                 let all = [p.seq_q(), p.seq_k()][i] as u32;
-                let mut same = fit::uninit(inputs.q.device(), &Shape::from(len), DType::U32)?;
+                let mut same = uninit(inputs.q.device(), &Shape::from(len), DType::U32)?;
                 same.const_set(Scalar::U32(all), &Layout::contiguous(len))?;
                 Ok(Fitted::copy(same, Stack::row_major(1, len)))
             }
@@ -171,7 +171,7 @@ impl<'a> Call<'a> {
     ) -> Result<(CudaStorage, Option<CudaStorage>)> {
         let (device, facts) = (self.device, &self.facts);
         let (rows, width) = (p.q.count() * p.seq_q(), facts.value_dim as usize);
-        let alloc = |len: usize, dtype| fit::uninit(device, &Shape::from(len), dtype);
+        let alloc = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
         let mut out = alloc(rows * width, p.out_dtype)?;
         let mut lse = facts.lse.then(|| alloc(rows, DType::F32)).transpose()?;
         if facts.lengths == Lengths::Packed {

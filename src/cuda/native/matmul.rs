@@ -5,10 +5,10 @@ use std::sync::Arc;
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape};
 
-use super::super::fit::{self, Fitted};
-use super::super::gpu::Gpu;
-use super::super::launch::Memory;
-use super::super::order::Order;
+use super::super::driver::gpu::Gpu;
+use super::super::driver::memory::{Memory, uninit};
+use super::super::driver::order::Order;
+use super::super::fit::Fitted;
 use super::operand::{Batch, Lines, element, half, operand, row};
 use super::plan::{Compiled, Plans};
 use crate::error::Error;
@@ -102,7 +102,7 @@ impl<'a> Call<'a> {
 
     pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
         let (device, problem) = (&self.device, &self.facts);
-        let alloc = |len: usize, dtype| fit::uninit(device, &Shape::from(len), dtype);
+        let alloc = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
         let mut out = alloc(self.out_len, self.out_dtype)?;
         let partial = compiled.plan.partial_sums(problem);
         let mut partial = partial.map(|sums| alloc(sums as usize, DType::F32)).transpose()?;

@@ -5,14 +5,15 @@ use std::hash::Hash;
 use std::sync::Arc;
 
 use candle_core::CudaDevice;
-use once_cell::sync::Lazy;
 
-use super::super::cache::Cache;
-use super::super::gpu::Gpu;
-use super::super::launch::{Args, Function, TensorMap};
+use super::super::driver::args::Args;
+use super::super::driver::cache::PerGpu;
+use super::super::driver::function::Function;
+use super::super::driver::gpu::Gpu;
+use super::super::driver::tensor_map::TensorMap;
 use crate::error::{Error, Result};
 use crate::kernel::params::{Argument, Arguments, Names};
-use crate::kernel::{Plan, Step};
+use crate::kernel::{Config, Plan, Step};
 
 /// A plan, and what it launches.
 pub(super) struct Compiled<P: Plan> {
@@ -30,7 +31,8 @@ struct Ready<N> {
 impl<P: Plan> Compiled<P> {
     pub fn new(op: &'static str, gpu: &Gpu, plan: P) -> Result<Self> {
         let ready = |Step { kernel, grid }: Step| {
-            let function = gpu.native(op, &kernel)?;
+            let load = || Function::load(op, &kernel.emit(), gpu);
+            let function = FUNCTIONS.get(gpu.ordinal, &kernel, load)?;
             let names = function.params().iter().map(|param| P::Name::of(&param.name));
             let names: Option<_> = names.collect();
             let names = names.ok_or_else(|| unnamed(op, &kernel.name()))?;
@@ -75,11 +77,11 @@ fn unnamed(op: &'static str, what: &str) -> Error {
     Error::Driver { op, message: format!("no argument of its type for `{what}`") }
 }
 
-/// What was decided for the problems of a family: choosing takes longer than launching.
-pub(super) struct Plans<P: Plan>(Lazy<Cache<Key<P>, Compiled<P>>>);
+/// This crate's kernels, by their configurations.
+static FUNCTIONS: PerGpu<Config, Function> = PerGpu::new();
 
-/// A GPU's ordinal and a problem.
-type Key<P> = (usize, <P as Plan>::Problem);
+/// What was decided for the problems of a family: choosing takes longer than launching.
+pub(super) struct Plans<P: Plan>(PerGpu<P::Problem, Compiled<P>>);
 
 /// Shapes that change all the time make plans without end; a plan takes some 500 bytes.
 const MOST: usize = 4096;
@@ -90,7 +92,7 @@ where
 {
     /// None yet.
     pub const fn new() -> Self {
-        Self(Lazy::new(|| Cache::of_at_most(MOST)))
+        Self(PerGpu::of_at_most(MOST))
     }
 
     /// The plan of a problem on a GPU, whose context is current.
@@ -100,7 +102,7 @@ where
         gpu: &Gpu,
         problem: &P::Problem,
     ) -> Result<Arc<Compiled<P>>> {
-        self.0
-            .get(&(gpu.ordinal, *problem), || Compiled::new(op, gpu, P::new(problem, &gpu.device)))
+        let make = || Compiled::new(op, gpu, P::new(problem, &gpu.device));
+        self.0.get(gpu.ordinal, problem, make)
     }
 }

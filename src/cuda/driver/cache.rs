@@ -9,7 +9,7 @@ use parking_lot::RwLock;
 
 /// Values by key. Each is made once, outside the lock, while those who ask for the same one wait and
 /// others do not. What failed leaves no trace; the next who asks tries again.
-pub(super) struct Cache<K, V> {
+struct Cache<K, V> {
     slots: RwLock<HashMap<K, Slot<V>>>,
     most: usize,
 }
@@ -17,19 +17,14 @@ pub(super) struct Cache<K, V> {
 type Slot<V> = Arc<OnceCell<Arc<V>>>;
 
 impl<K: Hash + Eq + Clone, V> Cache<K, V> {
-    /// Keeps everything.
-    pub fn new() -> Self {
-        Self::of_at_most(usize::MAX)
-    }
-
     /// Forgets everything when it holds `most` values and one more comes: for values that are quickly
     /// made, by keys that may never end.
-    pub fn of_at_most(most: usize) -> Self {
+    fn of_at_most(most: usize) -> Self {
         Self { slots: RwLock::default(), most }
     }
 
     /// The value of a key.
-    pub fn get<E>(&self, key: &K, make: impl FnOnce() -> Result<V, E>) -> Result<Arc<V>, E> {
+    fn get<E>(&self, key: &K, make: impl FnOnce() -> Result<V, E>) -> Result<Arc<V>, E> {
         // In a statement of its own: the lock is given back before another is taken.
         let known = self.slots.read().get(key).cloned();
         let slot = known.unwrap_or_else(|| self.add(key));
@@ -53,6 +48,51 @@ impl<K: Hash + Eq + Clone, V> Cache<K, V> {
     }
 }
 
+/// A cache of each GPU's own.
+pub struct PerGpu<K, V> {
+    /// With the ordinals; there are few.
+    caches: RwLock<Vec<OfGpu<K, V>>>,
+    most: usize,
+}
+
+type OfGpu<K, V> = (usize, Arc<Cache<K, V>>);
+
+impl<K: Hash + Eq + Clone, V> PerGpu<K, V> {
+    /// Keeps everything.
+    pub const fn new() -> Self {
+        Self::of_at_most(usize::MAX)
+    }
+
+    /// For each GPU: forgets everything when it holds `most` values and one more comes. For values that
+    /// are quickly made, by keys that may never end.
+    pub const fn of_at_most(most: usize) -> Self {
+        Self { caches: RwLock::new(Vec::new()), most }
+    }
+
+    /// The value of a key on the GPU at an ordinal.
+    pub fn get<E>(
+        &self,
+        ordinal: usize,
+        key: &K,
+        make: impl FnOnce() -> Result<V, E>,
+    ) -> Result<Arc<V>, E> {
+        let find = |caches: &[OfGpu<K, V>]| {
+            caches.iter().find(|(known, _)| *known == ordinal).map(|(_, cache)| cache.clone())
+        };
+        let known = find(&self.caches.read());
+        let cache = known.unwrap_or_else(|| {
+            let mut caches = self.caches.write();
+            // Unless somebody was faster.
+            find(&caches).unwrap_or_else(|| {
+                let cache = Arc::new(Cache::of_at_most(self.most));
+                caches.push((ordinal, cache.clone()));
+                cache
+            })
+        });
+        cache.get(key, make)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
@@ -65,7 +105,7 @@ mod tests {
 
     #[test]
     fn many_ask_and_one_makes() {
-        let (cache, made, start) = (Cache::new(), AtomicUsize::new(0), Barrier::new(8));
+        let (cache, made, start) = (Cache::of_at_most(10), AtomicUsize::new(0), Barrier::new(8));
         let ask = || {
             start.wait();
             let make = || {
@@ -85,7 +125,7 @@ mod tests {
 
     #[test]
     fn a_failure_leaves_no_trace() {
-        let cache = Cache::new();
+        let cache = Cache::of_at_most(10);
         assert_eq!(cache.get(&1, || Err::<u32, _>("refused")), Err("refused"));
         assert!(cache.slots.read().is_empty());
         assert_eq!(cache.get(&1, || Ok::<_, &str>(5)), Ok(Arc::new(5)));
@@ -94,9 +134,23 @@ mod tests {
 
     #[test]
     fn others_do_not_wait() {
-        let cache = Cache::new();
+        let cache = Cache::of_at_most(10);
         let outer = cache.get(&1, || cache.get(&2, || Ok::<_, Infallible>(2)).map(|two| *two - 1));
         assert_eq!(outer, Ok(Arc::new(1)));
+    }
+
+    #[test]
+    fn each_gpu_has_its_own() {
+        static CACHE: PerGpu<u32, (usize, u32)> = PerGpu::new();
+        for ordinal in [0, 3, 0] {
+            for key in [1, 2] {
+                let value = CACHE.get(ordinal, &key, || Ok::<_, Infallible>((ordinal, key)));
+                assert_eq!(value, Ok(Arc::new((ordinal, key))));
+                let again = CACHE.get(ordinal, &key, || Err("not asked"));
+                assert_eq!(again, Ok(Arc::new((ordinal, key))));
+            }
+        }
+        assert_eq!(CACHE.caches.read().len(), 2);
     }
 
     #[test]

@@ -81,8 +81,8 @@ impl Args {
         self.push(&[value.bits()], T::SIZE)
     }
 
-    /// An address in the GPU's memory: [`Memory::address`](super::launch::Memory::address),
-    /// [`Memory::at`](super::launch::Memory::at).
+    /// An address in the GPU's memory: [`Memory::address`](super::memory::Memory::address),
+    /// [`Memory::at`](super::memory::Memory::at).
     pub fn pointer(&mut self, address: u64) -> &mut Self {
         self.value(address)
     }
@@ -120,7 +120,7 @@ impl Args {
 }
 
 /// Sizes of parameters, for people.
-pub(super) fn list(sizes: impl IntoIterator<Item = usize>) -> String {
+pub fn list(sizes: impl IntoIterator<Item = usize>) -> String {
     sizes.into_iter().map(|size| size.to_string()).collect::<Vec<_>>().join(", ")
 }
 

@@ -11,7 +11,7 @@ use crate::error::Error;
 ///
 /// Inputs of one ordinal may belong to several candle devices, each with a stream of its own. Their
 /// order is made on the device; the host never waits.
-pub(super) struct Order {
+pub struct Order {
     op: &'static str,
     stream: Arc<CudaStream>,
     others: Vec<Arc<CudaStream>>,

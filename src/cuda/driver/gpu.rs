@@ -1,4 +1,4 @@
-//! What is known of each GPU, and the kernels compiled for it.
+//! What is known of each GPU.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -9,26 +9,22 @@ use cudarc::driver::{CudaContext, DriverError, sys::CUdevice_attribute as Attrib
 use once_cell::sync::Lazy;
 use parking_lot::RwLock;
 
-use super::cache::Cache;
-use super::compile;
-use super::launch::Function;
 use crate::error::{Error, Result};
-use crate::kernel::{Config, Device};
-use crate::ptx::{Source, Target};
+use crate::kernel::Device;
+use crate::ptx::Target;
 
 /// One GPU of this process. All candle devices on its ordinal use its primary context, so that one
 /// compiled kernel serves them all.
-pub(super) struct Gpu {
+pub struct Gpu {
+    /// Keeps the primary context: what belongs to it, as compiled kernels do, outlives candle's devices.
+    pub context: Arc<CudaContext>,
     pub ordinal: usize,
     pub capability: Capability,
     pub device: Device,
-    native: Cache<Config, Function>,
-    /// The users' own kernels.
-    custom: Cache<Source, Function>,
 }
 
 /// Major and minor compute capability.
-pub(super) type Capability = (i32, i32);
+pub type Capability = (i32, i32);
 
 static GPUS: Lazy<RwLock<HashMap<usize, Arc<Gpu>>>> = Lazy::new(RwLock::default);
 
@@ -46,7 +42,7 @@ impl Gpu {
         Ok(GPUS.write().entry(ordinal).or_insert(gpu).clone())
     }
 
-    fn ask(op: &'static str, context: &CudaContext) -> Result<Self> {
+    fn ask(op: &'static str, context: &Arc<CudaContext>) -> Result<Self> {
         let ordinal = context.ordinal();
         let failed = |e: DriverError| Error::NoDevice { ordinal, reason: e.to_string() };
         let ask = |attribute| context.attribute(attribute).map(|x| x as u32).map_err(failed);
@@ -58,17 +54,7 @@ impl Gpu {
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )?,
         };
-        Ok(Self { ordinal, capability, device, native: Cache::new(), custom: Cache::new() })
-    }
-
-    /// The compiled kernel of a configuration. The GPU's context is current.
-    pub fn native(&self, op: &'static str, config: &Config) -> Result<Arc<Function>> {
-        self.native.get(config, || compile::load(op, &config.emit(), self))
-    }
-
-    /// The compiled kernel of a text. The GPU's context is current.
-    pub fn custom(&self, op: &'static str, source: &Source) -> Result<Arc<Function>> {
-        self.custom.get(source, || compile::load(op, source, self))
+        Ok(Self { context: context.clone(), ordinal, capability, device })
     }
 }
 

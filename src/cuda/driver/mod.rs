@@ -1,0 +1,22 @@
+//! From a kernel's text to its launch, for any kernel: this room knows no family of them.
+//!
+//! | module | |
+//! |---|---|
+//! | `gpu` | what is known of each GPU |
+//! | `compile`, `files` | from text to a loaded kernel; `KAIO_CACHE_DIR`, `KAIO_DUMP_PTX` |
+//! | `cache` | what is made once for each GPU and key |
+//! | `function` | a loaded kernel, and its launch |
+//! | `args`, `tensor_map`, `memory` | what a launch passes |
+//! | `order` | streams of several candle devices |
+//! | `raw` | the driver's functions, as safe ones where they can be |
+
+pub(super) mod args;
+pub(super) mod cache;
+pub(super) mod compile;
+mod files;
+pub(super) mod function;
+pub(super) mod gpu;
+pub(super) mod memory;
+pub(super) mod order;
+pub(super) mod raw;
+pub(super) mod tensor_map;
