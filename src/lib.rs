@@ -32,12 +32,21 @@
 //! | [`kaio_matmul_int4`](KaioTensorExt::kaio_matmul_int4) | f16, int4 in u32 | f32 | no |
 //! | [`kaio_qkv_project_int8`](KaioTensorExt::kaio_qkv_project_int8), [`_int4`](KaioTensorExt::kaio_qkv_project_int4) | f16, int8 or int4 | f16 | no |
 //!
+//! Ops without a gradient refuse an input that tracks one. Some of candle-nn's do not: they leave what is
+//! upstream of them without a gradient, silently. [The recipes] say which and what to use instead, and have the
+//! attention of BERT, T5, Gemma 2, Whisper, Phi 3 and Llama.
+//!
+//! [The recipes]: https://docs.rs/crate/kaio-candle/latest/source/docs/recipes.md
+//!
 //! # Features
 //!
 //! - none: CPU tensors. Builds everywhere.
-//! - `cuda`: CUDA tensors too, through this crate's own kernels (matmul, attention) and those of `kaio-ops`, and
-//!   the module `registry`, which keeps one `KaioDevice` for each GPU. Needs CUDA's compiler to build, a GPU of compute capability
-//!   8.0 or later to run (attention falls back to kaio-ops on older ones). docs/engines.md lists their limits.
+//! - `cuda`: CUDA tensors too, through this crate's own kernels (matmul, attention) and those of `kaio-ops`,
+//!   and the module `registry`, which keeps one `KaioDevice` for each GPU. It needs CUDA's compiler to build, and
+//!   a GPU of compute capability 8.0 or later to run (attention falls back to kaio-ops on older ones).
+//!   [`docs/engines.md`] lists limits, streams and environment variables.
+//!
+//! [`docs/engines.md`]: https://docs.rs/crate/kaio-candle/latest/source/docs/engines.md
 //!
 //! # Kernels of your own
 //!

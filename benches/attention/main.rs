@@ -105,7 +105,7 @@ impl Bench for Attention {
             return Ok(());
         }
         let path = directory().join("attention-cuda.png");
-        let title = format!("Flash attention, bf16, on {}", gpu.name);
+        let title = format!("Flash attention, bf16, {}, {}", gpu.name, common::today());
         chart::pair_chart(&path, &title, "S", "TFLOP/s", &pairs)?;
         println!("wrote {}", path.display());
         Ok(())

@@ -9,6 +9,7 @@ use super::args::{Args, directory};
 use super::contest::{Contest, OURS};
 use super::gpu::Gpu;
 use super::table::{Bench, Outcome, Row, Time, print_heading, print_outcome, print_summary};
+use super::today;
 use super::turns::{Contestant, median, take_turns};
 
 /// The rows as JSON.
@@ -21,9 +22,10 @@ pub fn list<R: Row>(rows: &[R]) -> Result<()> {
 pub fn run<B: Bench>(bench: &B, gpu: &mut Gpu, rows: &[B::Row], args: &Args) -> Result<()> {
     let torch = args.torch()?;
     println!(
-        "{}; medians of bursts in µs; {}\n\
+        "{}, {}; medians of bursts in µs; {}\n\
          ratio = the best peer's time over ours: above 1 we are faster",
         gpu.name,
+        today(),
         B::LEGEND
     );
     let (mut outcomes, mut failures) = (Vec::new(), 0);

@@ -104,7 +104,12 @@ impl Bench for Matmul {
         let series = series.map(|(name, points)| chart::Series { name: name.into(), points });
         let path = directory().join("matmul-cuda.png");
         let roofs = (PEAK_TB_PER_S, PEAK_TFLOPS);
-        chart::roofline(&path, &format!("Matmul on {}", gpu.name), roofs, &series)?;
+        chart::roofline(
+            &path,
+            &format!("Matmul, {}, {}", gpu.name, common::today()),
+            roofs,
+            &series,
+        )?;
         println!("wrote {}", path.display());
         Ok(())
     }
