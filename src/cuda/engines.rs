@@ -1,13 +1,34 @@
-//! Which engine computes an op.
+//! Which engine computes an op. In a build without the feature `cuda`, where no CUDA tensor exists to call
+//! them with, the same functions say that it is missing.
+#![cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, DType, Result};
+use candle_core::{CudaStorage, Result};
 
-use super::driver::gpu::has_kernels;
-use super::{Operand, empty, kaio_ops, native};
+use super::Operand;
 use crate::Engine;
-use crate::error::Error;
 use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem, View};
+
+#[cfg(feature = "cuda")]
+use {
+    super::driver::gpu::has_kernels,
+    super::{empty, kaio_ops, native},
+    crate::error::Error,
+    candle_core::{DType, backend::BackendStorage},
+};
+
+/// The body of a function that ops call.
+#[cfg(feature = "cuda")]
+macro_rules! on_gpu {
+    ($body:expr) => {
+        $body
+    };
+}
+#[cfg(not(feature = "cuda"))]
+macro_rules! on_gpu {
+    ($body:expr) => {
+        Err(candle_core::Error::NotCompiledWithCudaSupport)
+    };
+}
 
 /// Whether [`matmul_int4`] takes a weight of `n` columns.
 pub(crate) fn takes_int4(n: usize) -> bool {
@@ -24,13 +45,15 @@ pub(crate) fn matmul(
     b: &CudaStorage,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
-    if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
-        return empty::matmul(op, problem, epilogue, a, bias);
-    }
-    match engine {
-        Engine::Auto | Engine::Native => native::matmul(op, problem, epilogue, a, b, bias),
-        Engine::KaioOps => kaio_ops::matmul(op, problem, epilogue, a, b, bias),
-    }
+    on_gpu!({
+        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
+            return empty::matmul(op, problem, epilogue, a, bias);
+        }
+        match engine {
+            Engine::Auto | Engine::Native => native::matmul(op, problem, epilogue, a, b, bias),
+            Engine::KaioOps => kaio_ops::matmul(op, problem, epilogue, a, b, bias),
+        }
+    })
 }
 
 pub(crate) fn matmul_int8(
@@ -39,10 +62,12 @@ pub(crate) fn matmul_int8(
     w: Operand,
     scale: f32,
 ) -> Result<CudaStorage> {
-    match empty::product(x, w.1.cols, DType::F32)? {
-        Some(zeros) => Ok(zeros),
-        None => kaio_ops::matmul_int8(op, x, w, scale),
-    }
+    on_gpu!({
+        match empty::product(x, w.1.cols, DType::F32)? {
+            Some(zeros) => Ok(zeros),
+            None => kaio_ops::matmul_int8(op, x, w, scale),
+        }
+    })
 }
 
 pub(crate) fn matmul_int4(
@@ -51,10 +76,12 @@ pub(crate) fn matmul_int4(
     w: Operand,
     s: Operand,
 ) -> Result<CudaStorage> {
-    match empty::product(x, w.1.cols, DType::F32)? {
-        Some(zeros) => Ok(zeros),
-        None => kaio_ops::matmul_int4(op, x, w, s),
-    }
+    on_gpu!({
+        match empty::product(x, w.1.cols, DType::F32)? {
+            Some(zeros) => Ok(zeros),
+            None => kaio_ops::matmul_int4(op, x, w, s),
+        }
+    })
 }
 
 /// Three products of one input, with weights of equal width.
@@ -64,10 +91,12 @@ pub(crate) fn qkv_int8(
     weights: &[Operand],
     scales: [f32; 3],
 ) -> Result<[CudaStorage; 3]> {
-    match no_projections(x, weights)? {
-        Some(zeros) => Ok(zeros),
-        None => kaio_ops::qkv_int8(op, x, weights, scales),
-    }
+    on_gpu!({
+        match no_projections(x, weights)? {
+            Some(zeros) => Ok(zeros),
+            None => kaio_ops::qkv_int8(op, x, weights, scales),
+        }
+    })
 }
 
 pub(crate) fn qkv_int4(
@@ -76,12 +105,15 @@ pub(crate) fn qkv_int4(
     weights: &[Operand],
     scales: &[Operand],
 ) -> Result<[CudaStorage; 3]> {
-    match no_projections(x, weights)? {
-        Some(zeros) => Ok(zeros),
-        None => kaio_ops::qkv_int4(op, x, weights, scales),
-    }
+    on_gpu!({
+        match no_projections(x, weights)? {
+            Some(zeros) => Ok(zeros),
+            None => kaio_ops::qkv_int4(op, x, weights, scales),
+        }
+    })
 }
 
+#[cfg(feature = "cuda")]
 fn no_projections(x: Operand, weights: &[Operand]) -> Result<Option<[CudaStorage; 3]>> {
     let each = || empty::product(x, weights[0].1.cols, DType::F16);
     Ok(match [each()?, each()?, each()?] {
@@ -96,15 +128,18 @@ pub(crate) fn attention_tc(
     problem: &AttentionProblem,
     inputs: [&CudaStorage; 3],
 ) -> Result<CudaStorage> {
-    let [q, k, v] = inputs;
-    let inputs = AttentionInputs { q, k, v, extras: Default::default() };
-    match !problem.is_empty() && takes(op, problem, &inputs)? {
-        true => native::attention_tc(op, problem, &inputs),
-        false => Ok(flash_attn(op, problem, Engine::KaioOps, false, &inputs)?.0),
-    }
+    on_gpu!({
+        let [q, k, v] = inputs;
+        let inputs = AttentionInputs { q, k, v, extras: Default::default() };
+        match !problem.is_empty() && takes(op, problem, &inputs)? {
+            true => native::attention_tc(op, problem, &inputs),
+            false => Ok(flash_attn(op, problem, Engine::KaioOps, false, &inputs)?.0),
+        }
+    })
 }
 
 /// Whether [`Engine::Auto`] is native: what is older than the kernels still has those of kaio-ops.
+#[cfg(feature = "cuda")]
 fn takes(
     op: &'static str,
     problem: &AttentionProblem,
@@ -122,25 +157,27 @@ pub(crate) fn flash_attn(
     wants_lse: bool,
     inputs: &AttentionInputs<CudaStorage>,
 ) -> Result<(CudaStorage, Option<CudaStorage>)> {
-    if problem.is_empty() {
-        return empty::flash_attn(problem, wants_lse, inputs, |scores, inputs| {
-            flash_attn(op, scores, engine, true, inputs)
-        });
-    }
-    let native = match engine {
-        Engine::KaioOps => false,
-        Engine::Auto => takes(op, problem, inputs)?,
-        Engine::Native => match native::flash_limit(problem) {
-            None => true,
-            Some((what, fix)) => {
-                let (engine, limit) = ("Engine::Native".into(), format!("cannot take {what}"));
-                let fix = fix.into();
-                return Err(Error::Unsupported { op, what: engine, limit, fix }.into());
-            }
-        },
-    };
-    match native {
-        true => native::flash_attn(op, problem, wants_lse, inputs),
-        false => kaio_ops::flash_attn(op, problem, wants_lse, inputs),
-    }
+    on_gpu!({
+        if problem.is_empty() {
+            return empty::flash_attn(problem, wants_lse, inputs, |scores, inputs| {
+                flash_attn(op, scores, engine, true, inputs)
+            });
+        }
+        let native = match engine {
+            Engine::KaioOps => false,
+            Engine::Auto => takes(op, problem, inputs)?,
+            Engine::Native => match native::flash_limit(problem) {
+                None => true,
+                Some((what, fix)) => {
+                    let (engine, limit) = ("Engine::Native".into(), format!("cannot take {what}"));
+                    let fix = fix.into();
+                    return Err(Error::Unsupported { op, what: engine, limit, fix }.into());
+                }
+            },
+        };
+        match native {
+            true => native::flash_attn(op, problem, wants_lse, inputs),
+            false => kaio_ops::flash_attn(op, problem, wants_lse, inputs),
+        }
+    })
 }

@@ -7,7 +7,6 @@
 mod driver;
 #[cfg(feature = "cuda")]
 mod empty;
-#[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
 mod engines;
 #[cfg(feature = "cuda")]
 mod epilogue;
