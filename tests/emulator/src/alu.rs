@@ -1,9 +1,32 @@
 //! What an instruction makes of the values of one lane.
 
+use std::array;
+
 use half::{bf16, f16};
 
+use crate::warp::LANES;
+
 /// Of up to four operands, in 64 bits each.
-pub type Function = fn([u64; 4]) -> u64;
+#[derive(Clone, Copy)]
+pub struct Function {
+    /// Of one lane.
+    pub one: fn([u64; 4]) -> u64,
+    /// The same of all lanes at once.
+    pub all: fn(&[&[u64; LANES]; 4]) -> [u64; LANES],
+}
+
+/// Both of a [`Function`]: what is called for each lane is known to the compiler there, and becomes vectors.
+macro_rules! each {
+    ($one:expr) => {
+        Function {
+            one: $one,
+            all: |values| {
+                let one: fn([u64; 4]) -> u64 = $one;
+                array::from_fn(|lane| one(values.map(|value| value[lane])))
+            },
+        }
+    };
+}
 
 fn f(x: u64) -> f32 {
     f32::from_bits(x as u32)
@@ -33,87 +56,89 @@ fn pair(high: u16, low: u16) -> u64 {
 /// The function of an instruction with one result that looks at nothing but its operands.
 pub fn function(name: &str) -> Option<Function> {
     Some(match name {
-        "add.f32" => |[a, b, ..]| bits(f(a) + f(b)),
-        "sub.f32" => |[a, b, ..]| bits(f(a) - f(b)),
-        "mul.f32" => |[a, b, ..]| bits(f(a) * f(b)),
-        "div.rn.f32" => |[a, b, ..]| bits(f(a) / f(b)),
-        "fma.rn.f32" => |[a, b, c, _]| bits(f(a).mul_add(f(b), f(c))),
-        "min.f32" => |[a, b, ..]| bits(f(a).min(f(b))),
-        "max.f32" => |[a, b, ..]| bits(f(a).max(f(b))),
-        "neg.f32" => |[a, ..]| bits(-f(a)),
-        "abs.f32" => |[a, ..]| bits(f(a).abs()),
-        "copysign.f32" => |[a, b, ..]| bits(f(b).copysign(f(a))),
-        "ex2.approx.f32" => |[a, ..]| bits(f(a).exp2()),
-        "ex2.approx.ftz.f32" => |[a, ..]| bits(flush(flush(f(a)).exp2())),
-        "lg2.approx.f32" => |[a, ..]| bits(f(a).log2()),
-        "rcp.approx.ftz.f32" => |[a, ..]| bits(flush(1.0 / flush(f(a)))),
-        "rsqrt.approx.f32" => |[a, ..]| bits(1.0 / f(a).sqrt()),
-        "tanh.approx.f32" => |[a, ..]| bits(f(a).tanh()),
+        "add.f32" => each!(|[a, b, ..]| bits(f(a) + f(b))),
+        "sub.f32" => each!(|[a, b, ..]| bits(f(a) - f(b))),
+        "mul.f32" => each!(|[a, b, ..]| bits(f(a) * f(b))),
+        "div.rn.f32" => each!(|[a, b, ..]| bits(f(a) / f(b))),
+        "fma.rn.f32" => each!(|[a, b, c, _]| bits(f(a).mul_add(f(b), f(c)))),
+        "min.f32" => each!(|[a, b, ..]| bits(f(a).min(f(b)))),
+        "max.f32" => each!(|[a, b, ..]| bits(f(a).max(f(b)))),
+        "neg.f32" => each!(|[a, ..]| bits(-f(a))),
+        "abs.f32" => each!(|[a, ..]| bits(f(a).abs())),
+        "copysign.f32" => each!(|[a, b, ..]| bits(f(b).copysign(f(a)))),
+        "ex2.approx.f32" => each!(|[a, ..]| bits(f(a).exp2())),
+        "ex2.approx.ftz.f32" => each!(|[a, ..]| bits(flush(flush(f(a)).exp2()))),
+        "lg2.approx.f32" => each!(|[a, ..]| bits(f(a).log2())),
+        "rcp.approx.ftz.f32" => each!(|[a, ..]| bits(flush(1.0 / flush(f(a))))),
+        "rsqrt.approx.f32" => each!(|[a, ..]| bits(1.0 / f(a).sqrt())),
+        "tanh.approx.f32" => each!(|[a, ..]| bits(f(a).tanh())),
 
-        "add.u32" | "add.s32" => |[a, b, ..]| u(a).wrapping_add(u(b)).into(),
-        "sub.u32" | "sub.s32" => |[a, b, ..]| u(a).wrapping_sub(u(b)).into(),
-        "mul.lo.u32" | "mul.lo.s32" => |[a, b, ..]| u(a).wrapping_mul(u(b)).into(),
-        "mul.wide.u32" => |[a, b, ..]| u64::from(u(a)) * u64::from(u(b)),
-        "mad.wide.u32" => |[a, b, c, _]| (u64::from(u(a)) * u64::from(u(b))).wrapping_add(c),
-        "div.u32" => |[a, b, ..]| (u(a) / u(b)).into(),
-        "div.s32" => |[a, b, ..]| ((s(a) / s(b)) as u32).into(),
-        "rem.u32" => |[a, b, ..]| (u(a) % u(b)).into(),
-        "rem.s32" => |[a, b, ..]| ((s(a) % s(b)) as u32).into(),
-        "min.u32" => |[a, b, ..]| u(a).min(u(b)).into(),
-        "max.u32" => |[a, b, ..]| u(a).max(u(b)).into(),
-        "min.s32" => |[a, b, ..]| (s(a).min(s(b)) as u32).into(),
-        "max.s32" => |[a, b, ..]| (s(a).max(s(b)) as u32).into(),
-        "shl.b32" => |[a, b, ..]| u(a).checked_shl(u(b)).unwrap_or(0).into(),
-        "shr.u32" => |[a, b, ..]| u(a).checked_shr(u(b)).unwrap_or(0).into(),
-        "shr.s32" => |[a, b, ..]| ((s(a) >> u(b).min(31)) as u32).into(),
-        "bfe.u32" => |[a, b, c, _]| (a >> u(b)) & ((1 << u(c)) - 1),
-        "popc.b32" => |[a, ..]| u(a).count_ones().into(),
-        "brev.b32" => |[a, ..]| u(a).reverse_bits().into(),
-        "add.u64" => |[a, b, ..]| a.wrapping_add(b),
-        "sub.u64" => |[a, b, ..]| a.wrapping_sub(b),
-        "mul.lo.u64" => |[a, b, ..]| a.wrapping_mul(b),
-        "div.u64" => |[a, b, ..]| a / b,
-        "shl.b64" => |[a, b, ..]| a.checked_shl(u(b)).unwrap_or(0),
-        "shr.u64" => |[a, b, ..]| a.checked_shr(u(b)).unwrap_or(0),
-        "and.b32" | "and.b64" | "and.pred" => |[a, b, ..]| a & b,
-        "or.b32" | "or.b64" | "or.pred" => |[a, b, ..]| a | b,
-        "xor.b32" | "xor.b64" | "xor.pred" => |[a, b, ..]| a ^ b,
-        "not.pred" => |[a, ..]| a ^ 1,
+        "add.u32" | "add.s32" => each!(|[a, b, ..]| u(a).wrapping_add(u(b)).into()),
+        "sub.u32" | "sub.s32" => each!(|[a, b, ..]| u(a).wrapping_sub(u(b)).into()),
+        "mul.lo.u32" | "mul.lo.s32" => each!(|[a, b, ..]| u(a).wrapping_mul(u(b)).into()),
+        "mul.wide.u32" => each!(|[a, b, ..]| u64::from(u(a)) * u64::from(u(b))),
+        "mad.wide.u32" => each!(|[a, b, c, _]| (u64::from(u(a)) * u64::from(u(b))).wrapping_add(c)),
+        "div.u32" => each!(|[a, b, ..]| (u(a) / u(b)).into()),
+        "div.s32" => each!(|[a, b, ..]| ((s(a) / s(b)) as u32).into()),
+        "rem.u32" => each!(|[a, b, ..]| (u(a) % u(b)).into()),
+        "rem.s32" => each!(|[a, b, ..]| ((s(a) % s(b)) as u32).into()),
+        "min.u32" => each!(|[a, b, ..]| u(a).min(u(b)).into()),
+        "max.u32" => each!(|[a, b, ..]| u(a).max(u(b)).into()),
+        "min.s32" => each!(|[a, b, ..]| (s(a).min(s(b)) as u32).into()),
+        "max.s32" => each!(|[a, b, ..]| (s(a).max(s(b)) as u32).into()),
+        "shl.b32" => each!(|[a, b, ..]| u(a).checked_shl(u(b)).unwrap_or(0).into()),
+        "shr.u32" => each!(|[a, b, ..]| u(a).checked_shr(u(b)).unwrap_or(0).into()),
+        "shr.s32" => each!(|[a, b, ..]| ((s(a) >> u(b).min(31)) as u32).into()),
+        "bfe.u32" => each!(|[a, b, c, _]| (a >> u(b)) & ((1 << u(c)) - 1)),
+        "popc.b32" => each!(|[a, ..]| u(a).count_ones().into()),
+        "brev.b32" => each!(|[a, ..]| u(a).reverse_bits().into()),
+        "add.u64" => each!(|[a, b, ..]| a.wrapping_add(b)),
+        "sub.u64" => each!(|[a, b, ..]| a.wrapping_sub(b)),
+        "mul.lo.u64" => each!(|[a, b, ..]| a.wrapping_mul(b)),
+        "div.u64" => each!(|[a, b, ..]| a / b),
+        "shl.b64" => each!(|[a, b, ..]| a.checked_shl(u(b)).unwrap_or(0)),
+        "shr.u64" => each!(|[a, b, ..]| a.checked_shr(u(b)).unwrap_or(0)),
+        "and.b32" | "and.b64" | "and.pred" => each!(|[a, b, ..]| a & b),
+        "or.b32" | "or.b64" | "or.pred" => each!(|[a, b, ..]| a | b),
+        "xor.b32" | "xor.b64" | "xor.pred" => each!(|[a, b, ..]| a ^ b),
+        "not.pred" => each!(|[a, ..]| a ^ 1),
 
-        "cvt.u64.u32" | "cvt.u32.u64" | "cvta.param.u64" | "cvta.to.global.u64" => |[a, ..]| a,
-        "cvt.rn.f32.s32" => |[a, ..]| bits(s(a) as f32),
-        "cvt.rn.f32.u32" => |[a, ..]| bits(u(a) as f32),
-        "cvt.f32.f16" => |[a, ..]| bits(f16::from_bits(a as u16).to_f32()),
-        "cvt.f32.bf16" => |[a, ..]| bits(bf16::from_bits(a as u16).to_f32()),
-        "cvt.rn.f16.f32" => |[a, ..]| f16::from_f32(f(a)).to_bits().into(),
-        "cvt.rn.bf16.f32" => |[a, ..]| bf16::from_f32(f(a)).to_bits().into(),
+        "cvt.u64.u32" | "cvt.u32.u64" | "cvta.param.u64" | "cvta.to.global.u64" => {
+            each!(|[a, ..]| a)
+        }
+        "cvt.rn.f32.s32" => each!(|[a, ..]| bits(s(a) as f32)),
+        "cvt.rn.f32.u32" => each!(|[a, ..]| bits(u(a) as f32)),
+        "cvt.f32.f16" => each!(|[a, ..]| bits(f16::from_bits(a as u16).to_f32())),
+        "cvt.f32.bf16" => each!(|[a, ..]| bits(bf16::from_bits(a as u16).to_f32())),
+        "cvt.rn.f16.f32" => each!(|[a, ..]| f16::from_f32(f(a)).to_bits().into()),
+        "cvt.rn.bf16.f32" => each!(|[a, ..]| bf16::from_f32(f(a)).to_bits().into()),
         "cvt.rn.f16x2.f32" => {
-            |[a, b, ..]| pair(f16::from_f32(f(a)).to_bits(), f16::from_f32(f(b)).to_bits())
+            each!(|[a, b, ..]| pair(f16::from_f32(f(a)).to_bits(), f16::from_f32(f(b)).to_bits()))
         }
         "cvt.rn.bf16x2.f32" => {
-            |[a, b, ..]| pair(bf16::from_f32(f(a)).to_bits(), bf16::from_f32(f(b)).to_bits())
+            each!(|[a, b, ..]| pair(bf16::from_f32(f(a)).to_bits(), bf16::from_f32(f(b)).to_bits()))
         }
 
         "selp.f32" | "selp.b16" | "selp.b32" | "selp.b64" => {
-            |[a, b, p, _]| if p != 0 { a } else { b }
+            each!(|[a, b, p, _]| if p != 0 { a } else { b })
         }
         // Of a NaN every comparison is false, also `ne`.
-        "setp.eq.f32" => |[a, b, ..]| (f(a) == f(b)).into(),
-        "setp.ne.f32" => |[a, b, ..]| (f(a) < f(b) || f(a) > f(b)).into(),
-        "setp.lt.f32" => |[a, b, ..]| (f(a) < f(b)).into(),
-        "setp.le.f32" => |[a, b, ..]| (f(a) <= f(b)).into(),
-        "setp.gt.f32" => |[a, b, ..]| (f(a) > f(b)).into(),
-        "setp.ge.f32" => |[a, b, ..]| (f(a) >= f(b)).into(),
-        "setp.eq.u32" | "setp.eq.s32" | "setp.eq.b32" => |[a, b, ..]| (u(a) == u(b)).into(),
-        "setp.ne.u32" | "setp.ne.s32" | "setp.ne.b32" => |[a, b, ..]| (u(a) != u(b)).into(),
-        "setp.lt.u32" => |[a, b, ..]| (u(a) < u(b)).into(),
-        "setp.le.u32" => |[a, b, ..]| (u(a) <= u(b)).into(),
-        "setp.gt.u32" => |[a, b, ..]| (u(a) > u(b)).into(),
-        "setp.ge.u32" => |[a, b, ..]| (u(a) >= u(b)).into(),
-        "setp.lt.s32" => |[a, b, ..]| (s(a) < s(b)).into(),
-        "setp.le.s32" => |[a, b, ..]| (s(a) <= s(b)).into(),
-        "setp.gt.s32" => |[a, b, ..]| (s(a) > s(b)).into(),
-        "setp.ge.s32" => |[a, b, ..]| (s(a) >= s(b)).into(),
+        "setp.eq.f32" => each!(|[a, b, ..]| (f(a) == f(b)).into()),
+        "setp.ne.f32" => each!(|[a, b, ..]| (f(a) < f(b) || f(a) > f(b)).into()),
+        "setp.lt.f32" => each!(|[a, b, ..]| (f(a) < f(b)).into()),
+        "setp.le.f32" => each!(|[a, b, ..]| (f(a) <= f(b)).into()),
+        "setp.gt.f32" => each!(|[a, b, ..]| (f(a) > f(b)).into()),
+        "setp.ge.f32" => each!(|[a, b, ..]| (f(a) >= f(b)).into()),
+        "setp.eq.u32" | "setp.eq.s32" | "setp.eq.b32" => each!(|[a, b, ..]| (u(a) == u(b)).into()),
+        "setp.ne.u32" | "setp.ne.s32" | "setp.ne.b32" => each!(|[a, b, ..]| (u(a) != u(b)).into()),
+        "setp.lt.u32" => each!(|[a, b, ..]| (u(a) < u(b)).into()),
+        "setp.le.u32" => each!(|[a, b, ..]| (u(a) <= u(b)).into()),
+        "setp.gt.u32" => each!(|[a, b, ..]| (u(a) > u(b)).into()),
+        "setp.ge.u32" => each!(|[a, b, ..]| (u(a) >= u(b)).into()),
+        "setp.lt.s32" => each!(|[a, b, ..]| (s(a) < s(b)).into()),
+        "setp.le.s32" => each!(|[a, b, ..]| (s(a) <= s(b)).into()),
+        "setp.gt.s32" => each!(|[a, b, ..]| (s(a) > s(b)).into()),
+        "setp.ge.s32" => each!(|[a, b, ..]| (s(a) >= s(b)).into()),
         _ => return None,
     })
 }

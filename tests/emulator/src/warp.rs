@@ -26,7 +26,9 @@ pub struct Warp {
     /// In its block.
     pub number: u32,
     places: [usize; LANES],
-    ended: [bool; LANES],
+    /// Whether these are known to be one.
+    together: bool,
+    ended: Lanes,
     registers: Vec<[u64; LANES]>,
     /// The barrier that it has come to and not left, and when that was.
     at_barrier: Option<u64>,
@@ -42,7 +44,8 @@ impl Warp {
             block,
             number,
             places: [0; LANES],
-            ended: [false; LANES],
+            together: true,
+            ended: Lanes(0),
             registers: program.registers.iter().map(|&first| [first; LANES]).collect(),
             at_barrier: None,
             at_cluster: None,
@@ -53,11 +56,11 @@ impl Warp {
     }
 
     pub fn ended(&self) -> bool {
-        self.ended.iter().all(|&ended| ended)
+        self.ended == Lanes::ALL
     }
 
     fn running(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..LANES).filter(|&lane| !self.ended[lane])
+        Lanes(!self.ended.0).iter()
     }
 
     /// Where it is, for a message.
@@ -103,6 +106,16 @@ impl Warp {
         }
     }
 
+    /// The same for some lanes.
+    fn set_all(&mut self, operand: &Operand, lanes: Lanes, values: &[u64; LANES]) {
+        let Operand::Reg(register, bits) = *operand else { panic!("{operand:?} takes no value") };
+        let to = &mut self.registers[register];
+        match lanes {
+            Lanes::ALL => *to = values.map(|value| value & bits),
+            _ => lanes.iter().for_each(|lane| to[lane] = values[lane] & bits),
+        }
+    }
+
     /// The address that `[base + offset]` means.
     pub fn address(&self, block: &Block, operand: &Operand, lane: usize) -> u64 {
         let Operand::At(base, offset) = operand else { panic!("{operand:?} is no place") };
@@ -111,32 +124,39 @@ impl Warp {
 
     /// The next instruction, of the lanes that are furthest behind.
     pub fn step(&mut self, cluster: &mut Cluster) -> Turn {
-        let Some(place) = self.running().map(|lane| self.places[lane]).min() else {
-            return Turn::Ended;
+        let (first, ended) = (self.places[0], self.ended.0);
+        // Mostly all are at one place.
+        self.together = ended == 0 && (self.together || self.places == [first; LANES]);
+        let (place, here) = match self.together {
+            true => (first, Lanes::ALL),
+            false => {
+                let Some(place) = self.running().map(|lane| self.places[lane]).min() else {
+                    return Turn::Ended;
+                };
+                (place, Lanes::of(self.running().filter(|&lane| self.places[lane] == place)))
+            }
         };
         let i = &cluster.launch.program.instructions[place];
-        let (mut here, mut lanes, mut running) = (Lanes(0), Lanes(0), 0);
-        for lane in 0..LANES {
-            if !self.ended[lane] {
-                running += 1;
-                if self.places[lane] == place {
-                    here.0 |= 1 << lane;
-                    let holds = |(register, wanted): (usize, bool)| {
-                        (self.registers[register][lane] != 0) == wanted
-                    };
-                    lanes.0 |= u32::from(i.guard.is_none_or(holds)) << lane;
-                }
+        let lanes = match i.guard {
+            None => here,
+            Some((register, wanted)) => {
+                let values = &self.registers[register];
+                Lanes::of(here.iter().filter(|&lane| (values[lane] != 0) == wanted))
+            }
+        };
+        let turn = self.run(cluster, i, lanes, lanes.0 == !ended);
+        if turn != Turn::Waits {
+            match here {
+                Lanes::ALL => self.places = [place + 1; LANES],
+                _ => here.iter().for_each(|lane| self.places[lane] += 1),
             }
         }
-        let turn = self.run(cluster, i, lanes, lanes.0.count_ones() == running);
-        if turn != Turn::Waits {
-            here.iter().for_each(|lane| self.places[lane] += 1);
-        }
         if turn == Turn::Ended {
-            lanes.iter().for_each(|lane| self.ended[lane] = true);
+            self.ended.0 |= lanes.0;
         }
         if let (Turn::Jumped, Some(&Operand::Label(to))) = (turn, i.args.first()) {
             lanes.iter().for_each(|lane| self.places[lane] = to);
+            self.together &= lanes == here;
         }
         turn
     }
@@ -169,15 +189,29 @@ impl Warp {
         let (memory, warps) = (&launch.memory, cluster.warps());
         match i.op {
             Op::Lanewise(function) => {
-                let mut values = [[0; LANES]; 4];
-                for (values, operand) in values.iter_mut().zip(&i.args[1..]) {
-                    *values = self.values(cluster, operand);
+                let mut others: [Option<[u64; LANES]>; 4] = [None; 4];
+                for (other, operand) in others.iter_mut().zip(&i.args[1..]) {
+                    if !matches!(operand, Operand::Reg(..)) {
+                        *other = Some(self.values(cluster, operand));
+                    }
                 }
-                let Operand::Reg(to, bits) = i.args[0] else { panic!("{}", i.text) };
-                let to = &mut self.registers[to];
-                for lane in lanes.iter() {
-                    to[lane] = function(std::array::from_fn(|arg| values[arg][lane])) & bits;
-                }
+                let values = std::array::from_fn(|arg| match (i.args.get(1 + arg), &others[arg]) {
+                    (Some(&Operand::Reg(register, _)), _) => &self.registers[register],
+                    (_, Some(other)) => other,
+                    (_, None) => &[0; LANES],
+                });
+                let results = match lanes {
+                    Lanes::ALL => (function.all)(&values),
+                    // Others' values are nobody's: a divisor of theirs may be 0.
+                    _ => {
+                        let mut results = [0; LANES];
+                        for lane in lanes.iter() {
+                            results[lane] = (function.one)(values.map(|value| value[lane]));
+                        }
+                        results
+                    }
+                };
+                self.set_all(&i.args[0], lanes, &results);
             }
             Op::Move(bytes) => self.mov(cluster, i, bytes, lanes),
             Op::Return => return Turn::Ended,
@@ -284,6 +318,7 @@ impl Warp {
                 if !passed {
                     // Its loop comes back to it.
                     lanes.iter().for_each(|lane| self.places[lane] += 1);
+                    self.together = false;
                     return Turn::Waits;
                 }
             }
@@ -388,6 +423,10 @@ impl Warp {
     fn mov(&mut self, cluster: &Cluster, i: &Instruction, bytes: usize, lanes: Lanes) {
         let block = &cluster.blocks[self.block];
         let half = 4 * bytes;
+        if let (Operand::Reg(..), Operand::Reg(..) | Operand::Number(_)) = (&i.args[0], &i.args[1])
+        {
+            return self.set_all(&i.args[0], lanes, &self.values(cluster, &i.args[1]));
+        }
         for lane in lanes.iter() {
             match (&i.args[0], &i.args[1]) {
                 (Operand::List(to), from) => {
@@ -470,10 +509,16 @@ impl Warp {
 }
 
 /// Some of a warp's lanes.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Lanes(u32);
 
 impl Lanes {
+    const ALL: Self = Self(u32::MAX);
+
+    fn of(lanes: impl Iterator<Item = usize>) -> Self {
+        Self(lanes.fold(0, |all, lane| all | 1 << lane))
+    }
+
     fn iter(self) -> impl Iterator<Item = usize> {
         (0..LANES).filter(move |&lane| self.0 >> lane & 1 != 0)
     }
