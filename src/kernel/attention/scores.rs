@@ -183,6 +183,23 @@ impl<'k> ScoreParams<'k> {
         FragmentScores { params: *self, bias, pairs: false, slopes, places }
     }
 
+    /// A score to base 2 and its bias, which is to base e.
+    ///
+    /// −∞ hides a key. A finite number that stands for it, such as f32's lowest one, does not: log₂e would carry
+    /// it to −∞, and a row that has no other would give 0 where the formula gives the mean of the values.
+    fn add_bias(&self, bias: Reg<'k, f32>, score: Reg<'k, f32>) -> Reg<'k, f32> {
+        const LOG2_E: f32 = std::f32::consts::LOG2_E;
+        // What is still finite to base 2.
+        const LOWEST: f32 = -2.358e38;
+        match self.scores.bias.map(|bias| bias.element) {
+            // f16 ends at 65504.
+            Some(Element::Half(Half::F16)) => bias.fma(LOG2_E, score),
+            // The last term is −∞ again where that was raised, and NaN where that was lost; of a finite bias it
+            // is at most 4, and lost in the rounding.
+            _ => bias.fma(f32::MIN_POSITIVE, bias.max(LOWEST).fma(LOG2_E, score)),
+        }
+    }
+
     /// Bytes of an element of the bias.
     fn bias_size(&self) -> u32 {
         self.scores.bias.map_or(0, |bias| bias.element.size())
@@ -336,7 +353,7 @@ impl<'k> FragmentScores<'k> {
                 x = tanh * cap;
             }
             if let Some(bias) = bias.0.get(i) {
-                x = bias.fma(std::f32::consts::LOG2_E, x);
+                x = self.params.add_bias(bias, x);
             }
             if let Some(rows) = distances {
                 let (slope, place) = rows[i / 2 % 2];
