@@ -30,7 +30,7 @@ fn kernel(half: Half) -> Source {
     });
     // ... the lanes of a warp exchange theirs until each has the warp's, ...
     for lanes in [16, 8, 4, 2, 1] {
-        sum.increase(k.butterfly(sum, lanes));
+        sum.increase(k.shfl_bfly(sum, lanes));
     }
     // ... and the warps do so in shared memory.
     k.st_shared(sums + thread / 32 * 4, [sum]);
@@ -43,7 +43,7 @@ fn kernel(half: Half) -> Source {
 
     let scale = (total / cols.to_f32() + eps).rsqrt();
     k.for_(thread, cols, THREADS, |i| {
-        k.st_global((y + row).element(i, 2), [k.narrow(half, load(i) * scale)]);
+        k.st_global((y + row).element(i, 2), [k.cvt_rn(half, load(i) * scale)]);
     });
     k.finish()
 }

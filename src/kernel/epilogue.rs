@@ -74,7 +74,8 @@ impl Epilogue {
 
 /// NaN stays NaN.
 fn relu(x: Reg<f32>) -> Reg<f32> {
-    x.kernel().var(0f32).or_else(x.le(0.0), x)
+    let (k, zero) = (x.kernel(), x.kernel().var(0f32));
+    k.select(x.le(0.0), zero, x)
 }
 
 /// `x · σ(z) = x / (1 + e^-z)`.
@@ -92,5 +93,6 @@ fn one_plus_erf(x: Reg<f32>) -> Reg<f32> {
     let polynomial = A[1..].iter().fold(k.var(A[0]), |sum, &a| sum.fma(t, a)) * t;
     let tail = polynomial * (x * x * -std::f32::consts::LOG2_E).exp2();
     // Above 0 it is 2 - tail; below, tail: nothing is cancelled.
-    (-tail + 2.0).or_else(x.ge(0.0), tail)
+    let above = -tail + 2.0;
+    k.select(x.ge(0.0), above, tail)
 }

@@ -8,14 +8,14 @@ impl Kernel {
         self.emit(format_args!("mbarrier.init.shared.b64 {}, {arrivals}", barrier.into()));
     }
 
-    /// `fence.mbarrier_init`: shows initialised barriers to the cluster and to the copy engine.
+    /// `fence.mbarrier_init`: shows initialised barriers to the cluster and to TMA.
     pub fn fence_mbarrier_init(&self) {
         self.needs(8, 0);
         self.emit(format_args!("fence.mbarrier_init.release.cluster"));
     }
 
     /// `mbarrier.arrive.expect_tx`: arrives, and makes the phase wait for `bytes` more of copies.
-    pub fn mbarrier_expect<'k>(
+    pub fn mbarrier_arrive_expect_tx<'k>(
         &'k self,
         barrier: impl Into<Address<'k, u32>>,
         bytes: impl Into<Value<'k, u32>>,

@@ -102,12 +102,17 @@ impl Kernel {
     }
 
     /// `cvt.rn.f16x2.f32` or `.bf16x2`: two floats rounded into one register, `low` in its low half.
-    pub fn pack<'k>(&'k self, half: Half, low: Reg<'k, f32>, high: Reg<'k, f32>) -> Reg<'k, u32> {
+    pub fn cvt_rn_x2<'k>(
+        &'k self,
+        half: Half,
+        low: Reg<'k, f32>,
+        high: Reg<'k, f32>,
+    ) -> Reg<'k, u32> {
         self.binary(format_args!("cvt.rn.{}x2.f32", half.name()), high, low)
     }
 
-    /// [`pack`](Self::pack) that overwrites a register: for loops that keep what they pack.
-    pub fn pack_to<'k>(
+    /// [`cvt_rn_x2`](Self::cvt_rn_x2) that overwrites a register: for loops that keep what they pack.
+    pub fn cvt_rn_x2_to<'k>(
         &'k self,
         to: Reg<'k, u32>,
         half: Half,
@@ -118,7 +123,7 @@ impl Kernel {
     }
 
     /// `cvt.rn.f16.f32` or `.bf16`: a float rounded.
-    pub fn narrow<'k>(&'k self, half: Half, value: Reg<'k, f32>) -> Reg<'k, u16> {
+    pub fn cvt_rn<'k>(&'k self, half: Half, value: Reg<'k, f32>) -> Reg<'k, u16> {
         self.unary(format_args!("cvt.rn.{}.f32", half.name()), value)
     }
 
@@ -144,7 +149,7 @@ impl Kernel {
 
     /// The value of lane `lane` for all lanes of the warp (`shfl.sync.idx`): tells the assembler that
     /// a value is the same in the whole warp.
-    pub fn broadcast<'k>(
+    pub fn shfl_idx<'k>(
         &'k self,
         value: Reg<'k, u32>,
         lane: impl Into<Value<'k, u32>>,
@@ -155,21 +160,21 @@ impl Kernel {
     }
 
     /// `shfl.sync.up`: the value of the lane `by` before; a lane without one keeps its own.
-    pub fn from_before<'k>(&'k self, value: Reg<'k, u32>, by: u32) -> Reg<'k, u32> {
+    pub fn shfl_up<'k>(&'k self, value: Reg<'k, u32>, by: u32) -> Reg<'k, u32> {
         let d = self.reg();
         self.emit(format_args!("shfl.sync.up.b32 {d}, {value}, {by}, 0, -1"));
         d
     }
 
     /// `vote.sync.ballot`: a bit for each lane of the warp.
-    pub fn ballot<'k>(&'k self, holds: Reg<'k, bool>) -> Reg<'k, u32> {
+    pub fn vote_ballot<'k>(&'k self, holds: Reg<'k, bool>) -> Reg<'k, u32> {
         let d = self.reg();
         self.emit(format_args!("vote.sync.ballot.b32 {d}, {holds}, -1"));
         d
     }
 
     /// `shfl.sync.bfly`: the value of the lane whose number differs by `xor`.
-    pub fn butterfly<'k, T: Scalar>(&'k self, value: Reg<'k, T>, xor: u32) -> Reg<'k, T> {
+    pub fn shfl_bfly<'k, T: Scalar>(&'k self, value: Reg<'k, T>, xor: u32) -> Reg<'k, T> {
         let d = self.reg();
         self.emit(format_args!("shfl.sync.bfly.b32 {d}, {value}, {xor}, 31, -1"));
         d

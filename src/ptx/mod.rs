@@ -81,9 +81,9 @@ pub struct Source {
     /// Blocks of a cluster, in x. 1 is no cluster.
     pub cluster: u32,
     /// Whether it may start while the kernel before it in the stream still runs: it waits by itself
-    /// ([`Kernel::wait_for_stream`]).
+    /// ([`Kernel::griddepcontrol_wait`]).
     pub starts_early: bool,
-    /// Whether warpgroups give and take registers ([`Kernel::take_registers`]).
+    /// Whether warpgroups give and take registers ([`Kernel::setmaxnreg_inc`]).
     pub moves_registers: bool,
     /// The parameters, in order.
     pub params: Vec<Param>,

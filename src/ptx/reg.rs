@@ -251,17 +251,21 @@ impl<'k, T: Scalar> Reg<'k, T> {
         }
         self.kernel.unary(format_args!("mov.b{}", 8 * T::SIZE), self)
     }
-
-    /// `selp`: `self` where the predicate holds, else `other`.
-    pub fn or_else(self, holds: Reg<'k, bool>, other: impl Into<Value<'k, T>>) -> Self {
-        let d = self.kernel.reg();
-        let other = other.into();
-        self.kernel.emit(format_args!("selp.{} {d}, {self}, {other}, {holds}", T::BITS));
-        d
-    }
 }
 
 impl Kernel {
+    /// `selp`: `a` where the predicate holds, else `b`.
+    pub fn select<'k, T: Scalar>(
+        &'k self,
+        holds: Reg<'k, bool>,
+        a: Reg<'k, T>,
+        b: impl Into<Value<'k, T>>,
+    ) -> Reg<'k, T> {
+        let (d, b) = (self.reg(), b.into());
+        self.emit(format_args!("selp.{} {d}, {a}, {b}, {holds}", T::BITS));
+        d
+    }
+
     /// `op d, a`
     pub(super) fn unary<'k, A: Scalar, D: Scalar>(
         &'k self,

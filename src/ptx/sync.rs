@@ -19,7 +19,7 @@ impl Kernel {
     }
 
     /// `bar.warp.sync`: all lanes of the warp meet.
-    pub fn sync_warp(&self) {
+    pub fn bar_warp_sync(&self) {
         self.emit(format_args!("bar.warp.sync -1"));
     }
 
@@ -30,14 +30,14 @@ impl Kernel {
         self.emit(format_args!("barrier.cluster.wait.acquire.aligned"));
     }
 
-    /// `fence.proxy.async`: the copy engine and wgmma see this thread's earlier stores to shared memory.
+    /// `fence.proxy.async`: TMA and wgmma see this thread's earlier stores to shared memory.
     pub fn fence_proxy_async(&self) {
         self.needs(8, 0);
         self.emit(format_args!("fence.proxy.async.shared::cta"));
     }
 
     /// `elect.sync`: true in one lane of the warp.
-    pub fn elect(&self) -> Reg<'_, bool> {
+    pub fn elect_sync(&self) -> Reg<'_, bool> {
         self.needs(8, 0);
         let elected = self.reg();
         self.emit(format_args!("elect.sync _|{elected}, -1"));
@@ -45,13 +45,13 @@ impl Kernel {
     }
 
     /// `setmaxnreg.dec`: the warpgroup gives registers back.
-    pub fn give_registers(&self, keep: u32) {
+    pub fn setmaxnreg_dec(&self, keep: u32) {
         self.needs(8, 0);
         self.emit(format_args!("setmaxnreg.dec.sync.aligned.u32 {keep}"));
     }
 
     /// `setmaxnreg.inc`: the warpgroup takes registers that others gave back.
-    pub fn take_registers(&self, have: u32) {
+    pub fn setmaxnreg_inc(&self, have: u32) {
         self.needs(8, 0);
         self.state.borrow_mut().moves_registers = true;
         self.emit(format_args!("setmaxnreg.inc.sync.aligned.u32 {have}"));
@@ -59,14 +59,14 @@ impl Kernel {
 
     /// `griddepcontrol.wait`: until the kernels before this one in the stream are complete. Does
     /// nothing unless the kernel was launched to start early.
-    pub fn wait_for_stream(&self) {
+    pub fn griddepcontrol_wait(&self) {
         self.needs(7, 8);
         self.state.borrow_mut().starts_early = true;
         self.emit(format_args!("griddepcontrol.wait"));
     }
 
     /// `griddepcontrol.launch_dependents`: the next kernel in the stream may start, up to its wait.
-    pub fn let_next_start(&self) {
+    pub fn griddepcontrol_launch_dependents(&self) {
         self.needs(7, 8);
         self.emit(format_args!("griddepcontrol.launch_dependents"));
     }

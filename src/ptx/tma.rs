@@ -1,4 +1,4 @@
-//! The copy engine for tensors (TMA, sm_90). A descriptor (`CUtensorMap`) says how a tensor lies in
+//! The tensor memory accelerator (TMA, sm_90) copies boxes of tensors. A descriptor (`CUtensorMap`) says how a tensor lies in
 //! global memory; coordinates are in elements, innermost first.
 
 use super::memory::list;

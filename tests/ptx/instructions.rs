@@ -49,8 +49,8 @@ fn integers() -> Source {
     let any = (eq & ne) | (lt ^ le) | (gt & !ge);
     let sum = k.var(5u32);
     sum.increase(a);
-    sum.set(sum.or_else(any, 3));
-    keep(k, out, &[sum, sum.or_else(any, b)]);
+    sum.set(k.select(any, sum, 3));
+    keep(k, out, &[sum, k.select(any, sum, b)]);
     k.finish()
 }
 
@@ -77,18 +77,18 @@ fn floats() -> Source {
         x.with_sign(y),
         Reg::<u32>::to_f32(n),
         Reg::<i32>::to_float(n.cast()),
-        x.or_else(x.lt(y), f32::NAN),
+        k.select(x.lt(y), x, f32::NAN),
     ];
     let product = k.var(x);
     product.scale(y);
     keep(k, out, &[product.cast()]);
     keep(k, out, &values.map(Reg::cast));
     for half in [Half::F16, Half::Bf16] {
-        let narrow = k.narrow(half, x);
+        let narrow = k.cvt_rn(half, x);
         let packed = k.reg();
-        k.pack_to(packed, half, x, y);
+        k.cvt_rn_x2_to(packed, half, x, y);
         keep(k, out, &k.unpack(half, packed).map(Reg::cast));
-        keep(k, out, &[packed, k.pack(half, x, y), k.widen(half, narrow).cast()]);
+        keep(k, out, &[packed, k.cvt_rn_x2(half, x, y), k.widen(half, narrow).cast()]);
     }
     k.finish()
 }
@@ -113,9 +113,9 @@ fn control() -> Source {
     k.bar_sync(n.min(15), 128);
     k.bar_arrive(n.min(15), 512);
     k.sync_block();
-    k.sync_warp();
-    keep(k, out, &[k.broadcast(sum, 0), k.broadcast(sum, n), k.butterfly(sum, 16)]);
-    keep(k, out, &[k.from_before(sum, 4), k.ballot(sum.gt(n)).ones()]);
+    k.bar_warp_sync();
+    keep(k, out, &[k.shfl_idx(sum, 0), k.shfl_idx(sum, n), k.shfl_bfly(sum, 16)]);
+    keep(k, out, &[k.shfl_up(sum, 4), k.vote_ballot(sum.gt(n)).ones()]);
     k.finish()
 }
 
@@ -149,7 +149,7 @@ fn ampere() -> Source {
     k.cp_async_commit();
     k.cp_async_wait(1);
     k.cp_async_wait(0);
-    k.sync_warp();
+    k.bar_warp_sync();
     let a = k.ldmatrix(line, false);
     let [b, c, ..] = k.ldmatrix(line.at(512), true);
     k.ldmatrix_to(a, line.at(512), false);
@@ -164,7 +164,7 @@ fn ampere() -> Source {
     k.finish()
 }
 
-/// Two warpgroups: the copy engine's, and one that multiplies 64×16.
+/// Two warpgroups: TMA's, and one that multiplies 64×16.
 fn hopper() -> Source {
     let k = &Kernel::new("hopper", Target::Sm90a, 256);
     k.blocks_per_sm(1);
@@ -173,7 +173,7 @@ fn hopper() -> Source {
     let (out, n) = (k.pointer("out"), k.param::<u32>("n"));
     let base = k.shared(32 * 1024);
     let (full, empty, tile) = (base, base + 8, base + 1024);
-    let group = k.broadcast(k.thread() / 128, 0);
+    let group = k.shfl_idx(k.thread() / 128, 0);
     k.if_(k.thread().eq(0), || {
         k.prefetch_tensor_map(map);
         k.mbarrier_init(full, 1);
@@ -181,24 +181,24 @@ fn hopper() -> Source {
         k.fence_mbarrier_init();
     });
     k.sync_cluster();
-    k.wait_for_stream();
-    k.let_next_start();
+    k.griddepcontrol_wait();
+    k.griddepcontrol_launch_dependents();
     let place = k.cluster_rank() + k.cluster_x() * k.clusters_x();
     k.if_else(
         group.eq(0),
         || {
-            k.give_registers(40);
-            k.if_(k.elect(), || {
-                k.mbarrier_expect(full, 3 * 8192);
+            k.setmaxnreg_dec(40);
+            k.if_(k.elect_sync(), || {
+                k.mbarrier_arrive_expect_tx(full, 3 * 8192);
                 let both = Delivery::Multicast(k.var(0b11u16));
                 k.tma_load(tile, map, &[place, n], full, Delivery::Plain);
                 k.tma_load(tile.at(8192), map, &[place, n, n], full, Delivery::Once);
                 k.tma_load(tile.at(16_384), map, &[place, n, n, n], full, both);
-                k.mbarrier_expect(empty, n);
+                k.mbarrier_arrive_expect_tx(empty, n);
             });
         },
         || {
-            k.take_registers(232);
+            k.setmaxnreg_inc(232);
             k.mbarrier_wait(full, k.var(0));
             let sum: Vec<_> = (0..8).map(|_| k.reg::<f32>()).collect();
             let descriptor = tile.bits(4, 14).with_high(0x4000_0040);
@@ -212,7 +212,8 @@ fn hopper() -> Source {
             k.wgmma_commit();
             k.wgmma_wait(1);
             k.wgmma_wait(0);
-            let packed = std::array::from_fn(|i| k.pack(Half::Bf16, sum[2 * i], sum[2 * i + 1]));
+            let packed =
+                std::array::from_fn(|i| k.cvt_rn_x2(Half::Bf16, sum[2 * i], sum[2 * i + 1]));
             k.stmatrix(tile + k.lane() * 16, packed, false);
             k.stmatrix(tile + k.lane() * 16, packed, true);
             k.fence_proxy_async();

@@ -59,7 +59,7 @@ fn version_is_the_lowest_that_has_the_instructions() {
         ("7.0", |k| k.cp_async_commit()),
         ("7.0", |k| k.cluster(1)),
         ("7.8", |k| k.cluster(2)),
-        ("7.8", |k| k.wait_for_stream()),
+        ("7.8", |k| k.griddepcontrol_wait()),
         ("7.8", |k| k.mbarrier_arrive(k.shared(8))),
         ("8.0", |k| k.fence_proxy_async()),
         ("8.0", |k| {
@@ -191,7 +191,7 @@ fn facts_of_a_launch() {
     let k = &Kernel::new("test", Target::Sm90a, 384);
     k.shared(1000);
     k.cluster(2);
-    k.wait_for_stream();
+    k.griddepcontrol_wait();
     let source = k.finish();
     assert_eq!((source.entry, source.target, source.threads), ("test", Target::Sm90a, 384));
     assert_eq!((source.shared, source.cluster, source.starts_early), (1000, 2, true));
@@ -284,7 +284,7 @@ fn branches() {
 fn loops() {
     let written = lines(|k| {
         let n = k.reg::<u32>();
-        k.for_(1, n, 2, |_| k.sync_warp());
+        k.for_(1, n, 2, |_| k.bar_warp_sync());
     });
     let expected = [
         "mov.u32 %r1, 1;",

@@ -61,29 +61,29 @@ pub fn emit(config: &Config) -> Source {
     let (queries, heads, rows) =
         (k.param(Name::Queries), k.param(Name::Heads), k.param(Name::Rows));
     let (thread, lane) = (k.thread(), k.lane());
-    let row: Reg<u32> = k.block_x() * ROWS + k.broadcast(thread / LANES, 0);
+    let row: Reg<u32> = k.block_x() * ROWS + k.shfl_idx(thread / LANES, 0);
     k.if_(row.lt(rows), || {
         let weights: Vec<_> = (0..config.rounds)
             .map(|round| {
                 let part = lane + round * LANES;
                 let at = sums + (part.min(parts - 1).mul_wide(rows) + row.wide()) * 4u64;
                 let [sum] = k.ld_global_nc::<f32, 1>(at);
-                sum.or_else(part.lt(parts), f32::NEG_INFINITY)
+                k.select(part.lt(parts), sum, f32::NEG_INFINITY)
             })
             .collect();
         // Of rows without keys all are -∞.
         let max = across_warp(&weights, |a, b| a.max(b));
-        let used = max.or_else(max.gt(f32::NEG_INFINITY), 0.0);
+        let used = k.select(max.gt(f32::NEG_INFINITY), max, 0.0);
         let weights: Vec<_> = weights
             .into_iter()
             .map(|sum| ((sum - used) * std::f32::consts::LOG2_E).exp2_ftz())
             .collect();
         let sum = across_warp(&weights, |a, b| a + b);
         let none = sum.eq(0.0);
-        let inverse = k.var(0f32).or_else(none, sum.recip());
+        let inverse = k.select(none, k.var(0f32), sum.recip());
         if let Some(lse) = lse {
             let total = sum.log2().fma(std::f32::consts::LN_2, used);
-            let total = k.var(f32::NEG_INFINITY).or_else(none, total);
+            let total = k.select(none, k.var(f32::NEG_INFINITY), total);
             k.when(lane.eq(0), || k.st_global(lse.element(row, 4), [total]));
         }
 
@@ -107,7 +107,7 @@ pub fn emit(config: &Config) -> Source {
                     .map(|i| {
                         // Those behind the last one weigh nothing.
                         let at = (part + i).min(parts - 1).wide() * stride;
-                        let weight = k.broadcast(weight.cast(), part + i - first).cast::<f32>();
+                        let weight = k.shfl_idx(weight.cast(), part + i - first).cast::<f32>();
                         let values =
                             begins.iter().map(|&begin| k.ld_global_nc::<f32, 4>(begin + at));
                         (weight, values.collect::<Vec<_>>())
@@ -132,7 +132,7 @@ pub fn emit(config: &Config) -> Source {
                 Element::F32 => k.st_global(at, values),
                 Element::Half(half) => {
                     let [a, b, c, d] = values;
-                    k.st_global(at, [k.pack(half, a, b), k.pack(half, c, d)]);
+                    k.st_global(at, [k.cvt_rn_x2(half, a, b), k.cvt_rn_x2(half, c, d)]);
                 }
             });
         }
@@ -147,5 +147,5 @@ fn across_warp<'k>(
 ) -> Reg<'k, f32> {
     let mine = values.iter().copied().reduce(&combine).expect("there is a value");
     let others = [1, 2, 4, 8, 16].into_iter();
-    others.fold(mine, |x, xor| combine(x, x.kernel().butterfly(x, xor)))
+    others.fold(mine, |x, xor| combine(x, x.kernel().shfl_bfly(x, xor)))
 }

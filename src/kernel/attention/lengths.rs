@@ -109,14 +109,14 @@ impl<'k> Sequences<'k> {
             let side = Self::between(first, last);
             let mine = side.count.cast::<u32>().div_ceil(rows);
             let up_to = [1, 2, 4, 8, 16].into_iter().fold(mine, |sum, by| {
-                let more = k.from_before(sum, by);
-                sum + more.or_else(lane.ge(by), 0)
+                let more = k.shfl_up(sum, by);
+                sum + k.select(lane.ge(by), more, 0)
             });
-            let all = k.broadcast(up_to, 31);
+            let all = k.shfl_idx(up_to, 31);
             let here = tile.lt(before + all);
             k.if_(here, || {
-                let holder = k.ballot((before + up_to).le(tile)).ones();
-                let of = |value: Reg<'k, u32>| k.broadcast(value, holder);
+                let holder = k.vote_ballot((before + up_to).le(tile)).ones();
+                let of = |value: Reg<'k, u32>| k.shfl_idx(value, holder);
                 exists.set(1);
                 sequence.set(chunk + holder);
                 number.set(tile - before - of(up_to - mine));

@@ -56,7 +56,7 @@ impl Position for Reg<'_, i32> {
     }
 
     fn if_before(self, position: Self, count: Self) -> Self {
-        self.or_else(position.lt(count), 0)
+        self.kernel().select(position.lt(count), self, 0)
     }
 }
 
@@ -188,7 +188,7 @@ pub(super) fn column(i: usize) -> i32 {
 
 /// Overwrites the register where the predicate does not hold.
 fn keep<T: Scalar>(register: Reg<T>, holds: Reg<bool>, otherwise: T) {
-    register.set(register.or_else(holds, otherwise));
+    register.set(holds.kernel().select(holds, register, otherwise));
 }
 
 /// The arithmetic that kernels emit, on integers, against every pair.

@@ -102,6 +102,7 @@ impl<'k> Schedule<'k> {
         let head = first + (within - column * height);
         let last = (self.heads - 1) / self.section;
         let upwards = ((last - section) % 2).eq(1);
-        Place { head, column: column.or_else(upwards, self.columns - 1 - column) }
+        let k = upwards.kernel();
+        Place { head, column: k.select(upwards, column, self.columns - 1 - column) }
     }
 }

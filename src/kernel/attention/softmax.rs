@@ -120,7 +120,8 @@ impl<'k> Softmax<'k> {
 
 /// The value, or something else where the sum is 0. NaN stays NaN.
 fn unless_zero<'k>(sum: Reg<'k, f32>, value: Reg<'k, f32>, otherwise: f32) -> Reg<'k, f32> {
-    sum.kernel().var(otherwise).or_else(sum.eq(0.0), value)
+    let (k, otherwise) = (sum.kernel(), sum.kernel().var(otherwise));
+    k.select(sum.eq(0.0), otherwise, value)
 }
 
 /// Combines a thread's values of a row: two chains, so that each waits for the other half as often.
@@ -142,5 +143,5 @@ fn across_quad<'k>(
     combine: impl Fn(Reg<'k, f32>, Reg<'k, f32>) -> Reg<'k, f32>,
 ) -> Reg<'k, f32> {
     let k = value.kernel();
-    [1, 2].into_iter().fold(value, |value, xor| combine(value, k.butterfly(value, xor)))
+    [1, 2].into_iter().fold(value, |value, xor| combine(value, k.shfl_bfly(value, xor)))
 }

@@ -67,7 +67,7 @@ impl<'k> Ahead<'k, '_> {
             self.tiles.find(self.tour.place(), |tile| {
                 self.tile.set(&tile);
                 let some = self.tiles.work(tile).blocks.some();
-                self.has_keys.set(k.var(1).or_else(some, 0));
+                self.has_keys.set(k.select(some, k.var(1), 0));
             });
         });
     }
@@ -101,7 +101,7 @@ pub struct Row<'k> {
 impl<'k> Row<'k> {
     /// A value of the row, or what it is where the row only pads a tensor.
     pub fn unless_padding(&self, value: Reg<'k, f32>, padding: f32) -> Reg<'k, f32> {
-        self.some.map_or(value, |some| value.or_else(some, padding))
+        self.some.map_or(value, |some| some.kernel().select(some, value, padding))
     }
 }
 
@@ -215,7 +215,8 @@ impl<'k> Tiles<'k> {
         let last = (first + c.positions as i32).min(queries.count);
         let mut blocks = bounds.blocks(first, last, c.keys);
         if c.task.lengths == Lengths::Padded {
-            blocks.end = blocks.end.or_else(first.lt(queries.count), 0);
+            let some = first.lt(queries.count);
+            blocks.end = some.kernel().select(some, blocks.end, 0);
         }
         if let (Some(part), Some(parts)) = (part, self.parts) {
             let each = (blocks.end - blocks.begin).or_zero() + (parts - 1);

@@ -52,11 +52,11 @@ impl<'k> TileOfResult<'k> {
             (Element::F32, &[a, b, c, d]) => k.when(valid, || k.st_global(to, [a, b, c, d])),
             (Element::F32, &[x]) => k.when(valid, || k.st_global(to, [x])),
             (Element::Half(half), &[a, b, c, d]) => {
-                let pairs = [k.pack(half, a, b), k.pack(half, c, d)];
+                let pairs = [k.cvt_rn_x2(half, a, b), k.cvt_rn_x2(half, c, d)];
                 k.when(valid, || k.st_global(to, pairs));
             }
             (Element::Half(half), &[x]) => {
-                let narrow = k.narrow(half, x);
+                let narrow = k.cvt_rn(half, x);
                 k.when(valid, || k.st_global(to, [narrow]));
             }
             _ => unreachable!("1 or 4 sums"),

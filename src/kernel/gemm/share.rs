@@ -19,7 +19,8 @@ impl<'k> Share<'k> {
         }
         let part = part();
         let (each, more) = (depth / split, depth % split);
-        let extra = k.var(1u32).or_else(part.lt(more), 0);
+        let one = k.var(1u32);
+        let extra = k.select(part.lt(more), one, 0);
         Self { first: part * each + part.min(more), count: each + extra }
     }
 }

@@ -164,7 +164,7 @@ impl<'k> Mbarrier<'k> {
 
     /// Arrives, and promises `bytes` of copies.
     pub fn expect(&self, bytes: Reg<'k, u32>) {
-        self.address.kernel().mbarrier_expect(self.address, bytes);
+        self.address.kernel().mbarrier_arrive_expect_tx(self.address, bytes);
     }
 }
 

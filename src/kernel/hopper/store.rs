@@ -122,7 +122,7 @@ fn write_half<'k>(
         let chunk = (lane / 16 + 2 * i as u32) ^ (lane % 8);
         let to = start + chunk * 16;
         let packed = std::array::from_fn(|j| match eight.get(2 * j..2 * j + 2) {
-            Some(pair) => k.pack(half, pair[0], pair[1]),
+            Some(pair) => k.cvt_rn_x2(half, pair[0], pair[1]),
             None => k.var(0),
         });
         k.stmatrix(to, packed, false);
@@ -157,7 +157,7 @@ fn write_half_columns<'k>(
     let chunk = (warp * 2 + lane / 8 % 2) ^ (lane % 8);
     let start = to + line * LINE + chunk * 16;
     for (i, eight) in (0..).zip(sums.chunks(8)) {
-        let packed = std::array::from_fn(|j| k.pack(half, eight[2 * j], eight[2 * j + 1]));
+        let packed = std::array::from_fn(|j| k.cvt_rn_x2(half, eight[2 * j], eight[2 * j + 1]));
         k.stmatrix(start.at((i * 16 * LINE).into()), packed, true);
     }
 }

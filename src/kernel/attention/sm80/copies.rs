@@ -83,11 +83,11 @@ impl<'k> Copies<'k> {
             let from = Address::from(from).at((panel * Lines::BYTES).into());
             match self.last {
                 Some((mine, bytes)) if panel + 1 == self.lines.panels() => {
-                    let bytes = valid.map_or(bytes, |valid| bytes.or_else(valid, 0));
+                    let bytes = valid.map_or(bytes, |valid| k.select(valid, bytes, 0));
                     k.when(mine, || k.cp_async(to, from, bytes));
                 }
                 _ => {
-                    let all = |valid: Reg<'k, bool>| k.var(CHUNK).or_else(valid, 0);
+                    let all = |valid: Reg<'k, bool>| k.select(valid, k.var(CHUNK), 0);
                     let bytes = valid.map_or(Value::Literal(CHUNK), |v| Value::Reg(all(v)));
                     k.cp_async(to, from, bytes);
                 }

@@ -79,7 +79,7 @@ impl<'k> Sum<'k> {
         let (total, small) = (self.total(), self.small);
         std::array::from_fn(|i| {
             let finite = total[i].abs().lt(f32::INFINITY);
-            (total[i] + small[i]).or_else(finite, total[i])
+            finite.kernel().select(finite, total[i] + small[i], total[i])
         })
     }
 }
@@ -95,7 +95,7 @@ impl<'k> Attention<'k, '_> {
         for step in 0..c.query_lines().steps() {
             if c.columns() > 192 {
                 // Or ptxas loads more steps at once than there are registers for.
-                k.sync_warp();
+                k.bar_warp_sync();
             }
             let left: Vec<_> = (0..c.strips)
                 .map(|block| {

@@ -41,8 +41,9 @@ impl<'k> Attention<'k, '_> {
 
     /// A left operand of sums: of 16 keys each.
     pub(super) fn left(&self, half: Half, sums: &[Reg<'k, f32>]) -> Vec<Fragment<'k>> {
-        let pack =
-            |i: usize, eight: &[Reg<'k, f32>]| self.k.pack(half, eight[2 * i], eight[2 * i + 1]);
+        let pack = |i: usize, eight: &[Reg<'k, f32>]| {
+            self.k.cvt_rn_x2(half, eight[2 * i], eight[2 * i + 1])
+        };
         sums.chunks(8).map(|eight| std::array::from_fn(|i| pack(i, eight))).collect()
     }
 

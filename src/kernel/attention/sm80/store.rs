@@ -55,7 +55,7 @@ impl<'k> Attention<'k, '_> {
                 });
             }
             Element::Half(half) => {
-                let pairs: Vec<_> = pairs.iter().map(|&[a, b]| k.pack(half, a, b)).collect();
+                let pairs: Vec<_> = pairs.iter().map(|&[a, b]| k.cvt_rn_x2(half, a, b)).collect();
                 // Even lanes take both lanes' pairs of 8 columns, odd ones those of the next 8: the
                 // four lanes of a row store 32 bytes together.
                 let odd = (seat.lane % 2).ne(0);
@@ -63,9 +63,9 @@ impl<'k> Attention<'k, '_> {
                 let rest = both.remainder();
                 let quads: Vec<_> = both
                     .map(|pair| {
-                        let kept = pair[1].or_else(odd, pair[0]);
-                        let got = k.butterfly(pair[0].or_else(odd, pair[1]), 1);
-                        [got.or_else(odd, kept), kept.or_else(odd, got)]
+                        let kept = k.select(odd, pair[1], pair[0]);
+                        let got = k.shfl_bfly(k.select(odd, pair[0], pair[1]), 1);
+                        [k.select(odd, got, kept), k.select(odd, kept, got)]
                     })
                     .collect();
                 let first = at(col + seat.lane % 2 * 6);

@@ -102,7 +102,8 @@ impl<'k> Attention<'k, '_> {
 
     fn group(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) -> Group<'k> {
         let (k, c, plan) = (self.k, self.c, &self.plan);
-        let next = k.var(0).or_else(number.eq(c.consumers() - 1), number + 1);
+        let zero = k.var(0);
+        let next = k.select(number.eq(c.consumers() - 1), zero, number + 1);
         Group {
             warps: Warpgroup {
                 number,
@@ -177,7 +178,7 @@ impl<'k> Attention<'k, '_> {
             Some(Neighbours { before, ahead }) => {
                 let open = some & ahead.has_keys();
                 k.if_(!open, end);
-                before.open.set(k.var(1).or_else(open, 0));
+                before.open.set(k.select(open, k.var(1), 0));
                 before.tile.set(&work.tile);
             }
         }
@@ -311,7 +312,7 @@ impl<'k> Attention<'k, '_> {
     /// Packs exponentials.
     fn keep(&self, g: &Group<'k>, exponentials: &[Reg<'k, f32>]) {
         for (&to, pair) in g.weights.iter().zip(exponentials.chunks(2)) {
-            self.k.pack_to(to, self.c.half, pair[0], pair[1]);
+            self.k.cvt_rn_x2_to(to, self.c.half, pair[0], pair[1]);
         }
     }
 

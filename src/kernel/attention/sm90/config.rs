@@ -21,7 +21,7 @@ const SECTION_BYTES: u64 = 32 << 20;
 /// How tiles reach memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Store {
-    /// By the copy engine: strides of the result are multiples of 16 bytes.
+    /// By TMA: strides of the result are multiples of 16 bytes.
     Tma,
     /// By the threads, in pairs of elements.
     Direct,

@@ -12,7 +12,7 @@ impl<'k> Attention<'k, '_> {
     /// Fills stages for all tiles of this block. Called by a warp, done by one thread.
     pub(super) fn produce(&self) {
         let (k, c, plan) = (self.k, self.c, &self.plan);
-        let elected = k.elect();
+        let elected = k.elect_sync();
         let boxes = |i: usize, slabs: u32, lines: Lines, at: u32| {
             TileBoxes::new(self.maps[i], slabs, lines, self.base + at)
         };
@@ -32,7 +32,7 @@ impl<'k> Attention<'k, '_> {
                 // The warp looks for the next tile together.
                 Lengths::Packed => {
                     k.if_(elected, || self.fill(&work, all, places));
-                    k.sync_warp();
+                    k.bar_warp_sync();
                 }
                 Lengths::Full | Lengths::Padded => self.fill(&work, all, places),
             });

@@ -1,4 +1,4 @@
-//! Attention on Hopper: a thread of one warpgroup lets the copy engine (TMA) fill rings of blocks of
+//! Attention on Hopper: a thread of one warpgroup lets TMA fill rings of blocks of
 //! keys and values, up to three others have 64 rows of queries each, and multiply with wgmma.
 //!
 //! The products of a block's queries and keys begin together with the product of the exponentials and
@@ -39,11 +39,11 @@ pub fn emit(config: &Config) -> Source {
     let tiles = Tiles::params(k, config.into(), size, heads);
     let base = k.shared(plan.bytes);
     let thread = k.thread();
-    let warp = k.broadcast(thread / 32, 0);
-    let group = k.broadcast(thread / WARPGROUP, 0);
+    let warp = k.shfl_idx(thread / 32, 0);
+    let group = k.shfl_idx(thread / WARPGROUP, 0);
 
     k.if_(warp.eq(0), || {
-        k.if_(k.elect(), || {
+        k.if_(k.elect_sync(), || {
             maps.into_iter().chain(out_map).for_each(|map| k.prefetch_tensor_map(map));
             plan.query_ring.init(k, base, 1);
             plan.key_ring.init(k, base, config.consumers());
@@ -51,8 +51,8 @@ pub fn emit(config: &Config) -> Source {
         })
     });
     k.sync_block();
-    k.wait_for_stream();
-    k.let_next_start();
+    k.griddepcontrol_wait();
+    k.griddepcontrol_launch_dependents();
 
     let a =
         Attention { k, c: config, plan, maps, out_map, out_memory, lse, score_params, tiles, base };
@@ -60,13 +60,13 @@ pub fn emit(config: &Config) -> Source {
         group.eq(0),
         || {
             if let Some([give, _]) = config.registers() {
-                k.give_registers(give);
+                k.setmaxnreg_dec(give);
             }
             k.if_(warp.eq(0), || a.produce());
         },
         || {
             if let Some([_, take]) = config.registers() {
-                k.take_registers(take);
+                k.setmaxnreg_inc(take);
             }
             a.consume(thread - WARPGROUP, group - 1);
         },

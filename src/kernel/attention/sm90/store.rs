@@ -101,7 +101,7 @@ impl<'k> Attention<'k, '_> {
                     match c.task.out {
                         Element::F32 => k.st_global(to, [pair[0], pair[1]]),
                         Element::Half(half) => {
-                            k.st_global(to, [k.pack(half, pair[0], pair[1])]);
+                            k.st_global(to, [k.cvt_rn_x2(half, pair[0], pair[1])]);
                         }
                     }
                 }

@@ -128,7 +128,7 @@ impl<'k> Copies<'k> {
                 Major::K => bytes(k_left),
                 Major::Outer => {
                     let in_depth = (at + line(place.line)).lt(operand.depth);
-                    bytes(panel_left[panel]).or_else(in_depth, 0)
+                    in_depth.kernel().select(in_depth, bytes(panel_left[panel]), 0)
                 }
             };
             Each {

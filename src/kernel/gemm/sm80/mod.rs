@@ -154,7 +154,7 @@ fn store<'k>(
                 k.st_shared(write.at(at as i64), [quad[2 * h], quad[2 * h + 1]]);
             }
         }
-        k.sync_warp();
+        k.bar_warp_sync();
         k.for_(0, units, WARP * together, |done| {
             let loaded: Vec<_> = (0..together)
                 .map(|u| {
@@ -172,6 +172,6 @@ fn store<'k>(
                 result.store(&sums, row + line + 16 * i as u32, col + at, None);
             }
         });
-        k.sync_warp();
+        k.bar_warp_sync();
     }
 }

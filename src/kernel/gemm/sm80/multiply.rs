@@ -164,7 +164,8 @@ impl<'k, 'c> Multiply<'k, 'c> {
             k.sync_block();
             freed.set(stage);
             let next = stage + c.stage_bytes();
-            stage.set(k.var(0u32).or_else(next.ge(stages * c.stage_bytes()), next));
+            let zero = k.var(0u32);
+            stage.set(k.select(next.ge(stages * c.stage_bytes()), zero, next));
             let from = self.of_stage(stage);
             let copying: Vec<_> =
                 if copy { copies.iter().flat_map(|c| c.to_stage(freed)).collect() } else { vec![] };

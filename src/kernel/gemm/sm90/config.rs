@@ -36,7 +36,7 @@ impl Orient {
 /// How tiles reach memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Store {
-    /// By the copy engine, while the next tile is computed. Rows of `C` are a multiple of 16 bytes.
+    /// By TMA, while the next tile is computed. Rows of `C` are a multiple of 16 bytes.
     Tma,
     /// Through shared memory by the threads, in units of `unit` elements of a row of `C`, whose
     /// length is a multiple of that. With [`Order::Grid`] the tile lies over the stages.
@@ -193,7 +193,7 @@ impl Config {
         SLAB * self.slab_cols() * self.epilogue.out.size()
     }
 
-    /// Columns and rows of `C` that the copy engine stores at once.
+    /// Columns and rows of `C` that TMA stores at once.
     pub fn result_box(&self) -> [u32; 2] {
         let lines = match self.orient {
             Orient::Plain => SLAB,
@@ -310,7 +310,7 @@ impl Config {
     }
 }
 
-/// How the copy engine cuts a stage of an operand.
+/// How TMA cuts a stage of an operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Boxes {
     /// Lines of one box, each 64 elements wide, and the elements of the outer dimension that a box

@@ -43,11 +43,11 @@ pub fn emit(config: &Config) -> Source {
     let inner_batch = config.batched.then(|| k.param(Name::InnerBatch));
     let base = k.shared(plan.bytes);
     let thread = k.thread();
-    let warp = k.broadcast(thread / 32, 0);
-    let group = k.broadcast(thread / WARPGROUP, 0);
+    let warp = k.shfl_idx(thread / 32, 0);
+    let group = k.shfl_idx(thread / WARPGROUP, 0);
 
     k.if_(warp.eq(0), || {
-        k.if_(k.elect(), || {
+        k.if_(k.elect_sync(), || {
             k.prefetch_tensor_map(lhs);
             k.prefetch_tensor_map(rhs);
             if let Out::Map(map) = out {
@@ -60,8 +60,8 @@ pub fn emit(config: &Config) -> Source {
         })
     });
     k.sync_block();
-    k.wait_for_stream();
-    k.let_next_start();
+    k.griddepcontrol_wait();
+    k.griddepcontrol_launch_dependents();
 
     let g =
         Gemm { k, c: config, plan, lhs, rhs, out, size, bias, depth, raster, inner_batch, base };
@@ -69,10 +69,10 @@ pub fn emit(config: &Config) -> Source {
         group.eq(0),
         || {
             if config.moves_registers() {
-                k.give_registers(40);
+                k.setmaxnreg_dec(40);
             }
-            k.if_(warp.eq(0), || k.if_(k.elect(), || g.produce()));
-            k.sync_warp();
+            k.if_(warp.eq(0), || k.if_(k.elect_sync(), || g.produce()));
+            k.bar_warp_sync();
             if config.split > 1 {
                 // Once for the staged parts, once for their sum.
                 k.sync_cluster();
@@ -81,7 +81,7 @@ pub fn emit(config: &Config) -> Source {
         },
         || {
             if config.moves_registers() {
-                k.take_registers(232);
+                k.setmaxnreg_inc(232);
             }
             g.consume(thread - WARPGROUP, group - 1);
             if config.split > 1 {
