@@ -92,9 +92,9 @@ impl<'k> Attention<'k, '_> {
     }
 
     fn thread(&self) -> Thread<'k> {
-        let (k, c, plan) = (self.k, self.c, &self.plan);
+        let (k, c, smem) = (self.k, self.c, &self.smem);
         let Seat { thread, lane, warp } = Seat::new(k);
-        let places = [plan.queries, plan.keys, plan.values].map(|region| self.base + region);
+        let places = [smem.queries, smem.keys, smem.values].map(|region| self.base + region);
         let copies =
             |i: usize, lines| Copies::new(self.operands[i], lines, c.threads(), thread, places[i]);
         let kept = if c.kept { c.query_lines().steps() } else { 0 };
@@ -151,7 +151,7 @@ impl<'k> Attention<'k, '_> {
     /// Begins to copy queries and the last block.
     fn begin(&self, t: &Thread<'k>, context: &Context<'k, '_>) {
         let (k, c, work) = (self.k, self.c, context.work);
-        let (thread, to) = (k.thread(), self.base + self.plan.queries);
+        let (thread, to) = (k.thread(), self.base + self.smem.queries);
         let queries = Copies::new(self.operands[0], c.query_lines(), c.threads(), thread, to);
         queries.gather(work.tile.batch, |line| {
             let row = self.tiles.row(&work.tile, work.tile.first, line, c.used_rows());
@@ -175,7 +175,7 @@ impl<'k> Attention<'k, '_> {
         k.cp_async_wait(0);
         k.sync_block();
         k.if_(context.block.gt(work.blocks.begin), || {
-            let next = t.stage ^ self.plan.stage_bytes;
+            let next = t.stage ^ self.smem.stage_bytes;
             for (copies, pointer) in t.copies.iter().zip(t.pointers) {
                 copies.next(pointer, next, None);
             }
@@ -217,13 +217,13 @@ impl<'k> Attention<'k, '_> {
             Element::Half(half) => self.multiply_values(half, t, &weights),
             Element::F32 => self.multiply_values_exactly(t, &weights),
         }
-        t.stage.set(t.stage ^ self.plan.stage_bytes);
+        t.stage.set(t.stage ^ self.smem.stage_bytes);
         context.block.increase(-1);
     }
 
     /// What holds whatever happens, for [`Kernel::apart`].
     pub(super) fn always(&self, t: &Thread<'k>) -> Reg<'k, bool> {
-        t.stage.lt(self.plan.bytes)
+        t.stage.lt(self.smem.bytes)
     }
 
     /// The exponentials of a strip's scores, as a left operand; its sums shrink.

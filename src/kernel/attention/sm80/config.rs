@@ -43,7 +43,7 @@ pub struct Config {
 }
 
 /// Where things lie in shared memory.
-pub(super) struct Plan {
+pub(super) struct SharedMap {
     pub queries: u32,
     /// Of the first stage.
     pub keys: u32,
@@ -119,7 +119,7 @@ impl Config {
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
     /// or the number that is in the way.
     pub fn check(&self, limit: u32) -> Result<(), String> {
-        let shared = self.plan().bytes;
+        let shared = self.smem().bytes;
         let limit = shared_of_each(limit, self.blocks_per_sm);
         // There is no other for the widest heads, and these are estimates.
         let smallest = self.element == Element::F32 && self.keys == 16;
@@ -195,7 +195,7 @@ impl Config {
         spare + self.strips * (STRIP_REGISTERS + strip + self.task.scores.registers(scores))
     }
 
-    pub(super) fn plan(&self) -> Plan {
+    pub(super) fn smem(&self) -> SharedMap {
         let mut arena = Arena::default();
         let align = Lines::BYTES * 8;
         let queries = arena.region(self.query_lines().bytes(), align);
@@ -205,7 +205,7 @@ impl Config {
         for _ in 1..STAGES {
             arena.region(stage_bytes, align);
         }
-        Plan { queries, keys, values, stage_bytes, bytes: arena.used }
+        SharedMap { queries, keys, values, stage_bytes, bytes: arena.used }
     }
 }
 

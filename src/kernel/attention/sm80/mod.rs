@@ -24,7 +24,7 @@ use super::Name;
 use super::scores::ScoreParams;
 use super::work::{Logarithms, Memory, Tiles};
 use crate::ptx::{Kernel, Reg, Source, Target};
-use config::Plan;
+use config::SharedMap;
 use copies::Operand;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
@@ -45,9 +45,9 @@ pub fn emit(config: &Config) -> Source {
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
     let score_params = ScoreParams::params(k, config.task.scores, config.element);
     let tiles = Tiles::params(k, config.into(), size, heads);
-    let plan = config.plan();
-    let base = k.shared(plan.bytes);
-    let a = Attention { k, c: config, plan, operands, out, lse, score_params, tiles, base };
+    let smem = config.smem();
+    let base = k.shared(smem.bytes);
+    let a = Attention { k, c: config, smem, operands, out, lse, score_params, tiles, base };
     a.run();
     k.finish()
 }
@@ -55,7 +55,7 @@ pub fn emit(config: &Config) -> Source {
 struct Attention<'k, 'c> {
     k: &'k Kernel,
     c: &'c Config,
-    plan: Plan,
+    smem: SharedMap,
     /// Queries, keys and values.
     operands: [Operand<'k>; 3],
     out: Memory<'k>,

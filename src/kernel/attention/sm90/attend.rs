@@ -101,7 +101,7 @@ impl<'k> Attention<'k, '_> {
     }
 
     fn group(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) -> Group<'k> {
-        let (k, c, plan) = (self.k, self.c, &self.plan);
+        let (k, c, smem) = (self.k, self.c, &self.smem);
         let zero = k.var(0);
         let next = k.select(number.eq(c.consumers() - 1), zero, number + 1);
         Group {
@@ -109,19 +109,19 @@ impl<'k> Attention<'k, '_> {
                 number,
                 lane: Lane::new(thread),
                 leader: (thread % WARPGROUP).eq(0),
-                meeting: plan.meeting,
+                meeting: smem.meeting,
             },
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
             sums: (0..c.task.value_dim / 2).map(|_| k.reg()).collect(),
             softmax: self.score_params.softmax(),
-            queries: Descriptor::along_k(self.base + plan.queries, SLAB),
-            keys: Descriptor::along_k(self.base + plan.keys, c.keys),
-            values: Descriptor::across_k(self.base + plan.values, c.keys),
-            query_place: plan.query_ring.owner(k, self.base, number),
-            key_place: plan.key_ring.consumer(k, self.base),
-            value_place: plan.value_ring.consumer(k, self.base),
-            turns: plan.turns.map(|all| RoundRobin { mine: all.of(number), next: all.of(next) }),
+            queries: Descriptor::along_k(self.base + smem.queries, SLAB),
+            keys: Descriptor::along_k(self.base + smem.keys, c.keys),
+            values: Descriptor::across_k(self.base + smem.values, c.keys),
+            query_place: smem.query_ring.owner(k, self.base, number),
+            key_place: smem.key_ring.consumer(k, self.base),
+            value_place: smem.value_ring.consumer(k, self.base),
+            turns: smem.turns.map(|all| RoundRobin { mine: all.of(number), next: all.of(next) }),
         }
     }
 
@@ -266,7 +266,7 @@ impl<'k> Attention<'k, '_> {
         const UNIT: u32 = 16;
         let units = LINE / UNIT;
         g.value_place.wait();
-        let stage = self.base + self.plan.values + g.value_place.stage * c.value_bytes();
+        let stage = self.base + self.smem.values + g.value_place.stage * c.value_bytes();
         let thread = g.warps.lane.warp * 32 + g.warps.lane.lane;
         let to = stage + thread % units * UNIT;
         let zero = k.var(0u32);
@@ -340,6 +340,6 @@ impl<'k> Attention<'k, '_> {
             0 => self.c.query_bytes(),
             slabs => slabs * SLAB_BYTES,
         };
-        self.base + self.plan.result + g.warps.number * each
+        self.base + self.smem.result + g.warps.number * each
     }
 }

@@ -63,7 +63,7 @@ pub(super) enum QueriesGo {
 }
 
 /// Where things lie in shared memory.
-pub(super) struct Plan {
+pub(super) struct SharedMap {
     /// Of each warpgroup one after the other, then those of the next tile.
     pub queries: u32,
     pub keys: u32,
@@ -223,8 +223,8 @@ impl Config {
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
     /// or the number that is in the way.
     pub fn check(&self, limit: u32) -> Result<(), String> {
-        let plan = self.plan();
-        let shared = plan.bytes;
+        let smem = self.smem();
+        let shared = smem.bytes;
         let (registers, most) = (self.needed_registers(), self.most_registers());
         let multiple = |n: u32, of: u32| n.is_multiple_of(of) && (of..=256).contains(&n);
         let rules = [
@@ -256,7 +256,7 @@ impl Config {
                 "parts of packed sequences, or not in f32, by the threads, with their sums".into(),
             ),
             (registers <= most, format!("{registers} registers of a thread (at most {most})")),
-            NamedBarriers::rule(plan.named_barriers),
+            NamedBarriers::rule(smem.named_barriers),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
         match rules.into_iter().find(|(holds, _)| !holds) {
@@ -265,7 +265,7 @@ impl Config {
         }
     }
 
-    pub(super) fn plan(&self) -> Plan {
+    pub(super) fn smem(&self) -> SharedMap {
         let mut arena = Arena::default();
         let queries = arena.region(self.query_boxes() * self.query_bytes(), ATOM);
         let keys = arena.region(self.stages * self.key_bytes(), ATOM);
@@ -281,7 +281,7 @@ impl Config {
         let meeting = barriers.each(self.consumers(), WARPGROUP);
         // Those who wait and who let them.
         let turns = self.turns.then(|| barriers.each(self.consumers(), 2 * WARPGROUP));
-        Plan {
+        SharedMap {
             queries,
             keys,
             values,

@@ -11,7 +11,7 @@ use crate::ptx::Reg;
 impl<'k> Attention<'k, '_> {
     /// Fills stages for all tiles of this block. Called by a warp, done by one thread.
     pub(super) fn produce(&self) {
-        let (k, c, plan) = (self.k, self.c, &self.plan);
+        let (k, c, smem) = (self.k, self.c, &self.smem);
         let elected = k.elect_sync();
         let boxes = |i: usize, slabs: u32, lines: Lines, at: u32| {
             TileBoxes::new(self.maps[i], slabs, lines, self.base + at)
@@ -19,13 +19,13 @@ impl<'k> Attention<'k, '_> {
         let tiles = || {
             let rows = Lines { loaded: c.used_rows(), pitch: SLAB };
             let lines = Lines { loaded: c.keys, pitch: c.keys };
-            let queries = boxes(0, c.head_slabs(), rows, plan.queries);
-            let keys = boxes(1, c.head_slabs(), lines, plan.keys);
-            let values = boxes(2, c.value_slabs(), lines, plan.values);
+            let queries = boxes(0, c.head_slabs(), rows, smem.queries);
+            let keys = boxes(1, c.head_slabs(), lines, smem.keys);
+            let values = boxes(2, c.value_slabs(), lines, smem.values);
             let places = [
-                plan.query_ring.producer(k, self.base),
-                plan.key_ring.producer(k, self.base),
-                plan.value_ring.producer(k, self.base),
+                smem.query_ring.producer(k, self.base),
+                smem.key_ring.producer(k, self.base),
+                smem.value_ring.producer(k, self.base),
             ];
             let all = [&queries, &keys, &values];
             self.tiles.for_each(|work| match c.task.lengths {

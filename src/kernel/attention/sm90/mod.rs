@@ -18,7 +18,7 @@ use super::{Lengths, Name};
 use crate::kernel::Element;
 use crate::kernel::hopper::WARPGROUP;
 use crate::ptx::{Kernel, Reg, Source, Target};
-use config::Plan;
+use config::SharedMap;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
@@ -26,7 +26,7 @@ use config::Plan;
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("attention", Target::Sm90a, config.threads());
     k.blocks_per_sm(1);
-    let plan = config.plan();
+    let smem = config.smem();
     let maps = [Name::Q, Name::K, Name::V].map(|name| k.tensor_map(name));
     let out_map = (config.store == Store::Tma).then(|| k.tensor_map(Name::Out));
     let packed = config.task.lengths == Lengths::Packed;
@@ -37,7 +37,7 @@ pub fn emit(config: &Config) -> Source {
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
     let score_params = ScoreParams::params(k, config.task.scores, Element::Half(config.half));
     let tiles = Tiles::params(k, config.into(), size, heads);
-    let base = k.shared(plan.bytes);
+    let base = k.shared(smem.bytes);
     let thread = k.thread();
     let warp = k.shfl_idx(thread / 32, 0);
     let group = k.shfl_idx(thread / WARPGROUP, 0);
@@ -45,9 +45,9 @@ pub fn emit(config: &Config) -> Source {
     k.if_(warp.eq(0), || {
         k.if_(k.elect_sync(), || {
             maps.into_iter().chain(out_map).for_each(|map| k.prefetch_tensor_map(map));
-            plan.query_ring.init(k, base, 1);
-            plan.key_ring.init(k, base, config.consumers());
-            plan.value_ring.init(k, base, config.consumers());
+            smem.query_ring.init(k, base, 1);
+            smem.key_ring.init(k, base, config.consumers());
+            smem.value_ring.init(k, base, config.consumers());
         })
     });
     k.sync_block();
@@ -55,7 +55,7 @@ pub fn emit(config: &Config) -> Source {
     k.griddepcontrol_launch_dependents();
 
     let a =
-        Attention { k, c: config, plan, maps, out_map, out_memory, lse, score_params, tiles, base };
+        Attention { k, c: config, smem, maps, out_map, out_memory, lse, score_params, tiles, base };
     k.if_else(
         group.eq(0),
         || {
@@ -77,7 +77,7 @@ pub fn emit(config: &Config) -> Source {
 struct Attention<'k, 'c> {
     k: &'k Kernel,
     c: &'c Config,
-    plan: Plan,
+    smem: SharedMap,
     /// Of queries, keys and values.
     maps: [Reg<'k, u64>; 3],
     out_map: Option<Reg<'k, u64>>,

@@ -98,7 +98,7 @@ pub struct Config {
 }
 
 /// Where things lie in shared memory.
-pub(super) struct Plan {
+pub(super) struct SharedMap {
     pub lhs: u32,
     pub rhs: u32,
     /// Of slabs, or of a staged tile.
@@ -241,8 +241,8 @@ impl Config {
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
     /// or the number that is in the way.
     pub fn check(&self, limit: u32) -> Result<(), String> {
-        let plan = self.plan();
-        let (shared, limit) = (plan.bytes, shared_of_each(limit, self.blocks_per_sm));
+        let smem = self.smem();
+        let (shared, limit) = (smem.bytes, shared_of_each(limit, self.blocks_per_sm));
         let rules = [
             (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
             (
@@ -278,7 +278,7 @@ impl Config {
                         && self.blocks_per_sm == 1),
                 "warpgroups that take turns on small, staged or single tiles".into(),
             ),
-            NamedBarriers::rule(plan.named_barriers),
+            NamedBarriers::rule(smem.named_barriers),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
         match rules.into_iter().find(|(holds, _)| !holds) {
@@ -287,7 +287,7 @@ impl Config {
         }
     }
 
-    pub(super) fn plan(&self) -> Plan {
+    pub(super) fn smem(&self) -> SharedMap {
         let mut arena = Arena::default();
         let lhs = arena.region(self.stages * self.lhs_boxes().bytes, ATOM);
         let rhs = arena.region(self.stages * self.rhs_boxes().bytes, ATOM);
@@ -306,7 +306,7 @@ impl Config {
             Store::Staged { .. } => barriers.each(1, WARPGROUP * self.consumers()),
         };
         let named_barriers = barriers.used();
-        Plan { lhs, rhs, result, ring, pingpong, meeting, named_barriers, bytes: arena.used }
+        SharedMap { lhs, rhs, result, ring, pingpong, meeting, named_barriers, bytes: arena.used }
     }
 }
 

@@ -69,14 +69,14 @@ impl<'k> Gemm<'k, '_> {
     /// Fills stages for all tiles of this block.
     pub(super) fn produce(&self) {
         let (k, c) = (self.k, self.c);
-        let place = self.plan.ring.producer(k, self.base);
+        let place = self.smem.ring.producer(k, self.base);
         let [rows, cols] = c.orient.order(self.size);
         let lhs = Operand {
             map: self.lhs,
             major: c.lhs,
             boxes: c.lhs_boxes(),
             extent: rows,
-            offset: self.plan.lhs,
+            offset: self.smem.lhs,
             // A small left operand of a swapped product is read by all, the weights once.
             how: match c.orient {
                 Orient::Swapped if !c.pingpong => Delivery::Once,
@@ -88,7 +88,7 @@ impl<'k> Gemm<'k, '_> {
             major: c.rhs,
             boxes: c.rhs_boxes(),
             extent: cols,
-            offset: self.plan.rhs,
+            offset: self.smem.rhs,
             how: Delivery::Plain,
         };
         self.tiles(None, |tile| {

@@ -21,7 +21,7 @@ use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::raster::{Raster, Tile};
 use crate::ptx::{Kernel, Reg, Source, Target};
-use config::Plan;
+use config::SharedMap;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
@@ -30,7 +30,7 @@ pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("matmul", Target::Sm90a, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
     k.cluster(config.split);
-    let plan = config.plan();
+    let smem = config.smem();
     let (lhs, rhs) = (k.tensor_map(Name::Lhs), k.tensor_map(Name::Rhs));
     let out = match config.store {
         Store::Tma => Out::Map(k.tensor_map(Name::Out)),
@@ -41,7 +41,7 @@ pub fn emit(config: &Config) -> Source {
     let depth = k.param(Name::Depth);
     let raster = (config.order == Order::Raster).then(|| Raster::params(k));
     let inner_batch = config.batched.then(|| k.param(Name::InnerBatch));
-    let base = k.shared(plan.bytes);
+    let base = k.shared(smem.bytes);
     let thread = k.thread();
     let warp = k.shfl_idx(thread / 32, 0);
     let group = k.shfl_idx(thread / WARPGROUP, 0);
@@ -53,10 +53,10 @@ pub fn emit(config: &Config) -> Source {
             if let Out::Map(map) = out {
                 k.prefetch_tensor_map(map);
             }
-            if let Some(pingpong) = plan.pingpong {
+            if let Some(pingpong) = smem.pingpong {
                 pingpong.init(k, base);
             }
-            plan.ring.init(k, base, config.readers());
+            smem.ring.init(k, base, config.readers());
         })
     });
     k.sync_block();
@@ -64,7 +64,7 @@ pub fn emit(config: &Config) -> Source {
     k.griddepcontrol_launch_dependents();
 
     let g =
-        Gemm { k, c: config, plan, lhs, rhs, out, size, bias, depth, raster, inner_batch, base };
+        Gemm { k, c: config, smem, lhs, rhs, out, size, bias, depth, raster, inner_batch, base };
     k.if_else(
         group.eq(0),
         || {
@@ -102,7 +102,7 @@ enum Out<'k> {
 struct Gemm<'k, 'c> {
     k: &'k Kernel,
     c: &'c Config,
-    plan: Plan,
+    smem: SharedMap,
     lhs: Reg<'k, u64>,
     rhs: Reg<'k, u64>,
     out: Out<'k>,
@@ -140,9 +140,9 @@ impl<'k> Gemm<'k, '_> {
     /// A warpgroup multiplies 64 rows of each tile, or all rows of each second one, and stores them.
     fn consume(&self, thread: Reg<'k, u32>, group: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
-        let place = self.plan.ring.consumer(k, self.base);
+        let place = self.smem.ring.consumer(k, self.base);
         let leader = (thread % WARPGROUP).eq(0);
-        let turn = self.plan.pingpong.map(|both| both.join(self.base, group, leader));
+        let turn = self.smem.pingpong.map(|both| both.join(self.base, group, leader));
         if turn.is_some() {
             k.if_(group.ne(0), || place.skip(self.depth));
         }
@@ -181,8 +181,8 @@ impl<'k> Gemm<'k, '_> {
                 k.var(0)
             }
         };
-        let lhs = descriptor(self.base + self.plan.lhs + first_rows, c.lhs, c.rows);
-        let rhs = descriptor(self.base + self.plan.rhs, c.rhs, c.cols);
+        let lhs = descriptor(self.base + self.smem.lhs + first_rows, c.lhs, c.rows);
+        let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols);
         let Share { count, .. } = self.share();
         // Of the stage whose products are under way.
         let before = Mbarrier::unset(k);

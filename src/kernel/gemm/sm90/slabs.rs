@@ -24,7 +24,7 @@ impl<'k> Gemm<'k, '_> {
             false => tile.row * c.rows + group * SLAB,
             true => tile.row * c.rows,
         };
-        let memory = self.base + self.plan.result + group * (c.slabs * c.slab_bytes());
+        let memory = self.base + self.smem.result + group * (c.slabs * c.slab_bytes());
         let each = c.slab_cols();
         // Where the columns are no multiple of a slab's, the last two overlap.
         let starts = (0..c.cols.div_ceil(each)).map(|i| (i * each).min(c.cols - each));
@@ -49,7 +49,7 @@ impl<'k> Gemm<'k, '_> {
             room: c.slabs,
             slab_bytes: c.slab_bytes(),
             box_bytes: lines * LINE,
-            group: Warpgroup { number: group, lane, leader, meeting: self.plan.meeting },
+            group: Warpgroup { number: group, lane, leader, meeting: self.smem.meeting },
         };
         store.run(
             &slabs,

@@ -15,9 +15,9 @@ impl<'k> Gemm<'k, '_> {
         let row = warp * 16 + lane / 4;
         let col = lane % 4 * 2;
         let pitch = c.staged_pitch();
-        let staged = self.base + self.plan.result;
+        let staged = self.base + self.smem.result;
         // All of the block's wgmma have read the stages, or its threads the tile before this one.
-        self.plan.meeting.only().sync(k);
+        self.smem.meeting.only().sync(k);
         match c.orient {
             Orient::Plain => {
                 let to = staged + (row * pitch + col) * 4;
@@ -40,7 +40,7 @@ impl<'k> Gemm<'k, '_> {
             }
         }
         match c.split {
-            1 => self.plan.meeting.only().sync(k),
+            1 => self.smem.meeting.only().sync(k),
             _ => k.sync_cluster(),
         }
     }
@@ -57,8 +57,8 @@ impl<'k> Gemm<'k, '_> {
         let [(row, lines), (col, width)] = c.orient.order([(tile.row, c.rows), (tile.col, c.cols)]);
         let first = (row * lines, col * width);
         let parts: Vec<_> = match c.split {
-            1 => vec![self.base + self.plan.result],
-            split => (0..split).map(|rank| k.mapa(self.base + self.plan.result, rank)).collect(),
+            1 => vec![self.base + self.smem.result],
+            split => (0..split).map(|rank| k.mapa(self.base + self.smem.result, rank)).collect(),
         };
         let threads = WARPGROUP * c.consumers();
         let mine = match c.split {
