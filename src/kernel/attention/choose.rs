@@ -267,7 +267,7 @@ pub(super) mod tests {
         }
     }
 
-    /// The order of tiles relies on it (`schedule.rs`).
+    /// The order of tiles relies on it (`scheduler.rs`).
     #[test]
     fn sections_are_of_about_two_rounds_or_all() {
         for dim in [64, 96, 128, 192, 256] {

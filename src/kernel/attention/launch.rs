@@ -1,7 +1,7 @@
 //! The numbers of a launch.
 
 use super::combine::MAX_PARTS;
-use super::{Lengths, Mask, Problem, Section, Task};
+use super::{Lengths, Mask, Problem, Task, TileOrder};
 use crate::kernel::plan::count;
 
 /// Sequences, and the widths of masks, are shorter: the sum of three is a number of 32 bits.
@@ -28,7 +28,7 @@ pub struct Tiling {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// The order of tiles.
-    pub order: Section,
+    pub order: TileOrder,
     /// Parts of the keys of a tile: 1 unless the configuration splits them.
     pub parts: u32,
     /// Query `i` sees keys from `i + o - left` on, where that is a parameter.
@@ -76,7 +76,7 @@ impl Launch {
         };
         let width = |keys: Option<u64>| keys.unwrap_or(MAX_LENGTH).min(MAX_LENGTH) as i32;
         Self {
-            order: Section {
+            order: TileOrder {
                 heads: count(heads),
                 columns: count(each * parts),
                 tiles: count(tiles),

@@ -7,7 +7,7 @@ mod limit;
 pub mod mask;
 mod params;
 mod plan;
-mod schedule;
+mod scheduler;
 pub mod scores;
 mod softmax;
 mod task;
@@ -24,7 +24,7 @@ pub use limit::Limit;
 pub use mask::Mask;
 pub use params::{Arguments, Extra, Name, Operand, Output};
 pub use plan::{Attend, Plan, by_tma};
-pub use schedule::Section;
+pub use scheduler::TileOrder;
 pub use scores::{Bias, Scores};
 pub use task::Task;
 

@@ -106,14 +106,14 @@ names! {
         Sequences "sequences",
         /// With a split: the parts of the keys of a tile.
         Parts "parts",
-        /// Heads of all sequences, or packs of them: of [`Section`](super::Section), as the next three.
+        /// Heads of all sequences, or packs of them: of [`TileOrder`](super::TileOrder), as the next three.
         AllHeads "all_heads",
         /// Tiles of each.
         Columns "columns",
         /// Tiles of all.
         Tiles "tiles",
         /// Heads of a section.
-        Section "section",
+        TileOrder "section",
         /// The results of the parts: the address of f32 `[parts, batch, heads, queries, value_dim]`.
         PartsAt "parts_at",
         /// Their logarithms: the address of f32 `[parts, batch, heads, queries]`.
@@ -237,7 +237,7 @@ impl Arguments<'_> {
             Name::AllHeads => Argument::U32(launch.order.heads),
             Name::Columns => Argument::U32(launch.order.columns),
             Name::Tiles => Argument::U32(launch.order.tiles),
-            Name::Section => Argument::U32(launch.order.section),
+            Name::TileOrder => Argument::U32(launch.order.section),
             Name::PartsAt | Name::LseAt | Name::Rows => return None,
         })
     }

@@ -3,7 +3,7 @@
 use super::launch::Tiling;
 use super::lengths::{Sequences, Side};
 use super::mask::{BlockRange, Bounds};
-use super::schedule::{Place, Schedule, Tour};
+use super::scheduler::{TileCoord, TileScheduler, TileWalk};
 use super::scores::Query;
 use super::{Lengths, Mask, Name};
 use crate::ptx::{Kernel, Reg};
@@ -19,7 +19,7 @@ pub struct Tiles<'k> {
     left: Option<Reg<'k, i32>>,
     sequences: Sequences<'k>,
     parts: Option<Reg<'k, u32>>,
-    schedule: Schedule<'k>,
+    scheduler: TileScheduler<'k>,
 }
 
 /// A tile of queries, and the keys that it sees, or a part of them.
@@ -52,7 +52,7 @@ pub struct Tile<'k> {
 /// The next tile of a block.
 pub struct Ahead<'k, 't> {
     tiles: &'t Tiles<'k>,
-    tour: Tour<'k>,
+    walk: TileWalk<'k>,
     tile: Tile<'k>,
     /// Not 0: there is one, and it sees keys.
     has_keys: Reg<'k, u32>,
@@ -61,10 +61,10 @@ pub struct Ahead<'k, 't> {
 impl<'k> Ahead<'k, '_> {
     /// Looks for it.
     pub fn look(&self) {
-        let k = self.tour.kernel();
+        let k = self.walk.kernel();
         self.has_keys.set(0);
-        k.if_(!self.tour.over(), || {
-            self.tiles.find(self.tour.place(), |tile| {
+        k.if_(!self.walk.over(), || {
+            self.tiles.find(self.walk.coord(), |tile| {
                 self.tile.set(&tile);
                 let some = self.tiles.work(tile).blocks.some();
                 self.has_keys.set(k.select(some, k.var(1), 0));
@@ -106,7 +106,7 @@ impl<'k> Row<'k> {
 }
 
 impl<'k> Tiles<'k> {
-    /// Declares the parameters of masks, lengths and splits, if there are such, and of the schedule.
+    /// Declares the parameters of masks, lengths and splits, if there are such, and of the scheduler.
     pub fn params(
         k: &'k Kernel,
         tiling: Tiling,
@@ -117,30 +117,30 @@ impl<'k> Tiles<'k> {
         let left = (tiling.task.mask == Mask::Window).then(|| k.param(Name::Left));
         let sequences = Sequences::params(k, tiling.task.lengths, size);
         let parts = tiling.task.split.then(|| k.param(Name::Parts));
-        let schedule = Schedule::params(k);
-        Self { tiling, size, heads, right, left, sequences, parts, schedule }
+        let scheduler = TileScheduler::params(k);
+        Self { tiling, size, heads, right, left, sequences, parts, scheduler }
     }
 
     /// Runs `body` for each tile of this block.
     pub fn for_each(&self, body: impl FnOnce(Work<'k>)) {
-        let tour = self.schedule.tour();
-        tour.kernel().loop_(|exit| {
-            exit.when(tour.over());
-            self.find(tour.place(), |tile| body(self.work(tile)));
-            tour.advance();
+        let walk = self.scheduler.walk();
+        walk.kernel().loop_(|exit| {
+            exit.when(walk.over());
+            self.find(walk.coord(), |tile| body(self.work(tile)));
+            walk.advance();
         });
     }
 
     /// The same, where looking for a tile takes a while: `body` looks for the next one, once, when it has
     /// something to wait for. Not for packed sequences, where there may be none, or parts.
     pub fn for_each_ahead(&self, body: impl Fn(Work<'k>, &Ahead<'k, '_>)) {
-        let tour = self.schedule.tour();
-        let k = tour.kernel();
-        let ahead = Ahead { tiles: self, tour, tile: self.unset(), has_keys: k.var(0) };
+        let walk = self.scheduler.walk();
+        let k = walk.kernel();
+        let ahead = Ahead { tiles: self, walk, tile: self.unset(), has_keys: k.var(0) };
         ahead.look();
         k.loop_(|exit| {
-            exit.when(tour.over());
-            tour.advance();
+            exit.when(walk.over());
+            walk.advance();
             let tile = self.unset();
             tile.set(&ahead.tile);
             body(self.work(tile), &ahead);
@@ -148,7 +148,7 @@ impl<'k> Tiles<'k> {
     }
 
     /// Looks for a tile, and runs `body` if there is one.
-    fn find(&self, Place { head, column }: Place<'k>, body: impl FnOnce(Tile<'k>)) {
+    fn find(&self, TileCoord { head, column }: TileCoord<'k>, body: impl FnOnce(Tile<'k>)) {
         let (k, c) = (head.kernel(), &self.tiling);
         let first_head =
             |pack: Reg<'k, u32>| if c.task.pack == 1 { pack } else { pack * c.task.pack };
