@@ -440,22 +440,22 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
 
 fn flash_fits(
     element: Element,
-    tiling: attention::Tiling,
+    tile_shape: attention::TileShape,
     gpu: &Gpu,
     problem: &attention::Problem,
 ) -> Result<(), String> {
-    let task = tiling.task;
-    let facts = (element, task.mask, task.scores, task.lengths);
+    let variant = tile_shape.variant;
+    let facts = (element, variant.mask, variant.scores, variant.lengths);
     let wanted = (problem.element, problem.mask(), problem.scores, problem.lengths);
     rule(facts == wanted, "another problem's facts")?;
-    rule(task.split || task.out == problem.out, "another type")?;
-    rule(task.lse || !problem.lse, "sums that are not stored")?;
-    let dims = [task.head_dim, task.value_dim].map(u64::from);
+    rule(variant.split || variant.out == problem.out, "another type")?;
+    rule(variant.lse || !problem.lse, "sums that are not stored")?;
+    let dims = [variant.head_dim, variant.value_dim].map(u64::from);
     let widened = [problem.head_dim, problem.head_dim.next_multiple_of(16)];
     rule(widened.contains(&dims[0]) && dims[1] == problem.value_dim, "other sizes")?;
     let group = problem.heads / problem.kv_heads;
-    rule(group.is_multiple_of(task.pack.into()), "heads that share no keys")?;
-    launch_fits(&attention::Launch::new(tiling, problem, gpu.device.multiprocessors))
+    rule(group.is_multiple_of(variant.pack.into()), "heads that share no keys")?;
+    launch_fits(&attention::Launch::new(tile_shape, problem, gpu.device.multiprocessors))
 }
 
 fn launch_fits(launch: &attention::Launch) -> Result<(), String> {

@@ -53,7 +53,7 @@ const PORTABLE: sm80::Config = sm80::Config {
 };
 
 /// 64 wide, nothing hidden.
-const TASK: attention::Task = attention::Task {
+const VARIANT: attention::Variant = attention::Variant {
     out: BF16,
     head_dim: 64,
     value_dim: 64,
@@ -67,7 +67,7 @@ const TASK: attention::Task = attention::Task {
 
 /// Attention on Hopper: 128×32.
 const FLASH: attention::sm90::Config = attention::sm90::Config {
-    task: TASK,
+    variant: VARIANT,
     half: Half::Bf16,
     rows: 128,
     keys: 32,
@@ -80,7 +80,7 @@ const FLASH: attention::sm90::Config = attention::sm90::Config {
 
 /// Attention everywhere: 128×32.
 const PORTABLE_FLASH: attention::sm80::Config = attention::sm80::Config {
-    task: TASK,
+    variant: VARIANT,
     element: BF16,
     warps: 4,
     strips: 2,
@@ -89,31 +89,31 @@ const PORTABLE_FLASH: attention::sm80::Config = attention::sm80::Config {
     kept: true,
 };
 
-/// What tasks show: all that changes scores, sequences behind one another, keys in parts.
-fn tasks(bias: attention::Bias) -> [attention::Task; 3] {
+/// What variants show: all that changes scores, sequences behind one another, keys in parts.
+fn variants(bias: attention::Bias) -> [attention::Variant; 3] {
     use attention::{Lengths, Mask, Scores};
-    let small = attention::Task { head_dim: 16, value_dim: 8, ..TASK };
-    let scores = Scores { softcap: true, alibi: true, bias: Some(bias), ..TASK.scores };
+    let small = attention::Variant { head_dim: 16, value_dim: 8, ..VARIANT };
+    let scores = Scores { softcap: true, alibi: true, bias: Some(bias), ..VARIANT.scores };
     [
-        attention::Task { mask: Mask::Window, scores, lengths: Lengths::Padded, ..small },
-        attention::Task {
+        attention::Variant { mask: Mask::Window, scores, lengths: Lengths::Padded, ..small },
+        attention::Variant {
             out: Element::F32,
             value_dim: 72,
             mask: Mask::Right,
             lengths: Lengths::Packed,
             ..small
         },
-        attention::Task { out: Element::F32, pack: 4, split: true, ..small },
+        attention::Variant { out: Element::F32, pack: 4, split: true, ..small },
     ]
 }
 
 fn flash() -> [(&'static str, Config); 5] {
     use attention::sm90::{Config as Flash, Store};
-    let [all, packed, split] = tasks(attention::Bias { element: BF16, pairs: true });
+    let [all, packed, split] = variants(attention::Bias { element: BF16, pairs: true });
     let small = Flash { rows: 64, keys: 16, turns: false, ..FLASH };
-    let all = Flash { task: all, ..small };
-    let packed = Flash { task: packed, half: Half::F16, slabs: 2, ..small };
-    let split = Flash { task: split, store: Store::Direct, slabs: 0, ..small };
+    let all = Flash { variant: all, ..small };
+    let packed = Flash { variant: packed, half: Half::F16, slabs: 2, ..small };
+    let split = Flash { variant: split, store: Store::Direct, slabs: 0, ..small };
     let combine = attention::combine::Config::new(BF16, 8, 5, true);
     [
         ("flash90_plain", Config::FlashSm90(Flash { query_stages: 2, ..FLASH })),
@@ -126,20 +126,20 @@ fn flash() -> [(&'static str, Config); 5] {
 
 fn portable_flash() -> [(&'static str, Config); 5] {
     use attention::sm80::Config as Flash;
-    let [all, packed, split] = tasks(attention::Bias { element: Element::F32, pairs: false });
+    let [all, packed, split] = variants(attention::Bias { element: Element::F32, pairs: false });
     let small = Flash { strips: 1, keys: 16, ..PORTABLE_FLASH };
-    let all = Flash { task: all, kept: false, ..small };
-    let packed = attention::Task { head_dim: 20, ..packed };
-    let packed = Flash { task: packed, element: Element::Half(Half::F16), ..small };
-    let split = Flash { task: split, ..small };
-    let exact = attention::Task {
+    let all = Flash { variant: all, kept: false, ..small };
+    let packed = attention::Variant { head_dim: 20, ..packed };
+    let packed = Flash { variant: packed, element: Element::Half(Half::F16), ..small };
+    let split = Flash { variant: split, ..small };
+    let exact = attention::Variant {
         out: Element::F32,
         head_dim: 12,
         value_dim: 40,
         mask: attention::Mask::Right,
-        ..TASK
+        ..VARIANT
     };
-    let exact = Flash { task: exact, element: Element::F32, kept: false, ..small };
+    let exact = Flash { variant: exact, element: Element::F32, kept: false, ..small };
     [
         ("flash80_plain", Config::FlashSm80(PORTABLE_FLASH)),
         ("flash80_window_all", Config::FlashSm80(all)),

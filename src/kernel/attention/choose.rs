@@ -1,7 +1,7 @@
 //! The choice of Hopper's kernel for a problem.
 
 use super::sm90::{Config, Store};
-use super::{Lengths, Mask, Problem, Task};
+use super::{Lengths, Mask, Problem, Variant};
 use crate::kernel::{Device, Element};
 
 /// The configuration for a problem of 16-bit operands. If it splits the keys, a kernel of
@@ -16,7 +16,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let split = splits(problem, pack, KEYS, device);
     let config = |warpgroups| {
         let config = Config {
-            task: Task { head_dim, ..Task::new(problem, pack, split) },
+            variant: Variant { head_dim, ..Variant::new(problem, pack, split) },
             half,
             rows: 64 * warpgroups,
             keys: 16,
@@ -54,7 +54,7 @@ fn keys(problem: &Problem, config: &Config, limit: u32) -> u32 {
     let fits = |keys: &u32| Config { keys: *keys, ..*config }.roomy(limit);
     let most = (1..=8).map(|n| 16 * n).rev().find(fits).unwrap_or(16);
     // Blocks that a mask cuts are half in vain, and narrow heads are fastest with 128 keys.
-    if config.rows != 128 || widest(problem) <= NARROW || config.task.mask != Mask::None {
+    if config.rows != 128 || widest(problem) <= NARROW || config.variant.mask != Mask::None {
         return most;
     }
     let keys = problem.each().keys;
@@ -208,7 +208,7 @@ pub(super) mod tests {
     fn one_token_packs_heads_and_splits_keys() {
         let one = Problem { batch: 1, ..causal(1, 8192, 128) };
         let c = choose(&one, &H200);
-        assert_eq!((c.rows, c.task.pack, c.task.split), (64, 4, true));
+        assert_eq!((c.rows, c.variant.pack, c.variant.split), (64, 4, true));
         let launch = Launch::new(&c, &one, 132);
         assert!((96..=132).contains(&launch.order.tiles), "{launch:?}");
         assert_eq!(launch.order.tiles, 8 * launch.parts);
@@ -223,7 +223,10 @@ pub(super) mod tests {
                 let launch = Launch::new(&c, &p, 132);
                 let blocks = keys.div_ceil(c.keys.into());
                 let each = blocks.div_ceil(launch.parts.into());
-                assert!(c.task.split && u64::from(launch.parts - 1) * each < blocks, "{launch:?}");
+                assert!(
+                    c.variant.split && u64::from(launch.parts - 1) * each < blocks,
+                    "{launch:?}"
+                );
             }
         }
     }
@@ -232,7 +235,7 @@ pub(super) mod tests {
     fn few_tiles_are_small() {
         let p = Problem { batch: 1, heads: 4, kv_heads: 4, ..problem(512, 512, 128) };
         assert_eq!(choose(&p, &H200).rows, 64);
-        assert!(!choose(&p, &H200).task.split);
+        assert!(!choose(&p, &H200).variant.split);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The numbers of a launch.
 
 use super::combine::MAX_PARTS;
-use super::{Lengths, Mask, Problem, Task, TileOrder};
+use super::{Lengths, Mask, Problem, TileOrder, Variant};
 use crate::kernel::plan::count;
 
 /// Sequences, and the widths of masks, are shorter: the sum of three is a number of 32 bits.
@@ -9,9 +9,9 @@ pub const MAX_LENGTH: u64 = 1 << 29;
 
 /// What of a configuration says which tiles there are.
 #[derive(Clone, Copy, Debug)]
-pub struct Tiling {
+pub struct TileShape {
     /// What is computed.
-    pub task: Task,
+    pub variant: Variant,
     /// Queries of each head in a tile.
     pub positions: u32,
     /// Keys of a block.
@@ -41,22 +41,22 @@ pub struct Launch {
 
 impl Launch {
     /// Of a configuration on a problem.
-    pub fn new(config: impl Into<Tiling>, problem: &Problem, multiprocessors: u32) -> Self {
-        let tiling = config.into();
-        let room = multiprocessors * tiling.blocks_per_sm;
-        let packs = problem.heads / u64::from(tiling.task.pack);
-        let positions = u64::from(tiling.positions);
-        let (heads, each) = match tiling.task.lengths {
+    pub fn new(config: impl Into<TileShape>, problem: &Problem, multiprocessors: u32) -> Self {
+        let tile_shape = config.into();
+        let room = multiprocessors * tile_shape.blocks_per_sm;
+        let packs = problem.heads / u64::from(tile_shape.variant.pack);
+        let positions = u64::from(tile_shape.positions);
+        let (heads, each) = match tile_shape.variant.lengths {
             Lengths::Full | Lengths::Padded => {
                 (packs * problem.batch, problem.queries.div_ceil(positions))
             }
             // The last tile of each sequence may be cut off.
             Lengths::Packed => (packs, problem.queries.div_ceil(positions) + problem.batch),
         };
-        let parts = match tiling.task.split {
+        let parts = match tile_shape.variant.split {
             false => 1,
             true => {
-                let blocks = problem.seen_keys(positions).div_ceil(tiling.keys.into());
+                let blocks = problem.seen_keys(positions).div_ceil(tile_shape.keys.into());
                 let most = blocks.min(MAX_PARTS.into());
                 let parts = u64::from(room) / heads.saturating_mul(each).max(1);
                 // No more than have blocks.
@@ -65,12 +65,13 @@ impl Launch {
         };
         let tiles = heads.saturating_mul(each * parts);
         // Under a causal mask the tiles of a head differ, so that those of several are sorted.
-        let section = match tiling.task.mask {
+        let section = match tile_shape.variant.mask {
             Mask::Right => {
                 let bytes =
                     (problem.head_dim + problem.value_dim) * u64::from(problem.element.size());
-                let group = (problem.heads / problem.kv_heads / u64::from(tiling.task.pack)).max(1);
-                (tiling.section_bytes / (problem.keys * bytes).max(1)).max(1) * group
+                let group =
+                    (problem.heads / problem.kv_heads / u64::from(tile_shape.variant.pack)).max(1);
+                (tile_shape.section_bytes / (problem.keys * bytes).max(1)).max(1) * group
             }
             Mask::None | Mask::Window => 1,
         };
@@ -85,7 +86,7 @@ impl Launch {
             parts: count(parts),
             left: width(problem.left),
             right: width(problem.right),
-            blocks: if tiling.persistent { count(tiles).min(room) } else { count(tiles) },
+            blocks: if tile_shape.persistent { count(tiles).min(room) } else { count(tiles) },
         }
     }
 }

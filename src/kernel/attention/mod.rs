@@ -10,7 +10,7 @@ mod plan;
 mod scheduler;
 pub mod scores;
 mod softmax;
-mod task;
+mod variant;
 mod work;
 
 pub mod choose;
@@ -18,7 +18,7 @@ pub mod combine;
 pub mod sm80;
 pub mod sm90;
 
-pub use launch::{Launch, MAX_LENGTH, Tiling};
+pub use launch::{Launch, MAX_LENGTH, TileShape};
 pub use lengths::Lengths;
 pub use limit::Limit;
 pub use mask::Mask;
@@ -26,7 +26,7 @@ pub use params::{Arguments, Extra, Name, Operand, Output};
 pub use plan::{Attend, Plan, by_tma};
 pub use scheduler::TileOrder;
 pub use scores::{Bias, Scores};
-pub use task::Task;
+pub use variant::Variant;
 
 use super::Element;
 

@@ -15,7 +15,7 @@ names! {
     /// | | dimensions | box |
     /// |---|---|---|
     /// | `q` | head_dim, queries, heads, batch | 64, 64, 1, 1 |
-    /// | `q` with [`Task::pack`](super::Task::pack) > 1 | head_dim, pack, queries, heads / pack, batch | 64, pack, [`positions`](sm90::Config::positions), 1, 1 |
+    /// | `q` with [`Variant::pack`](super::Variant::pack) > 1 | head_dim, pack, queries, heads / pack, batch | 64, pack, [`positions`](sm90::Config::positions), 1, 1 |
     /// | `k` | head_dim, keys, kv_heads, batch | 64, [`keys`](sm90::Config::keys), 1, 1 |
     /// | `v` | value_dim, keys, kv_heads, batch | 64, [`keys`](sm90::Config::keys), 1, 1 |
     /// | `out` | as `q`, with value_dim | as `q`, [`slab_cols`](sm90::Config::slab_cols) wide |
@@ -191,7 +191,7 @@ impl params::Arguments for Arguments<'_> {
 impl Arguments<'_> {
     fn attend(&self, name: Name) -> Option<Argument> {
         let (problem, launch) = (self.problem, &self.plan.launch);
-        let out = if self.plan.task().split { self.parts? } else { self.out };
+        let out = if self.plan.variant().split { self.parts? } else { self.out };
         let number = |n: u64| Argument::U32(n as u32);
         Some(match name {
             Name::Q | Name::K | Name::V | Name::Out => self.tensor(name, &out)?,
@@ -284,7 +284,7 @@ impl Arguments<'_> {
             Name::Out if config.store == sm90::Store::Tma => {
                 let &Output { address, strides, .. } = out;
                 let result = Operand { address, cols: self.problem.value_dim, strides, ..*q };
-                result.queries_map(config, config.task.out, config.slab_cols())
+                result.queries_map(config, config.variant.out, config.slab_cols())
             }
             _ => return None,
         }))
@@ -294,7 +294,7 @@ impl Arguments<'_> {
 impl Operand {
     /// With boxes of some columns, and the rows of a warpgroup.
     fn queries_map(&self, config: &sm90::Config, element: Element, cols: u32) -> TensorMap {
-        match config.task.pack {
+        match config.variant.pack {
             1 => self.map(element, [cols, SLAB]),
             pack => self.packed_map(element, [cols, pack, config.positions()]),
         }

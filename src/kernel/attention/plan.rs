@@ -1,6 +1,6 @@
 //! The plan of an attention.
 
-use super::{Launch, Name, Problem, Task, Tiling, choose, combine, sm80, sm90};
+use super::{Launch, Name, Problem, TileShape, Variant, choose, combine, sm80, sm90};
 use crate::kernel::plan::{Step, count};
 use crate::kernel::{self, Device, Element};
 use crate::ptx::Target;
@@ -69,9 +69,9 @@ impl Plan {
     }
 
     fn with(attend: Attend, problem: &Problem, device: &Device) -> Self {
-        let tiling = attend.tiling();
-        let launch = Launch::new(tiling, problem, device.multiprocessors);
-        let combine = tiling.task.split.then(|| {
+        let tile_shape = attend.tile_shape();
+        let launch = Launch::new(tile_shape, problem, device.multiprocessors);
+        let combine = tile_shape.variant.split.then(|| {
             let value_dim = problem.value_dim as u32;
             let config = combine::Config::new(problem.out, value_dim, launch.parts, problem.lse);
             (config, combine::Config::blocks(count(problem.rows())))
@@ -80,13 +80,13 @@ impl Plan {
     }
 
     /// What the kernel that attends computes.
-    pub fn task(&self) -> Task {
-        self.attend.tiling().task
+    pub fn variant(&self) -> Variant {
+        self.attend.tile_shape().variant
     }
 }
 
 impl Attend {
-    fn tiling(&self) -> Tiling {
+    fn tile_shape(&self) -> TileShape {
         match self {
             Self::Sm90(config) => config.into(),
             Self::Sm80(config) => config.into(),

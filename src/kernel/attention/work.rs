@@ -1,6 +1,6 @@
 //! What a block of threads works at: tiles of queries, the keys that each sees, and their rows.
 
-use super::launch::Tiling;
+use super::launch::TileShape;
 use super::lengths::{Sequences, Side};
 use super::mask::{BlockRange, Bounds};
 use super::scheduler::{TileCoord, TileScheduler, TileWalk};
@@ -10,7 +10,7 @@ use crate::ptx::{Kernel, Reg};
 
 /// The tiles of a launch.
 pub struct Tiles<'k> {
-    tiling: Tiling,
+    tile_shape: TileShape,
     /// Queries and keys of the tensors.
     size: [Reg<'k, i32>; 2],
     /// Heads of the queries, and of those how many share keys.
@@ -24,7 +24,7 @@ pub struct Tiles<'k> {
 
 /// A tile of queries, and the keys that it sees, or a part of them.
 #[derive(Clone, Copy)]
-pub struct Work<'k> {
+pub struct WorkTile<'k> {
     pub tile: Tile<'k>,
     /// Of keys and values.
     pub kv_head: Reg<'k, u32>,
@@ -109,20 +109,20 @@ impl<'k> Tiles<'k> {
     /// Declares the parameters of masks, lengths and splits, if there are such, and of the scheduler.
     pub fn params(
         k: &'k Kernel,
-        tiling: Tiling,
+        tile_shape: TileShape,
         size: [Reg<'k, i32>; 2],
         heads: [Reg<'k, u32>; 2],
     ) -> Self {
-        let right = (tiling.task.mask != Mask::None).then(|| k.param(Name::Right));
-        let left = (tiling.task.mask == Mask::Window).then(|| k.param(Name::Left));
-        let sequences = Sequences::params(k, tiling.task.lengths, size);
-        let parts = tiling.task.split.then(|| k.param(Name::Parts));
+        let right = (tile_shape.variant.mask != Mask::None).then(|| k.param(Name::Right));
+        let left = (tile_shape.variant.mask == Mask::Window).then(|| k.param(Name::Left));
+        let sequences = Sequences::params(k, tile_shape.variant.lengths, size);
+        let parts = tile_shape.variant.split.then(|| k.param(Name::Parts));
         let scheduler = TileScheduler::params(k);
-        Self { tiling, size, heads, right, left, sequences, parts, scheduler }
+        Self { tile_shape, size, heads, right, left, sequences, parts, scheduler }
     }
 
     /// Runs `body` for each tile of this block.
-    pub fn for_each(&self, body: impl FnOnce(Work<'k>)) {
+    pub fn for_each(&self, body: impl FnOnce(WorkTile<'k>)) {
         let walk = self.scheduler.walk();
         walk.kernel().loop_(|exit| {
             exit.when(walk.over());
@@ -133,7 +133,7 @@ impl<'k> Tiles<'k> {
 
     /// The same, where looking for a tile takes a while: `body` looks for the next one, once, when it has
     /// something to wait for. Not for packed sequences, where there may be none, or parts.
-    pub fn for_each_ahead(&self, body: impl Fn(Work<'k>, &Ahead<'k, '_>)) {
+    pub fn for_each_ahead(&self, body: impl Fn(WorkTile<'k>, &Ahead<'k, '_>)) {
         let walk = self.scheduler.walk();
         let k = walk.kernel();
         let ahead = Ahead { tiles: self, walk, tile: self.unset(), has_keys: k.var(0) };
@@ -149,14 +149,14 @@ impl<'k> Tiles<'k> {
 
     /// Looks for a tile, and runs `body` if there is one.
     fn find(&self, TileCoord { head, column }: TileCoord<'k>, body: impl FnOnce(Tile<'k>)) {
-        let (k, c) = (head.kernel(), &self.tiling);
+        let (k, c) = (head.kernel(), &self.tile_shape);
         let first_head =
-            |pack: Reg<'k, u32>| if c.task.pack == 1 { pack } else { pack * c.task.pack };
+            |pack: Reg<'k, u32>| if c.variant.pack == 1 { pack } else { pack * c.variant.pack };
         let first = |tile: Reg<'k, u32>| (tile * c.positions).cast::<i32>();
-        if c.task.lengths == Lengths::Packed {
+        if c.variant.lengths == Lengths::Packed {
             let found = self.sequences.find(0, column, c.positions);
             // Those with the most keys first.
-            let tile = match c.task.mask {
+            let tile = match c.variant.mask {
                 Mask::Right => found.tiles - 1 - found.tile,
                 Mask::None | Mask::Window => found.tile,
             };
@@ -177,7 +177,8 @@ impl<'k> Tiles<'k> {
                 None => (column, None),
                 Some(parts) => (column / parts, Some(column % parts)),
             };
-            let packs = if c.task.pack == 1 { self.heads[0] } else { self.heads[0] / c.task.pack };
+            let packs =
+                if c.variant.pack == 1 { self.heads[0] } else { self.heads[0] / c.variant.pack };
             let batch = head / packs;
             let pack = head - batch * packs;
             body(Tile {
@@ -202,8 +203,8 @@ impl<'k> Tiles<'k> {
     }
 
     /// What a tile sees.
-    fn work(&self, tile: Tile<'k>) -> Work<'k> {
-        let c = &self.tiling;
+    fn work(&self, tile: Tile<'k>) -> WorkTile<'k> {
+        let c = &self.tile_shape;
         let Tile { head, part, first, queries, keys, .. } = tile;
         let offset = keys.count - queries.count;
         let bounds = Bounds {
@@ -214,7 +215,7 @@ impl<'k> Tiles<'k> {
         };
         let last = (first + c.positions as i32).min(queries.count);
         let mut blocks = bounds.blocks(first, last, c.keys);
-        if c.task.lengths == Lengths::Padded {
+        if c.variant.lengths == Lengths::Padded {
             let some = first.lt(queries.count);
             blocks.end = some.kernel().select(some, blocks.end, 0);
         }
@@ -224,7 +225,7 @@ impl<'k> Tiles<'k> {
             blocks.begin = blocks.begin + (part * each).cast();
             blocks.end = blocks.end.min(blocks.begin + each.cast());
         }
-        Work { tile, kv_head: head / self.heads[1], bounds, blocks }
+        WorkTile { tile, kv_head: head / self.heads[1], bounds, blocks }
     }
 
     /// Row `row` of those that begin with query `first` of a tile, and whether it is a query of the
@@ -236,11 +237,11 @@ impl<'k> Tiles<'k> {
         row: Reg<'k, u32>,
         used: Option<u32>,
     ) -> Row<'k> {
-        let limit = match self.tiling.task.lengths {
+        let limit = match self.tile_shape.variant.lengths {
             Lengths::Full | Lengths::Packed => tile.queries.count,
             Lengths::Padded => self.size[0],
         };
-        let (position, head) = match self.tiling.task.pack {
+        let (position, head) = match self.tile_shape.variant.pack {
             1 => (row, tile.head),
             pack => (row / pack, tile.head + row % pack),
         };
@@ -251,7 +252,7 @@ impl<'k> Tiles<'k> {
         }
         let query = Query { batch: tile.sequence, head, row: position };
         // What pads a tensor becomes 0.
-        let padded = self.tiling.task.lengths == Lengths::Padded;
+        let padded = self.tile_shape.variant.lengths == Lengths::Padded;
         let some = padded.then(|| position.lt(tile.queries.count));
         Row { query, inside, some }
     }
@@ -259,7 +260,7 @@ impl<'k> Tiles<'k> {
 
 /// The result, for threads: an address, and strides in elements.
 #[derive(Clone, Copy)]
-pub struct Memory<'k> {
+pub struct OutputView<'k> {
     pub address: Reg<'k, u64>,
     row: Reg<'k, u64>,
     head: Reg<'k, u64>,
@@ -267,7 +268,7 @@ pub struct Memory<'k> {
     part: Option<Reg<'k, u64>>,
 }
 
-impl<'k> Memory<'k> {
+impl<'k> OutputView<'k> {
     /// Declares its parameters: one more for a split.
     pub fn params(k: &'k Kernel, split: bool) -> Self {
         Self {

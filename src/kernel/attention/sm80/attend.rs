@@ -10,7 +10,7 @@ use crate::kernel::ampere::swizzle::MatrixOrder;
 use crate::kernel::attention::Mask;
 use crate::kernel::attention::scores::FragmentScores;
 use crate::kernel::attention::softmax::Softmax;
-use crate::kernel::attention::work::{Row, Tile, Work};
+use crate::kernel::attention::work::{Row, Tile, WorkTile};
 use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Kernel, Reg};
 
@@ -55,7 +55,7 @@ pub(super) struct Strip<'k> {
 
 /// What the blocks of a tile have in common.
 struct Context<'k, 'w> {
-    work: &'w Work<'k>,
+    work: &'w WorkTile<'k>,
     /// Of each strip.
     rows: Vec<FragmentRows<'k>>,
     /// The block at work.
@@ -124,7 +124,7 @@ impl<'k> Attention<'k, '_> {
     }
 
     /// The sums of a tile's rows.
-    fn attend(&self, t: &Thread<'k>, work: &Work<'k>) {
+    fn attend(&self, t: &Thread<'k>, work: &WorkTile<'k>) {
         let (k, blocks) = (self.k, work.blocks);
         let offset = work.tile.keys.count - work.tile.queries.count;
         let fragment = |rows: &[Row<'k>; 2]| {
@@ -205,7 +205,7 @@ impl<'k> Attention<'k, '_> {
             rows.scores.apply(&strip.scores, bias, first);
             let hide = || work.bounds.hide(&strip.scores, rows.positions, first);
             match turn {
-                Turn::First if c.task.mask == Mask::None => {
+                Turn::First if c.variant.mask == Mask::None => {
                     k.if_(work.bounds.beyond(from, c.keys), hide);
                 }
                 Turn::First | Turn::Next { masked: true } => hide(),

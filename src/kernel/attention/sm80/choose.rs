@@ -2,7 +2,7 @@
 
 use super::Config;
 use crate::kernel::attention::choose::{pack, splits};
-use crate::kernel::attention::{Lengths, Problem, Task};
+use crate::kernel::attention::{Lengths, Problem, Variant};
 use crate::kernel::{Device, Element};
 
 /// Warps, strips of each, keys of a block, blocks of a multiprocessor, and whether queries stay in
@@ -55,10 +55,10 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let tiles = groups * problem.heads / u64::from(pack) * sequences;
     // Few tiles: smaller ones, so that more multiprocessors have one.
     let few = groups == 1 || tiles <= u64::from(device.multiprocessors) * 2;
-    let task = Task::new(problem, pack, splits(problem, pack, 64, device));
+    let variant = Variant::new(problem, pack, splits(problem, pack, 64, device));
     let element = problem.element;
     let config = |(warps, strips, keys, blocks_per_sm, kept)| Config {
-        task,
+        variant,
         element,
         warps,
         strips,
@@ -128,7 +128,7 @@ mod tests {
         for device in [A100, ADA, H200] {
             let c = choose(&one, &device);
             assert_eq!(
-                (c.rows(), c.task.pack, c.task.split, c.task.out),
+                (c.rows(), c.variant.pack, c.variant.split, c.variant.out),
                 (64, 4, true, Element::F32)
             );
             let launch = Launch::new(&c, &one, device.multiprocessors);

@@ -1,7 +1,7 @@
 //! The choices, and what follows from them.
 
 use super::lines::Lines;
-use crate::kernel::attention::{Lengths, Mask, Task, Tiling};
+use crate::kernel::attention::{Lengths, Mask, TileShape, Variant};
 use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::{Arena, Element};
@@ -26,7 +26,7 @@ const SECTION_BYTES: u64 = 16 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
     /// What it computes.
-    pub task: Task,
+    pub variant: Variant,
     /// The operands' type.
     pub element: Element,
     /// Warps of a block: 2, 4 or 8.
@@ -58,12 +58,12 @@ impl Config {
     /// split`: as for [`sm90::Config::name`](crate::kernel::attention::sm90::Config::name), with warps,
     /// the blocks of a multiprocessor, and whether queries stay in registers.
     pub fn name(&self) -> String {
-        let Self { task, keys, warps, .. } = self;
+        let Self { variant, keys, warps, .. } = self;
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let kept = given(self.kept, " kept");
-        let variant = task.variant(self.element, false);
-        let (rows, widths) = (self.rows(), task.widths());
-        format!("flash80 {rows}x{keys} {widths} {warps}warps{blocks}{kept}{variant}")
+        let described = variant.describe(self.element, false);
+        let (rows, widths) = (self.rows(), variant.widths());
+        format!("flash80 {rows}x{keys} {widths} {warps}warps{blocks}{kept}{described}")
     }
 
     /// Threads of a block.
@@ -83,12 +83,12 @@ impl Config {
 
     /// Queries of each head in a tile.
     pub fn positions(&self) -> u32 {
-        self.rows() / self.task.pack
+        self.rows() / self.variant.pack
     }
 
     /// Rows of a tile that are queries, if not all are.
     pub(super) fn used_rows(&self) -> Option<u32> {
-        let used = self.positions() * self.task.pack;
+        let used = self.positions() * self.variant.pack;
         (used < self.rows()).then_some(used)
     }
 
@@ -97,21 +97,21 @@ impl Config {
     }
 
     pub(super) fn query_lines(&self) -> Lines {
-        self.lines(self.rows(), self.task.head_dim)
+        self.lines(self.rows(), self.variant.head_dim)
     }
 
     pub(super) fn key_lines(&self) -> Lines {
-        self.lines(self.keys, self.task.head_dim)
+        self.lines(self.keys, self.variant.head_dim)
     }
 
     pub(super) fn value_lines(&self) -> Lines {
-        self.lines(self.keys, self.task.value_dim)
+        self.lines(self.keys, self.variant.value_dim)
     }
 
     /// Columns of a row of sums: for f32 those of whole panels.
     pub(super) fn columns(&self) -> u32 {
         match self.element {
-            Element::Half(_) => self.task.value_dim,
+            Element::Half(_) => self.variant.value_dim,
             Element::F32 => self.value_lines().panels() * self.value_lines().width(),
         }
     }
@@ -126,12 +126,16 @@ impl Config {
         let (registers, most) = (self.needed_registers(), self.most_registers());
         let rules = [
             (
-                (1..=256).contains(&self.task.head_dim),
-                format!("queries of {} elements (1 to 256)", self.task.head_dim),
+                (1..=256).contains(&self.variant.head_dim),
+                format!("queries of {} elements (1 to 256)", self.variant.head_dim),
             ),
             (
-                self.task.value_dim.is_multiple_of(8) && (8..=256).contains(&self.task.value_dim),
-                format!("values of {} elements (a multiple of 8 up to 256)", self.task.value_dim),
+                self.variant.value_dim.is_multiple_of(8)
+                    && (8..=256).contains(&self.variant.value_dim),
+                format!(
+                    "values of {} elements (a multiple of 8 up to 256)",
+                    self.variant.value_dim
+                ),
             ),
             (
                 matches!(self.warps, 2 | 4 | 8) && matches!(self.strips, 1 | 2),
@@ -144,15 +148,15 @@ impl Config {
                 format!("blocks of {} keys by {} warps", self.keys, self.warps),
             ),
             (
-                (1..=self.rows()).contains(&self.task.pack),
-                format!("{} heads in a tile (at most {})", self.task.pack, self.rows()),
+                (1..=self.rows()).contains(&self.variant.pack),
+                format!("{} heads in a tile (at most {})", self.variant.pack, self.rows()),
             ),
             (
-                self.task.can_be_split(),
+                self.variant.can_be_split(),
                 "parts of packed sequences, or not in f32, with their sums".into(),
             ),
             (
-                self.element != Element::F32 || (self.task.out == Element::F32 && !self.kept),
+                self.element != Element::F32 || (self.variant.out == Element::F32 && !self.kept),
                 "f32 operands to another type, or queries that stay".into(),
             ),
             (
@@ -186,13 +190,13 @@ impl Config {
             Element::Half(_) => SPARE_REGISTERS,
             Element::F32 => EXACT_REGISTERS,
         };
-        if self.task.mask == Mask::Window || self.task.lengths != Lengths::Full {
+        if self.variant.mask == Mask::Window || self.variant.lengths != Lengths::Full {
             spare += MASK_REGISTERS;
         }
-        if !self.task.scores.plain() {
+        if !self.variant.scores.plain() {
             spare += SCORE_REGISTERS;
         }
-        spare + self.strips * (STRIP_REGISTERS + strip + self.task.scores.registers(scores))
+        spare + self.strips * (STRIP_REGISTERS + strip + self.variant.scores.registers(scores))
     }
 
     pub(super) fn smem(&self) -> SharedMap {
@@ -209,10 +213,10 @@ impl Config {
     }
 }
 
-impl From<&Config> for Tiling {
+impl From<&Config> for TileShape {
     fn from(config: &Config) -> Self {
         Self {
-            task: config.task,
+            variant: config.variant,
             positions: config.positions(),
             keys: config.keys,
             blocks_per_sm: config.blocks_per_sm,

@@ -22,7 +22,7 @@ pub use config::Config;
 
 use super::Name;
 use super::scores::ScoreParams;
-use super::work::{Logarithms, Memory, Tiles};
+use super::work::{Logarithms, OutputView, Tiles};
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::SharedMap;
 use copies::Operand;
@@ -39,11 +39,11 @@ pub fn emit(config: &Config) -> Source {
         [Name::V, Name::VRow, Name::VHead, Name::VBatch],
     ]
     .map(|names| Operand::params(k, names));
-    let out = Memory::params(k, config.task.split);
-    let lse = config.task.lse.then(|| Logarithms::params(k, config.task.split));
+    let out = OutputView::params(k, config.variant.split);
+    let lse = config.variant.lse.then(|| Logarithms::params(k, config.variant.split));
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
-    let score_params = ScoreParams::params(k, config.task.scores, config.element);
+    let score_params = ScoreParams::params(k, config.variant.scores, config.element);
     let tiles = Tiles::params(k, config.into(), size, heads);
     let smem = config.smem();
     let base = k.shared(smem.bytes);
@@ -58,7 +58,7 @@ struct Attention<'k, 'c> {
     smem: SharedMap,
     /// Queries, keys and values.
     operands: [Operand<'k>; 3],
-    out: Memory<'k>,
+    out: OutputView<'k>,
     lse: Option<Logarithms<'k>>,
     score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,

@@ -40,12 +40,12 @@ impl<'k> Attention<'k, '_> {
         row: &Row<'k>,
         pairs: &[[Reg<'k, f32>; 2]],
     ) {
-        let (k, size) = (self.k, self.c.task.out.size());
+        let (k, size) = (self.k, self.c.variant.out.size());
         let start = self.out.start(tile);
         let at = |col: Reg<'k, u32>| self.out.at(start, tile, row, col, size);
         let bytes = |col: usize| (col * size as usize) as i64;
         let col = seat.lane % 4 * 2;
-        match self.c.task.out {
+        match self.c.variant.out {
             Element::F32 => {
                 let at = at(col);
                 k.if_(row.inside, || {
@@ -91,14 +91,14 @@ impl<'k> Attention<'k, '_> {
         row: &Row<'k>,
         pairs: &[[Reg<'k, f32>; 2]],
     ) {
-        let (k, size) = (self.k, self.c.task.out.size());
+        let (k, size) = (self.k, self.c.variant.out.size());
         let col = seat.lane % 4 * 8;
         let at = self.out.at(self.out.start(tile), tile, row, col, size);
         for (panel, pairs) in (0..).zip(pairs.chunks(4)) {
             let first = panel * 32;
-            let inside = match first + 32 <= self.c.task.value_dim {
+            let inside = match first + 32 <= self.c.variant.value_dim {
                 true => row.inside,
-                false => row.inside & col.lt(self.c.task.value_dim - first),
+                false => row.inside & col.lt(self.c.variant.value_dim - first),
             };
             k.if_(inside, || {
                 for half in 0..2 {

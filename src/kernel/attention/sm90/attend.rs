@@ -4,7 +4,7 @@ use super::Attention;
 use super::config::QueriesGo;
 use crate::kernel::attention::scores::FragmentScores;
 use crate::kernel::attention::softmax::Softmax;
-use crate::kernel::attention::work::{Ahead, Row, Tile, Work};
+use crate::kernel::attention::work::{Ahead, Row, Tile, WorkTile};
 use crate::kernel::attention::{Lengths, Mask};
 use crate::kernel::hopper::barriers::RoundRobin;
 use crate::kernel::hopper::product::{Descriptor, Left, product};
@@ -47,7 +47,7 @@ struct Before<'k> {
 
 /// What the blocks of a tile have in common.
 struct Context<'k, 'w> {
-    work: &'w Work<'k>,
+    work: &'w WorkTile<'k>,
     scores: FragmentScores<'k>,
     /// Of the thread's rows.
     positions: [Reg<'k, i32>; 2],
@@ -113,7 +113,7 @@ impl<'k> Attention<'k, '_> {
             },
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
-            sums: (0..c.task.value_dim / 2).map(|_| k.reg()).collect(),
+            sums: (0..c.variant.value_dim / 2).map(|_| k.reg()).collect(),
             softmax: self.score_params.softmax(),
             queries: Descriptor::along_k(self.base + smem.queries, SLAB),
             keys: Descriptor::along_k(self.base + smem.keys, c.keys),
@@ -136,7 +136,7 @@ impl<'k> Attention<'k, '_> {
 
     /// A tile. With neighbours, its last product is left to the next tile if that has keys, to begin it
     /// together with its first one.
-    fn attend(&self, g: &Group<'k>, work: &Work<'k>, neighbours: Option<Neighbours<'k, '_>>) {
+    fn attend(&self, g: &Group<'k>, work: &WorkTile<'k>, neighbours: Option<Neighbours<'k, '_>>) {
         let (k, c, blocks) = (self.k, self.c, work.blocks);
         let Tile { queries, keys, .. } = work.tile;
         let rows = self.rows(g, &work.tile).map(|row| row.query);
@@ -216,7 +216,7 @@ impl<'k> Attention<'k, '_> {
         context.scores.apply(&g.scores, &bias, first);
         let from = context.block * c.keys as i32;
         let beyond = work.bounds.beyond(from, c.keys);
-        match c.task.mask {
+        match c.variant.mask {
             Mask::None => k.if_(beyond, || context.hide(g, first)),
             Mask::Right | Mask::Window => context.hide(g, first),
         }
@@ -230,7 +230,7 @@ impl<'k> Attention<'k, '_> {
             self.store(g, &tile, finished);
         }
         g.sums.iter().for_each(|sum| sum.set(0.0));
-        if c.task.lengths != Lengths::Full {
+        if c.variant.lengths != Lengths::Full {
             k.if_(beyond, || self.clear_values(g, (keys - from).cast()));
         }
     }
@@ -299,7 +299,7 @@ impl<'k> Attention<'k, '_> {
         let c = self.c;
         let queries = g.queries.stage(g.query_place.stage, c.query_bytes());
         let keys = g.keys.stage(g.key_place.stage, c.key_bytes());
-        product(c.half, &g.scores, Left::Shared(queries), keys, c.task.head_dim, false);
+        product(c.half, &g.scores, Left::Shared(queries), keys, c.variant.head_dim, false);
     }
 
     /// Begins the product of the exponentials and a block of values.

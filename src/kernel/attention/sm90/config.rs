@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use crate::kernel::attention::{Lengths, Task, Tiling};
+use crate::kernel::attention::{Lengths, TileShape, Variant};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::ring::Ring;
 use crate::kernel::hopper::{ATOM, LINE, SLAB, SLAB_BYTES, WARPGROUP, store};
@@ -31,7 +31,7 @@ pub enum Store {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
     /// What it computes.
-    pub task: Task,
+    pub variant: Variant,
     /// The operands' type.
     pub half: Half,
     /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one to three.
@@ -86,11 +86,14 @@ impl Config {
     /// rows of a tile and keys of a block, elements of a query and of a value, stages, slabs of the
     /// result, heads of a tile; types, mask, bias, lengths, what becomes of scores, how what is stored.
     pub fn name(&self) -> String {
-        let Self { task, rows, keys, stages, slabs, .. } = self;
+        let Self { variant, rows, keys, stages, slabs, .. } = self;
         let turns = given(self.turns, " turns");
         let direct = self.store == Store::Direct;
-        let variant = task.variant(Element::Half(self.half), direct);
-        format!("flash90 {rows}x{keys} {} x{stages} slabs{slabs}{turns}{variant}", task.widths())
+        let described = variant.describe(Element::Half(self.half), direct);
+        format!(
+            "flash90 {rows}x{keys} {} x{stages} slabs{slabs}{turns}{described}",
+            variant.widths()
+        )
     }
 
     /// Warpgroups that multiply.
@@ -115,7 +118,7 @@ impl Config {
 
     /// Queries of each head in 64 rows.
     pub fn positions(&self) -> u32 {
-        SLAB / self.task.pack
+        SLAB / self.variant.pack
     }
 
     /// Queries of each head in a tile.
@@ -125,27 +128,27 @@ impl Config {
 
     /// Rows of the 64 that are queries.
     pub(super) fn used_rows(&self) -> u32 {
-        self.positions() * self.task.pack
+        self.positions() * self.variant.pack
     }
 
     /// Slabs of a query or key.
     pub(super) fn head_slabs(&self) -> u32 {
-        self.task.head_dim.div_ceil(SLAB)
+        self.variant.head_dim.div_ceil(SLAB)
     }
 
     /// Slabs of a value.
     pub(super) fn value_slabs(&self) -> u32 {
-        self.task.value_dim.div_ceil(SLAB)
+        self.variant.value_dim.div_ceil(SLAB)
     }
 
     /// Columns of a slab of the result, and of its boxes.
     pub fn slab_cols(&self) -> u32 {
-        store::columns(self.task.out)
+        store::columns(self.variant.out)
     }
 
     /// Slabs of the result of a warpgroup.
     pub fn result_slabs(&self) -> u32 {
-        self.task.value_dim.div_ceil(self.slab_cols())
+        self.variant.value_dim.div_ceil(self.slab_cols())
     }
 
     /// Whether results lie over queries.
@@ -156,7 +159,7 @@ impl Config {
     /// Whether a tile ends while the next one begins. A bias on its way, or a sequence that is looked for,
     /// would take more registers than there are; of a split, a block has one tile.
     pub(super) fn joins(&self) -> bool {
-        let Task { scores, lengths, split, .. } = self.task;
+        let Variant { scores, lengths, split, .. } = self.variant;
         let spare = scores.bias.is_none() && lengths != Lengths::Packed;
         spare && !split && !self.over_queries()
     }
@@ -216,8 +219,8 @@ impl Config {
 
     fn needed_registers(&self) -> u32 {
         let scores = self.keys / 2;
-        let bias = self.task.scores.registers(scores);
-        self.task.value_dim / 2 + scores + scores / 2 + bias + SPARE_REGISTERS
+        let bias = self.variant.scores.registers(scores);
+        self.variant.value_dim / 2 + scores + scores / 2 + bias + SPARE_REGISTERS
     }
 
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
@@ -229,12 +232,18 @@ impl Config {
         let multiple = |n: u32, of: u32| n.is_multiple_of(of) && (of..=256).contains(&n);
         let rules = [
             (
-                multiple(self.task.head_dim, 16),
-                format!("queries of {} elements (a multiple of 16 up to 256)", self.task.head_dim),
+                multiple(self.variant.head_dim, 16),
+                format!(
+                    "queries of {} elements (a multiple of 16 up to 256)",
+                    self.variant.head_dim
+                ),
             ),
             (
-                multiple(self.task.value_dim, 8),
-                format!("values of {} elements (a multiple of 8 up to 256)", self.task.value_dim),
+                multiple(self.variant.value_dim, 8),
+                format!(
+                    "values of {} elements (a multiple of 8 up to 256)",
+                    self.variant.value_dim
+                ),
             ),
             (matches!(self.rows, 64 | 128 | 192), format!("{} rows (64, 128 or 192)", self.rows)),
             (
@@ -248,11 +257,11 @@ impl Config {
             ),
             (!self.turns || self.consumers() > 1, "turns of a single warpgroup".into()),
             (
-                (1..=SLAB).contains(&self.task.pack),
-                format!("{} heads in a tile (at most {SLAB})", self.task.pack),
+                (1..=SLAB).contains(&self.variant.pack),
+                format!("{} heads in a tile (at most {SLAB})", self.variant.pack),
             ),
             (
-                self.task.can_be_split() && (!self.task.split || self.store == Store::Direct),
+                self.variant.can_be_split() && (!self.variant.split || self.store == Store::Direct),
                 "parts of packed sequences, or not in f32, by the threads, with their sums".into(),
             ),
             (registers <= most, format!("{registers} registers of a thread (at most {most})")),
@@ -297,10 +306,10 @@ impl Config {
     }
 }
 
-impl From<&Config> for Tiling {
+impl From<&Config> for TileShape {
     fn from(config: &Config) -> Self {
         Self {
-            task: config.task,
+            variant: config.variant,
             positions: config.tile_positions(),
             keys: config.keys,
             blocks_per_sm: 1,

@@ -2,7 +2,7 @@
 
 use super::Attention;
 use crate::kernel::attention::Lengths;
-use crate::kernel::attention::work::{Tile, Work};
+use crate::kernel::attention::work::{Tile, WorkTile};
 use crate::kernel::hopper::SLAB;
 use crate::kernel::hopper::load::{Lines, TileBoxes};
 use crate::kernel::hopper::ring::Cursor;
@@ -28,7 +28,7 @@ impl<'k> Attention<'k, '_> {
                 smem.value_ring.producer(k, self.base),
             ];
             let all = [&queries, &keys, &values];
-            self.tiles.for_each(|work| match c.task.lengths {
+            self.tiles.for_each(|work| match c.variant.lengths {
                 // The warp looks for the next tile together.
                 Lengths::Packed => {
                     k.if_(elected, || self.fill(&work, all, places));
@@ -37,16 +37,16 @@ impl<'k> Attention<'k, '_> {
                 Lengths::Full | Lengths::Padded => self.fill(&work, all, places),
             });
         };
-        match c.task.lengths {
+        match c.variant.lengths {
             Lengths::Packed => tiles(),
             Lengths::Full | Lengths::Padded => k.if_(elected, tiles),
         }
     }
 
     /// What a tile needs.
-    fn fill(&self, work: &Work<'k>, boxes: [&TileBoxes<'k>; 3], places: [Cursor<'k>; 3]) {
+    fn fill(&self, work: &WorkTile<'k>, boxes: [&TileBoxes<'k>; 3], places: [Cursor<'k>; 3]) {
         let (k, c) = (self.k, self.c);
-        let &Work { tile, kv_head, blocks, .. } = work;
+        let &WorkTile { tile, kv_head, blocks, .. } = work;
         let Tile { batch, pack, first, queries, keys, .. } = tile;
         let load = |which: usize, block: Reg<'k, i32>| {
             let at = keys.at(block * c.keys as i32);
@@ -58,7 +58,7 @@ impl<'k> Attention<'k, '_> {
         k.if_(some, || load(1, block));
         for group in 0..c.consumers() {
             let position = queries.at(first + (group * c.positions()) as i32);
-            match c.task.pack {
+            match c.variant.pack {
                 1 => boxes[0].fill(places[0], &[position, pack, batch]),
                 _ => boxes[0].fill(places[0], &[k.var(0), position, pack, batch]),
             }

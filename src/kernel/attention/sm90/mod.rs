@@ -13,7 +13,7 @@ pub use super::{Launch, MAX_LENGTH};
 pub use config::{Config, Store};
 
 use super::scores::ScoreParams;
-use super::work::{Logarithms, Memory, Tiles};
+use super::work::{Logarithms, OutputView, Tiles};
 use super::{Lengths, Name};
 use crate::kernel::Element;
 use crate::kernel::hopper::WARPGROUP;
@@ -29,13 +29,13 @@ pub fn emit(config: &Config) -> Source {
     let smem = config.smem();
     let maps = [Name::Q, Name::K, Name::V].map(|name| k.tensor_map(name));
     let out_map = (config.store == Store::Tma).then(|| k.tensor_map(Name::Out));
-    let packed = config.task.lengths == Lengths::Packed;
-    let out_memory =
-        (config.store == Store::Direct || packed).then(|| Memory::params(k, config.task.split));
-    let lse = config.task.lse.then(|| Logarithms::params(k, config.task.split));
+    let packed = config.variant.lengths == Lengths::Packed;
+    let out_memory = (config.store == Store::Direct || packed)
+        .then(|| OutputView::params(k, config.variant.split));
+    let lse = config.variant.lse.then(|| Logarithms::params(k, config.variant.split));
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
-    let score_params = ScoreParams::params(k, config.task.scores, Element::Half(config.half));
+    let score_params = ScoreParams::params(k, config.variant.scores, Element::Half(config.half));
     let tiles = Tiles::params(k, config.into(), size, heads);
     let base = k.shared(smem.bytes);
     let thread = k.thread();
@@ -81,7 +81,7 @@ struct Attention<'k, 'c> {
     /// Of queries, keys and values.
     maps: [Reg<'k, u64>; 3],
     out_map: Option<Reg<'k, u64>>,
-    out_memory: Option<Memory<'k>>,
+    out_memory: Option<OutputView<'k>>,
     lse: Option<Logarithms<'k>>,
     score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,

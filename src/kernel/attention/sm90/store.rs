@@ -5,7 +5,7 @@ use super::attend::Group;
 use crate::kernel::Element;
 use crate::kernel::attention::Lengths;
 use crate::kernel::attention::softmax::Finished;
-use crate::kernel::attention::work::{Memory, Row, Tile};
+use crate::kernel::attention::work::{OutputView, Row, Tile};
 use crate::kernel::hopper::SLAB_BYTES;
 use crate::kernel::hopper::store::{Direction, SlabStore};
 use crate::ptx::Reg;
@@ -26,7 +26,7 @@ impl<'k> Attention<'k, '_> {
             (None, Some(memory)) => self.store_rows(g, tile, memory, rows, &sums),
             (Some(map), Some(memory)) => {
                 // TMA would write over the next sequence.
-                debug_assert_eq!(c.task.lengths, Lengths::Packed);
+                debug_assert_eq!(c.variant.lengths, Lengths::Packed);
                 let whole = (first + c.positions() as i32).le(tile.queries.count);
                 k.if_else(
                     whole,
@@ -53,7 +53,7 @@ impl<'k> Attention<'k, '_> {
         let (k, c) = (self.k, self.c);
         let store = SlabStore {
             map,
-            out: c.task.out,
+            out: c.variant.out,
             direction: Direction::Rows,
             memory: self.staged(g),
             room: if c.slabs == 0 { c.head_slabs() } else { c.slabs },
@@ -68,7 +68,7 @@ impl<'k> Attention<'k, '_> {
             |(_, sums)| sums.to_vec(),
             |(number, _)| {
                 let mut at = vec![k.var(number * c.slab_cols())];
-                at.extend((c.task.pack > 1).then(|| k.var(0)));
+                at.extend((c.variant.pack > 1).then(|| k.var(0)));
                 at.extend([position, tile.pack, tile.batch]);
                 [at]
             },
@@ -84,12 +84,12 @@ impl<'k> Attention<'k, '_> {
         &self,
         g: &Group<'k>,
         tile: &Tile<'k>,
-        memory: Memory<'k>,
+        memory: OutputView<'k>,
         rows: [Row<'k>; 2],
         sums: &[Reg<'k, f32>],
     ) {
         let (k, c) = (self.k, self.c);
-        let size = c.task.out.size();
+        let size = c.variant.out.size();
         let start = memory.start(tile);
         let col = g.warps.lane.lane % 4 * 2;
         for (h, row) in rows.iter().enumerate() {
@@ -98,7 +98,7 @@ impl<'k> Attention<'k, '_> {
             k.if_(row.inside, || {
                 for (j, pair) in pairs.iter().enumerate() {
                     let to = at.at(8 * j as i64 * i64::from(size));
-                    match c.task.out {
+                    match c.variant.out {
                         Element::F32 => k.st_global(to, [pair[0], pair[1]]),
                         Element::Half(half) => {
                             k.st_global(to, [k.cvt_rn_x2(half, pair[0], pair[1])]);

@@ -6,7 +6,7 @@ use crate::kernel::name::{given, several};
 
 /// The facts of a problem that are in the text of its kernel, and how its work is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Task {
+pub struct Variant {
     /// The result's type.
     pub out: Element,
     /// Elements of a query and of a key, at most 256. Hopper's kernel has them rounded up to a multiple
@@ -30,7 +30,7 @@ pub struct Task {
     pub lse: bool,
 }
 
-impl Task {
+impl Variant {
     /// Of a problem. Parts of a split are in f32, and come with their sums.
     pub fn new(problem: &Problem, pack: u32, split: bool) -> Self {
         Self {
@@ -53,7 +53,7 @@ impl Task {
 
     /// The end of a name: heads of a tile, and the variant of an attention of operands of a type.
     /// `direct`: threads store.
-    pub(super) fn variant(&self, operands: Element, direct: bool) -> String {
+    pub(super) fn describe(&self, operands: Element, direct: bool) -> String {
         let scores = &self.scores;
         let pack = several(self.pack, |pack| format!(" pack{pack}"));
         let mask = match self.mask {
