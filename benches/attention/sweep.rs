@@ -27,8 +27,8 @@ fn candidates(chosen: &Config) -> Vec<Config> {
     let mut all = Vec::new();
     for rows in [64, 128, 192] {
         for keys in (48..=208).step_by(16) {
-            for turns in [false, true] {
-                let config = Config { rows, keys, turns, ..*chosen };
+            for pingpong in [false, true] {
+                let config = Config { rows, keys, pingpong, ..*chosen };
                 let config = config.filled(H200.shared_per_block);
                 all.extend(config.check(H200.shared_per_block).is_ok().then_some(config));
             }
@@ -73,10 +73,10 @@ pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
                     let samples = (0..4).map(|_| gpu.time(false, &mut run));
                     let us = median(samples.collect::<candle_core::Result<Vec<_>>>()?);
                     times.push((us, config));
-                    let Config { rows, keys, turns, stages, slabs, .. } = config;
+                    let Config { rows, keys, pingpong, stages, store_stages, .. } = config;
                     let line = json!({
                         "dim": dim, "causal": causal, "length": length, "us": us, "rows": rows,
-                        "keys": keys, "turns": turns, "stages": stages, "slabs": slabs,
+                        "keys": keys, "pingpong": pingpong, "stages": stages, "store_stages": store_stages,
                     });
                     writeln!(file, "{line}")?;
                 }
@@ -84,7 +84,7 @@ pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
                 let fastest = times[0].0;
                 println!("D{dim} {} S{length}", if causal { "causal" } else { "full" });
                 for (us, c) in times.iter().filter(|(us, c)| *us < fastest * NEAR || *c == chosen) {
-                    let turns = if c.turns { " turns" } else { "" };
+                    let turns = if c.pingpong { " ping-pong" } else { "" };
                     let mark = if *c == chosen { " chosen" } else { "" };
                     println!("  {us:8.1} µs {}x{} x{}{turns}{mark}", c.rows, c.keys, c.stages);
                 }

@@ -98,7 +98,7 @@ pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
                 "m": m, "n": n, "k": k, "nt": transposed, "out": out.as_str(), "us": us,
                 "orient": format!("{orient:?}"), "rows": rows, "cols": cols, "stages": stages,
                 "split": split, "pingpong": config.pingpong,
-                "slabs": config.slabs, "order": format!("{:?}", config.order), "bps": blocks_per_sm, "tma": store == sm90::Store::Tma,
+                "slabs": config.store_stages, "order": format!("{:?}", config.order), "bps": blocks_per_sm, "tma": store == sm90::Store::Tma,
             });
             writeln!(file, "{line}")?;
         }

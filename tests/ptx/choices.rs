@@ -118,7 +118,7 @@ fn attentions(extent: Extent) -> Vec<attention::Problem> {
                         let draw = hash(&seed) >> 8;
                         let pick = |shift: u32, of: usize| (draw >> shift) as usize % of;
                         let scores = Scores {
-                            shrunk: pick(0, 7) == 0,
+                            scale_first: pick(0, 7) == 0,
                             softcap: pick(4, 2) == 0,
                             alibi: pick(8, 2) == 0,
                             bias: biases[pick(12, biases.len())].filter(|bias| {

@@ -27,7 +27,7 @@ const HOPPER: sm90::Config = sm90::Config {
     stages: 4,
     split: 1,
     pingpong: false,
-    slabs: 2,
+    store_stages: 2,
     order: sm90::Order::Grid,
     blocks_per_sm: 1,
     batched: false,
@@ -58,7 +58,7 @@ const VARIANT: attention::Variant = attention::Variant {
     head_dim: 64,
     value_dim: 64,
     mask: attention::Mask::None,
-    scores: attention::Scores { shrunk: false, softcap: false, bias: None, alibi: false },
+    scores: attention::Scores { scale_first: false, softcap: false, bias: None, alibi: false },
     lengths: attention::Lengths::Full,
     pack: 1,
     split: false,
@@ -73,8 +73,8 @@ const FLASH: attention::sm90::Config = attention::sm90::Config {
     keys: 32,
     query_stages: 1,
     stages: 2,
-    slabs: 1,
-    turns: true,
+    store_stages: 1,
+    pingpong: true,
     store: attention::sm90::Store::Tma,
 };
 
@@ -83,10 +83,10 @@ const PORTABLE_FLASH: attention::sm80::Config = attention::sm80::Config {
     variant: VARIANT,
     element: BF16,
     warps: 4,
-    strips: 2,
+    m16_tiles: 2,
     keys: 32,
     blocks_per_sm: 2,
-    kept: true,
+    q_in_regs: true,
 };
 
 /// What variants show: all that changes scores, sequences behind one another, keys in parts.
@@ -110,10 +110,10 @@ fn variants(bias: attention::Bias) -> [attention::Variant; 3] {
 fn flash() -> [(&'static str, Config); 5] {
     use attention::sm90::{Config as Flash, Store};
     let [all, packed, split] = variants(attention::Bias { element: BF16, pairs: true });
-    let small = Flash { rows: 64, keys: 16, turns: false, ..FLASH };
+    let small = Flash { rows: 64, keys: 16, pingpong: false, ..FLASH };
     let all = Flash { variant: all, ..small };
-    let packed = Flash { variant: packed, half: Half::F16, slabs: 2, ..small };
-    let split = Flash { variant: split, store: Store::Direct, slabs: 0, ..small };
+    let packed = Flash { variant: packed, half: Half::F16, store_stages: 2, ..small };
+    let split = Flash { variant: split, store: Store::Direct, store_stages: 0, ..small };
     let combine = attention::combine::Config::new(BF16, 8, 5, true);
     [
         ("flash90_plain", Config::FlashSm90(Flash { query_stages: 2, ..FLASH })),
@@ -127,8 +127,8 @@ fn flash() -> [(&'static str, Config); 5] {
 fn portable_flash() -> [(&'static str, Config); 5] {
     use attention::sm80::Config as Flash;
     let [all, packed, split] = variants(attention::Bias { element: Element::F32, pairs: false });
-    let small = Flash { strips: 1, keys: 16, ..PORTABLE_FLASH };
-    let all = Flash { variant: all, kept: false, ..small };
+    let small = Flash { m16_tiles: 1, keys: 16, ..PORTABLE_FLASH };
+    let all = Flash { variant: all, q_in_regs: false, ..small };
     let packed = attention::Variant { head_dim: 20, ..packed };
     let packed = Flash { variant: packed, element: Element::Half(Half::F16), ..small };
     let split = Flash { variant: split, ..small };
@@ -139,7 +139,7 @@ fn portable_flash() -> [(&'static str, Config); 5] {
         mask: attention::Mask::Right,
         ..VARIANT
     };
-    let exact = Flash { variant: exact, element: Element::F32, kept: false, ..small };
+    let exact = Flash { variant: exact, element: Element::F32, q_in_regs: false, ..small };
     [
         ("flash80_plain", Config::FlashSm80(PORTABLE_FLASH)),
         ("flash80_window_all", Config::FlashSm80(all)),

@@ -121,7 +121,7 @@ impl<'a> Call<'a> {
             left: p.mask.left.map(|keys| keys as u64),
             right: p.mask.right.map(|keys| keys as u64),
             scores: Scores {
-                shrunk: p.scale <= 0.0,
+                scale_first: p.scale <= 0.0,
                 softcap: p.softcap.is_some(),
                 bias: bias.map(|(storage, stack)| Bias {
                     element: element(storage.dtype()),

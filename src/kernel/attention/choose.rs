@@ -22,8 +22,8 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
             keys: 16,
             query_stages: 1,
             stages: 2,
-            slabs: 0,
-            turns: warpgroups > 1,
+            store_stages: 0,
+            pingpong: warpgroups > 1,
             store: if split { Store::Direct } else { Store::Tma },
         };
         Config { keys: keys(problem, &config, limit), ..config }
@@ -180,7 +180,7 @@ pub(super) mod tests {
     fn long_sequences_take_the_tiles_that_were_fastest() {
         let tile = |problem| {
             let c = choose(&problem, &H200);
-            (c.rows, c.keys, c.turns)
+            (c.rows, c.keys, c.pingpong)
         };
         assert_eq!(tile(problem(4096, 4096, 64)), (192, 128, true));
         assert_eq!(tile(causal(2048, 2048, 64)), (192, 128, true));

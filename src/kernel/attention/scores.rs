@@ -14,7 +14,7 @@ use crate::ptx::{Half, Kernel, Reg};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Scores {
     /// The scale is 0 or less: it is applied before the largest score is looked for.
-    pub shrunk: bool,
+    pub scale_first: bool,
     /// `cap·tanh(score/cap)`.
     pub softcap: bool,
     /// What is added.
@@ -347,7 +347,7 @@ impl<'k> FragmentScores<'k> {
             if let Some(cap) = cap {
                 let tanh = match self.params.element {
                     Element::Half(_) => tanh(x),
-                    Element::F32 => tanh_exactly(x),
+                    Element::F32 => tanh_relative(x),
                 };
                 capped(tanh);
                 x = tanh * cap;
@@ -390,7 +390,7 @@ fn tanh(x: Reg<f32>) -> Reg<f32> {
 }
 
 /// The same, but relatively: near 0 an odd polynomial, a minimax fit to 1.6 · 2^-24.
-fn tanh_exactly(x: Reg<f32>) -> Reg<f32> {
+fn tanh_relative(x: Reg<f32>) -> Reg<f32> {
     const NEAR: f32 = 0.55;
     let square = x * x;
     let [third, fifth, seventh, ninth] =

@@ -70,7 +70,7 @@ impl Variant {
             Lengths::Packed => " packed",
         };
         let words = [
-            given(scores.shrunk, " shrunk"),
+            given(scores.scale_first, " shrunk"),
             given(scores.softcap, " softcap"),
             given(scores.alibi, " alibi"),
             given(self.lse, " lse"),

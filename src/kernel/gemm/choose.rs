@@ -113,7 +113,7 @@ impl Shape {
             stages: 2,
             split,
             pingpong,
-            slabs: 2,
+            store_stages: 2,
             order: Order::Grid,
             blocks_per_sm,
             batched: problem.batch > 1,
@@ -144,7 +144,7 @@ impl Shape {
             config.order = Order::Raster;
             // Many rows find the right operand in L2: a short ring will do, and leaves room for the
             // result. From memory, or with one tile for each block, a long ring is faster.
-            config.slabs = if largest && launch.tile_rows >= 8 { 4 } else { 2 };
+            config.store_stages = if largest && launch.tile_rows >= 8 { 4 } else { 2 };
         }
         config.stages = config.max_stages(device.shared_per_block).min(16);
         (config.stages >= 3 && config.check(device.shared_per_block).is_ok()).then_some(config)
@@ -202,7 +202,9 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     let area = f64::from(config.rows * config.cols);
     let bytes = f64::from(config.epilogue.out.size());
     let end = match config.store {
-        Store::Tma => 640.0 + 0.026 * area * bytes * if config.slabs > 2 { 0.65 } else { 1.0 },
+        Store::Tma => {
+            640.0 + 0.026 * area * bytes * if config.store_stages > 2 { 0.65 } else { 1.0 }
+        }
         Store::Staged { .. } => 1335.0 + 0.118 * area,
     } + if config.split > 1 { 640.0 } else { 0.0 };
     let between = match config.order {

@@ -1,7 +1,7 @@
-//! A warp's strips of 16 rows of a tile against all blocks of keys.
+//! A warp's m16 tiles of 16 rows of a tile against all blocks of keys.
 
 use super::Attention;
-use super::config::STRIP;
+use super::config::M16;
 use super::copies::Copies;
 use super::lines::Lines;
 use super::multiply::{Fragment, fragments};
@@ -16,7 +16,7 @@ use crate::ptx::{Kernel, Reg};
 
 /// A thread, and the registers and places that it keeps.
 pub(super) struct Thread<'k> {
-    pub strips: Vec<Strip<'k>>,
+    pub m16_tiles: Vec<M16Tile<'k>>,
     /// Of keys and values.
     copies: [Copies<'k>; 2],
     /// Where the next block is from.
@@ -29,13 +29,13 @@ pub(super) struct Thread<'k> {
 
 /// Which thread. It is asked for where it is needed: what is kept all the time takes registers.
 #[derive(Clone, Copy)]
-pub(super) struct Seat<'k> {
+pub(super) struct Lane<'k> {
     thread: Reg<'k, u32>,
     pub lane: Reg<'k, u32>,
     warp: Reg<'k, u32>,
 }
 
-impl<'k> Seat<'k> {
+impl<'k> Lane<'k> {
     fn new(k: &'k Kernel) -> Self {
         let thread = k.thread();
         Self { thread, lane: thread % WARP, warp: thread / WARP }
@@ -43,7 +43,7 @@ impl<'k> Seat<'k> {
 }
 
 /// 16 of a warp's rows.
-pub(super) struct Strip<'k> {
+pub(super) struct M16Tile<'k> {
     /// Products of queries and keys.
     pub scores: Vec<Reg<'k, f32>>,
     /// Products of the exponentials and values.
@@ -56,13 +56,13 @@ pub(super) struct Strip<'k> {
 /// What the blocks of a tile have in common.
 struct Context<'k, 'w> {
     work: &'w WorkTile<'k>,
-    /// Of each strip.
+    /// Of each m16 tile.
     rows: Vec<FragmentRows<'k>>,
     /// The block at work.
     block: Reg<'k, i32>,
 }
 
-/// What the scores of a thread's two rows of a strip depend on.
+/// What the scores of a thread's two rows of an m16 tile depend on.
 struct FragmentRows<'k> {
     scores: FragmentScores<'k>,
     positions: [Reg<'k, i32>; 2],
@@ -74,38 +74,38 @@ impl<'k> Attention<'k, '_> {
         let t = self.thread();
         self.tiles.for_each(|work| {
             self.attend(&t, &work);
-            let seat = Seat::new(self.k);
-            for (strip, rows) in t.strips.iter().zip(self.rows(&work.tile, seat)) {
-                self.store(strip, &work.tile, seat, rows);
+            let lane = Lane::new(self.k);
+            for (m16, rows) in t.m16_tiles.iter().zip(self.rows(&work.tile, lane)) {
+                self.store(m16, &work.tile, lane, rows);
             }
         });
     }
 
-    /// A thread's rows of each strip.
-    fn rows(&self, tile: &Tile<'k>, seat: Seat<'k>) -> Vec<[Row<'k>; 2]> {
-        let row = seat.warp * self.c.warp_rows() + seat.lane / 4;
+    /// A thread's rows of each m16 tile.
+    fn rows(&self, tile: &Tile<'k>, lane: Lane<'k>) -> Vec<[Row<'k>; 2]> {
+        let row = lane.warp * self.c.warp_rows() + lane.lane / 4;
         let row = |below: u32| {
             let row = if below == 0 { row } else { row + below };
             self.tiles.row(tile, tile.first, row, self.c.used_rows())
         };
-        (0..self.c.strips).map(|strip| [0, 8].map(|h| row(STRIP * strip + h))).collect()
+        (0..self.c.m16_tiles).map(|m16| [0, 8].map(|h| row(M16 * m16 + h))).collect()
     }
 
     fn thread(&self) -> Thread<'k> {
         let (k, c, smem) = (self.k, self.c, &self.smem);
-        let Seat { thread, lane, warp } = Seat::new(k);
+        let Lane { thread, lane, warp } = Lane::new(k);
         let places = [smem.queries, smem.keys, smem.values].map(|region| self.base + region);
         let copies =
             |i: usize, lines| Copies::new(self.operands[i], lines, c.threads(), thread, places[i]);
-        let kept = if c.kept { c.query_lines().steps() } else { 0 };
-        let strip = || Strip {
+        let in_regs = if c.q_in_regs { c.query_lines().steps() } else { 0 };
+        let m16 = || M16Tile {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             sums: (0..c.columns() / 2).map(|_| k.reg()).collect(),
             softmax: self.score_params.softmax(),
-            queries: (0..kept).map(|_| k.regs()).collect(),
+            queries: (0..in_regs).map(|_| k.regs()).collect(),
         };
         Thread {
-            strips: (0..c.strips).map(|_| strip()).collect(),
+            m16_tiles: (0..c.m16_tiles).map(|_| m16()).collect(),
             copies: [copies(1, c.key_lines()), copies(2, c.value_lines())],
             pointers: k.regs(),
             places: [
@@ -132,12 +132,12 @@ impl<'k> Attention<'k, '_> {
             let scores = self.score_params.of_queries(queries, work.tile.queries.count, offset);
             FragmentRows { scores, positions: queries.map(|query| query.row) }
         };
-        let rows = self.rows(&work.tile, Seat::new(k));
+        let rows = self.rows(&work.tile, Lane::new(k));
         let block = k.var(blocks.end - 1);
         let context = Context { work, rows: rows.iter().map(fragment).collect(), block };
-        for strip in &t.strips {
-            strip.sums.iter().for_each(|sum| sum.set(0.0));
-            strip.softmax.reset();
+        for m16 in &t.m16_tiles {
+            m16.sums.iter().for_each(|sum| sum.set(0.0));
+            m16.softmax.reset();
         }
         // All warps are done with the tile before.
         k.sync_block();
@@ -181,11 +181,11 @@ impl<'k> Attention<'k, '_> {
             }
             k.cp_async_commit();
         });
-        if turn == Turn::First && c.kept {
+        if turn == Turn::First && c.q_in_regs {
             let lines = c.query_lines();
             let queries = fragments(lines, t.places[0]);
-            for (strip, block) in t.strips.iter().zip(0..) {
-                for (&to, step) in strip.queries.iter().zip(0..) {
+            for (m16, block) in t.m16_tiles.iter().zip(0..) {
+                for (&to, step) in m16.queries.iter().zip(0..) {
                     k.ldmatrix_to(to, queries.at(lines.block(block, step)), false);
                 }
             }
@@ -198,12 +198,12 @@ impl<'k> Attention<'k, '_> {
         let biases: Vec<_> = context.rows.iter().map(load).collect();
         match c.element {
             Element::Half(half) => self.multiply_keys(half, t),
-            Element::F32 => self.multiply_keys_exactly(t),
+            Element::F32 => self.multiply_keys_tf32x3(t),
         }
         let mut weights = Vec::new();
-        for ((strip, rows), bias) in t.strips.iter().zip(&context.rows).zip(&biases) {
-            rows.scores.apply(&strip.scores, bias, first);
-            let hide = || work.bounds.hide(&strip.scores, rows.positions, first);
+        for ((m16, rows), bias) in t.m16_tiles.iter().zip(&context.rows).zip(&biases) {
+            rows.scores.apply(&m16.scores, bias, first);
+            let hide = || work.bounds.hide(&m16.scores, rows.positions, first);
             match turn {
                 Turn::First if c.variant.mask == Mask::None => {
                     k.if_(work.bounds.beyond(from, c.keys), hide);
@@ -211,11 +211,11 @@ impl<'k> Attention<'k, '_> {
                 Turn::First | Turn::Next { masked: true } => hide(),
                 Turn::Next { masked: false } => (),
             }
-            weights.push(self.weigh(strip, turn));
+            weights.push(self.weigh(m16, turn));
         }
         match c.element {
             Element::Half(half) => self.multiply_values(half, t, &weights),
-            Element::F32 => self.multiply_values_exactly(t, &weights),
+            Element::F32 => self.multiply_values_tf32x3(t, &weights),
         }
         t.stage.set(t.stage ^ self.smem.stage_bytes);
         context.block.increase(-1);
@@ -226,13 +226,13 @@ impl<'k> Attention<'k, '_> {
         t.stage.lt(self.smem.bytes)
     }
 
-    /// The exponentials of a strip's scores, as a left operand; its sums shrink.
-    fn weigh(&self, strip: &Strip<'k>, turn: Turn) -> Vec<Fragment<'k>> {
+    /// The exponentials of an m16 tile's scores, as a left operand; its sums shrink.
+    fn weigh(&self, m16: &M16Tile<'k>, turn: Turn) -> Vec<Fragment<'k>> {
         let exponentials = match turn {
-            Turn::First => strip.softmax.first(&strip.scores),
+            Turn::First => m16.softmax.first(&m16.scores),
             Turn::Next { .. } => {
-                let (exponentials, factors) = strip.softmax.next(&strip.scores);
-                for (i, sum) in strip.sums.iter().enumerate() {
+                let (exponentials, factors) = m16.softmax.next(&m16.scores);
+                for (i, sum) in m16.sums.iter().enumerate() {
                     sum.scale(factors[i / 2 % 2]);
                 }
                 exponentials
@@ -240,7 +240,7 @@ impl<'k> Attention<'k, '_> {
         };
         match self.c.element {
             Element::Half(half) => self.left(half, &exponentials),
-            Element::F32 => self.left_exactly(&exponentials),
+            Element::F32 => self.left_tf32x3(&exponentials),
         }
     }
 }

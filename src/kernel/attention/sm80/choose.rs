@@ -5,8 +5,8 @@ use crate::kernel::attention::choose::{pack, splits};
 use crate::kernel::attention::{Lengths, Problem, Variant};
 use crate::kernel::{Device, Element};
 
-/// Warps, strips of each, keys of a block, blocks of a multiprocessor, and whether queries stay in
-/// registers: the first that fits is taken. Two strips halve what is read from shared memory for each
+/// Warps, m16 tiles of each, keys of a block, blocks of a multiprocessor, and whether queries stay in
+/// registers: the first that fits is taken. Two m16 tiles halve what is read from shared memory for each
 /// product, which is the narrowest of the ways; 64 rows are for problems of few tiles.
 const TILES: [(u32, u32, u32, u32, bool); 14] = [
     (4, 2, 64, 2, true),
@@ -27,7 +27,7 @@ const TILES: [(u32, u32, u32, u32, bool); 14] = [
 
 /// The same for f32, whose products take six times as long as those of halves: reading is never the
 /// narrowest, registers are.
-const EXACT_TILES: [(u32, u32, u32, u32, bool); 6] = [
+const F32_TILES: [(u32, u32, u32, u32, bool); 6] = [
     (8, 1, 64, 1, false),
     (8, 1, 32, 1, false),
     (4, 1, 64, 1, false),
@@ -42,7 +42,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     // The lowest tiles that there are.
     let (tiles_of, lowest): (&[_], _) = match problem.element {
         Element::Half(_) => (&TILES, 64),
-        Element::F32 => (&EXACT_TILES, 32),
+        Element::F32 => (&F32_TILES, 32),
     };
     // The sums of the widest f32 rows leave no registers for heads that differ from row to row.
     let wide = problem.element == Element::F32 && problem.value_dim > 192;
@@ -57,14 +57,14 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let few = groups == 1 || tiles <= u64::from(device.multiprocessors) * 2;
     let variant = Variant::new(problem, pack, splits(problem, pack, 64, device));
     let element = problem.element;
-    let config = |(warps, strips, keys, blocks_per_sm, kept)| Config {
+    let config = |(warps, m16_tiles, keys, blocks_per_sm, q_in_regs)| Config {
         variant,
         element,
         warps,
-        strips,
+        m16_tiles,
         keys,
         blocks_per_sm,
-        kept,
+        q_in_regs,
     };
     tiles_of
         .iter()

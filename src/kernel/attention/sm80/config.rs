@@ -6,16 +6,16 @@ use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::{Arena, Element};
 
-/// Rows of a strip: those of an `mma`.
-pub(super) const STRIP: u32 = 16;
+/// Rows of an m16 tile: those of an `mma`.
+pub(super) const M16: u32 = 16;
 /// Stages of keys and values.
 pub(super) const STAGES: u32 = 2;
 /// Registers of a thread beside sums, scores, exponentials and queries: with fewer ptxas spills. More
-/// for each strip.
+/// for each m16 tile.
 const SPARE_REGISTERS: u32 = 36;
-const STRIP_REGISTERS: u32 = 12;
+const M16_REGISTERS: u32 = 12;
 /// Those for f32, whose operands are in parts.
-const EXACT_REGISTERS: u32 = 100;
+const TF32X3_REGISTERS: u32 = 100;
 /// More of them for a window or lengths in memory, and for what becomes of scores.
 const MASK_REGISTERS: u32 = 16;
 const SCORE_REGISTERS: u32 = 8;
@@ -32,14 +32,14 @@ pub struct Config {
     /// Warps of a block: 2, 4 or 8.
     pub warps: u32,
     /// 16 rows of a tile each, that a warp has: 1 or 2. What it loads is multiplied with all of them.
-    pub strips: u32,
+    pub m16_tiles: u32,
     /// Keys of a block: a multiple of 4 for each warp, and of 16.
     pub keys: u32,
     /// Blocks of a multiprocessor.
     pub blocks_per_sm: u32,
     /// Queries stay in registers. Else, and always for f32, they are loaded from shared memory for each
     /// block of keys.
-    pub kept: bool,
+    pub q_in_regs: bool,
 }
 
 /// Where things lie in shared memory.
@@ -60,7 +60,7 @@ impl Config {
     pub fn name(&self) -> String {
         let Self { variant, keys, warps, .. } = self;
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
-        let kept = given(self.kept, " kept");
+        let kept = given(self.q_in_regs, " kept");
         let described = variant.describe(self.element, false);
         let (rows, widths) = (self.rows(), variant.widths());
         format!("flash80 {rows}x{keys} {widths} {warps}warps{blocks}{kept}{described}")
@@ -78,7 +78,7 @@ impl Config {
 
     /// Rows of a warp.
     pub(super) fn warp_rows(&self) -> u32 {
-        STRIP * self.strips
+        M16 * self.m16_tiles
     }
 
     /// Queries of each head in a tile.
@@ -138,8 +138,11 @@ impl Config {
                 ),
             ),
             (
-                matches!(self.warps, 2 | 4 | 8) && matches!(self.strips, 1 | 2),
-                format!("{} warps of {} strips (2, 4 or 8 of 1 or 2)", self.warps, self.strips),
+                matches!(self.warps, 2 | 4 | 8) && matches!(self.m16_tiles, 1 | 2),
+                format!(
+                    "{} warps of {} m16 tiles (2, 4 or 8 of 1 or 2)",
+                    self.warps, self.m16_tiles
+                ),
             ),
             (
                 self.keys.is_multiple_of(16)
@@ -156,7 +159,8 @@ impl Config {
                 "parts of packed sequences, or not in f32, with their sums".into(),
             ),
             (
-                self.element != Element::F32 || (self.variant.out == Element::F32 && !self.kept),
+                self.element != Element::F32
+                    || (self.variant.out == Element::F32 && !self.q_in_regs),
                 "f32 operands to another type, or queries that stay".into(),
             ),
             (
@@ -177,18 +181,19 @@ impl Config {
 
     fn needed_registers(&self) -> u32 {
         let scores = self.keys / 2;
-        // Those that do not stay are loaded for a strip while another's are multiplied.
-        let queries = 4 * if self.kept { self.query_lines().steps() } else { self.strips - 1 };
+        // Those that do not stay are loaded for an m16 tile while another's are multiplied.
+        let queries =
+            4 * if self.q_in_regs { self.query_lines().steps() } else { self.m16_tiles - 1 };
         let products = match self.element {
             // With exponentials in pairs.
             Element::Half(_) => scores + scores / 2,
             // With two parts of the sums.
             Element::F32 => 3 * scores,
         };
-        let strip = self.columns() / 2 + products + queries;
+        let m16 = self.columns() / 2 + products + queries;
         let mut spare = match self.element {
             Element::Half(_) => SPARE_REGISTERS,
-            Element::F32 => EXACT_REGISTERS,
+            Element::F32 => TF32X3_REGISTERS,
         };
         if self.variant.mask == Mask::Window || self.variant.lengths != Lengths::Full {
             spare += MASK_REGISTERS;
@@ -196,7 +201,7 @@ impl Config {
         if !self.variant.scores.plain() {
             spare += SCORE_REGISTERS;
         }
-        spare + self.strips * (STRIP_REGISTERS + strip + self.variant.scores.registers(scores))
+        spare + self.m16_tiles * (M16_REGISTERS + m16 + self.variant.scores.registers(scores))
     }
 
     pub(super) fn smem(&self) -> SharedMap {

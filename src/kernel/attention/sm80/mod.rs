@@ -1,8 +1,8 @@
 //! Attention on every GPU from Ampere on: warps copy keys and values into two stages (`cp.async`), and
-//! multiply with `mma.sync` what they load from there (`ldmatrix`), one or two strips of 16 rows of
+//! multiply with `mma.sync` what they load from there (`ldmatrix`), one or two m16 tiles of 16 rows of
 //! queries each.
 //!
-//! f16 and bf16 in `multiply`, f32 in `exact`: the same walk, the same places in shared memory.
+//! f16 and bf16 in `multiply`, f32 in `tf32x3`: the same walk, the same places in shared memory.
 //!
 //! While a block of keys is at work, the next one is on its way. A warp's softmax runs while others
 //! multiply.
@@ -11,10 +11,10 @@ mod attend;
 mod choose;
 mod config;
 mod copies;
-mod exact;
 mod lines;
 mod multiply;
 mod store;
+mod tf32x3;
 
 pub use super::{Launch, MAX_LENGTH};
 pub use choose::choose;

@@ -1,5 +1,5 @@
 //! The products of a block of keys for 16-bit operands: each part of keys and values that a warp
-//! loads is multiplied with all of its strips.
+//! loads is multiplied with all of its m16 tiles.
 
 use super::Attention;
 use super::attend::Thread;
@@ -21,19 +21,19 @@ impl<'k> Attention<'k, '_> {
         let (k, c) = (self.k, self.c);
         let queries = fragments(c.query_lines(), t.places[0]);
         let keys = fragments(c.key_lines(), t.places[1] + t.stage);
-        t.strips.iter().flat_map(|strip| &strip.scores).for_each(|score| score.set(0.0));
+        t.m16_tiles.iter().flat_map(|m16| &m16.scores).for_each(|score| score.set(0.0));
         for step in 0..c.query_lines().steps() {
-            let left = t.strips.iter().zip(0..).map(|(strip, block)| {
-                let kept = strip.queries.get(step as usize).copied();
-                kept.unwrap_or_else(|| {
+            let left = t.m16_tiles.iter().zip(0..).map(|(m16, block)| {
+                let in_regs = m16.queries.get(step as usize).copied();
+                in_regs.unwrap_or_else(|| {
                     k.ldmatrix(queries.at(c.query_lines().block(block, step)), false)
                 })
             });
             let left: Vec<_> = left.collect();
             for block in 0..c.keys / 16 {
                 let right = k.ldmatrix(keys.at(c.key_lines().block(block, step)), false);
-                for (strip, &a) in t.strips.iter().zip(&left) {
-                    self.multiply(half, &strip.scores, block, a, right);
+                for (m16, &a) in t.m16_tiles.iter().zip(&left) {
+                    self.multiply(half, &m16.scores, block, a, right);
                 }
             }
         }
@@ -47,7 +47,7 @@ impl<'k> Attention<'k, '_> {
         sums.chunks(8).map(|eight| std::array::from_fn(|i| pack(i, eight))).collect()
     }
 
-    /// Adds the products of each strip's exponentials and a block of values.
+    /// Adds the products of each m16 tile's exponentials and a block of values.
     pub(super) fn multiply_values(
         &self,
         half: Half,
@@ -59,8 +59,8 @@ impl<'k> Attention<'k, '_> {
         for block in 0..c.keys / 16 {
             for step in 0..c.value_lines().steps() {
                 let right = k.ldmatrix(values.at(c.value_lines().block(block, step)), true);
-                for (strip, weights) in t.strips.iter().zip(weights) {
-                    self.multiply(half, &strip.sums, step, weights[block as usize], right);
+                for (m16, weights) in t.m16_tiles.iter().zip(weights) {
+                    self.multiply(half, &m16.sums, step, weights[block as usize], right);
                 }
             }
         }

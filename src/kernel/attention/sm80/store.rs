@@ -1,34 +1,34 @@
 //! From sums to the result: normalised, and stored by the threads.
 
 use super::Attention;
-use super::attend::{Seat, Strip};
+use super::attend::{Lane, M16Tile};
 use crate::kernel::Element;
 use crate::kernel::attention::work::{Row, Tile};
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
-    /// A tile's result, of a strip of this warp.
+    /// A tile's result, of an m16 tile of this warp.
     pub(super) fn store(
         &self,
-        strip: &Strip<'k>,
+        m16: &M16Tile<'k>,
         tile: &Tile<'k>,
-        seat: Seat<'k>,
+        lane: Lane<'k>,
         rows: [Row<'k>; 2],
     ) {
-        let finished = strip.softmax.finish();
+        let finished = m16.softmax.finish();
         for (h, row) in rows.iter().enumerate() {
             let normalised =
                 |&sum: &Reg<'k, f32>| row.unless_padding(sum * finished.inverse[h], 0.0);
-            let of_row = strip.sums.chunks(4).map(|quad| &quad[2 * h..][..2]);
+            let of_row = m16.sums.chunks(4).map(|quad| &quad[2 * h..][..2]);
             let pairs: Vec<[_; 2]> =
                 of_row.map(|pair| [normalised(&pair[0]), normalised(&pair[1])]).collect();
             match self.c.element {
-                Element::Half(_) => self.store_row(tile, seat, row, &pairs),
-                Element::F32 => self.store_exact_row(tile, seat, row, &pairs),
+                Element::Half(_) => self.store_row(tile, lane, row, &pairs),
+                Element::F32 => self.store_tf32x3_row(tile, lane, row, &pairs),
             }
         }
         if let Some(lse) = self.lse {
-            lse.store(&self.tiles, tile, rows, finished.lse, seat.lane);
+            lse.store(&self.tiles, tile, rows, finished.lse, lane.lane);
         }
     }
 
@@ -36,7 +36,7 @@ impl<'k> Attention<'k, '_> {
     fn store_row(
         &self,
         tile: &Tile<'k>,
-        seat: Seat<'k>,
+        lane: Lane<'k>,
         row: &Row<'k>,
         pairs: &[[Reg<'k, f32>; 2]],
     ) {
@@ -44,7 +44,7 @@ impl<'k> Attention<'k, '_> {
         let start = self.out.start(tile);
         let at = |col: Reg<'k, u32>| self.out.at(start, tile, row, col, size);
         let bytes = |col: usize| (col * size as usize) as i64;
-        let col = seat.lane % 4 * 2;
+        let col = lane.lane % 4 * 2;
         match self.c.variant.out {
             Element::F32 => {
                 let at = at(col);
@@ -58,7 +58,7 @@ impl<'k> Attention<'k, '_> {
                 let pairs: Vec<_> = pairs.iter().map(|&[a, b]| k.cvt_rn_x2(half, a, b)).collect();
                 // Even lanes take both lanes' pairs of 8 columns, odd ones those of the next 8: the
                 // four lanes of a row store 32 bytes together.
-                let odd = (seat.lane % 2).ne(0);
+                let odd = (lane.lane % 2).ne(0);
                 let both = pairs.chunks_exact(2);
                 let rest = both.remainder();
                 let quads: Vec<_> = both
@@ -68,7 +68,7 @@ impl<'k> Attention<'k, '_> {
                         [k.select(odd, got, kept), k.select(odd, kept, got)]
                     })
                     .collect();
-                let first = at(col + seat.lane % 2 * 6);
+                let first = at(col + lane.lane % 2 * 6);
                 let last = rest.first().map(|&pair| (pair, at(col)));
                 k.if_(row.inside, || {
                     for (j, &quad) in quads.iter().enumerate() {
@@ -82,17 +82,17 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// A row of [`multiply_values_exactly`](Self::multiply_values_exactly): of each 32 columns this lane
+    /// A row of [`multiply_values_tf32x3`](Self::multiply_values_tf32x3): of each 32 columns this lane
     /// has eight that follow each other, the first four of them the first ones of four pairs.
-    fn store_exact_row(
+    fn store_tf32x3_row(
         &self,
         tile: &Tile<'k>,
-        seat: Seat<'k>,
+        lane: Lane<'k>,
         row: &Row<'k>,
         pairs: &[[Reg<'k, f32>; 2]],
     ) {
         let (k, size) = (self.k, self.c.variant.out.size());
-        let col = seat.lane % 4 * 8;
+        let col = lane.lane % 4 * 8;
         let at = self.out.at(self.out.start(tile), tile, row, col, size);
         for (panel, pairs) in (0..).zip(pairs.chunks(4)) {
             let first = panel * 32;

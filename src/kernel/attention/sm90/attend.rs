@@ -1,7 +1,7 @@
 //! The consumers: a warpgroup's 64 rows of a tile against all blocks of keys.
 
 use super::Attention;
-use super::config::QueriesGo;
+use super::config::QueryRelease;
 use crate::kernel::attention::scores::FragmentScores;
 use crate::kernel::attention::softmax::Softmax;
 use crate::kernel::attention::work::{Ahead, Row, Tile, WorkTile};
@@ -84,7 +84,7 @@ impl<'k> Attention<'k, '_> {
         if let Some(turns) = group.turns {
             k.if_(last, || turns.pass(k));
         }
-        if c.joins() {
+        if c.overlaps_tail() {
             let before = Before { open: k.var(0), tile: self.tiles.unset() };
             self.tiles.for_each_ahead(|work, ahead| {
                 self.attend(&group, &work, Some(Neighbours { before, ahead }));
@@ -163,7 +163,7 @@ impl<'k> Attention<'k, '_> {
             self.step(g, &context, masked);
             block.increase(-1);
         });
-        self.release_queries(g, QueriesGo::AtTheEnd, None);
+        self.release_queries(g, QueryRelease::AtTheEnd, None);
         let end = || {
             k.if_(some, || {
                 g.value_place.wait();
@@ -182,7 +182,7 @@ impl<'k> Attention<'k, '_> {
                 before.tile.set(&work.tile);
             }
         }
-        self.release_queries(g, QueriesGo::Stored, None);
+        self.release_queries(g, QueryRelease::Stored, None);
         g.query_place.skip(k.var(c.consumers()));
     }
 
@@ -193,7 +193,7 @@ impl<'k> Attention<'k, '_> {
         g.warps.sync();
         g.sums.iter().for_each(|sum| sum.set(0.0));
         g.softmax.reset();
-        self.release_queries(g, QueriesGo::Multiplied, None);
+        self.release_queries(g, QueryRelease::Multiplied, None);
     }
 
     /// A tile's first block of keys, and with it the end of an open tile.
@@ -212,7 +212,7 @@ impl<'k> Attention<'k, '_> {
         let bias = context.scores.load(g.scores.len(), first, Some(keys));
         k.wgmma_wait(open.is_some().into());
         self.release(g, g.key_place);
-        self.release_queries(g, QueriesGo::Multiplied, Some(context));
+        self.release_queries(g, QueryRelease::Multiplied, Some(context));
         context.scores.apply(&g.scores, &bias, first);
         let from = context.block * c.keys as i32;
         let beyond = work.bounds.beyond(from, c.keys);
@@ -245,7 +245,7 @@ impl<'k> Attention<'k, '_> {
         let bias = context.scores.load(g.scores.len(), first, None);
         k.wgmma_wait(1);
         self.release(g, g.key_place);
-        self.release_queries(g, QueriesGo::Multiplied, Some(context));
+        self.release_queries(g, QueryRelease::Multiplied, Some(context));
         context.scores.apply(&g.scores, &bias, first);
         if masked {
             context.hide(g, first);
@@ -324,8 +324,8 @@ impl<'k> Attention<'k, '_> {
     }
 
     /// The next queries may come, if this is when they may, and with a block at work, if it is the last.
-    fn release_queries(&self, g: &Group<'k>, when: QueriesGo, at: Option<&Context<'k, '_>>) {
-        if self.c.queries_go() != when {
+    fn release_queries(&self, g: &Group<'k>, when: QueryRelease, at: Option<&Context<'k, '_>>) {
+        if self.c.query_release() != when {
             return;
         }
         let last = at.map(Context::is_last);
@@ -336,7 +336,7 @@ impl<'k> Attention<'k, '_> {
 
     /// Where this warpgroup's part of the result is staged.
     pub(super) fn staged(&self, g: &Group<'k>) -> Reg<'k, u32> {
-        let each = match self.c.slabs {
+        let each = match self.c.store_stages {
             0 => self.c.query_bytes(),
             slabs => slabs * SLAB_BYTES,
         };

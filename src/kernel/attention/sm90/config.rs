@@ -44,16 +44,16 @@ pub struct Config {
     pub stages: u32,
     /// Slabs of the result that a warpgroup can have on their way by [`Store::Tma`]. 0: they lie over
     /// its queries, and the next ones wait for them.
-    pub slabs: u32,
+    pub store_stages: u32,
     /// Warpgroups multiply in turn, so that one's softmax runs while another's products do.
-    pub turns: bool,
+    pub pingpong: bool,
     /// How tiles reach memory.
     pub store: Store,
 }
 
 /// When a tile's queries make room for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum QueriesGo {
+pub(super) enum QueryRelease {
     /// As soon as the last keys are multiplied: the next queries come during the softmax.
     Multiplied,
     /// After the last softmax: the next ones are elsewhere, or come during the last product.
@@ -86,12 +86,12 @@ impl Config {
     /// rows of a tile and keys of a block, elements of a query and of a value, stages, slabs of the
     /// result, heads of a tile; types, mask, bias, lengths, what becomes of scores, how what is stored.
     pub fn name(&self) -> String {
-        let Self { variant, rows, keys, stages, slabs, .. } = self;
-        let turns = given(self.turns, " turns");
+        let Self { variant, rows, keys, stages, store_stages, .. } = self;
+        let turns = given(self.pingpong, " turns");
         let direct = self.store == Store::Direct;
         let described = variant.describe(Element::Half(self.half), direct);
         format!(
-            "flash90 {rows}x{keys} {} x{stages} slabs{slabs}{turns}{described}",
+            "flash90 {rows}x{keys} {} x{stages} slabs{store_stages}{turns}{described}",
             variant.widths()
         )
     }
@@ -153,24 +153,24 @@ impl Config {
 
     /// Whether results lie over queries.
     fn over_queries(&self) -> bool {
-        self.store == Store::Tma && self.slabs == 0
+        self.store == Store::Tma && self.store_stages == 0
     }
 
     /// Whether a tile ends while the next one begins. A bias on its way, or a sequence that is looked for,
     /// would take more registers than there are; of a split, a block has one tile.
-    pub(super) fn joins(&self) -> bool {
+    pub(super) fn overlaps_tail(&self) -> bool {
         let Variant { scores, lengths, split, .. } = self.variant;
         let spare = scores.bias.is_none() && lengths != Lengths::Packed;
         spare && !split && !self.over_queries()
     }
 
-    pub(super) fn queries_go(&self) -> QueriesGo {
+    pub(super) fn query_release(&self) -> QueryRelease {
         if self.over_queries() {
-            QueriesGo::Stored
-        } else if self.joins() && self.query_stages == 1 {
-            QueriesGo::Multiplied
+            QueryRelease::Stored
+        } else if self.overlaps_tail() && self.query_stages == 1 {
+            QueryRelease::Multiplied
         } else {
-            QueriesGo::AtTheEnd
+            QueryRelease::AtTheEnd
         }
     }
 
@@ -199,9 +199,10 @@ impl Config {
             let fits = |&number: &u32| with(number).check(limit).is_ok();
             with(numbers.clone().rev().find(fits).unwrap_or(*numbers.start()))
         };
-        let mut config = Self { slabs: 0, query_stages: 1, stages: 2, ..self };
+        let mut config = Self { store_stages: 0, query_stages: 1, stages: 2, ..self };
         if config.store == Store::Tma {
-            config = most(0..=config.result_slabs(), &|slabs| Self { slabs, ..config });
+            config =
+                most(0..=config.result_slabs(), &|store_stages| Self { store_stages, ..config });
         }
         config = most(1..=2, &|query_stages| Self { query_stages, ..config });
         most(2..=4, &|stages| Self { stages, ..config })
@@ -252,10 +253,10 @@ impl Config {
             ),
             (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
             (
-                self.query_stages == 1 || (self.query_stages == 2 && self.joins()),
+                self.query_stages == 1 || (self.query_stages == 2 && self.overlaps_tail()),
                 format!("{} stages of queries (1, or 2 of tiles that join)", self.query_stages),
             ),
-            (!self.turns || self.consumers() > 1, "turns of a single warpgroup".into()),
+            (!self.pingpong || self.consumers() > 1, "turns of a single warpgroup".into()),
             (
                 (1..=SLAB).contains(&self.variant.pack),
                 format!("{} heads in a tile (at most {SLAB})", self.variant.pack),
@@ -281,7 +282,7 @@ impl Config {
         let values = arena.region(self.stages * self.value_bytes(), ATOM);
         let result = match self.over_queries() {
             true => queries,
-            false => arena.region(self.consumers() * self.slabs * SLAB_BYTES, ATOM),
+            false => arena.region(self.consumers() * self.store_stages * SLAB_BYTES, ATOM),
         };
         let query_ring = Ring::new(&mut arena, self.query_boxes());
         let key_ring = Ring::new(&mut arena, self.stages);
@@ -289,7 +290,7 @@ impl Config {
         let mut barriers = NamedBarriers::new();
         let meeting = barriers.each(self.consumers(), WARPGROUP);
         // Those who wait and who let them.
-        let turns = self.turns.then(|| barriers.each(self.consumers(), 2 * WARPGROUP));
+        let turns = self.pingpong.then(|| barriers.each(self.consumers(), 2 * WARPGROUP));
         SharedMap {
             queries,
             keys,

@@ -56,7 +56,7 @@ impl<'k> Attention<'k, '_> {
             out: c.variant.out,
             direction: Direction::Rows,
             memory: self.staged(g),
-            room: if c.slabs == 0 { c.head_slabs() } else { c.slabs },
+            room: if c.store_stages == 0 { c.head_slabs() } else { c.store_stages },
             slab_bytes: SLAB_BYTES,
             box_bytes: SLAB_BYTES,
             group: g.warps,
@@ -73,7 +73,7 @@ impl<'k> Attention<'k, '_> {
                 [at]
             },
         );
-        if c.slabs == 0 {
+        if c.store_stages == 0 {
             // The next queries come here.
             k.when(g.warps.leader, || k.tma_wait_read(0));
         }

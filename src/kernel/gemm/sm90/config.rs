@@ -84,7 +84,7 @@ pub struct Config {
     /// Each multiplying warpgroup has tiles of its own, in turn: one stores while the other multiplies.
     pub pingpong: bool,
     /// Slabs of the result that a warpgroup can have on their way by [`Store::Tma`]: 2 or 4.
-    pub slabs: u32,
+    pub store_stages: u32,
     /// How a block finds its tiles.
     pub order: Order,
     /// Blocks of a multiprocessor.
@@ -124,7 +124,7 @@ impl Config {
         let pingpong = given(self.pingpong, " pingpong");
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let store = match self.store {
-            Store::Tma => format!("tma{}", self.slabs),
+            Store::Tma => format!("tma{}", self.store_stages),
             Store::Staged { unit } => format!("staged{unit}"),
         };
         let order = match self.order {
@@ -176,7 +176,7 @@ impl Config {
     }
 
     /// Blocks of 64 rows of a tile that one warpgroup multiplies.
-    pub(super) fn chains(&self) -> u32 {
+    pub(super) fn m64_tiles(&self) -> u32 {
         if self.pingpong { self.rows / SLAB } else { 1 }
     }
 
@@ -219,7 +219,7 @@ impl Config {
     /// Bytes of the slabs, or of a staged tile.
     fn result_bytes(&self) -> u32 {
         match self.store {
-            Store::Tma => self.slabs * self.consumers() * self.slab_bytes(),
+            Store::Tma => self.store_stages * self.consumers() * self.slab_bytes(),
             Store::Staged { .. } => self.staged_bytes(),
         }
     }

@@ -146,8 +146,8 @@ impl<'k> Gemm<'k, '_> {
         if turn.is_some() {
             k.if_(group.ne(0), || place.skip(self.depth));
         }
-        let chain = |_| (0..c.cols / 2).map(|_| k.reg::<f32>()).collect();
-        let sums: Vec<Vec<_>> = (0..c.chains()).map(chain).collect();
+        let tile = |_| (0..c.cols / 2).map(|_| k.reg::<f32>()).collect();
+        let sums: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
         self.tiles(turn.map(|_| group), |tile| {
             self.multiply(&sums, place, group, turn, leader);
             match self.out {

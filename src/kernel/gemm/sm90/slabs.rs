@@ -24,15 +24,15 @@ impl<'k> Gemm<'k, '_> {
             false => tile.row * c.rows + group * SLAB,
             true => tile.row * c.rows,
         };
-        let memory = self.base + self.smem.result + group * (c.slabs * c.slab_bytes());
+        let memory = self.base + self.smem.result + group * (c.store_stages * c.slab_bytes());
         let each = c.slab_cols();
         // Where the columns are no multiple of a slab's, the last two overlap.
         let starts = (0..c.cols.div_ceil(each)).map(|i| (i * each).min(c.cols - each));
         let slabs: Vec<_> = (0..)
             .zip(sums)
-            .flat_map(|(chain, sums)| {
+            .flat_map(|(m64, sums)| {
                 starts.clone().map(move |start| {
-                    (&sums[start as usize / 2..][..each as usize / 2], chain * SLAB, start)
+                    (&sums[start as usize / 2..][..each as usize / 2], m64 * SLAB, start)
                 })
             })
             .collect();
@@ -46,7 +46,7 @@ impl<'k> Gemm<'k, '_> {
                 Orient::Swapped => Direction::Columns,
             },
             memory,
-            room: c.slabs,
+            room: c.store_stages,
             slab_bytes: c.slab_bytes(),
             box_bytes: lines * LINE,
             group: Warpgroup { number: group, lane, leader, meeting: self.smem.meeting },

@@ -86,18 +86,18 @@ impl<'k> Sum<'k> {
 
 impl<'k> Attention<'k, '_> {
     /// As [`multiply_keys`](Self::multiply_keys).
-    pub(super) fn multiply_keys_exactly(&self, t: &Thread<'k>) {
+    pub(super) fn multiply_keys_tf32x3(&self, t: &Thread<'k>) {
         let (k, c) = (self.k, self.c);
         let queries = fragments(c.query_lines(), t.places[0]);
         let keys = fragments(c.key_lines(), t.places[1] + t.stage);
         let sums = || (0..c.keys / 8).map(|_| Sum::new(k)).collect::<Vec<_>>();
-        let mut sums: Vec<_> = t.strips.iter().map(|_| sums()).collect();
+        let mut sums: Vec<_> = t.m16_tiles.iter().map(|_| sums()).collect();
         for step in 0..c.query_lines().steps() {
             if c.columns() > 192 {
                 // Or ptxas loads more steps at once than there are registers for.
                 k.bar_warp_sync();
             }
-            let left: Vec<_> = (0..c.strips)
+            let left: Vec<_> = (0..c.m16_tiles)
                 .map(|block| {
                     Parts::of(k.ldmatrix(queries.at(c.query_lines().block(block, step)), false))
                 })
@@ -112,21 +112,21 @@ impl<'k> Attention<'k, '_> {
                 }
             }
         }
-        for (strip, sums) in t.strips.iter().zip(&sums) {
+        for (m16, sums) in t.m16_tiles.iter().zip(&sums) {
             let sums = sums.iter().flat_map(Sum::finish);
-            strip.scores.iter().zip(sums).for_each(|(score, sum)| score.set(sum));
+            m16.scores.iter().zip(sums).for_each(|(score, sum)| score.set(sum));
         }
     }
 
     /// As [`left`](Self::left), of 8 keys each.
-    pub(super) fn left_exactly(&self, sums: &[Reg<'k, f32>]) -> Vec<Fragment<'k>> {
+    pub(super) fn left_tf32x3(&self, sums: &[Reg<'k, f32>]) -> Vec<Fragment<'k>> {
         let order = |quad: &[Reg<'k, f32>]| [0, 2, 1, 3].map(|i| quad[i].cast());
         sums.chunks(4).map(order).collect()
     }
 
     /// As [`multiply_values`](Self::multiply_values). Of each 32 columns, a lane's of `mma` number `j`
     /// are `8t + j` and `8t + 4 + j`.
-    pub(super) fn multiply_values_exactly(&self, t: &Thread<'k>, weights: &[Vec<Fragment<'k>>]) {
+    pub(super) fn multiply_values_tf32x3(&self, t: &Thread<'k>, weights: &[Vec<Fragment<'k>>]) {
         let (k, c) = (self.k, self.c);
         let even = t.places[2] + t.stage;
         let odd = (even ^ CHUNK) + Lines::BYTES;
@@ -138,7 +138,7 @@ impl<'k> Attention<'k, '_> {
         for panel in 0..lines.panels() {
             k.apart(self.always(t), || {
                 let sums = || (0..COLUMNS).map(|_| Sum::new(k)).collect::<Vec<_>>();
-                let mut sums: Vec<_> = t.strips.iter().map(|_| sums()).collect();
+                let mut sums: Vec<_> = t.m16_tiles.iter().map(|_| sums()).collect();
                 for step in 0..c.keys / 8 {
                     let at = (panel * lines.panel_bytes() + step * 8 * Lines::BYTES).into();
                     let rows = [even, odd].map(|row| k.ld_shared::<u32, COLUMNS>(row.at(at)));
@@ -149,10 +149,10 @@ impl<'k> Attention<'k, '_> {
                         }
                     }
                 }
-                for (strip, more) in t.strips.iter().zip(&sums) {
+                for (m16, more) in t.m16_tiles.iter().zip(&sums) {
                     let more = more.iter().flat_map(Sum::finish);
                     let first = panel as usize * 4 * COLUMNS;
-                    strip.sums[first..].iter().zip(more).for_each(|(sum, more)| sum.increase(more));
+                    m16.sums[first..].iter().zip(more).for_each(|(sum, more)| sum.increase(more));
                 }
             });
         }
