@@ -60,7 +60,7 @@ pub struct TileBoxes<'k> {
 
 /// The lines of a column.
 #[derive(Clone, Copy)]
-pub struct Lines {
+pub struct BoxLines {
     /// Those of a box.
     pub loaded: u32,
     /// From one column to the next in shared memory.
@@ -69,7 +69,7 @@ pub struct Lines {
 
 impl<'k> TileBoxes<'k> {
     /// `slabs` columns of the tensor that `map` describes; the first stage begins at `to`.
-    pub fn new(map: Reg<'k, u64>, slabs: u32, lines: Lines, to: Reg<'k, u32>) -> Self {
+    pub fn new(map: Reg<'k, u64>, slabs: u32, lines: BoxLines, to: Reg<'k, u32>) -> Self {
         let box_bytes = lines.pitch * LINE;
         let stage_bytes = slabs * box_bytes;
         Self {

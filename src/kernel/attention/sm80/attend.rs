@@ -3,8 +3,8 @@
 use super::Attention;
 use super::config::M16;
 use super::copies::Copies;
-use super::lines::Lines;
 use super::multiply::{Fragment, fragments};
+use super::tile::SwizzledTile;
 use crate::kernel::Element;
 use crate::kernel::ampere::swizzle::MatrixOrder;
 use crate::kernel::attention::Mask;
@@ -97,7 +97,7 @@ impl<'k> Attention<'k, '_> {
         let places = [smem.queries, smem.keys, smem.values].map(|region| self.base + region);
         let copies =
             |i: usize, lines| Copies::new(self.operands[i], lines, c.threads(), thread, places[i]);
-        let in_regs = if c.q_in_regs { c.query_lines().steps() } else { 0 };
+        let in_regs = if c.q_in_regs { c.query_tile().steps() } else { 0 };
         let m16 = || M16Tile {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             sums: (0..c.columns() / 2).map(|_| k.reg()).collect(),
@@ -106,17 +106,17 @@ impl<'k> Attention<'k, '_> {
         };
         Thread {
             m16_tiles: (0..c.m16_tiles).map(|_| m16()).collect(),
-            copies: [copies(1, c.key_lines()), copies(2, c.value_lines())],
+            copies: [copies(1, c.key_tile()), copies(2, c.value_tile())],
             pointers: k.regs(),
             places: [
                 places[0]
-                    + warp * (c.warp_rows() * Lines::BYTES)
-                    + Lines::fragment(MatrixOrder::Lines, lane),
-                places[1] + Lines::fragment(MatrixOrder::Chunks, lane),
+                    + warp * (c.warp_rows() * SwizzledTile::BYTES)
+                    + SwizzledTile::fragment(MatrixOrder::Lines, lane),
+                places[1] + SwizzledTile::fragment(MatrixOrder::Chunks, lane),
                 places[2]
                     + match c.element {
-                        Element::Half(_) => Lines::fragment(MatrixOrder::Lines, lane),
-                        Element::F32 => Lines::quads(lane),
+                        Element::Half(_) => SwizzledTile::fragment(MatrixOrder::Lines, lane),
+                        Element::F32 => SwizzledTile::quads(lane),
                     },
             ],
             stage: k.var(0u32),
@@ -143,8 +143,8 @@ impl<'k> Attention<'k, '_> {
         k.sync_block();
         k.if_(block.ge(blocks.begin), || {
             self.begin(t, &context);
-            self.turn(t, &context, Turn::First);
-            blocks.walk(block, |masked| self.turn(t, &context, Turn::Next { masked }));
+            self.key_block(t, &context, KeyBlock::First);
+            blocks.walk(block, |masked| self.key_block(t, &context, KeyBlock::Next { masked }));
         });
     }
 
@@ -152,7 +152,7 @@ impl<'k> Attention<'k, '_> {
     fn begin(&self, t: &Thread<'k>, context: &Context<'k, '_>) {
         let (k, c, work) = (self.k, self.c, context.work);
         let (thread, to) = (k.thread(), self.base + self.smem.queries);
-        let queries = Copies::new(self.operands[0], c.query_lines(), c.threads(), thread, to);
+        let queries = Copies::new(self.operands[0], c.query_tile(), c.threads(), thread, to);
         queries.gather(work.tile.batch, |line| {
             let row = self.tiles.row(&work.tile, work.tile.first, line, c.used_rows());
             // Behind the last query there may be another sequence's.
@@ -169,7 +169,7 @@ impl<'k> Attention<'k, '_> {
     }
 
     /// A block of keys.
-    fn turn(&self, t: &Thread<'k>, context: &Context<'k, '_>, turn: Turn) {
+    fn key_block(&self, t: &Thread<'k>, context: &Context<'k, '_>, which: KeyBlock) {
         let (k, c, work) = (self.k, self.c, context.work);
         // It is there, and all warps are done with the one before.
         k.cp_async_wait(0);
@@ -181,8 +181,8 @@ impl<'k> Attention<'k, '_> {
             }
             k.cp_async_commit();
         });
-        if turn == Turn::First && c.q_in_regs {
-            let lines = c.query_lines();
+        if which == KeyBlock::First && c.q_in_regs {
+            let lines = c.query_tile();
             let queries = fragments(lines, t.places[0]);
             for (m16, block) in t.m16_tiles.iter().zip(0..) {
                 for (&to, step) in m16.queries.iter().zip(0..) {
@@ -193,29 +193,29 @@ impl<'k> Attention<'k, '_> {
         let from = context.block * c.keys as i32;
         let first = from + (k.lane() % 4 * 2).cast::<i32>();
         // The block that ends behind the last key is the first.
-        let limit = (turn == Turn::First).then_some(work.tile.keys.count);
+        let limit = (which == KeyBlock::First).then_some(work.tile.keys.count);
         let load = |rows: &FragmentRows<'k>| rows.scores.load(c.keys as usize / 2, first, limit);
         let biases: Vec<_> = context.rows.iter().map(load).collect();
         match c.element {
             Element::Half(half) => self.multiply_keys(half, t),
             Element::F32 => self.multiply_keys_tf32x3(t),
         }
-        let mut weights = Vec::new();
+        let mut p = Vec::new();
         for ((m16, rows), bias) in t.m16_tiles.iter().zip(&context.rows).zip(&biases) {
             rows.scores.apply(&m16.scores, bias, first);
             let hide = || work.bounds.hide(&m16.scores, rows.positions, first);
-            match turn {
-                Turn::First if c.variant.mask == Mask::None => {
+            match which {
+                KeyBlock::First if c.variant.mask == Mask::None => {
                     k.if_(work.bounds.beyond(from, c.keys), hide);
                 }
-                Turn::First | Turn::Next { masked: true } => hide(),
-                Turn::Next { masked: false } => (),
+                KeyBlock::First | KeyBlock::Next { masked: true } => hide(),
+                KeyBlock::Next { masked: false } => (),
             }
-            weights.push(self.weigh(m16, turn));
+            p.push(self.probabilities(m16, which));
         }
         match c.element {
-            Element::Half(half) => self.multiply_values(half, t, &weights),
-            Element::F32 => self.multiply_values_tf32x3(t, &weights),
+            Element::Half(half) => self.multiply_values(half, t, &p),
+            Element::F32 => self.multiply_values_tf32x3(t, &p),
         }
         t.stage.set(t.stage ^ self.smem.stage_bytes);
         context.block.increase(-1);
@@ -227,10 +227,10 @@ impl<'k> Attention<'k, '_> {
     }
 
     /// The exponentials of an m16 tile's scores, as a left operand; its sums shrink.
-    fn weigh(&self, m16: &M16Tile<'k>, turn: Turn) -> Vec<Fragment<'k>> {
-        let exponentials = match turn {
-            Turn::First => m16.softmax.first(&m16.scores),
-            Turn::Next { .. } => {
+    fn probabilities(&self, m16: &M16Tile<'k>, which: KeyBlock) -> Vec<Fragment<'k>> {
+        let exponentials = match which {
+            KeyBlock::First => m16.softmax.first(&m16.scores),
+            KeyBlock::Next { .. } => {
                 let (exponentials, factors) = m16.softmax.next(&m16.scores);
                 for (i, sum) in m16.sums.iter().enumerate() {
                     sum.scale(factors[i / 2 % 2]);
@@ -247,7 +247,7 @@ impl<'k> Attention<'k, '_> {
 
 /// Which block of a tile.
 #[derive(Clone, Copy, PartialEq)]
-enum Turn {
+enum KeyBlock {
     First,
     Next { masked: bool },
 }

@@ -1,6 +1,6 @@
 //! The choices, and what follows from them.
 
-use super::lines::Lines;
+use super::tile::SwizzledTile;
 use crate::kernel::attention::{Lengths, Mask, TileShape, Variant};
 use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
 use crate::kernel::name::{given, several};
@@ -92,19 +92,19 @@ impl Config {
         (used < self.rows()).then_some(used)
     }
 
-    fn lines(&self, count: u32, dim: u32) -> Lines {
-        Lines { count, dim, size: self.element.size() }
+    fn lines(&self, count: u32, dim: u32) -> SwizzledTile {
+        SwizzledTile { count, dim, size: self.element.size() }
     }
 
-    pub(super) fn query_lines(&self) -> Lines {
+    pub(super) fn query_tile(&self) -> SwizzledTile {
         self.lines(self.rows(), self.variant.head_dim)
     }
 
-    pub(super) fn key_lines(&self) -> Lines {
+    pub(super) fn key_tile(&self) -> SwizzledTile {
         self.lines(self.keys, self.variant.head_dim)
     }
 
-    pub(super) fn value_lines(&self) -> Lines {
+    pub(super) fn value_tile(&self) -> SwizzledTile {
         self.lines(self.keys, self.variant.value_dim)
     }
 
@@ -112,7 +112,7 @@ impl Config {
     pub(super) fn columns(&self) -> u32 {
         match self.element {
             Element::Half(_) => self.variant.value_dim,
-            Element::F32 => self.value_lines().panels() * self.value_lines().width(),
+            Element::F32 => self.value_tile().panels() * self.value_tile().width(),
         }
     }
 
@@ -183,7 +183,7 @@ impl Config {
         let scores = self.keys / 2;
         // Those that do not stay are loaded for an m16 tile while another's are multiplied.
         let queries =
-            4 * if self.q_in_regs { self.query_lines().steps() } else { self.m16_tiles - 1 };
+            4 * if self.q_in_regs { self.query_tile().steps() } else { self.m16_tiles - 1 };
         let products = match self.element {
             // With exponentials in pairs.
             Element::Half(_) => scores + scores / 2,
@@ -206,10 +206,10 @@ impl Config {
 
     pub(super) fn smem(&self) -> SharedMap {
         let mut arena = Arena::default();
-        let align = Lines::BYTES * 8;
-        let queries = arena.region(self.query_lines().bytes(), align);
-        let keys = arena.region(self.key_lines().bytes(), align);
-        let values = arena.region(self.value_lines().bytes(), align);
+        let align = SwizzledTile::BYTES * 8;
+        let queries = arena.region(self.query_tile().bytes(), align);
+        let keys = arena.region(self.key_tile().bytes(), align);
+        let values = arena.region(self.value_tile().bytes(), align);
         let stage_bytes = arena.used - keys;
         for _ in 1..STAGES {
             arena.region(stage_bytes, align);

@@ -1,6 +1,6 @@
 //! A thread's copies of queries, keys and values to shared memory. What no sequence has becomes zeros.
 
-use super::lines::Lines;
+use super::tile::SwizzledTile;
 use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::attention::Name;
 use crate::ptx::{Address, Kernel, Reg, Value};
@@ -29,7 +29,7 @@ impl<'k> Operand<'k> {
 /// One thread's part of a stage of an operand.
 pub struct Copies<'k> {
     operand: Operand<'k>,
-    lines: Lines,
+    lines: SwizzledTile,
     /// How many are copied together.
     together: u32,
     /// The first of this thread's lines.
@@ -47,21 +47,29 @@ impl<'k> Copies<'k> {
     /// By `threads` threads to lines that begin at `to`.
     pub fn new(
         operand: Operand<'k>,
-        lines: Lines,
+        lines: SwizzledTile,
         threads: u32,
         thread: Reg<'k, u32>,
         to: Reg<'k, u32>,
     ) -> Self {
         let k = to.kernel();
-        let (line, chunk) = Lines::first_copy(thread);
+        let (line, chunk) = SwizzledTile::first_copy(thread);
         let along = chunk * lines.chunk();
         let left = lines.dim % lines.width();
         let last = (left > 0).then(|| {
             let bytes = (k.var(left) - along.min(left)).min(lines.chunk()) * lines.size;
             (chunk.lt(lines.chunks(lines.panels() - 1)), bytes)
         });
-        let together = Lines::lines_together(threads);
-        Self { operand, lines, together, line, along, to: to + Lines::place(line, chunk), last }
+        let together = SwizzledTile::lines_together(threads);
+        Self {
+            operand,
+            lines,
+            together,
+            line,
+            along,
+            to: to + SwizzledTile::place(line, chunk),
+            last,
+        }
     }
 
     /// This thread's lines, from its first.
@@ -79,8 +87,9 @@ impl<'k> Copies<'k> {
     ) {
         let k = stage.kernel();
         for panel in 0..self.lines.panels() {
-            let to = stage.at((panel * self.lines.panel_bytes() + further * Lines::BYTES).into());
-            let from = Address::from(from).at((panel * Lines::BYTES).into());
+            let to =
+                stage.at((panel * self.lines.panel_bytes() + further * SwizzledTile::BYTES).into());
+            let from = Address::from(from).at((panel * SwizzledTile::BYTES).into());
             match self.last {
                 Some((mine, bytes)) if panel + 1 == self.lines.panels() => {
                     let bytes = valid.map_or(bytes, |valid| k.select(valid, bytes, 0));

@@ -11,10 +11,10 @@ mod attend;
 mod choose;
 mod config;
 mod copies;
-mod lines;
 mod multiply;
 mod store;
 mod tf32x3;
+mod tile;
 
 pub use super::{Launch, MAX_LENGTH};
 pub use choose::choose;

@@ -3,7 +3,7 @@
 
 use super::Attention;
 use super::attend::Thread;
-use super::lines::Lines;
+use super::tile::SwizzledTile;
 use crate::kernel::ampere::swizzle::Fragments;
 use crate::ptx::{Half, Mma, Reg};
 
@@ -11,27 +11,27 @@ use crate::ptx::{Half, Mma, Reg};
 pub(super) type Fragment<'k> = [Reg<'k, u32>; 4];
 
 /// Where a lane finds its parts of lines, given that of the first.
-pub(super) fn fragments<'k>(lines: Lines, start: Reg<'k, u32>) -> Fragments<'k> {
-    Fragments::new(start, lines.steps().min(Lines::STEPS))
+pub(super) fn fragments<'k>(lines: SwizzledTile, start: Reg<'k, u32>) -> Fragments<'k> {
+    Fragments::new(start, lines.steps().min(SwizzledTile::STEPS))
 }
 
 impl<'k> Attention<'k, '_> {
     /// The products of the warp's queries and a block of keys.
     pub(super) fn multiply_keys(&self, half: Half, t: &Thread<'k>) {
         let (k, c) = (self.k, self.c);
-        let queries = fragments(c.query_lines(), t.places[0]);
-        let keys = fragments(c.key_lines(), t.places[1] + t.stage);
+        let queries = fragments(c.query_tile(), t.places[0]);
+        let keys = fragments(c.key_tile(), t.places[1] + t.stage);
         t.m16_tiles.iter().flat_map(|m16| &m16.scores).for_each(|score| score.set(0.0));
-        for step in 0..c.query_lines().steps() {
+        for step in 0..c.query_tile().steps() {
             let left = t.m16_tiles.iter().zip(0..).map(|(m16, block)| {
                 let in_regs = m16.queries.get(step as usize).copied();
                 in_regs.unwrap_or_else(|| {
-                    k.ldmatrix(queries.at(c.query_lines().block(block, step)), false)
+                    k.ldmatrix(queries.at(c.query_tile().block(block, step)), false)
                 })
             });
             let left: Vec<_> = left.collect();
             for block in 0..c.keys / 16 {
-                let right = k.ldmatrix(keys.at(c.key_lines().block(block, step)), false);
+                let right = k.ldmatrix(keys.at(c.key_tile().block(block, step)), false);
                 for (m16, &a) in t.m16_tiles.iter().zip(&left) {
                     self.multiply(half, &m16.scores, block, a, right);
                 }
@@ -48,19 +48,14 @@ impl<'k> Attention<'k, '_> {
     }
 
     /// Adds the products of each m16 tile's exponentials and a block of values.
-    pub(super) fn multiply_values(
-        &self,
-        half: Half,
-        t: &Thread<'k>,
-        weights: &[Vec<Fragment<'k>>],
-    ) {
+    pub(super) fn multiply_values(&self, half: Half, t: &Thread<'k>, p: &[Vec<Fragment<'k>>]) {
         let (k, c) = (self.k, self.c);
-        let values = fragments(c.value_lines(), t.places[2] + t.stage);
+        let values = fragments(c.value_tile(), t.places[2] + t.stage);
         for block in 0..c.keys / 16 {
-            for step in 0..c.value_lines().steps() {
-                let right = k.ldmatrix(values.at(c.value_lines().block(block, step)), true);
-                for (m16, weights) in t.m16_tiles.iter().zip(weights) {
-                    self.multiply(half, &m16.sums, step, weights[block as usize], right);
+            for step in 0..c.value_tile().steps() {
+                let right = k.ldmatrix(values.at(c.value_tile().block(block, step)), true);
+                for (m16, p) in t.m16_tiles.iter().zip(p) {
+                    self.multiply(half, &m16.sums, step, p[block as usize], right);
                 }
             }
         }

@@ -9,8 +9,8 @@
 
 use super::Attention;
 use super::attend::Thread;
-use super::lines::Lines;
 use super::multiply::{Fragment, fragments};
+use super::tile::SwizzledTile;
 use crate::kernel::ampere::swizzle::CHUNK;
 use crate::ptx::{Kernel, Mma, Reg};
 
@@ -88,22 +88,22 @@ impl<'k> Attention<'k, '_> {
     /// As [`multiply_keys`](Self::multiply_keys).
     pub(super) fn multiply_keys_tf32x3(&self, t: &Thread<'k>) {
         let (k, c) = (self.k, self.c);
-        let queries = fragments(c.query_lines(), t.places[0]);
-        let keys = fragments(c.key_lines(), t.places[1] + t.stage);
+        let queries = fragments(c.query_tile(), t.places[0]);
+        let keys = fragments(c.key_tile(), t.places[1] + t.stage);
         let sums = || (0..c.keys / 8).map(|_| Sum::new(k)).collect::<Vec<_>>();
         let mut sums: Vec<_> = t.m16_tiles.iter().map(|_| sums()).collect();
-        for step in 0..c.query_lines().steps() {
+        for step in 0..c.query_tile().steps() {
             if c.columns() > 192 {
                 // Or ptxas loads more steps at once than there are registers for.
                 k.bar_warp_sync();
             }
             let left: Vec<_> = (0..c.m16_tiles)
                 .map(|block| {
-                    Parts::of(k.ldmatrix(queries.at(c.query_lines().block(block, step)), false))
+                    Parts::of(k.ldmatrix(queries.at(c.query_tile().block(block, step)), false))
                 })
                 .collect();
             for block in 0..c.keys / 16 {
-                let right = k.ldmatrix(keys.at(c.key_lines().block(block, step)), false);
+                let right = k.ldmatrix(keys.at(c.key_tile().block(block, step)), false);
                 for (i, pair) in right.chunks(2).enumerate() {
                     let right = Parts::of([pair[0], pair[1]]);
                     for (sums, left) in sums.iter_mut().zip(&left) {
@@ -126,21 +126,19 @@ impl<'k> Attention<'k, '_> {
 
     /// As [`multiply_values`](Self::multiply_values). Of each 32 columns, a lane's of `mma` number `j`
     /// are `8t + j` and `8t + 4 + j`.
-    pub(super) fn multiply_values_tf32x3(&self, t: &Thread<'k>, weights: &[Vec<Fragment<'k>>]) {
+    pub(super) fn multiply_values_tf32x3(&self, t: &Thread<'k>, p: &[Vec<Fragment<'k>>]) {
         let (k, c) = (self.k, self.c);
         let even = t.places[2] + t.stage;
-        let odd = (even ^ CHUNK) + Lines::BYTES;
-        let parts = |weights: &Vec<Fragment<'k>>| {
-            weights.iter().map(|&weights| Parts::of(weights)).collect::<Vec<_>>()
-        };
-        let left: Vec<_> = weights.iter().map(parts).collect();
-        let lines = c.value_lines();
+        let odd = (even ^ CHUNK) + SwizzledTile::BYTES;
+        let parts = |p: &Vec<Fragment<'k>>| p.iter().map(|&p| Parts::of(p)).collect::<Vec<_>>();
+        let left: Vec<_> = p.iter().map(parts).collect();
+        let lines = c.value_tile();
         for panel in 0..lines.panels() {
             k.apart(self.always(t), || {
                 let sums = || (0..COLUMNS).map(|_| Sum::new(k)).collect::<Vec<_>>();
                 let mut sums: Vec<_> = t.m16_tiles.iter().map(|_| sums()).collect();
                 for step in 0..c.keys / 8 {
-                    let at = (panel * lines.panel_bytes() + step * 8 * Lines::BYTES).into();
+                    let at = (panel * lines.panel_bytes() + step * 8 * SwizzledTile::BYTES).into();
                     let rows = [even, odd].map(|row| k.ld_shared::<u32, COLUMNS>(row.at(at)));
                     for j in 0..COLUMNS {
                         let right = Parts::of(rows.map(|row| row[j]));

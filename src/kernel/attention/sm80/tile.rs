@@ -7,7 +7,7 @@ use crate::kernel::ampere::swizzle::{CHUNK, MatrixOrder, Word, swizzled};
 /// are permuted by XOR such that eight lines of a chunk, as `ldmatrix` reads them, and eight chunks of a
 /// line, as copies write them, lie in different banks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lines {
+pub struct SwizzledTile {
     pub count: u32,
     /// Elements of a line; those behind them up to a whole step are zeros.
     pub dim: u32,
@@ -15,7 +15,7 @@ pub struct Lines {
     pub size: u32,
 }
 
-impl Lines {
+impl SwizzledTile {
     /// Bytes of a panel's line.
     pub const BYTES: u32 = 128;
     /// Chunks of a panel's line, and steps.
@@ -96,16 +96,18 @@ mod tests {
     use super::*;
 
     /// The line and the first element of what each copy brings to an offset.
-    fn written(lines: Lines, threads: u32) -> HashMap<u32, (u32, u32)> {
+    fn written(lines: SwizzledTile, threads: u32) -> HashMap<u32, (u32, u32)> {
         let mut memory = HashMap::new();
         for thread in 0..threads {
-            let (line, chunk) = Lines::first_copy(thread);
+            let (line, chunk) = SwizzledTile::first_copy(thread);
             for panel in 0..lines.panels() {
-                for further in (0..lines.count).step_by(Lines::lines_together(threads) as usize) {
+                for further in
+                    (0..lines.count).step_by(SwizzledTile::lines_together(threads) as usize)
+                {
                     if chunk < lines.chunks(panel) {
-                        let to = Lines::place(line, chunk)
+                        let to = SwizzledTile::place(line, chunk)
                             + panel * lines.panel_bytes()
-                            + further * Lines::BYTES;
+                            + further * SwizzledTile::BYTES;
                         let element = panel * lines.width() + chunk * lines.chunk();
                         let before = memory.insert(to, (line + further, element));
                         assert!(before.is_none() && to + CHUNK <= lines.bytes());
@@ -116,12 +118,12 @@ mod tests {
         memory
     }
 
-    fn cases() -> impl Iterator<Item = (Lines, u32)> {
+    fn cases() -> impl Iterator<Item = (SwizzledTile, u32)> {
         let dims = [1, 8, 16, 40, 64, 72, 128, 136, 200, 256];
         let sizes = |dim| [2, 4].map(|size| (dim, size));
         dims.into_iter().flat_map(sizes).flat_map(|(dim, size)| {
             [(16, 128), (32, 256), (64, 128), (128, 256)]
-                .map(|(count, threads)| (Lines { count, dim, size }, threads))
+                .map(|(count, threads)| (SwizzledTile { count, dim, size }, threads))
         })
     }
 
@@ -136,7 +138,7 @@ mod tests {
                 for order in [MatrixOrder::Lines, MatrixOrder::Chunks] {
                     for lane in 0..32u32 {
                         let (xor, add) = lines.block(block, step);
-                        let at = (Lines::fragment(order, lane) ^ (xor * 2 * CHUNK)) + add;
+                        let at = (SwizzledTile::fragment(order, lane) ^ (xor * 2 * CHUNK)) + add;
                         let (matrix, line) = (lane / 8, lane % 8);
                         let (down, right) = match order {
                             MatrixOrder::Lines => (matrix % 2, matrix / 2),
@@ -154,9 +156,12 @@ mod tests {
     #[test]
     fn quads_are_of_two_lines() {
         for lane in 0..32 {
-            let even = Lines::quads(lane);
-            assert_eq!(even, Lines::place(lane % 4 * 2, lane / 4));
-            assert_eq!((even ^ CHUNK) + Lines::BYTES, Lines::place(lane % 4 * 2 + 1, lane / 4));
+            let even = SwizzledTile::quads(lane);
+            assert_eq!(even, SwizzledTile::place(lane % 4 * 2, lane / 4));
+            assert_eq!(
+                (even ^ CHUNK) + SwizzledTile::BYTES,
+                SwizzledTile::place(lane % 4 * 2 + 1, lane / 4)
+            );
         }
     }
 
@@ -171,12 +176,12 @@ mod tests {
         for eight in 0..4 {
             let lanes = 8 * eight..8 * eight + 8;
             for order in [MatrixOrder::Lines, MatrixOrder::Chunks] {
-                apart(lanes.clone().map(|lane| Lines::fragment(order, lane)).collect());
+                apart(lanes.clone().map(|lane| SwizzledTile::fragment(order, lane)).collect());
             }
-            apart(lanes.clone().map(Lines::quads).collect());
+            apart(lanes.clone().map(SwizzledTile::quads).collect());
             let copy = |thread| {
-                let (line, chunk) = Lines::first_copy(thread);
-                Lines::place(line, chunk)
+                let (line, chunk) = SwizzledTile::first_copy(thread);
+                SwizzledTile::place(line, chunk)
             };
             apart(lanes.map(copy).collect());
         }

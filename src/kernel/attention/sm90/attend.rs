@@ -18,7 +18,7 @@ pub(super) struct Group<'k> {
     /// Products of queries and keys.
     scores: Vec<Reg<'k, f32>>,
     /// Their exponentials, in pairs, as a left operand.
-    weights: Vec<Reg<'k, u32>>,
+    p: Vec<Reg<'k, u32>>,
     /// Products of the exponentials and values.
     pub sums: Vec<Reg<'k, f32>>,
     pub softmax: Softmax<'k>,
@@ -112,7 +112,7 @@ impl<'k> Attention<'k, '_> {
                 meeting: smem.meeting,
             },
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
-            weights: (0..c.keys / 4).map(|_| k.reg()).collect(),
+            p: (0..c.keys / 4).map(|_| k.reg()).collect(),
             sums: (0..c.variant.value_dim / 2).map(|_| k.reg()).collect(),
             softmax: self.score_params.softmax(),
             queries: Descriptor::along_k(self.base + smem.queries, SLAB),
@@ -220,12 +220,12 @@ impl<'k> Attention<'k, '_> {
             Mask::None => k.if_(beyond, || context.hide(g, first)),
             Mask::Right | Mask::Window => context.hide(g, first),
         }
-        let weights = g.softmax.first(&g.scores);
+        let p = g.softmax.first(&g.scores);
         if open.is_some() {
             k.wgmma_wait(0);
             self.release(g, g.value_place);
         }
-        self.keep(g, &weights);
+        self.pack_p(g, &p);
         if let Some((tile, finished)) = ended {
             self.store(g, &tile, finished);
         }
@@ -250,10 +250,10 @@ impl<'k> Attention<'k, '_> {
         if masked {
             context.hide(g, first);
         }
-        let (weights, factors) = g.softmax.next(&g.scores);
+        let (p, factors) = g.softmax.next(&g.scores);
         k.wgmma_wait(0);
         self.release(g, g.value_place);
-        self.keep(g, &weights);
+        self.pack_p(g, &p);
         for (i, sum) in g.sums.iter().enumerate() {
             sum.scale(factors[i / 2 % 2]);
         }
@@ -306,12 +306,12 @@ impl<'k> Attention<'k, '_> {
     fn multiply_values(&self, g: &Group<'k>) {
         let c = self.c;
         let values = g.values.stage(g.value_place.stage, c.value_bytes());
-        product(c.half, &g.sums, Left::Registers(&g.weights), values, c.keys, true);
+        product(c.half, &g.sums, Left::Registers(&g.p), values, c.keys, true);
     }
 
     /// Packs exponentials.
-    fn keep(&self, g: &Group<'k>, exponentials: &[Reg<'k, f32>]) {
-        for (&to, pair) in g.weights.iter().zip(exponentials.chunks(2)) {
+    fn pack_p(&self, g: &Group<'k>, exponentials: &[Reg<'k, f32>]) {
+        for (&to, pair) in g.p.iter().zip(exponentials.chunks(2)) {
             self.k.cvt_rn_x2_to(to, self.c.half, pair[0], pair[1]);
         }
     }

@@ -4,7 +4,7 @@ use super::Attention;
 use crate::kernel::attention::Lengths;
 use crate::kernel::attention::work::{Tile, WorkTile};
 use crate::kernel::hopper::SLAB;
-use crate::kernel::hopper::load::{Lines, TileBoxes};
+use crate::kernel::hopper::load::{BoxLines, TileBoxes};
 use crate::kernel::hopper::ring::Cursor;
 use crate::ptx::Reg;
 
@@ -13,12 +13,12 @@ impl<'k> Attention<'k, '_> {
     pub(super) fn produce(&self) {
         let (k, c, smem) = (self.k, self.c, &self.smem);
         let elected = k.elect_sync();
-        let boxes = |i: usize, slabs: u32, lines: Lines, at: u32| {
+        let boxes = |i: usize, slabs: u32, lines: BoxLines, at: u32| {
             TileBoxes::new(self.maps[i], slabs, lines, self.base + at)
         };
         let tiles = || {
-            let rows = Lines { loaded: c.used_rows(), pitch: SLAB };
-            let lines = Lines { loaded: c.keys, pitch: c.keys };
+            let rows = BoxLines { loaded: c.used_rows(), pitch: SLAB };
+            let lines = BoxLines { loaded: c.keys, pitch: c.keys };
             let queries = boxes(0, c.head_slabs(), rows, smem.queries);
             let keys = boxes(1, c.head_slabs(), lines, smem.keys);
             let values = boxes(2, c.value_slabs(), lines, smem.values);
