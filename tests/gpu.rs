@@ -9,6 +9,8 @@ mod custom_kernel;
 mod determinism;
 #[path = "gpu/engines.rs"]
 mod engines;
+#[path = "gpu/fragments.rs"]
+mod fragments;
 #[path = "gpu/graphs.rs"]
 mod graphs;
 #[path = "gpu/launches.rs"]

@@ -157,7 +157,7 @@ pub(crate) fn flash_attn(
     if p.out.contiguous().is_some() {
         return Ok((out, lse));
     }
-    // Heads behind rows: packed again, in the order of the result.
+    // Heads lie between rows: packed again, in the order of the result.
     fit::copyable(op, len)?;
     let heads_first = Layout::contiguous(p.out.layout().shape());
     Ok((fit::pack(&out, &heads_first.transpose(1, 2)?)?, lse))

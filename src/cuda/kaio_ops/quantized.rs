@@ -18,7 +18,7 @@ const F16_K_TILE: usize = 16;
 /// Columns of f16 scales that the int4 kernel reads with one access.
 const PAIR: usize = 2;
 /// The projection kernels write whole tiles: what hangs over the edge of a result would be written
-/// behind it.
+/// past its end.
 const QKV_TILE: (usize, usize) = (64, 16);
 
 /// Words hold eight rows of a weight.
