@@ -4,7 +4,7 @@
 pub const WARP: u32 = 32;
 /// Registers.
 pub const REGISTERS: u32 = 65_536;
-/// Bytes of shared memory that it keeps for itself from each block.
+/// Bytes of shared memory that it reserves for each block.
 const RESERVED: u32 = 1024;
 
 /// Bytes of shared memory that each of `blocks` can have, where one alone can have `limit`.

@@ -13,7 +13,7 @@ pub enum Half {
 }
 
 impl Half {
-    /// As instructions name it.
+    /// What instructions call it.
     pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -59,7 +59,7 @@ pub struct Wgmma<'k> {
 pub struct WgmmaRegs<'k> {
     /// The operands' type.
     pub half: Half,
-    /// As of [`Mma`]; warp `w` of the warpgroup has rows `16w..`. Sums of a product before it are in
+    /// A fragment as [`Mma`] has it; warp `w` of the warpgroup has rows `16w..`. Sums of a product before it are in
     /// this order when they are packed in pairs.
     pub a: [Reg<'k, u32>; 4],
     /// N columns.
@@ -101,7 +101,7 @@ impl Kernel {
         ));
     }
 
-    /// As [`wgmma`](Self::wgmma), with the left operand in registers.
+    /// [`wgmma`](Self::wgmma) with the left operand in registers.
     pub fn wgmma_regs<'k>(&'k self, sum: &[Reg<'k, f32>], m: WgmmaRegs<'k>) {
         self.needs(8, 0);
         let (n, t, d, a) = (2 * sum.len(), m.half.name(), list(sum), list(&m.a));

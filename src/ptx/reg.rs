@@ -39,9 +39,9 @@ pub trait Scalar: sealed::Sealed + Copy + 'static {
     /// The kind of register.
     #[doc(hidden)]
     const CLASS: Class;
-    /// As arithmetic names it: `u32`.
+    /// What arithmetic calls it: `u32`.
     const SUFFIX: &'static str;
-    /// As loads and stores name it: `b32`.
+    /// What loads and stores call it: `b32`.
     const BITS: &'static str;
     /// Bytes in memory.
     const SIZE: usize;
@@ -238,7 +238,7 @@ impl<'k, T: Scalar> Reg<'k, T> {
         self.kernel.emit(format_args!("mov.{} {self}, {}", T::SUFFIX, value.into()));
     }
 
-    /// The memory this many bytes behind the address in the register.
+    /// The memory this many bytes after the address in the register.
     pub fn at(self, bytes: i64) -> Address<'k, T> {
         Address::from(self).at(bytes)
     }
@@ -461,7 +461,7 @@ impl<'k> Reg<'k, i32> {
 }
 
 impl<'k> Reg<'k, u64> {
-    /// The address of element `index` of `bytes` bytes behind this address.
+    /// The address of element `index`, of `bytes` bytes each, of those that begin at this address.
     pub fn element(self, index: Reg<'k, u32>, bytes: u32) -> Self {
         let d = self.kernel.reg();
         self.kernel.emit(format_args!("mad.wide.u32 {d}, {index}, {bytes}, {self}"));

@@ -7,7 +7,7 @@ use super::{Address, Kernel, Reg};
 /// The L2 policy of data that is read once.
 const EVICT_FIRST: u64 = 0x12F0_0000_0000_0000;
 
-/// Where a box goes, and what becomes of it in L2.
+/// Where a box goes, and how long L2 keeps it.
 #[derive(Clone, Copy, Debug)]
 pub enum Delivery<'k> {
     /// To the block that asks.

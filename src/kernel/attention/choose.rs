@@ -44,7 +44,7 @@ fn widest(problem: &Problem) -> u64 {
     problem.head_dim.max(problem.value_dim)
 }
 
-/// So many have registers for their sums, and for a bias on its way.
+/// The number of warpgroups that have registers for their sums, and for a bias on its way.
 fn most_warpgroups(problem: &Problem) -> u32 {
     if widest(problem) <= 112 && problem.scores.bias.is_none() { 3 } else { 2 }
 }
@@ -53,7 +53,7 @@ fn most_warpgroups(problem: &Problem) -> u32 {
 fn keys(problem: &Problem, config: &Config, limit: u32) -> u32 {
     let fits = |keys: &u32| Config { keys: *keys, ..*config }.roomy(limit);
     let most = (1..=8).map(|n| 16 * n).rev().find(fits).unwrap_or(16);
-    // Blocks that a mask cuts are half in vain, and narrow heads are fastest with 128 keys.
+    // Half of a block that a mask cuts is wasted, and narrow heads are fastest with 128 keys.
     if config.rows != 128 || widest(problem) <= NARROW || config.variant.mask != Mask::None {
         return most;
     }
@@ -66,7 +66,7 @@ fn keys(problem: &Problem, config: &Config, limit: u32) -> u32 {
     long.min_by_key(time).unwrap_or(most)
 }
 
-/// H200, D = 128, no mask: a block of keys takes the time of so many more.
+/// What a block of keys costs beside its keys, in keys: on an H200, D = 128, no mask.
 const BESIDE_KEYS: u32 = 11;
 /// Keys of a block, about.
 const KEYS: u64 = 128;
@@ -110,12 +110,12 @@ fn time(problem: &Problem, pack: u32, warpgroups: u32, keys: u32, multiprocessor
 /// Tiles of a head that are looked at.
 const MOST_TILES: u64 = 64;
 
-/// Tiles of so many warpgroups of a head, or of a pack of them.
+/// Tiles of a head, or of a pack of heads, by that number of warpgroups.
 fn tiles_of_head(problem: &Problem, pack: u32, warpgroups: u64) -> u64 {
     problem.queries.div_ceil((64 / pack).into()).div_ceil(warpgroups)
 }
 
-/// Those of all heads.
+/// Tiles of all heads.
 fn tiles(problem: &Problem, pack: u32, warpgroups: u64) -> u64 {
     let packs = problem.heads / u64::from(pack) * problem.batch;
     tiles_of_head(problem, pack, warpgroups).saturating_mul(packs)
@@ -184,7 +184,7 @@ pub(super) mod tests {
         };
         assert_eq!(tile(problem(4096, 4096, 64)), (192, 128, true));
         assert_eq!(tile(causal(2048, 2048, 64)), (192, 128, true));
-        // A diagonal of small tiles is less in vain.
+        // A diagonal wastes less of small tiles.
         assert_eq!(tile(causal(1024, 1024, 64)), (128, 128, true));
         assert_eq!(tile(causal(512, 512, 64)), (128, 128, true));
         // Two rounds, in which the smaller tiles are through sooner.

@@ -30,7 +30,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Of so many parts.
+    /// The kernel that combines `parts` parts.
     pub fn new(out: Element, value_dim: u32, parts: u32, lse: bool) -> Self {
         Self { out, value_dim, rounds: parts.div_ceil(LANES), lse }
     }
@@ -42,7 +42,7 @@ impl Config {
         format!("combine d{dim} parts{parts}, →{}{lse}", self.out.name())
     }
 
-    /// Blocks of the grid for so many rows.
+    /// Blocks of the grid for `rows` rows.
     pub fn blocks(rows: u32) -> u32 {
         rows.div_ceil(ROWS)
     }
@@ -105,7 +105,7 @@ pub fn emit(config: &Config) -> Source {
             k.for_(first, parts.min(first + LANES), TOGETHER, |part| {
                 let loaded: Vec<_> = (0..TOGETHER)
                     .map(|i| {
-                        // Those behind the last one weigh nothing.
+                        // Parts past the last one weigh nothing.
                         let at = (part + i).min(parts - 1).wide() * stride;
                         let weight = k.shfl_idx(weight.cast(), part + i - first).cast::<f32>();
                         let values =

@@ -40,7 +40,7 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// Of a configuration on a problem.
+    /// The launch of a configuration on a problem.
     pub fn new(config: impl Into<TileShape>, problem: &Problem, multiprocessors: u32) -> Self {
         let tile_shape = config.into();
         let room = multiprocessors * tile_shape.blocks_per_sm;

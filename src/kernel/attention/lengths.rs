@@ -6,11 +6,11 @@ use crate::ptx::{Kernel, Reg};
 /// How long sequences are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lengths {
-    /// As long as the tensors.
+    /// All are as long as the tensors.
     Full,
     /// Each has a length of its own: those of the queries and keys are in memory.
     Padded,
-    /// They lie one behind the other in a batch of one: where each begins is in memory, and where the
+    /// They follow one another in a batch of one: where each begins is in memory, and where the
     /// last one ends.
     Packed,
 }
@@ -100,7 +100,7 @@ impl<'k> Sequences<'k> {
         let (chunk, before, exists) = (k.var(0u32), k.var(0u32), k.var(0u32));
         k.loop_(|exit| {
             exit.when(chunk.ge(count));
-            // A sequence for each lane; those behind the last one are empty.
+            // A sequence for each lane; past the last one they are empty.
             let entry = |more: u32| {
                 let index = (chunk + lane + more).min(count);
                 k.ld_global_nc::<u32, 1>(memory.element(index, 4))[0].min(limit)

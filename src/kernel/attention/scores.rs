@@ -55,7 +55,7 @@ impl Scores {
 pub struct ScoreParams<'k> {
     scores: Scores,
     element: Element,
-    /// Of the products.
+    /// What products are multiplied with.
     scale: Reg<'k, f32>,
     cap: Option<Reg<'k, f32>>,
     bias: Option<Strided<'k, 4>>,
@@ -101,9 +101,9 @@ pub struct FragmentScores<'k> {
 pub struct Query<'k> {
     /// The sequence.
     pub batch: Reg<'k, u32>,
-    /// Of the queries' heads.
+    /// The head, of those of the queries.
     pub head: Reg<'k, u32>,
-    /// In its sequence.
+    /// The position in its sequence.
     pub row: Reg<'k, i32>,
 }
 

@@ -1,4 +1,4 @@
-//! What a kernel computes, whatever GPU it is for.
+//! What a kernel computes, apart from the GPU that it is for.
 
 use super::{Lengths, Mask, Problem, Scores};
 use crate::kernel::Element;
@@ -31,7 +31,7 @@ pub struct Variant {
 }
 
 impl Variant {
-    /// Of a problem. Parts of a split are in f32, and come with their sums.
+    /// The variant for a problem. Parts of a split are in f32, and come with their sums.
     pub fn new(problem: &Problem, pack: u32, split: bool) -> Self {
         Self {
             out: if split { Element::F32 } else { problem.out },

@@ -1,4 +1,4 @@
-//! What a block of threads works at: tiles of queries, the keys that each sees, and their rows.
+//! Work tiles: which tiles of queries a block of threads computes, the keys that each sees, and its rows.
 
 use super::launch::TileShape;
 use super::lengths::{Sequences, Side};
@@ -26,7 +26,7 @@ pub struct Tiles<'k> {
 #[derive(Clone, Copy)]
 pub struct WorkTile<'k> {
     pub tile: Tile<'k>,
-    /// Of keys and values.
+    /// The head of keys and values.
     pub kv_head: Reg<'k, u32>,
     pub bounds: Bounds<Reg<'k, i32>>,
     pub blocks: BlockRange<Reg<'k, i32>>,
@@ -35,13 +35,13 @@ pub struct WorkTile<'k> {
 /// Where a tile of queries lies, and its results.
 #[derive(Clone, Copy)]
 pub struct Tile<'k> {
-    /// In the tensors.
+    /// The index along the tensors' batch.
     pub batch: Reg<'k, u32>,
     pub sequence: Reg<'k, u32>,
     /// The number of its pack of heads, and the first one.
     pub pack: Reg<'k, u32>,
     pub head: Reg<'k, u32>,
-    /// Of its keys.
+    /// Which part of its keys, if they are split.
     pub part: Option<Reg<'k, u32>>,
     /// The first query.
     pub first: Reg<'k, i32>,
@@ -304,7 +304,7 @@ impl<'k> OutputView<'k> {
     }
 }
 
-/// Where the logarithms of the sums go: f32, `[batch, heads, queries]`.
+/// The destination of the log-sum-exps: f32, `[batch, heads, queries]`.
 #[derive(Clone, Copy)]
 pub struct Logarithms<'k> {
     address: Reg<'k, u64>,

@@ -271,7 +271,7 @@ mod tests {
         assert_eq!((c.orient, c.cols, c.pingpong), (Orient::Swapped, 192, true));
     }
 
-    /// As the fastest of all candidates did on an H200.
+    /// What the fastest of all candidates did on an H200.
     #[test]
     fn warpgroups_take_turns_but_for_two_tiles_across() {
         let tile = |m| {

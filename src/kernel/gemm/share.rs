@@ -10,7 +10,7 @@ pub(super) struct Share<'k> {
 }
 
 impl<'k> Share<'k> {
-    /// That of block `part` of `split`: `depth` stages in equal parts, and what is left over one each to
+    /// The share of block `part` of `split`: `depth` stages in equal parts, and what is left over one each to
     /// the first blocks.
     pub fn new(depth: Reg<'k, u32>, split: u32, part: impl FnOnce() -> Reg<'k, u32>) -> Self {
         let k = depth.kernel();

@@ -12,9 +12,9 @@ pub struct StageBoxes<'k> {
     pub map: Reg<'k, u64>,
     /// Where the first stage begins.
     pub to: Reg<'k, u32>,
-    /// From stage to stage.
+    /// Bytes from stage to stage.
     pub stage_bytes: u32,
-    /// From box to box.
+    /// Bytes from box to box.
     pub box_bytes: u32,
     pub delivery: Delivery<'k>,
 }
@@ -23,7 +23,7 @@ pub struct StageBoxes<'k> {
 pub struct TmaBox<'k> {
     /// Its coordinates, innermost first.
     pub at: Vec<Reg<'k, u32>>,
-    /// Where that does not hold it is left out.
+    /// It is left out where this does not hold.
     pub inside: Option<Reg<'k, bool>>,
 }
 
@@ -61,9 +61,9 @@ pub struct TileBoxes<'k> {
 /// The lines of a column.
 #[derive(Clone, Copy)]
 pub struct BoxLines {
-    /// Those of a box.
+    /// Lines of a box.
     pub loaded: u32,
-    /// From one column to the next in shared memory.
+    /// Lines from one column to the next in shared memory.
     pub pitch: u32,
 }
 

@@ -48,7 +48,7 @@ pub struct Lane<'k> {
 }
 
 impl<'k> Lane<'k> {
-    /// Of a thread of the block's multiplying ones.
+    /// The place of a thread, counted among those that multiply.
     pub fn new(thread: Reg<'k, u32>) -> Self {
         Self { lane: thread % 32, warp: thread / 32 % 4 }
     }

@@ -33,12 +33,12 @@ impl<'k> Descriptor<'k> {
         Self { low: address.bits(4, 14) | ((column / 16) << 16), column, transposed: true }
     }
 
-    /// That of the stage, each of `bytes`.
+    /// The descriptor of a stage, each of `bytes`.
     pub fn stage(self, stage: Reg<'k, u32>, bytes: u32) -> Self {
         Self { low: stage * (bytes / 16) + self.low, ..self }
     }
 
-    /// That from row or column 64 · `block` on.
+    /// The descriptor from row or column 64 · `block` on.
     pub fn rows(self, block: u32) -> Self {
         let bytes = match self.transposed {
             false => block * SLAB_BYTES,

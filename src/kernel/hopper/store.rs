@@ -31,7 +31,7 @@ pub struct SlabStore<'k> {
     pub memory: Reg<'k, u32>,
     /// How many there is room for: 1, or an even number unless all of the result fit.
     pub room: u32,
-    /// Of a slab, and of each of the boxes that make it up.
+    /// Bytes of a slab, and of each of the boxes that make it up.
     pub slab_bytes: u32,
     pub box_bytes: u32,
     pub group: Warpgroup<'k>,
@@ -86,7 +86,7 @@ pub fn columns(out: Element) -> u32 {
 }
 
 /// Writes a slab. `sums` are a thread's fragments of its columns, or of the first ones, a multiple
-/// of 8: what is behind them is undefined.
+/// of 8: what follows them is undefined.
 fn write<'k>(k: &'k Kernel, out: Element, sums: &[Reg<'k, f32>], to: Reg<'k, u32>, lane: Lane<'k>) {
     match out {
         Element::Half(half) => write_half(k, half, sums, to, lane),

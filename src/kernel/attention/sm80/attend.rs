@@ -1,4 +1,4 @@
-//! A warp's m16 tiles of 16 rows of a tile against all blocks of keys.
+//! A warp's m16 tiles, of 16 rows each, against all blocks of keys.
 
 use super::Attention;
 use super::config::M16;
@@ -14,12 +14,12 @@ use crate::kernel::attention::work::{Row, Tile, WorkTile};
 use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Kernel, Reg};
 
-/// A thread, and the registers and places that it keeps.
+/// A thread, with the registers and addresses that it keeps.
 pub(super) struct Thread<'k> {
     pub m16_tiles: Vec<M16Tile<'k>>,
-    /// Of keys and values.
+    /// The copies of keys and of values.
     copies: [Copies<'k>; 2],
-    /// Where the next block is from.
+    /// Where the next block of each comes from.
     pointers: [Reg<'k, u64>; 2],
     /// Where this lane finds its part of queries, keys and values, in the first stage.
     pub places: [Reg<'k, u32>; 3],
@@ -27,7 +27,7 @@ pub(super) struct Thread<'k> {
     pub stage: Reg<'k, u32>,
 }
 
-/// Which thread. It is asked for where it is needed: what is kept all the time takes registers.
+/// A thread's place. It is computed where it is needed: what is kept all the time takes registers.
 #[derive(Clone, Copy)]
 pub(super) struct Lane<'k> {
     thread: Reg<'k, u32>,
@@ -49,14 +49,14 @@ pub(super) struct M16Tile<'k> {
     /// Products of the exponentials and values.
     pub sums: Vec<Reg<'k, f32>>,
     pub softmax: Softmax<'k>,
-    /// If they stay.
+    /// The queries, if they stay in registers.
     pub queries: Vec<Fragment<'k>>,
 }
 
 /// What the blocks of a tile have in common.
 struct Context<'k, 'w> {
     work: &'w WorkTile<'k>,
-    /// Of each m16 tile.
+    /// The rows of each m16 tile.
     rows: Vec<FragmentRows<'k>>,
     /// The block at work.
     block: Reg<'k, i32>,
@@ -192,7 +192,7 @@ impl<'k> Attention<'k, '_> {
         }
         let from = context.block * c.keys as i32;
         let first = from + (k.lane() % 4 * 2).cast::<i32>();
-        // The block that ends behind the last key is the first.
+        // The block that ends past the last key is the first.
         let limit = (which == KeyBlock::First).then_some(work.tile.keys.count);
         let load = |rows: &FragmentRows<'k>| rows.scores.load(c.keys as usize / 2, first, limit);
         let biases: Vec<_> = context.rows.iter().map(load).collect();
@@ -221,7 +221,7 @@ impl<'k> Attention<'k, '_> {
         context.block.increase(-1);
     }
 
-    /// What holds whatever happens, for [`Kernel::apart`].
+    /// A predicate that always holds, for [`Kernel::apart`].
     pub(super) fn always(&self, t: &Thread<'k>) -> Reg<'k, bool> {
         t.stage.lt(self.smem.bytes)
     }

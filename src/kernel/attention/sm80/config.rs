@@ -14,7 +14,7 @@ pub(super) const STAGES: u32 = 2;
 /// for each m16 tile.
 const SPARE_REGISTERS: u32 = 36;
 const M16_REGISTERS: u32 = 12;
-/// Those for f32, whose operands are in parts.
+/// The same for f32, whose operands are in parts.
 const TF32X3_REGISTERS: u32 = 100;
 /// More of them for a window or lengths in memory, and for what becomes of scores.
 const MASK_REGISTERS: u32 = 16;
@@ -42,13 +42,13 @@ pub struct Config {
     pub q_in_regs: bool,
 }
 
-/// Where things lie in shared memory.
+/// The offsets of everything in shared memory.
 pub(super) struct SharedMap {
     pub queries: u32,
-    /// Of the first stage.
+    /// Keys and values of the first stage.
     pub keys: u32,
     pub values: u32,
-    /// From stage to stage.
+    /// Bytes from stage to stage.
     pub stage_bytes: u32,
     pub bytes: u32,
 }

@@ -38,13 +38,13 @@ pub struct Copies<'k> {
     along: Reg<'k, u32>,
     /// The address of its first copy in the first stage.
     to: Reg<'k, u32>,
-    /// Of the last panel, if that is not whole: whether it has the thread's chunk, and how many of its
-    /// bytes are in memory.
+    /// For a last panel that is not whole: whether it has the thread's chunk, and how many of its bytes
+    /// are in memory.
     last: Option<(Reg<'k, bool>, Reg<'k, u32>)>,
 }
 
 impl<'k> Copies<'k> {
-    /// By `threads` threads to lines that begin at `to`.
+    /// The copies of a thread among `threads`, to lines that begin at `to`.
     pub fn new(
         operand: Operand<'k>,
         lines: SwizzledTile,
@@ -77,7 +77,7 @@ impl<'k> Copies<'k> {
         (0..self.lines.count).step_by(self.together as usize)
     }
 
-    /// Copies a line, `further` lines behind the thread's first, if it is `valid`, or else zeros.
+    /// Copies a line, `further` lines after the thread's first, if it is `valid`, or else zeros.
     fn copy(
         &self,
         stage: Reg<'k, u32>,
@@ -119,7 +119,7 @@ impl<'k> Copies<'k> {
         }
     }
 
-    /// Where the thread's first line is from, if the first line is `position` of a head.
+    /// The source of the thread's first line, where the first line of all is `position` of a head.
     pub fn begin(
         &self,
         batch: Reg<'k, u32>,
@@ -131,7 +131,7 @@ impl<'k> Copies<'k> {
         self.operand.address + (start + self.along.wide()) * u64::from(self.lines.size)
     }
 
-    /// Copies lines that follow each other to the stage that begins `stage` bytes behind the first, and
+    /// Copies lines that follow each other to the stage that begins `stage` bytes after the first, and
     /// goes back to the ones before them. Those from line `limit` on become zeros.
     pub fn next(&self, pointer: Reg<'k, u64>, stage: Reg<'k, u32>, limit: Option<Reg<'k, i32>>) {
         let stage = self.to + stage;

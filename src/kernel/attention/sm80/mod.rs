@@ -1,5 +1,5 @@
 //! Attention on every GPU from Ampere on: warps copy keys and values into two stages (`cp.async`), and
-//! multiply with `mma.sync` what they load from there (`ldmatrix`), one or two m16 tiles of 16 rows of
+//! multiply with `mma.sync` what they load from there (`ldmatrix`), one or two tiles of 16 rows of
 //! queries each.
 //!
 //! f16 and bf16 in `multiply`, f32 in `tf32x3`: the same walk, the same places in shared memory.

@@ -9,7 +9,7 @@ use crate::kernel::ampere::swizzle::{CHUNK, MatrixOrder, Word, swizzled};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SwizzledTile {
     pub count: u32,
-    /// Elements of a line; those behind them up to a whole step are zeros.
+    /// Elements of a line, which is filled up with zeros to a whole step.
     pub dim: u32,
     /// Bytes of an element.
     pub size: u32,
@@ -77,7 +77,7 @@ impl SwizzledTile {
     }
 
     /// The offset of a lane's chunk of an even line of the first eight: chunk `lane / 4` of line
-    /// `2 · (lane % 4)`. That of the line behind it is this one with [`CHUNK`] flipped, a line further.
+    /// `2 · (lane % 4)`. That of the next line is this one with [`CHUNK`] flipped, a line further.
     pub fn quads<T: Word>(lane: T) -> T {
         Self::place(lane % 4 * 2, lane / 4)
     }

@@ -12,7 +12,7 @@ use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{LINE, Lane, SLAB, SLAB_BYTES, WARPGROUP, Warpgroup};
 use crate::ptx::Reg;
 
-/// A multiplying warpgroup, and the registers and places that it keeps.
+/// A multiplying warpgroup, with the registers and places in rings that it keeps.
 pub(super) struct Group<'k> {
     pub warps: Warpgroup<'k>,
     /// Products of queries and keys.
@@ -31,7 +31,7 @@ pub(super) struct Group<'k> {
     turns: Option<RoundRobin<'k>>,
 }
 
-/// The tiles before and behind a tile.
+/// The tiles before and after a tile.
 #[derive(Clone, Copy)]
 struct Neighbours<'k, 'a> {
     before: Before<'k>,
@@ -49,7 +49,7 @@ struct Before<'k> {
 struct Context<'k, 'w> {
     work: &'w WorkTile<'k>,
     scores: FragmentScores<'k>,
-    /// Of the thread's rows.
+    /// The positions of the thread's rows in their sequence.
     positions: [Reg<'k, i32>; 2],
     /// The block at work.
     block: Reg<'k, i32>,
@@ -241,7 +241,7 @@ impl<'k> Attention<'k, '_> {
         let first = context.first_key(self.c.keys);
         g.key_place.wait();
         self.multiply(g);
-        // The block that ends behind the last key was the first.
+        // The block that ends past the last key was the first.
         let bias = context.scores.load(g.scores.len(), first, None);
         k.wgmma_wait(1);
         self.release(g, g.key_place);
@@ -260,7 +260,7 @@ impl<'k> Attention<'k, '_> {
     }
 
     /// Zeroes the stage's values from line `first` on: they are another sequence's or nobody's, and 0
-    /// times what they are need not be 0. Each warpgroup does so for itself.
+    /// times what they are need not be 0. Each warpgroup does this itself.
     fn clear_values(&self, g: &Group<'k>, first: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
         const UNIT: u32 = 16;

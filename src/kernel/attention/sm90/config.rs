@@ -21,9 +21,9 @@ const SECTION_BYTES: u64 = 32 << 20;
 /// How tiles reach memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Store {
-    /// By TMA: strides of the result are multiples of 16 bytes.
+    /// TMA stores them: strides of the result are multiples of 16 bytes.
     Tma,
-    /// By the threads, in pairs of elements.
+    /// The threads store them, in pairs of elements.
     Direct,
 }
 
@@ -62,13 +62,13 @@ pub(super) enum QueryRelease {
     Stored,
 }
 
-/// Where things lie in shared memory.
+/// The offsets of everything in shared memory.
 pub(super) struct SharedMap {
-    /// Of each warpgroup one after the other, then those of the next tile.
+    /// The queries of each warpgroup one after the other, then those of the next tile.
     pub queries: u32,
     pub keys: u32,
     pub values: u32,
-    /// Of each warpgroup one after the other.
+    /// The results of each warpgroup one after the other.
     pub result: u32,
     pub query_ring: Ring,
     pub key_ring: Ring,
@@ -179,7 +179,7 @@ impl Config {
         self.query_stages * self.consumers()
     }
 
-    /// Of a warpgroup's queries.
+    /// Bytes of a warpgroup's queries.
     pub(super) fn query_bytes(&self) -> u32 {
         self.head_slabs() * SLAB_BYTES
     }

@@ -78,7 +78,7 @@ struct Attention<'k, 'c> {
     k: &'k Kernel,
     c: &'c Config,
     smem: SharedMap,
-    /// Of queries, keys and values.
+    /// The descriptors of queries, keys and values.
     maps: [Reg<'k, u64>; 3],
     out_map: Option<Reg<'k, u64>>,
     out_memory: Option<OutputView<'k>>,

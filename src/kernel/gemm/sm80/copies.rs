@@ -27,14 +27,14 @@ pub struct Copies<'k> {
     /// Bytes from a tile of the depth to the next.
     stride: Value<'k, u64>,
     each: Vec<Each<'k>>,
-    /// The address in stage 0 from which theirs are reckoned.
+    /// The address in stage 0 to which their offsets are added.
     to: Reg<'k, u32>,
 }
 
 /// A copy in any stage.
 struct Each<'k> {
     from: Address<'k, u64>,
-    /// Bytes behind the thread's first address in a stage.
+    /// Bytes from the thread's first address in a stage.
     to: u32,
     /// Whether it is for this thread and begins in the operand.
     valid: Option<Reg<'k, bool>>,
@@ -51,7 +51,7 @@ pub struct Copy16<'k> {
 }
 
 impl<'k> Copy16<'k> {
-    /// Of which `bytes` are read, and the rest is zeros.
+    /// Emits it: `bytes` are read, and the rest is zeros.
     pub fn emit(&self, k: &'k Kernel, bytes: impl Into<Value<'k, u32>>) {
         let copy = || k.cp_async(self.to, self.from, bytes);
         match self.valid {
@@ -73,7 +73,7 @@ fn bytes<'k>(left: Reg<'k, u32>) -> Reg<'k, u32> {
 
 impl<'k> Copies<'k> {
     /// From the element `at` of the depth on, with which the last tile of the block's share begins,
-    /// to stage 0, where the operand begins `region` bytes behind `base`.
+    /// to stage 0, where the operand begins `region` bytes after `base`.
     pub fn new(
         operand: &Operand<'k>,
         threads: u32,
@@ -155,7 +155,7 @@ impl<'k> Copies<'k> {
         }
     }
 
-    /// The copies of a whole tile to the stage that begins `stage` bytes behind the first.
+    /// The copies of a whole tile to the stage that begins `stage` bytes after the first.
     pub fn to_stage(&self, stage: Reg<'k, u32>) -> impl Iterator<Item = Copy16<'k>> {
         let to = self.to + stage;
         self.each.iter().map(move |each| Copy16 {

@@ -25,7 +25,7 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// Of a configuration on a problem.
+    /// The launch of a configuration on a problem.
     pub fn new(config: &Config, problem: &Problem) -> Self {
         let tile_rows = count(problem.m.div_ceil(config.rows.into()));
         let tile_cols = count(problem.n.div_ceil(config.cols.into()));

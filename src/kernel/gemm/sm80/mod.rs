@@ -35,8 +35,8 @@ const HALF: u32 = 2;
 ///
 /// Its parameters are those of [`Name`].
 /// Addresses of operands are multiples of 16, strides of 8; `n` is one of [`Config::unit`]. Where the
-/// contiguous extent is no multiple of 8, up to 7 elements behind it are read and ignored, but none
-/// behind the last line.
+/// contiguous extent is no multiple of 8, up to 7 elements after it are read and ignored, but none
+/// after the last line.
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("matmul", Target::Sm80, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
@@ -141,7 +141,7 @@ fn store<'k>(
     let write = strip + (lane / 4 * pitch + lane % 4 * 2) * size;
     let lanes_of_row = c.warp_cols() / c.unit;
     let units = 16 * lanes_of_row;
-    // So many at a time, so that their loads are under way together.
+    // Some at a time, so that their loads are under way together.
     let together = (units / WARP).min(4);
     let row = warp / c.warps[1] * c.warp_rows();
     let col = warp % c.warps[1] * c.warp_cols();

@@ -15,7 +15,7 @@ type Step<'k> = [Vec<[Reg<'k, u32>; 4]>; 2];
 #[derive(Clone, Copy)]
 struct Tiles<'k> {
     layout: Layout,
-    /// Behind the start of a stage.
+    /// Bytes from the start of a stage.
     offset: u32,
     /// What this lane gives `ldmatrix` in stage 0, without the offset.
     lane: Reg<'k, u32>,
@@ -49,7 +49,7 @@ pub struct Multiply<'k, 'c> {
     operands: [Operand<'k>; 2],
     base: Reg<'k, u32>,
     thread: Reg<'k, u32>,
-    /// Those of the step at work and of the next.
+    /// The fragments of the step at work and of the next.
     fragments: [Step<'k>; 2],
     /// Blocks of 16 rows, of 8 columns.
     sums: Vec<Vec<[Reg<'k, f32>; 4]>>,
@@ -64,11 +64,11 @@ enum Aside<'k> {
     Copy(Copy16<'k>),
 }
 
-/// Copies behind the first of a step's loads.
+/// Puts copies after the first of a step's loads.
 ///
 /// The assembler hoists a load up to the last product that reads its registers, but not past a copy.
-/// The first load's registers are free last: behind the copies the other loads stay in their step,
-/// while else those of two steps crowd behind the barrier.
+/// The first load's registers are free last: after the copies the other loads stay in their step,
+/// while else those of two steps crowd after the barrier.
 fn with_copies<'k>(mut loads: Vec<Aside<'k>>, copies: &[Copy16<'k>]) -> Vec<Aside<'k>> {
     loads.splice(1..1, copies.iter().copied().map(Aside::Copy));
     loads
@@ -123,8 +123,8 @@ impl<'k, 'c> Multiply<'k, 'c> {
     pub fn run(self, share: Share<'k>) -> Vec<Vec<[Reg<'k, f32>; 4]>> {
         let (k, c) = (self.k, self.c);
         let (steps, stages) = (c.depth / 16, c.stages);
-        let behind_first = share.count - 1;
-        let at = (share.first + behind_first) * c.depth;
+        let before_last = share.count - 1;
+        let at = (share.first + before_last) * c.depth;
         let mut region = 0;
         let copies = self.operands.map(|operand| {
             let start = region;
@@ -135,7 +135,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
         // The last tile of the depth, then the others from the first on.
         for copies in &copies {
             copies.copy_last(k);
-            copies.back(behind_first);
+            copies.back(before_last);
         }
         k.cp_async_commit();
         for stage in 1..stages {

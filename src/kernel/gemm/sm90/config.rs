@@ -36,7 +36,7 @@ impl Orient {
 /// How tiles reach memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Store {
-    /// By TMA, while the next tile is computed. Rows of `C` are a multiple of 16 bytes.
+    /// TMA stores them while the next tile is computed. Rows of `C` are a multiple of 16 bytes.
     Tma,
     /// Through shared memory by the threads, in units of `unit` elements of a row of `C`, whose
     /// length is a multiple of that. With [`Order::Grid`] the tile lies over the stages.
@@ -51,7 +51,7 @@ pub enum Store {
 pub enum Order {
     /// The grid has a block for each tile: no divisions, up to 65535 columns of tiles and matrices.
     Grid,
-    /// By number, in the order of the raster: blocks stay and take tile after tile, and fetch the next
+    /// Blocks are persistent, take tile after tile in the order of the raster, and fetch the next
     /// one's operands while they store.
     Raster,
 }
@@ -97,11 +97,11 @@ pub struct Config {
     pub epilogue: Epilogue,
 }
 
-/// Where things lie in shared memory.
+/// The offsets of everything in shared memory.
 pub(super) struct SharedMap {
     pub lhs: u32,
     pub rhs: u32,
-    /// Of slabs, or of a staged tile.
+    /// The slabs of the result, or a staged tile.
     pub result: u32,
     pub ring: Ring,
     pub pingpong: Option<Pingpong>,
@@ -358,7 +358,7 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// Of a configuration on a problem.
+    /// The launch of a configuration on a problem.
     pub fn new(config: &Config, problem: &Problem, multiprocessors: u32) -> Self {
         let [rows, cols] = config.orient.order([problem.m, problem.n]);
         let height = config.rows;

@@ -210,7 +210,7 @@ impl<'k> Gemm<'k, '_> {
     }
 }
 
-/// Of the first stage of an operand, which has so many rows or columns.
+/// The descriptor of the first stage of an operand, which has `extent` rows or columns.
 fn descriptor(address: Reg<u32>, major: Major, extent: u32) -> Descriptor {
     match major {
         Major::K => Descriptor::along_k(address, extent),
