@@ -2,7 +2,7 @@
 //!
 //! Events around one short kernel measure how fast the host enqueues it. So the GPU is kept busy in
 //! front of the first event until the host has enqueued everything; a sample for which that came too
-//! late is taken again, behind a longer head start.
+//! late is taken again, after a longer head start.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;

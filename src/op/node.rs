@@ -216,7 +216,7 @@ impl Passes {
         self.all().insert(thread::current().id(), pass);
     }
 
-    /// The gradients of a node's arguments. `nothing` says to candle that there is more behind a knot.
+    /// The gradients of a node's arguments. `nothing` says to candle that there is more past a knot.
     fn gradients(&self, ends: &[End], nothing: &Option<Tensor>) -> Vec<Option<Tensor>> {
         let (mut all, thread) = (self.all(), thread::current().id());
         let Some(pass) = all.get_mut(&thread) else { return vec![None; ends.len()] };

@@ -89,7 +89,7 @@ const PORTABLE_FLASH: attention::sm80::Config = attention::sm80::Config {
     q_in_regs: true,
 };
 
-/// What variants show: all that changes scores, sequences behind one another, keys in parts.
+/// What variants show: all that changes scores, packed sequences, keys in parts.
 fn variants(bias: attention::Bias) -> [attention::Variant; 3] {
     use attention::{Lengths, Mask, Scores};
     let small = attention::Variant { head_dim: 16, value_dim: 8, ..VARIANT };

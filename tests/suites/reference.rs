@@ -14,7 +14,7 @@ impl Nd {
     pub fn of(t: &Tensor) -> Result<Self> {
         let dims = t.dims().to_vec();
         if t.elem_count() == 0 {
-            // candle reads an empty view at its offset, which may lie behind its storage.
+            // candle reads an empty view at its offset, which may lie past its storage.
             return Ok(Self { dims, data: Vec::new() });
         }
         let flat = t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;

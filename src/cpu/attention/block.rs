@@ -8,7 +8,7 @@ use super::super::exp::tanh;
 use super::super::gemm::{Mat, Product, Threads};
 use super::{Heads, Sequence};
 
-/// Row-major matrices of one width, those of all heads behind one another.
+/// Row-major matrices of one width, those of all heads one after another.
 #[derive(Clone, Copy)]
 pub(super) struct Rows<'a> {
     pub data: &'a [f32],

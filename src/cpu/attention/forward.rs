@@ -45,7 +45,7 @@ pub(crate) fn attention(
         .zip(maxima.into_par_iter().zip(sums))
         .for_each(|((piece, out), (maxima, sums))| forward.rows(piece, out, maxima, sums));
     if p.out.contiguous().is_none() {
-        // Heads behind rows.
+        // Heads lie between rows.
         let [(batch, _), (count, _)] = *p.out.batch() else { unreachable!("batches and heads") };
         let heads_first = Layout::contiguous((batch, count, heads.sq, dv));
         out = pick(&Stack::new(&heads_first.transpose(1, 2)?), |i| out[i]);

@@ -255,7 +255,7 @@ fn packed(op: &'static str, args: [Arg; 3], layout: AttnLayout, ends: [Arg; 2]) 
         AttnLayout::Bhsd => "[H, T, D] with `cu_seqlens_q`",
         AttnLayout::Bshd => "[T, H, D] with `cu_seqlens_q`",
     };
-    check::rank(op, args[0], 3..=3, shapes, "put all sequences behind one another")?;
+    check::rank(op, args[0], 3..=3, shapes, "put all sequences one after another")?;
     for (arg, t) in ends {
         counts(op, (arg, t), "[B + 1]")?;
         if t.dims()[0] == 0 {

@@ -99,9 +99,9 @@ impl Call {
     }
 }
 
-/// A layout with dimensions of 1 before and behind its own.
-fn with_ones(layout: &Layout, [before, behind]: [usize; 2]) -> Layout {
-    let around = |own: &[usize], one| [&vec![one; before], own, &vec![one; behind]].concat();
+/// A layout with dimensions of 1 before and after its own.
+fn with_ones(layout: &Layout, [before, after]: [usize; 2]) -> Layout {
+    let around = |own: &[usize], one| [&vec![one; before], own, &vec![one; after]].concat();
     let dims = around(layout.dims(), 1);
     Layout::new(dims.into(), around(layout.stride(), 0), layout.start_offset())
 }

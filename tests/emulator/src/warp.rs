@@ -446,7 +446,7 @@ impl Warp {
         }
     }
 
-    /// Where the registers of an access lie: lane by lane, one behind the other.
+    /// Where the registers of an access lie: lane by lane, one after another.
     fn places<'i>(
         &self,
         block: &Block,

@@ -23,7 +23,7 @@ fn isolating() -> [Options; 5] {
     ]
 }
 
-/// What is NaN or infinite in one batch, sequence or key head, or behind the lengths, stays there.
+/// What is NaN or infinite in one batch, sequence or key head, or past the lengths, stays there.
 pub fn isolation(device: &Device) {
     let name = "flash_attn isolation";
     if device.is_cuda() {
@@ -80,7 +80,7 @@ fn apart(lengths: &Lengths) -> Vec<Apart> {
     }
 }
 
-/// On a GPU: what is NaN or infinite in one batch or sequence, or behind its end, leaves the bits of the
+/// On a GPU: what is NaN or infinite in one batch or sequence, or past its end, leaves the bits of the
 /// others as they were. In its own it may reach rows that do not see it, as in the plain formula.
 fn isolated_bits(name: &'static str, device: &Device) {
     let mut tally = Tally::new(name, device);

@@ -47,7 +47,7 @@ pub fn every_kind(dtype: DType) -> Vec<(&'static str, Problem)> {
         ),
         ("lengths", (&[2, 2], 1, [250, 300, 64, 64]), Options { lengths: padded, ..causal() }),
         (
-            "sequences behind one another",
+            "packed sequences",
             (&[4], 2, [340, 310, 64, 64]),
             Options { lengths: packed, bshd: true, ..causal() },
         ),

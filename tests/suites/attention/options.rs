@@ -70,7 +70,7 @@ pub enum Lengths {
     Whole,
     /// The first of each batch, of q and of k.
     Padded([Option<Vec<u32>>; 2]),
-    /// Sequences behind one another, of q and of k.
+    /// Packed sequences, of q and of k.
     Packed([Vec<u32>; 2]),
 }
 

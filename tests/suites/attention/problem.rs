@@ -155,7 +155,7 @@ impl Problem {
         self.dims.iter().cloned().chain(bias).collect()
     }
 
-    /// The leaves, the bias's last, NaN where no view shows them, and behind them the loss's weights.
+    /// The leaves, the bias's last, NaN where no view shows them, and after them the loss's weights.
     pub fn inputs(&self, source: &mut Source) -> Result<Vec<Tensor>> {
         let (q, v) = (&self.dims[0], &self.dims[2]);
         let mut leaves = match (self.leaves, &q[..]) {
@@ -238,7 +238,7 @@ impl Problem {
         Ok(std::iter::once(Some(out)).chain(vars.iter().map(grad)).collect())
     }
 
-    /// What [`run`](Self::run) gives, by loops in f64, and behind it the log-sum-exp.
+    /// What [`run`](Self::run) gives, by loops in f64, and after it the log-sum-exp.
     pub fn reference(&self, inputs: &[Tensor]) -> Result<Vec<Want>> {
         let exact = nds(inputs)?;
         let (weights, leaves) = exact.split_last().expect("the weights come last");

@@ -43,7 +43,7 @@ pub fn specials(device: &Device) {
             case(3, 0..1, f64::NAN);
             case(3, sq - 1..sq, f64::NAN);
         }
-        // Whole blocks of keys without a score that is a number, before and behind such that have one.
+        // Whole blocks of keys without a score that is a number, before and after such that have one.
         for block in [4, 16, 32, 64, 128, 256].into_iter().filter(|&len| len < sk) {
             case(1, 0..block, f64::NAN);
             case(1, sk - block..sk, f64::NAN);

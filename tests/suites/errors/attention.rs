@@ -165,12 +165,12 @@ pub fn flash_options(device: &Device) {
 
     let packed = |opts: FlashAttnOptions| three.0.kaio_flash_attn_with(three.1, three.1, &opts);
     let both = |q: Tensor, k: Tensor| opts().cu_seqlens_q(q).cu_seqlens_k(k);
-    let behind = "put all sequences behind one another";
+    let pack = "put all sequences one after another";
     refused! { tally;
         packed(opts().cu_seqlens_q(on.u32([1]))) => Value, "{op}: `cu_seqlens_k` is missing, wanted a tensor beside `cu_seqlens_q`; a packed batch needs both";
         packed(opts().cu_seqlens_k(on.u32([1]))) => Value, "{op}: `cu_seqlens_q` is missing, wanted a tensor beside `cu_seqlens_k`; a packed batch needs both";
-        run(both(on.u32([1]), on.u32([1]))) => Rank, "{op}: `q` has shape [2, 4, 3, 8] (rank 4), wanted [H, T, D] with `cu_seqlens_q`; {behind}";
-        turned_with(tq, tk, both(on.u32([1]), on.u32([1]))) => Rank, "{op}: `q` has shape [2, 3, 4, 8] (rank 4), wanted [T, H, D] with `cu_seqlens_q`; {behind}";
+        run(both(on.u32([1]), on.u32([1]))) => Rank, "{op}: `q` has shape [2, 4, 3, 8] (rank 4), wanted [H, T, D] with `cu_seqlens_q`; {pack}";
+        turned_with(tq, tk, both(on.u32([1]), on.u32([1]))) => Rank, "{op}: `q` has shape [2, 3, 4, 8] (rank 4), wanted [T, H, D] with `cu_seqlens_q`; {pack}";
         packed(both(on.u8([2]), on.u32([2]))) => DType, "{op}: `cu_seqlens_q` is u8, wanted u32; cast it with `.to_dtype(DType::U32)?`";
         packed(both(on.u32([2]), on.u32([2, 1]))) => Rank, "{op}: `cu_seqlens_k` has shape [2, 1] (rank 2), wanted [B + 1]; {flatten}";
         packed(both(on.u32([0]), on.u32([0]))) => Dimension, "{op}: `cu_seqlens_q` has entries = 0, wanted at least 1; begin with 0, then give the end of each sequence";
