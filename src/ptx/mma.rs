@@ -1,4 +1,24 @@
 //! Tensor cores: `mma.sync` (sm_80) and `wgmma` (sm_90a), f16, bf16 and tf32 with f32 sums.
+//!
+//! # The order of accumulators
+//!
+//! Of 16 rows and N columns of a product a warp's lanes hold 8 rows by 8 columns after another: accumulator
+//! `4j + 2h + c` of lane `l` is row `l/4 + 8h`, column `8j + 2(l%4) + c`.
+//!
+//! ```text
+//!             columns 8j ..                               accumulators of lane 0
+//!               0   1    2   3    4   5    6   7          column   0  1   8  9   16 ..
+//!   row 0     lane 0   lane 1   lane 2   lane 3           row 0    0  1   4  5    8
+//!   row 1     lane 4   lane 5   lane 6   lane 7           row 8    2  3   6  7   10
+//!   ..
+//!   row 7     lane 28  lane 29  lane 30  lane 31
+//!   row 8     lane 0   lane 1   lane 2   lane 3           h = 1: the same lanes once more
+//!   ..
+//! ```
+//!
+//! So a lane has two rows, which it shares with its three neighbours of the same `l/4`. `mma.sync` has
+//! N = 8, so `j` = 0. Of `wgmma`'s 64 rows each of the four warps has 16. Packed in pairs (`c` = 0, 1),
+//! accumulators are a left operand of the next product as they are, with their columns as its K.
 
 use super::memory::list;
 use super::{Kernel, Reg, Value};

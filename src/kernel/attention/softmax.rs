@@ -1,7 +1,7 @@
 //! The softmax of rows that come in blocks: their sums so far, of exponentials to base 2.
 //!
-//! A thread has fragments of two rows, as `mma.sync` and `wgmma` leave them: score `4j + 2h + c` is of
-//! row `h`. Four neighbouring lanes share a row.
+//! A thread has fragments of two rows, in the [order](crate::ptx::Kernel::wgmma) in which `mma.sync` and
+//! `wgmma` leave them: score `4j + 2h + c` is of row `h`. Four neighbouring lanes share a row.
 //!
 //! What is subtracted from the scores of a block makes the exponential of its largest one a power of two.
 //! That one, and it weighs most, is then rounded to f16 or bf16 without error, in every block, where the

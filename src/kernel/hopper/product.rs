@@ -63,7 +63,7 @@ impl<'k> Descriptor<'k> {
 #[derive(Clone, Copy)]
 pub enum Left<'k, 'a> {
     Shared(Descriptor<'k>),
-    /// In registers, as the sums of a product before it lie when they are packed in pairs: four for each
+    /// In registers, as the accumulators of a product before it lie when they are packed in pairs: four for each
     /// step.
     Registers(&'a [Reg<'k, u32>]),
 }
@@ -87,39 +87,41 @@ impl<'k> Left<'k, '_> {
     }
 }
 
-/// Begins `sums = a·b`, or `sums += a·b` where `accumulate` holds, over `depth` elements of K, a multiple
-/// of 16. The sums are ready after a [wait](Kernel::wgmma_wait).
+/// Begins `accumulators = a·b`, or `accumulators += a·b` where `accumulate` holds, over `depth` elements of K, a multiple
+/// of 16. The accumulators are ready after a [wait](Kernel::wgmma_wait).
 pub fn product<'k>(
     half: Half,
-    sums: &[Reg<'k, f32>],
+    accumulators: &[Reg<'k, f32>],
     a: Left<'k, '_>,
     b: Descriptor<'k>,
     depth: u32,
     accumulate: impl Into<Value<'k, bool>>,
 ) {
-    products(half, &[sums], depth, accumulate, |step| ([a.step(step)], b.operand(step)));
+    products(half, &[accumulators], depth, accumulate, |step| ([a.step(step)], b.operand(step)));
 }
 
-/// The same for several blocks of 64 rows, which have sums of their own and share the right operand.
+/// The same for several blocks of 64 rows, which have accumulators of their own and share the right operand.
 /// `operands` gives a step's.
 pub fn products<'k, S: AsRef<[Reg<'k, f32>]>, A: IntoIterator<Item = LeftStep<'k>>>(
     half: Half,
-    sums: &[S],
+    accumulators: &[S],
     depth: u32,
     accumulate: impl Into<Value<'k, bool>>,
     operands: impl Fn(u32) -> (A, Operand<'k>),
 ) {
-    let k: &'k Kernel = sums[0].as_ref()[0].kernel();
+    let k: &'k Kernel = accumulators[0].as_ref()[0].kernel();
     let first = accumulate.into();
     k.wgmma_fence();
     for step in 0..depth / STEP {
         let accumulate = if step == 0 { first } else { true.into() };
         let (left, b) = operands(step);
-        for (sums, a) in sums.iter().zip(left) {
+        for (accumulators, a) in accumulators.iter().zip(left) {
             match a {
-                LeftStep::Shared(a) => k.wgmma(sums.as_ref(), Wgmma { half, a, b, accumulate }),
+                LeftStep::Shared(a) => {
+                    k.wgmma(accumulators.as_ref(), Wgmma { half, a, b, accumulate })
+                }
                 LeftStep::Registers(a) => {
-                    k.wgmma_regs(sums.as_ref(), WgmmaRegs { half, a, b, accumulate });
+                    k.wgmma_regs(accumulators.as_ref(), WgmmaRegs { half, a, b, accumulate });
                 }
             }
         }

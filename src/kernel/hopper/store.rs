@@ -1,4 +1,4 @@
-//! From registers to global memory by TMA, slab after slab: fragments of sums become swizzled lines in
+//! From registers to global memory by TMA, slab after slab: fragments of accumulators become swizzled lines in
 //! shared memory, which TMA stores.
 
 use super::{LINE, Lane, Warpgroup};
@@ -8,13 +8,13 @@ use crate::ptx::{Half, Kernel, Reg};
 /// Which dimension of the result a slab's lines are along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// A line is a row of the sums: 64 lines.
+    /// A line is a row of the accumulators: 64 lines.
     Rows,
-    /// A line is a column of the sums.
+    /// A line is a column of the accumulators.
     Columns,
 }
 
-/// A warpgroup's way from sums to the tensor: room for some slabs, which are written and stored in turn.
+/// A warpgroup's way from accumulators to the tensor: room for some slabs, which are written and stored in turn.
 ///
 /// ```text
 /// all fit      wait all read · write 0 1 2 · sync · TMA 0 1 2
@@ -38,12 +38,12 @@ pub struct SlabStore<'k> {
 }
 
 impl<'k> SlabStore<'k> {
-    /// Stores slabs: `sums` gives a thread's fragments of one, `boxes` the coordinates of its boxes. What
+    /// Stores slabs: `accumulators` gives a thread's fragments of one, `boxes` the coordinates of its boxes. What
     /// was stored may still be read from shared memory afterwards.
     pub fn run<S, P: IntoIterator<Item = Vec<Reg<'k, u32>>>>(
         &self,
         slabs: &[S],
-        sums: impl Fn(&S) -> Vec<Reg<'k, f32>>,
+        accumulators: impl Fn(&S) -> Vec<Reg<'k, f32>>,
         boxes: impl Fn(&S) -> P,
     ) {
         let (k, Warpgroup { lane, leader, .. }) = (self.memory.kernel(), self.group);
@@ -61,10 +61,10 @@ impl<'k> SlabStore<'k> {
             k.when(leader, || k.tma_wait_read(if round == 0 { 0 } else { pending }));
             self.group.sync();
             for (i, slab) in (0..).zip(batch) {
-                let sums = sums(slab);
+                let accumulators = accumulators(slab);
                 match self.direction {
-                    Direction::Rows => write(k, self.out, &sums, to(i), lane),
-                    Direction::Columns => write_columns(k, self.out, &sums, to(i), lane),
+                    Direction::Rows => write(k, self.out, &accumulators, to(i), lane),
+                    Direction::Columns => write_columns(k, self.out, &accumulators, to(i), lane),
                 }
             }
             k.fence_proxy_async();
@@ -85,39 +85,45 @@ pub fn columns(out: Element) -> u32 {
     LINE / out.size()
 }
 
-/// Writes a slab. `sums` are a thread's fragments of its columns, or of the first ones, a multiple
+/// Writes a slab. `accumulators` are a thread's fragments of its columns, or of the first ones, a multiple
 /// of 8: what follows them is undefined.
-fn write<'k>(k: &'k Kernel, out: Element, sums: &[Reg<'k, f32>], to: Reg<'k, u32>, lane: Lane<'k>) {
-    match out {
-        Element::Half(half) => write_half(k, half, sums, to, lane),
-        Element::F32 => write_f32(k, sums, to, lane),
-    }
-}
-
-/// Writes a slab whose lines are columns, each of the warpgroup's 64 rows: 16-bit elements in one piece,
-/// f32 in two of 32 rows each. `sums` are a thread's fragments of all columns, a multiple of 16.
-fn write_columns<'k>(
+fn write<'k>(
     k: &'k Kernel,
     out: Element,
-    sums: &[Reg<'k, f32>],
+    accumulators: &[Reg<'k, f32>],
     to: Reg<'k, u32>,
     lane: Lane<'k>,
 ) {
     match out {
-        Element::Half(half) => write_half_columns(k, half, sums, to, lane),
-        Element::F32 => write_f32_columns(k, sums, to, lane),
+        Element::Half(half) => write_half(k, half, accumulators, to, lane),
+        Element::F32 => write_f32(k, accumulators, to, lane),
+    }
+}
+
+/// Writes a slab whose lines are columns, each of the warpgroup's 64 rows: 16-bit elements in one piece,
+/// f32 in two of 32 rows each. `accumulators` are a thread's fragments of all columns, a multiple of 16.
+fn write_columns<'k>(
+    k: &'k Kernel,
+    out: Element,
+    accumulators: &[Reg<'k, f32>],
+    to: Reg<'k, u32>,
+    lane: Lane<'k>,
+) {
+    match out {
+        Element::Half(half) => write_half_columns(k, half, accumulators, to, lane),
+        Element::F32 => write_f32_columns(k, accumulators, to, lane),
     }
 }
 
 fn write_half<'k>(
     k: &'k Kernel,
     half: Half,
-    sums: &[Reg<'k, f32>],
+    accumulators: &[Reg<'k, f32>],
     to: Reg<'k, u32>,
     Lane { lane, warp }: Lane<'k>,
 ) {
     let start = to + (warp * 16 + lane % 16) * LINE;
-    for (i, eight) in sums.chunks(8).enumerate() {
+    for (i, eight) in accumulators.chunks(8).enumerate() {
         // Two blocks of 8 columns: lanes 0 to 15 address the first, the others the second.
         let chunk = (lane / 16 + 2 * i as u32) ^ (lane % 8);
         let to = start + chunk * 16;
@@ -131,13 +137,13 @@ fn write_half<'k>(
 
 fn write_f32<'k>(
     k: &'k Kernel,
-    sums: &[Reg<'k, f32>],
+    accumulators: &[Reg<'k, f32>],
     to: Reg<'k, u32>,
     Lane { lane, warp }: Lane<'k>,
 ) {
     let row = lane / 4;
     let start = to + (warp * 16 + row) * LINE + lane % 2 * 8;
-    for (i, quad) in sums.chunks(4).enumerate() {
+    for (i, quad) in accumulators.chunks(4).enumerate() {
         let chunk = (lane % 4 / 2 + 2 * i as u32) ^ (row % 8);
         let at = start + chunk * 16;
         k.st_shared(at, [quad[0], quad[1]]);
@@ -148,7 +154,7 @@ fn write_f32<'k>(
 fn write_half_columns<'k>(
     k: &'k Kernel,
     half: Half,
-    sums: &[Reg<'k, f32>],
+    accumulators: &[Reg<'k, f32>],
     to: Reg<'k, u32>,
     Lane { lane, warp }: Lane<'k>,
 ) {
@@ -156,7 +162,7 @@ fn write_half_columns<'k>(
     let line = lane / 16 * 8 + lane % 8;
     let chunk = (warp * 2 + lane / 8 % 2) ^ (lane % 8);
     let start = to + line * LINE + chunk * 16;
-    for (i, eight) in (0..).zip(sums.chunks(8)) {
+    for (i, eight) in (0..).zip(accumulators.chunks(8)) {
         let packed = std::array::from_fn(|j| k.cvt_rn_x2(half, eight[2 * j], eight[2 * j + 1]));
         k.stmatrix(start.at((i * 16 * LINE).into()), packed, true);
     }
@@ -164,18 +170,18 @@ fn write_half_columns<'k>(
 
 fn write_f32_columns<'k>(
     k: &'k Kernel,
-    sums: &[Reg<'k, f32>],
+    accumulators: &[Reg<'k, f32>],
     to: Reg<'k, u32>,
     Lane { lane, warp }: Lane<'k>,
 ) {
     let row = lane / 4;
-    let piece = to + warp / 2 * (sums.len() as u32 * 2 * LINE) + row % 4 * 4;
+    let piece = to + warp / 2 * (accumulators.len() as u32 * 2 * LINE) + row % 4 * 4;
     for odd in 0..2 {
         let line = lane % 4 * 2 + odd;
         for below in 0..2 {
             let chunk = (warp % 2 * 4 + row / 4 + 2 * below) ^ line;
             let start = piece + line * LINE + chunk * 16;
-            for (i, quad) in (0..).zip(sums.chunks(4)) {
+            for (i, quad) in (0..).zip(accumulators.chunks(4)) {
                 let sum = quad[(2 * below + odd) as usize];
                 k.st_shared(start.at((i * 8 * LINE).into()), [sum]);
             }

@@ -44,10 +44,10 @@ impl<'k> Lane<'k> {
 
 /// 16 of a warp's rows.
 pub(super) struct M16Tile<'k> {
-    /// Products of queries and keys.
+    /// S: products of queries and keys.
     pub scores: Vec<Reg<'k, f32>>,
-    /// Products of the exponentials and values.
-    pub sums: Vec<Reg<'k, f32>>,
+    /// O: products of the exponentials and values.
+    pub o: Vec<Reg<'k, f32>>,
     pub softmax: Softmax<'k>,
     /// The queries, if they stay in registers.
     pub queries: Vec<Fragment<'k>>,
@@ -100,7 +100,7 @@ impl<'k> Attention<'k, '_> {
         let in_regs = if c.q_in_regs { c.query_tile().steps() } else { 0 };
         let m16 = || M16Tile {
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
-            sums: (0..c.columns() / 2).map(|_| k.reg()).collect(),
+            o: (0..c.columns() / 2).map(|_| k.reg()).collect(),
             softmax: self.score_params.softmax(),
             queries: (0..in_regs).map(|_| k.regs()).collect(),
         };
@@ -123,7 +123,7 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// The sums of a tile's rows.
+    /// The products of a tile's rows.
     fn attend(&self, t: &Thread<'k>, work: &WorkTile<'k>) {
         let (k, blocks) = (self.k, work.blocks);
         let offset = work.tile.keys.count - work.tile.queries.count;
@@ -136,7 +136,7 @@ impl<'k> Attention<'k, '_> {
         let block = k.var(blocks.end - 1);
         let context = Context { work, rows: rows.iter().map(fragment).collect(), block };
         for m16 in &t.m16_tiles {
-            m16.sums.iter().for_each(|sum| sum.set(0.0));
+            m16.o.iter().for_each(|sum| sum.set(0.0));
             m16.softmax.reset();
         }
         // All warps are done with the tile before.
@@ -226,13 +226,13 @@ impl<'k> Attention<'k, '_> {
         t.stage.lt(self.smem.bytes)
     }
 
-    /// The exponentials of an m16 tile's scores, as a left operand; its sums shrink.
+    /// The exponentials of an m16 tile's scores, as a left operand; its accumulators shrink.
     fn probabilities(&self, m16: &M16Tile<'k>, which: KeyBlock) -> Vec<Fragment<'k>> {
         let exponentials = match which {
             KeyBlock::First => m16.softmax.first(&m16.scores),
             KeyBlock::Next { .. } => {
                 let (exponentials, factors) = m16.softmax.next(&m16.scores);
-                for (i, sum) in m16.sums.iter().enumerate() {
+                for (i, sum) in m16.o.iter().enumerate() {
                     sum.scale(factors[i / 2 % 2]);
                 }
                 exponentials

@@ -55,7 +55,7 @@ impl<'k> Attention<'k, '_> {
             for step in 0..c.value_tile().steps() {
                 let right = k.ldmatrix(values.at(c.value_tile().block(block, step)), true);
                 for (m16, p) in t.m16_tiles.iter().zip(p) {
-                    self.multiply(half, &m16.sums, step, p[block as usize], right);
+                    self.multiply(half, &m16.o, step, p[block as usize], right);
                 }
             }
         }

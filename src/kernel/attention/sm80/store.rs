@@ -1,4 +1,4 @@
-//! From sums to the result: normalised, and stored by the threads.
+//! From accumulators to the result: normalised, and stored by the threads.
 
 use super::Attention;
 use super::attend::{Lane, M16Tile};
@@ -19,7 +19,7 @@ impl<'k> Attention<'k, '_> {
         for (h, row) in rows.iter().enumerate() {
             let normalised =
                 |&sum: &Reg<'k, f32>| row.unless_padding(sum * finished.inverse[h], 0.0);
-            let of_row = m16.sums.chunks(4).map(|quad| &quad[2 * h..][..2]);
+            let of_row = m16.o.chunks(4).map(|quad| &quad[2 * h..][..2]);
             let pairs: Vec<[_; 2]> =
                 of_row.map(|pair| [normalised(&pair[0]), normalised(&pair[1])]).collect();
             match self.c.element {

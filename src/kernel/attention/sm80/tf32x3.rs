@@ -150,7 +150,7 @@ impl<'k> Attention<'k, '_> {
                 for (m16, more) in t.m16_tiles.iter().zip(&sums) {
                     let more = more.iter().flat_map(Sum::finish);
                     let first = panel as usize * 4 * COLUMNS;
-                    m16.sums[first..].iter().zip(more).for_each(|(sum, more)| sum.increase(more));
+                    m16.o[first..].iter().zip(more).for_each(|(sum, more)| sum.increase(more));
                 }
             });
         }

@@ -15,12 +15,12 @@ use crate::ptx::Reg;
 /// A multiplying warpgroup, with the registers and places in rings that it keeps.
 pub(super) struct Group<'k> {
     pub warps: Warpgroup<'k>,
-    /// Products of queries and keys.
+    /// S: products of queries and keys.
     scores: Vec<Reg<'k, f32>>,
-    /// Their exponentials, in pairs, as a left operand.
+    /// P: their exponentials, in pairs, as a left operand.
     p: Vec<Reg<'k, u32>>,
-    /// Products of the exponentials and values.
-    pub sums: Vec<Reg<'k, f32>>,
+    /// O: products of the exponentials and values.
+    pub o: Vec<Reg<'k, f32>>,
     pub softmax: Softmax<'k>,
     queries: Descriptor<'k>,
     keys: Descriptor<'k>,
@@ -113,7 +113,7 @@ impl<'k> Attention<'k, '_> {
             },
             scores: (0..c.keys / 2).map(|_| k.reg()).collect(),
             p: (0..c.keys / 4).map(|_| k.reg()).collect(),
-            sums: (0..c.variant.value_dim / 2).map(|_| k.reg()).collect(),
+            o: (0..c.variant.value_dim / 2).map(|_| k.reg()).collect(),
             softmax: self.score_params.softmax(),
             queries: Descriptor::along_k(self.base + smem.queries, SLAB),
             keys: Descriptor::along_k(self.base + smem.keys, c.keys),
@@ -191,7 +191,7 @@ impl<'k> Attention<'k, '_> {
         // Products keep the warps together; without any, one could still wait for the queries that
         // another has let go.
         g.warps.sync();
-        g.sums.iter().for_each(|sum| sum.set(0.0));
+        g.o.iter().for_each(|sum| sum.set(0.0));
         g.softmax.reset();
         self.release_queries(g, QueryRelease::Multiplied, None);
     }
@@ -229,7 +229,7 @@ impl<'k> Attention<'k, '_> {
         if let Some((tile, finished)) = ended {
             self.store(g, &tile, finished);
         }
-        g.sums.iter().for_each(|sum| sum.set(0.0));
+        g.o.iter().for_each(|sum| sum.set(0.0));
         if c.variant.lengths != Lengths::Full {
             k.if_(beyond, || self.clear_values(g, (keys - from).cast()));
         }
@@ -254,7 +254,7 @@ impl<'k> Attention<'k, '_> {
         k.wgmma_wait(0);
         self.release(g, g.value_place);
         self.pack_p(g, &p);
-        for (i, sum) in g.sums.iter().enumerate() {
+        for (i, sum) in g.o.iter().enumerate() {
             sum.scale(factors[i / 2 % 2]);
         }
     }
@@ -306,7 +306,7 @@ impl<'k> Attention<'k, '_> {
     fn multiply_values(&self, g: &Group<'k>) {
         let c = self.c;
         let values = g.values.stage(g.value_place.stage, c.value_bytes());
-        product(c.half, &g.sums, Left::Registers(&g.p), values, c.keys, true);
+        product(c.half, &g.o, Left::Registers(&g.p), values, c.keys, true);
     }
 
     /// Packs exponentials.

@@ -1,4 +1,4 @@
-//! From sums to the result: normalised, staged, stored.
+//! From accumulators to the result: normalised, staged, stored.
 
 use super::Attention;
 use super::attend::Group;
@@ -19,7 +19,7 @@ impl<'k> Attention<'k, '_> {
             let row = i / 2 % 2;
             rows[row].unless_padding(sum * finished.inverse[row], 0.0)
         };
-        let sums: Vec<_> = g.sums.iter().enumerate().map(normalised).collect();
+        let sums: Vec<_> = g.o.iter().enumerate().map(normalised).collect();
         let first = tile.first + (g.warps.number * c.positions()).cast();
         match (self.out_map, self.out_memory) {
             (Some(map), None) => self.store_slabs(g, tile, map, first, &sums),

@@ -52,7 +52,7 @@ pub struct Multiply<'k, 'c> {
     /// The fragments of the step at work and of the next.
     fragments: [Step<'k>; 2],
     /// Blocks of 16 rows, of 8 columns.
-    sums: Vec<Vec<[Reg<'k, f32>; 4]>>,
+    accumulators: Vec<Vec<[Reg<'k, f32>; 4]>>,
 }
 
 /// What is done while products are under way.
@@ -115,11 +115,11 @@ impl<'k, 'c> Multiply<'k, 'c> {
             base,
             thread,
             fragments: [fragments(), fragments()],
-            sums: (0..rows / 16).map(|_| (0..cols / 8).map(zeros).collect()).collect(),
+            accumulators: (0..rows / 16).map(|_| (0..cols / 8).map(zeros).collect()).collect(),
         }
     }
 
-    /// The sums over a share of the depth.
+    /// The accumulators over a share of the depth.
     pub fn run(self, share: Share<'k>) -> Vec<Vec<[Reg<'k, f32>; 4]>> {
         let (k, c) = (self.k, self.c);
         let (steps, stages) = (c.depth / 16, c.stages);
@@ -183,7 +183,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
         k.for_(0, with_copies, 1, |_| turn(true));
         k.for_(with_copies + 1, share.count, 1, |_| turn(false));
         self.step(steps - 1, vec![]);
-        self.sums
+        self.accumulators
     }
 
     fn of_stage(&self, stage: Reg<'k, u32>) -> [Fragments<'k>; 2] {
@@ -209,22 +209,22 @@ impl<'k, 'c> Multiply<'k, 'c> {
     /// The products of a step, with other instructions among them.
     fn step(&self, step: u32, aside: Vec<Aside<'k>>) {
         let [lhs, rhs] = &self.fragments[step as usize % 2];
-        let products = self.sums.len() * self.sums[0].len();
+        let products = self.accumulators.len() * self.accumulators[0].len();
         // Early, so that the loads are done when the next step begins.
         let (pace, asides) = ((products * 3 / 4).max(1), aside.len());
         let mut aside =
             aside.iter().enumerate().map(|(i, other)| (i * pace / asides, other)).peekable();
         let mut done = 0;
-        for col in 0..self.sums[0].len() {
-            for i in 0..self.sums.len() {
+        for col in 0..self.accumulators[0].len() {
+            for i in 0..self.accumulators.len() {
                 while let Some((_, other)) = aside.next_if(|(when, _)| *when <= done) {
                     other.emit(self.k);
                 }
                 // Down, then up: each product shares an operand with the one before.
-                let row = if col % 2 == 0 { i } else { self.sums.len() - 1 - i };
+                let row = if col % 2 == 0 { i } else { self.accumulators.len() - 1 - i };
                 let b = rhs[col / 2];
                 let b = if col % 2 == 0 { [b[0], b[1]] } else { [b[2], b[3]] };
-                self.k.mma(self.c.half, self.sums[row][col], Mma { a: lhs[row], b });
+                self.k.mma(self.c.half, self.accumulators[row][col], Mma { a: lhs[row], b });
                 done += 1;
             }
         }

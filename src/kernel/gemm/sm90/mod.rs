@@ -147,13 +147,13 @@ impl<'k> Gemm<'k, '_> {
             k.if_(group.ne(0), || place.skip(self.depth));
         }
         let tile = |_| (0..c.cols / 2).map(|_| k.reg::<f32>()).collect();
-        let sums: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
+        let accumulators: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
         self.tiles(turn.map(|_| group), |tile| {
-            self.multiply(&sums, place, group, turn, leader);
+            self.multiply(&accumulators, place, group, turn, leader);
             match self.out {
-                Out::Map(map) => self.store_slabs(&sums, map, tile, thread, group, leader),
+                Out::Map(map) => self.store_slabs(&accumulators, map, tile, thread, group, leader),
                 Out::Memory { unit, address } => {
-                    self.stage(&sums[0], thread);
+                    self.stage(&accumulators[0], thread);
                     self.store_staged(unit, address, tile, thread);
                 }
             }
@@ -167,7 +167,7 @@ impl<'k> Gemm<'k, '_> {
     /// stage is waited for.
     fn multiply(
         &self,
-        sums: &[Vec<Reg<'k, f32>>],
+        accumulators: &[Vec<Reg<'k, f32>>],
         place: Cursor<'k>,
         group: Reg<'k, u32>,
         turn: Option<PingpongTurn<'k>>,
@@ -192,7 +192,7 @@ impl<'k> Gemm<'k, '_> {
             let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             let later = i.ne(0);
-            products(c.half, sums, DEPTH, later, |step| {
+            products(c.half, accumulators, DEPTH, later, |step| {
                 let b = b.operand(step);
                 ((0..).map(move |i| LeftStep::Shared(a.rows(i).operand(step))), b)
             });

@@ -11,7 +11,7 @@ impl<'k> Gemm<'k, '_> {
     /// Slab after slab: registers to shared memory, from there by TMA.
     pub(super) fn store_slabs(
         &self,
-        sums: &[Vec<Reg<'k, f32>>],
+        accumulators: &[Vec<Reg<'k, f32>>],
         map: Reg<'k, u64>,
         tile: Tile<'k>,
         thread: Reg<'k, u32>,
@@ -29,10 +29,10 @@ impl<'k> Gemm<'k, '_> {
         // Where the columns are no multiple of a slab's, the last two overlap.
         let starts = (0..c.cols.div_ceil(each)).map(|i| (i * each).min(c.cols - each));
         let slabs: Vec<_> = (0..)
-            .zip(sums)
-            .flat_map(|(m64, sums)| {
+            .zip(accumulators)
+            .flat_map(|(m64, accumulators)| {
                 starts.clone().map(move |start| {
-                    (&sums[start as usize / 2..][..each as usize / 2], m64 * SLAB, start)
+                    (&accumulators[start as usize / 2..][..each as usize / 2], m64 * SLAB, start)
                 })
             })
             .collect();
@@ -53,7 +53,9 @@ impl<'k> Gemm<'k, '_> {
         };
         store.run(
             &slabs,
-            |&(sums, row, col)| self.finish(sums, first_row + row, first_col + col, lane),
+            |&(accumulators, row, col)| {
+                self.finish(accumulators, first_row + row, first_col + col, lane)
+            },
             |&(_, row, col)| {
                 let [y, x] = c.orient.order([first_row + row, first_col + col]);
                 (0..c.slab_bytes() / store.box_bytes).map(move |j| {
@@ -67,7 +69,7 @@ impl<'k> Gemm<'k, '_> {
     /// Bias and activation on a slab's fragments.
     fn finish(
         &self,
-        sums: &[Reg<'k, f32>],
+        accumulators: &[Reg<'k, f32>],
         first_row: Reg<'k, u32>,
         first_col: Reg<'k, u32>,
         lane: Lane<'k>,
@@ -81,8 +83,8 @@ impl<'k> Gemm<'k, '_> {
         };
         match self.c.orient {
             Orient::Plain => {
-                let mut out = Vec::with_capacity(sums.len());
-                for (block, quad) in sums.chunks(4).enumerate() {
+                let mut out = Vec::with_capacity(accumulators.len());
+                for (block, quad) in accumulators.chunks(4).enumerate() {
                     let col = first_col + (lane.lane % 4 * 2 + 8 * block as u32);
                     let bias =
                         load(col).map(|(from, inside)| epilogue.load_bias::<2>(k, from, inside));
@@ -97,7 +99,7 @@ impl<'k> Gemm<'k, '_> {
                     load(row).map(|(from, inside)| epilogue.load_bias::<1>(k, from, inside)[0])
                 });
                 let finish = |(i, &sum)| epilogue.finish(sum, rows[i / 2 % 2]);
-                sums.iter().enumerate().map(finish).collect()
+                accumulators.iter().enumerate().map(finish).collect()
             }
         }
     }
