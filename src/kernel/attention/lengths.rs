@@ -28,13 +28,13 @@ pub struct Sequences<'k> {
 
 /// Queries or keys of a sequence.
 #[derive(Clone, Copy)]
-pub struct Side<'k> {
+pub struct Span<'k> {
     /// The first one's position in the tensor, if it is not 0.
     pub begin: Option<Reg<'k, u32>>,
     pub count: Reg<'k, i32>,
 }
 
-impl<'k> Side<'k> {
+impl<'k> Span<'k> {
     /// The position in the tensor.
     pub fn at(&self, position: Reg<'k, i32>) -> Reg<'k, u32> {
         let position = position.cast::<u32>();
@@ -44,7 +44,7 @@ impl<'k> Side<'k> {
 
 /// A tile of the queries or keys of a sequence.
 #[derive(Clone, Copy)]
-pub struct Found<'k> {
+pub struct FoundTile<'k> {
     /// Whether there is one.
     pub exists: Reg<'k, bool>,
     pub sequence: Reg<'k, u32>,
@@ -52,7 +52,7 @@ pub struct Found<'k> {
     pub tile: Reg<'k, u32>,
     pub tiles: Reg<'k, u32>,
     /// All of the sequence's.
-    pub side: Side<'k>,
+    pub span: Span<'k>,
 }
 
 impl<'k> Sequences<'k> {
@@ -67,10 +67,10 @@ impl<'k> Sequences<'k> {
     }
 
     /// Queries (0) or keys (1) of a sequence. A length beyond the tensor is the tensor's.
-    pub fn side(&self, which: usize, sequence: Reg<'k, u32>) -> Side<'k> {
+    pub fn span(&self, which: usize, sequence: Reg<'k, u32>) -> Span<'k> {
         let (k, size) = (sequence.kernel(), self.size[which]);
         let Some(memory) = self.memory else {
-            return Side { begin: None, count: size };
+            return Span { begin: None, count: size };
         };
         let at = memory[which].element(sequence, 4);
         let load = |at: Reg<'k, u64>| {
@@ -78,18 +78,18 @@ impl<'k> Sequences<'k> {
             entry.min(size.cast::<u32>())
         };
         match self.count {
-            None => Side { begin: None, count: load(at).cast() },
+            None => Span { begin: None, count: load(at).cast() },
             Some(_) => Self::between(load(at), load(at + 4u64)),
         }
     }
 
-    fn between(begin: Reg<'k, u32>, end: Reg<'k, u32>) -> Side<'k> {
-        Side { begin: Some(begin), count: (end.max(begin) - begin).cast() }
+    fn between(begin: Reg<'k, u32>, end: Reg<'k, u32>) -> Span<'k> {
+        Span { begin: Some(begin), count: (end.max(begin) - begin).cast() }
     }
 
     /// Looks for tile number `tile` of all sequences, whose queries (0) or keys (1) are cut into tiles of
     /// `rows`. All lanes of a warp look together.
-    pub fn find(&self, which: usize, tile: Reg<'k, u32>, rows: u32) -> Found<'k> {
+    pub fn find(&self, which: usize, tile: Reg<'k, u32>, rows: u32) -> FoundTile<'k> {
         let k = tile.kernel();
         let (Some(memory), Some(count)) = (self.memory, self.count) else {
             panic!("sequences are packed");
@@ -106,8 +106,8 @@ impl<'k> Sequences<'k> {
                 k.ld_global_nc::<u32, 1>(memory.element(index, 4))[0].min(limit)
             };
             let (first, last) = (entry(0), entry(1));
-            let side = Self::between(first, last);
-            let mine = side.count.cast::<u32>().div_ceil(rows);
+            let span = Self::between(first, last);
+            let mine = span.count.cast::<u32>().div_ceil(rows);
             let up_to = [1, 2, 4, 8, 16].into_iter().fold(mine, |sum, by| {
                 let more = k.shfl_up(sum, by);
                 sum + k.select(lane.ge(by), more, 0)
@@ -122,13 +122,13 @@ impl<'k> Sequences<'k> {
                 number.set(tile - before - of(up_to - mine));
                 tiles.set(of(mine));
                 begin.set(of(first));
-                length.set(of(side.count.cast()));
+                length.set(of(span.count.cast()));
             });
             exit.when(here);
             before.increase(all);
             chunk.increase(32);
         });
-        let side = Side { begin: Some(begin), count: length.cast() };
-        Found { exists: exists.ne(0), sequence, tile: number, tiles, side }
+        let span = Span { begin: Some(begin), count: length.cast() };
+        FoundTile { exists: exists.ne(0), sequence, tile: number, tiles, span }
     }
 }

@@ -1,7 +1,7 @@
 //! Work tiles: which tiles of queries a block of threads computes, the keys that each sees, and its rows.
 
 use super::launch::TileShape;
-use super::lengths::{Sequences, Side};
+use super::lengths::{Sequences, Span};
 use super::mask::{BlockRange, Bounds};
 use super::scheduler::{TileCoord, TileScheduler, TileWalk};
 use super::scores::Query;
@@ -45,8 +45,8 @@ pub struct Tile<'k> {
     pub part: Option<Reg<'k, u32>>,
     /// The first query.
     pub first: Reg<'k, i32>,
-    pub queries: Side<'k>,
-    pub keys: Side<'k>,
+    pub queries: Span<'k>,
+    pub keys: Span<'k>,
 }
 
 /// The next tile of a block.
@@ -168,8 +168,8 @@ impl<'k> Tiles<'k> {
                     head: first_head(head),
                     part: None,
                     first: first(tile),
-                    queries: found.side,
-                    keys: self.sequences.side(1, found.sequence),
+                    queries: found.span,
+                    keys: self.sequences.span(1, found.sequence),
                 });
             });
         } else {
@@ -188,8 +188,8 @@ impl<'k> Tiles<'k> {
                 head: first_head(pack),
                 part,
                 first: first(tile),
-                queries: self.sequences.side(0, batch),
-                keys: self.sequences.side(1, batch),
+                queries: self.sequences.span(0, batch),
+                keys: self.sequences.span(1, batch),
             });
         }
     }
@@ -198,7 +198,7 @@ impl<'k> Tiles<'k> {
     pub fn unset(&self) -> Tile<'k> {
         let k = self.size[0].kernel();
         let [batch, sequence, pack, head] = k.regs();
-        let [queries, keys] = [0, 1].map(|_| Side { begin: None, count: k.reg() });
+        let [queries, keys] = [0, 1].map(|_| Span { begin: None, count: k.reg() });
         Tile { batch, sequence, pack, head, part: None, first: k.reg(), queries, keys }
     }
 

@@ -29,7 +29,7 @@ pub struct Layout {
 
 /// One of a thread's copies of a stage: where it is relative to the thread's first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct CopyOffset {
     /// Lines further.
     pub line: u32,
     /// Panels further.
@@ -81,16 +81,16 @@ impl Layout {
     }
 
     /// A thread's copies. Their distance is a multiple of eight lines, so that the XOR is the same.
-    pub fn copies(self, threads: u32) -> Vec<Place> {
+    pub fn copies(self, threads: u32) -> Vec<CopyOffset> {
         let each = self.lines() * self.line_chunks();
         (0..self.bytes() / CHUNK)
             .step_by(threads as usize)
-            .map(|i| Place { line: i % each / self.line_chunks(), panel: i / each })
+            .map(|i| CopyOffset { line: i % each / self.line_chunks(), panel: i / each })
             .collect()
     }
 
     /// The offset of a copy from the thread's first.
-    pub fn copy_offset(self, copy: Place) -> u32 {
+    pub fn copy_offset(self, copy: CopyOffset) -> u32 {
         copy.panel * self.panel_bytes() + copy.line * self.line_bytes()
     }
 

@@ -22,7 +22,7 @@ struct Operand<'k> {
 }
 
 /// An operand's part of a tile.
-struct Side<'k> {
+struct OperandTile<'k> {
     of: Operand<'k>,
     /// The tile's first row or column.
     outer: Reg<'k, u32>,
@@ -35,7 +35,7 @@ struct Side<'k> {
     to: Reg<'k, u32>,
 }
 
-impl<'k> Side<'k> {
+impl<'k> OperandTile<'k> {
     /// One stage, `at` elements along the depth.
     fn load(
         &self,
@@ -93,8 +93,8 @@ impl<'k> Gemm<'k, '_> {
         };
         self.tiles(None, |tile| {
             let batch = self.inner_batch.map(|inner| [tile.batch % inner, tile.batch / inner]);
-            let lhs = self.side(lhs, tile.row * c.rows);
-            let rhs = self.side(rhs, tile.col * c.cols);
+            let lhs = self.operand_tile(lhs, tile.row * c.rows);
+            let rhs = self.operand_tile(rhs, tile.col * c.cols);
             let Share { first, count } = self.share();
             let at = k.var(first * DEPTH);
             let bytes = lhs.bytes + rhs.bytes;
@@ -109,10 +109,10 @@ impl<'k> Gemm<'k, '_> {
     }
 
     /// An operand's part of a tile that begins at `outer`.
-    fn side(&self, of: Operand<'k>, outer: Reg<'k, u32>) -> Side<'k> {
+    fn operand_tile(&self, of: Operand<'k>, outer: Reg<'k, u32>) -> OperandTile<'k> {
         let (rest, boxes) = (of.extent.max(outer) - outer, of.boxes);
         let shown = rest.div_ceil(boxes.lines).min(boxes.count());
-        Side {
+        OperandTile {
             of,
             outer,
             inside: (0..boxes.count()).map(|i| rest.gt(i * boxes.lines)).collect(),
