@@ -6,7 +6,7 @@ use candle_core::{CudaDevice, Result};
 use kaio_candle::kernel::Element;
 use kaio_candle::kernel::attention::mask::Bounds;
 use kaio_candle::kernel::attention::scores::{Query, ScoreParams};
-use kaio_candle::kernel::attention::{Bias, Scores};
+use kaio_candle::kernel::attention::{Bias, ScoreMod};
 use kaio_candle::launch::{Args, Function, Memory};
 use kaio_candle::ptx::{Kernel, Reg, Source, Target};
 
@@ -24,7 +24,7 @@ struct Case {
     /// Sequences, heads, queries, keys.
     sizes: [u32; 4],
     window: [Option<i32>; 2],
-    scores: Scores,
+    score_mod: ScoreMod,
     /// The fragment's rows are keys.
     transposed: bool,
 }
@@ -32,23 +32,23 @@ struct Case {
 impl Case {
     fn all() -> Vec<Self> {
         let bias = |pairs| Some(Bias { element: Element::F32, pairs });
-        let plain = Scores::default();
+        let plain = ScoreMod::default();
         let modifications = [
             plain,
-            Scores { softcap: true, ..plain },
-            Scores { bias: bias(true), ..plain },
-            Scores { softcap: true, bias: bias(false), ..plain },
-            Scores { alibi: true, ..plain },
-            Scores { scale_first: true, softcap: true, bias: bias(true), alibi: true, ..plain },
+            ScoreMod { softcap: true, ..plain },
+            ScoreMod { bias: bias(true), ..plain },
+            ScoreMod { softcap: true, bias: bias(false), ..plain },
+            ScoreMod { alibi: true, ..plain },
+            ScoreMod { scale_first: true, softcap: true, bias: bias(true), alibi: true, ..plain },
         ];
         let windows = [[None, None], [None, Some(0)], [Some(3), Some(2)], [Some(40), Some(0)]];
         let mut all = Vec::new();
-        for (i, (scores, window)) in
+        for (i, (score_mod, window)) in
             modifications.into_iter().flat_map(|m| windows.map(|w| (m, w))).enumerate()
         {
             let [queries, keys] = [[5, 10], [33, 20], [70, 64], [1, 34]][i % 4];
             for transposed in [false, true] {
-                all.push(Self { sizes: [2, 3, queries, keys], window, scores, transposed });
+                all.push(Self { sizes: [2, 3, queries, keys], window, score_mod, transposed });
             }
         }
         all
@@ -72,7 +72,7 @@ impl Case {
         let [products, scores, changes] = ["products", "scores", "changes"].map(|n| k.pointer(n));
         let [queries, keys] = ["queries", "keys"].map(|name| k.param::<i32>(name));
         let [left, right] = ["left", "right"].map(|name| k.param::<i32>(name));
-        let params = ScoreParams::params(k, self.scores, Element::F32);
+        let params = ScoreParams::params(k, self.score_mod, Element::F32);
 
         let (lane, head, batch) = (k.lane(), k.block_y(), k.block_z());
         let row = k.block_x() * ROWS + lane / 4;
@@ -146,7 +146,7 @@ impl Case {
     }
 
     fn scale(&self) -> f32 {
-        if self.scores.scale_first { -SCALE } else { SCALE }
+        if self.score_mod.scale_first { -SCALE } else { SCALE }
     }
 
     /// The score of a query and a key to base 2, and by what it changes with the product beside the scale.
@@ -158,14 +158,14 @@ impl Case {
             || self.window[1].is_some_and(|right| key > place + f64::from(right));
         let mut score = f64::from(Self::product(at)) * f64::from(self.scale());
         let mut change = 1.0;
-        if self.scores.softcap {
+        if self.score_mod.softcap {
             let tanh = (score / f64::from(CAP)).tanh();
             (score, change) = (f64::from(CAP) * tanh, 1.0 - tanh * tanh);
         }
-        if self.scores.bias.is_some() {
+        if self.score_mod.bias.is_some() {
             score += f64::from(Self::bias(at));
         }
-        if self.scores.alibi {
+        if self.score_mod.alibi {
             score -= f64::from(Self::slope(at)) * (place - key).abs();
         }
         [if hidden { f64::NEG_INFINITY } else { score * std::f64::consts::LOG2_E }, change]
@@ -203,18 +203,18 @@ impl Case {
         for width in self.window {
             args.value(width.unwrap_or(0));
         }
-        match self.scores.softcap {
+        match self.score_mod.softcap {
             false => args.value(self.scale() * log2e),
             true => args.value(self.scale() / CAP).value(CAP * log2e),
         };
-        if self.scores.bias.is_some() {
+        if self.score_mod.bias.is_some() {
             args.pointer(of(&biases));
             let strides = [heads * queries * keys, queries * keys, keys, 1];
             for stride in strides {
                 args.value(u64::from(stride));
             }
         }
-        if self.scores.alibi {
+        if self.score_mod.alibi {
             args.pointer(of(&slopes)).value(u64::from(heads)).value(1u64);
         }
         // SAFETY: these are the parameters; warps stay within their rows of the three matrices, a bias is

@@ -87,7 +87,7 @@ pub fn problems(extent: Extent) -> impl Iterator<Item = Facts> {
 
 /// Sizes, each with one drawing of everything else.
 fn attentions(extent: Extent) -> Vec<attention::Problem> {
-    use attention::{Bias, Scores};
+    use attention::{Bias, ScoreMod};
     let (dims, queries, keys): (&[(u64, u64)], &[u64], &[u64]) = match extent {
         Extent::Few => (&[(64, 64), (128, 128), (72, 40)], &[1, 100, 4096], &[100, 4096]),
         Extent::All => (
@@ -117,7 +117,7 @@ fn attentions(extent: Extent) -> Vec<attention::Problem> {
                         let seed = format!("{head_dim} {queries} {keys} {heads} {mask} {plain}");
                         let draw = hash(&seed) >> 8;
                         let pick = |shift: u32, of: usize| (draw >> shift) as usize % of;
-                        let scores = Scores {
+                        let scores = ScoreMod {
                             scale_first: pick(0, 7) == 0,
                             softcap: pick(4, 2) == 0,
                             alibi: pick(8, 2) == 0,
@@ -137,7 +137,7 @@ fn attentions(extent: Extent) -> Vec<attention::Problem> {
                             out: if plain || pick(24, 2) == 0 { element } else { Element::F32 },
                             left: (mask == 2).then_some(500),
                             right: (mask > 0).then_some(0),
-                            scores: if plain { Scores::default() } else { scores },
+                            score_mod: if plain { ScoreMod::default() } else { scores },
                             lengths: if plain { Lengths::Full } else { lengths[pick(28, 4)] },
                             lse: pick(32, 2) == 0,
                         });
@@ -445,8 +445,8 @@ fn flash_fits(
     problem: &attention::Problem,
 ) -> Result<(), String> {
     let variant = tile_shape.variant;
-    let facts = (element, variant.mask, variant.scores, variant.lengths);
-    let wanted = (problem.element, problem.mask(), problem.scores, problem.lengths);
+    let facts = (element, variant.mask, variant.score_mod, variant.lengths);
+    let wanted = (problem.element, problem.mask(), problem.score_mod, problem.lengths);
     rule(facts == wanted, "another problem's facts")?;
     rule(variant.split || variant.out == problem.out, "another type")?;
     rule(variant.lse || !problem.lse, "sums that are not stored")?;

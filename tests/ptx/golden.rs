@@ -58,7 +58,7 @@ const VARIANT: attention::Variant = attention::Variant {
     head_dim: 64,
     value_dim: 64,
     mask: attention::Mask::None,
-    scores: attention::Scores { scale_first: false, softcap: false, bias: None, alibi: false },
+    score_mod: attention::ScoreMod { scale_first: false, softcap: false, bias: None, alibi: false },
     lengths: attention::Lengths::Full,
     pack: 1,
     split: false,
@@ -91,11 +91,16 @@ const PORTABLE_FLASH: attention::sm80::Config = attention::sm80::Config {
 
 /// What variants show: all that changes scores, packed sequences, keys in parts.
 fn variants(bias: attention::Bias) -> [attention::Variant; 3] {
-    use attention::{Lengths, Mask, Scores};
+    use attention::{Lengths, Mask, ScoreMod};
     let small = attention::Variant { head_dim: 16, value_dim: 8, ..VARIANT };
-    let scores = Scores { softcap: true, alibi: true, bias: Some(bias), ..VARIANT.scores };
+    let scores = ScoreMod { softcap: true, alibi: true, bias: Some(bias), ..VARIANT.score_mod };
     [
-        attention::Variant { mask: Mask::Window, scores, lengths: Lengths::Padded, ..small },
+        attention::Variant {
+            mask: Mask::Window,
+            score_mod: scores,
+            lengths: Lengths::Padded,
+            ..small
+        },
         attention::Variant {
             out: Element::F32,
             value_dim: 72,

@@ -13,7 +13,7 @@ use super::super::fit::{self, Fitted, Want, fit};
 use super::operand::{UNIT, element};
 use super::plan::{Compiled, Plans};
 use crate::kernel::attention::{
-    Arguments, Bias, Extra, Lengths, Limit, Operand, Output, Plan, Problem, Scores, by_tma,
+    Arguments, Bias, Extra, Lengths, Limit, Operand, Output, Plan, Problem, ScoreMod, by_tma,
 };
 use crate::op::{AttentionInputs, AttentionProblem};
 use crate::stack::Stack;
@@ -120,7 +120,7 @@ impl<'a> Call<'a> {
             out: element(p.out_dtype),
             left: p.mask.left.map(|keys| keys as u64),
             right: p.mask.right.map(|keys| keys as u64),
-            scores: Scores {
+            score_mod: ScoreMod {
                 scale_first: p.scale <= 0.0,
                 softcap: p.softcap.is_some(),
                 bias: bias.map(|(storage, stack)| Bias {

@@ -46,7 +46,7 @@ fn widest(problem: &Problem) -> u64 {
 
 /// The number of warpgroups that have registers for their sums, and for a bias on its way.
 fn most_warpgroups(problem: &Problem) -> u32 {
-    if widest(problem) <= 112 && problem.scores.bias.is_none() { 3 } else { 2 }
+    if widest(problem) <= 112 && problem.score_mod.bias.is_none() { 3 } else { 2 }
 }
 
 /// Keys of a block, with `limit` bytes of shared memory.
@@ -62,7 +62,7 @@ fn keys(problem: &Problem, config: &Config, limit: u32) -> u32 {
     // These need no spare registers, but for what changes scores.
     let tight = |&keys: &u32| Config { keys, ..*config }.check(limit).is_ok();
     let long = [192, 160, 144, 128].into_iter();
-    let long = long.filter(|n| fits(n) || (problem.scores.plain() && tight(n)));
+    let long = long.filter(|n| fits(n) || (problem.score_mod.plain() && tight(n)));
     long.min_by_key(time).unwrap_or(most)
 }
 
@@ -147,7 +147,7 @@ pub(super) fn pack(problem: &Problem, rows: u64) -> u32 {
 pub(super) mod tests {
     use super::*;
     use crate::kernel::attention::sm90::Launch;
-    use crate::kernel::attention::{Bias, Scores};
+    use crate::kernel::attention::{Bias, ScoreMod};
     use crate::ptx::{Half, Target};
 
     const H200: Device =
@@ -166,7 +166,7 @@ pub(super) mod tests {
             out: Element::Half(Half::Bf16),
             left: None,
             right: None,
-            scores: Scores::default(),
+            score_mod: ScoreMod::default(),
             lengths: Lengths::Full,
             lse: false,
         }
@@ -242,7 +242,7 @@ pub(super) mod tests {
     fn a_bias_takes_keys_for_its_registers() {
         let bias = |pairs| Some(Bias { element: Element::F32, pairs });
         let with = |pairs| Problem {
-            scores: Scores { bias: bias(pairs), ..Scores::default() },
+            score_mod: ScoreMod { bias: bias(pairs), ..ScoreMod::default() },
             ..problem(4096, 4096, 128)
         };
         let keys =

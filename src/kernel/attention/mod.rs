@@ -25,7 +25,7 @@ pub use mask::Mask;
 pub use params::{Arguments, Extra, Name, Operand, Output};
 pub use plan::{Attend, Plan, by_tma};
 pub use scheduler::TileOrder;
-pub use scores::{Bias, Scores};
+pub use scores::{Bias, ScoreMod};
 pub use variant::Variant;
 
 use super::Element;
@@ -56,7 +56,7 @@ pub struct Problem {
     /// Query `i` sees keys up to `i + o + right`. Causal is 0.
     pub right: Option<u64>,
     /// What becomes of the scores.
-    pub scores: Scores,
+    pub score_mod: ScoreMod,
     /// How long sequences are.
     pub lengths: Lengths,
     /// Whether the logarithm of the sum of the exponentials is stored, too.

@@ -12,7 +12,7 @@ use crate::ptx::{Half, Kernel, Reg};
 
 /// What becomes of scores.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Scores {
+pub struct ScoreMod {
     /// The scale is 0 or less: it is applied before the largest score is looked for.
     pub scale_first: bool,
     /// `cap·tanh(score/cap)`.
@@ -33,7 +33,7 @@ pub struct Bias {
     pub pairs: bool,
 }
 
-impl Scores {
+impl ScoreMod {
     /// Whether the softmax may multiply the products with the scale: nothing is done to them.
     pub fn plain(&self) -> bool {
         *self == Self::default()
@@ -53,7 +53,7 @@ impl Scores {
 /// The parameters.
 #[derive(Clone, Copy)]
 pub struct ScoreParams<'k> {
-    scores: Scores,
+    score_mod: ScoreMod,
     element: Element,
     /// What products are multiplied with.
     scale: Reg<'k, f32>,
@@ -109,23 +109,23 @@ pub struct Query<'k> {
 
 impl<'k> ScoreParams<'k> {
     /// Declares the parameters that the scores need. The queries' elements say how exact scores have to be.
-    pub fn params(k: &'k Kernel, scores: Scores, element: Element) -> Self {
+    pub fn params(k: &'k Kernel, score_mod: ScoreMod, element: Element) -> Self {
         let bias = [Name::BiasBatch, Name::BiasHead, Name::BiasQuery, Name::BiasKey];
         let slopes = [Name::SlopesBatch, Name::SlopesHead];
         Self {
-            scores,
+            score_mod,
             element,
             scale: k.param(Name::Scale),
-            cap: scores.softcap.then(|| k.param(Name::Cap)),
-            bias: scores.bias.map(|_| Strided::params(k, Name::Bias, bias)),
-            slopes: scores.alibi.then(|| Strided::params(k, Name::Slopes, slopes)),
+            cap: score_mod.softcap.then(|| k.param(Name::Cap)),
+            bias: score_mod.bias.map(|_| Strided::params(k, Name::Bias, bias)),
+            slopes: score_mod.alibi.then(|| Strided::params(k, Name::Slopes, slopes)),
         }
     }
 
     /// What scores are still to be multiplied with to be to base 2: the scale, where nothing else is done
     /// to products.
     pub fn scale_left(&self) -> Option<Reg<'k, f32>> {
-        self.scores.plain().then_some(self.scale)
+        self.score_mod.plain().then_some(self.scale)
     }
 
     /// The softmax of scores, which scales them if nothing else is done to them.
@@ -154,7 +154,7 @@ impl<'k> ScoreParams<'k> {
         FragmentScores {
             params: *self,
             bias,
-            pairs: self.scores.bias.is_some_and(|bias| bias.pairs),
+            pairs: self.score_mod.bias.is_some_and(|bias| bias.pairs),
             slopes,
             places: rows.map(|query| query.row + offset),
         }
@@ -191,7 +191,7 @@ impl<'k> ScoreParams<'k> {
         const LOG2_E: f32 = std::f32::consts::LOG2_E;
         // What is still finite to base 2.
         const LOWEST: f32 = -2.358e38;
-        match self.scores.bias.map(|bias| bias.element) {
+        match self.score_mod.bias.map(|bias| bias.element) {
             // f16 ends at 65504.
             Some(Element::Half(Half::F16)) => bias.fma(LOG2_E, score),
             // The last term is −∞ again where that was raised, and NaN where that was lost; of a finite bias it
@@ -202,7 +202,7 @@ impl<'k> ScoreParams<'k> {
 
     /// Bytes of an element of the bias.
     fn bias_size(&self) -> u32 {
-        self.scores.bias.map_or(0, |bias| bias.element.size())
+        self.score_mod.bias.map_or(0, |bias| bias.element.size())
     }
 
     /// Minus a head's slope, to base 2.
@@ -254,7 +254,7 @@ impl<'k> FragmentScores<'k> {
         first: Reg<'k, i32>,
         limit: Option<Reg<'k, i32>>,
     ) -> Loaded<'k> {
-        let (Some((rows, stride)), Some(bias)) = (self.bias, self.params.scores.bias) else {
+        let (Some((rows, stride)), Some(bias)) = (self.bias, self.params.score_mod.bias) else {
             return Loaded::Nothing;
         };
         let k = stride.kernel();
@@ -333,7 +333,7 @@ impl<'k> FragmentScores<'k> {
         first: Reg<'k, i32>,
         mut capped: impl FnMut(Reg<'k, f32>),
     ) {
-        let ScoreParams { scores: what, scale, cap, .. } = self.params;
+        let ScoreParams { score_mod: what, scale, cap, .. } = self.params;
         if what.plain() {
             return;
         }

@@ -1,6 +1,6 @@
 //! What a kernel computes, apart from the GPU that it is for.
 
-use super::{Lengths, Mask, Problem, Scores};
+use super::{Lengths, Mask, Problem, ScoreMod};
 use crate::kernel::Element;
 use crate::kernel::name::{given, several};
 
@@ -17,7 +17,7 @@ pub struct Variant {
     /// What hides keys.
     pub mask: Mask,
     /// What becomes of scores.
-    pub scores: Scores,
+    pub score_mod: ScoreMod,
     /// How long sequences are.
     pub lengths: Lengths,
     /// Heads that share keys and whose queries share a tile: row `r` is of head `r % pack`. 1: a tile
@@ -38,7 +38,7 @@ impl Variant {
             head_dim: problem.head_dim as u32,
             value_dim: problem.value_dim as u32,
             mask: problem.mask(),
-            scores: problem.scores,
+            score_mod: problem.score_mod,
             lengths: problem.lengths,
             pack,
             split,
@@ -54,7 +54,7 @@ impl Variant {
     /// The end of a name: heads of a tile, and the variant of an attention of operands of a type.
     /// `direct`: threads store.
     pub(super) fn describe(&self, operands: Element, direct: bool) -> String {
-        let scores = &self.scores;
+        let scores = &self.score_mod;
         let pack = several(self.pack, |pack| format!(" pack{pack}"));
         let mask = match self.mask {
             Mask::None => "",

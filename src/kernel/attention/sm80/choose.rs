@@ -80,7 +80,7 @@ mod tests {
     use super::*;
     use crate::kernel::attention::choose::tests::causal;
     use crate::kernel::attention::sm80::Launch;
-    use crate::kernel::attention::{Bias, Scores};
+    use crate::kernel::attention::{Bias, ScoreMod};
     use crate::ptx::{Half, Target};
 
     const fn device(multiprocessors: u32, shared_per_block: u32) -> Device {
@@ -149,9 +149,9 @@ mod tests {
                             .into_iter()
                             .zip(biases)
                         {
-                            let scores = Scores { bias, ..Scores::default() };
+                            let score_mod = ScoreMod { bias, ..ScoreMod::default() };
                             let p = causal(queries, keys, dim);
-                            let p = Problem { value_dim, lengths, scores, left: Some(9), ..p };
+                            let p = Problem { value_dim, lengths, score_mod, left: Some(9), ..p };
                             choose(&p, &device).check(device.shared_per_block).unwrap();
                             let p = Problem { element: Element::F32, out: Element::F32, ..p };
                             choose(&p, &device).check(device.shared_per_block).unwrap();

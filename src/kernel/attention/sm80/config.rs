@@ -198,10 +198,10 @@ impl Config {
         if self.variant.mask == Mask::Window || self.variant.lengths != Lengths::Full {
             spare += MASK_REGISTERS;
         }
-        if !self.variant.scores.plain() {
+        if !self.variant.score_mod.plain() {
             spare += SCORE_REGISTERS;
         }
-        spare + self.m16_tiles * (M16_REGISTERS + m16 + self.variant.scores.registers(scores))
+        spare + self.m16_tiles * (M16_REGISTERS + m16 + self.variant.score_mod.registers(scores))
     }
 
     pub(super) fn smem(&self) -> SharedMap {

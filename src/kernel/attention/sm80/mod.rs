@@ -43,7 +43,7 @@ pub fn emit(config: &Config) -> Source {
     let lse = config.variant.lse.then(|| Logarithms::params(k, config.variant.split));
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
-    let score_params = ScoreParams::params(k, config.variant.scores, config.element);
+    let score_params = ScoreParams::params(k, config.variant.score_mod, config.element);
     let tiles = Tiles::params(k, config.into(), size, heads);
     let smem = config.smem();
     let base = k.shared(smem.bytes);

@@ -159,8 +159,8 @@ impl Config {
     /// Whether a tile ends while the next one begins. A bias on its way, or a sequence that is looked for,
     /// would take more registers than there are; of a split, a block has one tile.
     pub(super) fn overlaps_tail(&self) -> bool {
-        let Variant { scores, lengths, split, .. } = self.variant;
-        let spare = scores.bias.is_none() && lengths != Lengths::Packed;
+        let Variant { score_mod, lengths, split, .. } = self.variant;
+        let spare = score_mod.bias.is_none() && lengths != Lengths::Packed;
         spare && !split && !self.over_queries()
     }
 
@@ -220,7 +220,7 @@ impl Config {
 
     fn needed_registers(&self) -> u32 {
         let scores = self.keys / 2;
-        let bias = self.variant.scores.registers(scores);
+        let bias = self.variant.score_mod.registers(scores);
         self.variant.value_dim / 2 + scores + scores / 2 + bias + SPARE_REGISTERS
     }
 

@@ -35,7 +35,7 @@ pub fn emit(config: &Config) -> Source {
     let lse = config.variant.lse.then(|| Logarithms::params(k, config.variant.split));
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
-    let score_params = ScoreParams::params(k, config.variant.scores, Element::Half(config.half));
+    let score_params = ScoreParams::params(k, config.variant.score_mod, Element::Half(config.half));
     let tiles = Tiles::params(k, config.into(), size, heads);
     let base = k.shared(smem.bytes);
     let thread = k.thread();
