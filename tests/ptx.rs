@@ -6,7 +6,8 @@
 //! - `KAIO_REQUIRE_PTXAS=1` assembles everything, and wants a `ptxas`. What it said of a text is kept in the
 //!   target folder; `KAIO_CI_ALL=1` asks again.
 //! - `KAIO_MANIFEST=FILE` writes a hash of each text there: a refactoring changes none.
-//! - `KAIO_BLESS=1` rewrites `tests/golden`; read the difference before you commit it.
+//! - `KAIO_BLESS=1` rewrites `tests/golden`; read the difference before you commit it. `KAIO_TEXTS=FOLDER`
+//!   writes the golden kernels' texts, of which the digests there are made.
 
 #[path = "ptx/assembler.rs"]
 mod assembler;
@@ -14,6 +15,8 @@ mod assembler;
 mod cache;
 #[path = "ptx/choices.rs"]
 mod choices;
+#[path = "ptx/digest.rs"]
+mod digest;
 #[path = "ptx/gate.rs"]
 mod gate;
 #[path = "ptx/golden.rs"]
@@ -41,6 +44,9 @@ fn say(text: &str) {
 fn set(variable: &str) -> bool {
     std::env::var(variable).is_ok_and(|value| value == "1")
 }
+
+/// In the golden folder: what kernels take.
+const RATCHET: &str = "ratchet.txt";
 
 fn golden_folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden")

@@ -82,7 +82,6 @@ fn read(said: &str) -> Result<u32, String> {
     registers.and_then(|number| number.parse().ok()).ok_or_else(|| said.into())
 }
 
-#[cfg(test)]
 const CLEAN: &str = "ptxas info    : Function properties for matmul\n    0 bytes stack frame, 0 bytes \
                      spill stores, 0 bytes spill loads\nptxas info    : Used 40 registers, used 2 barriers";
 

@@ -81,8 +81,8 @@ fn name(key: [&str; 4]) -> String {
     hash(key.map(str::as_bytes))
 }
 
-/// FNV-1a of 128 bits, over the parts and their lengths.
-fn hash<const N: usize>(parts: [&[u8]; N]) -> String {
+/// FNV-1a of 128 bits, in hexadecimal, over the parts and their lengths.
+pub fn hash<const N: usize>(parts: [&[u8]; N]) -> String {
     let mut hash: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     let mut eat = |bytes: &[u8]| {
         for &byte in bytes {

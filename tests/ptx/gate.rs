@@ -11,8 +11,8 @@ use std::time::Instant;
 use crate::assembler::Assembler;
 use crate::cache::Cache;
 use crate::choices::{Choice, Extent, choices, on_all_cores, spread};
-use crate::ratchet::{Ratchet, Use};
-use crate::{golden_folder, instructions, say, set};
+use crate::ratchet::{Measured, Ratchet, Use};
+use crate::{RATCHET, golden_folder, instructions, say, set};
 
 /// Kernels of the sample.
 const SAMPLE: usize = 60;
@@ -34,8 +34,15 @@ fn what_is_chosen_assembles() {
     let bless = set("KAIO_BLESS");
     let all = bless || set("KAIO_REQUIRE_PTXAS");
     let start = Instant::now();
-    let choices =
-        if all { choices(Extent::All).into_iter().collect() } else { sample(choices(Extent::Few)) };
+    let mut found = choices(Extent::Few);
+    let choices = match all {
+        // What a sample may take is among it, so that the ratchet knows its variants.
+        true => {
+            found.extend(choices(Extent::All));
+            found.into_iter().collect()
+        }
+        false => sample(found),
+    };
     let chosen = start.elapsed();
     let cache = cache();
     let (measured, failures) = assemble(&assembler, &choices, &cache);
@@ -46,7 +53,7 @@ fn what_is_chosen_assembles() {
         "ptxas {}: {} of {} chosen kernels assemble cleanly, {} of them as found before \
          (KAIO_CI_ALL=1 asks ptxas again){}; choosing {:.0?}, all {:.0?}",
         assembler.release,
-        measured.rows.len(),
+        measured.len(),
         choices.len(),
         cache.found(),
         if all { "" } else { " (a sample: KAIO_REQUIRE_PTXAS=1 takes all)" },
@@ -56,7 +63,7 @@ fn what_is_chosen_assembles() {
     for (family, worst) in worst(&measured) {
         say(&format!("most registers: {worst:3} {family}"));
     }
-    let worse = compare(measured, all, bless);
+    let worse = compare(&assembler.release, &measured, all, bless);
     assert!(
         failures.is_empty() && worse.is_none(),
         "{} kernels fail{}\n{}",
@@ -88,7 +95,7 @@ fn assemble(
     assembler: &Assembler,
     choices: &[(String, Choice)],
     cache: &Cache,
-) -> (Ratchet, Vec<String>) {
+) -> (Measured, Vec<String>) {
     let next = AtomicUsize::new(0);
     let (rows, failures) = (Mutex::new(BTreeMap::new()), Mutex::new(Vec::new()));
     on_all_cores(|worker| {
@@ -107,7 +114,7 @@ fn assemble(
     let rows = rows.into_inner().expect("nobody panicked");
     let mut failures = failures.into_inner().expect("nobody panicked");
     failures.sort();
-    (Ratchet { release: assembler.release.clone(), rows }, failures)
+    (rows, failures)
 }
 
 fn judge(
@@ -134,9 +141,9 @@ fn judge(
 }
 
 /// Of each architecture and family.
-fn worst(measured: &Ratchet) -> BTreeMap<String, u32> {
+fn worst(measured: &Measured) -> BTreeMap<String, u32> {
     let mut worst = BTreeMap::new();
-    for (name, used) in &measured.rows {
+    for (name, used) in measured {
         let family = name.split(' ').take(2).collect::<Vec<_>>().join(" ");
         let most = worst.entry(family).or_insert(0);
         *most = used.registers.max(*most);
@@ -145,34 +152,34 @@ fn worst(measured: &Ratchet) -> BTreeMap<String, u32> {
 }
 
 /// Blesses or compares; gives what became worse.
-fn compare(measured: Ratchet, all: bool, bless: bool) -> Option<String> {
-    let path = golden_folder().join("ratchet.txt");
+fn compare(release: &str, measured: &Measured, all: bool, bless: bool) -> Option<String> {
+    let path = golden_folder().join(RATCHET);
     let before = Ratchet::parse(&fs::read_to_string(&path).unwrap_or_default());
-    let found = before.compare(&measured);
+    let found = before.compare(release, measured);
     if !found.worse.is_empty() {
         return Some(format!(
-            "{} take more than before:\n{}\nWhere that is a price worth paying, delete their lines from \
-             {} and bless.",
+            "{} take more than before:\n{}\nWhere that is a price worth paying, delete their shapes' \
+             lines from {} and bless.",
             found.worse.len(),
             found.worse.join("\n"),
             path.display()
         ));
     }
     if bless {
-        fs::write(&path, measured.to_string()).expect("the checkout can be written to");
-        say(&format!("blessed {}: {} rows", path.display(), measured.rows.len()));
+        fs::write(&path, found.now.to_string()).expect("the checkout can be written to");
+        say(&format!("blessed {}: {} shapes", path.display(), found.now.shapes.len()));
         return None;
     }
     if !found.same_release {
         say(&format!(
             "REGISTERS NOT COMPARED: they were counted by ptxas {}, this is {}",
-            before.release, measured.release
+            before.release, release
         ));
     }
-    if all && found.better.len() + found.new.len() + found.gone > 0 {
+    if all && found.better + found.new.len() + found.gone > 0 {
         say(&format!(
-            "the ratchet can be tightened: {} better, {} new, {} gone; KAIO_BLESS=1 cargo test --test ptx",
-            found.better.len(),
+            "the ratchet can be tightened: {} shapes better, {} kernels of new ones, {} gone; KAIO_BLESS=1 cargo test --test ptx",
+            found.better,
             found.new.len(),
             found.gone
         ));

@@ -1,15 +1,17 @@
-//! Golden texts: a change of what is emitted shows up as a change of these files.
+//! Golden texts and digests: a change of what is emitted shows up as a change of these files.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
+use std::path::PathBuf;
 
 use kaio_candle::Activation;
 use kaio_candle::kernel::gemm::{Epilogue, Major, sm80, sm90};
 use kaio_candle::kernel::{Config, Element, attention};
 use kaio_candle::ptx::{Half, Source};
 
-use crate::{golden_folder, instructions, set};
+use crate::digest::digest;
+use crate::{RATCHET, golden_folder, instructions, set};
 
 const BF16: Element = Element::Half(Half::Bf16);
 const PLAIN: Epilogue = Epilogue { out: BF16, bias: None, activation: None };
@@ -245,8 +247,8 @@ fn with_facts(title: &str, source: &Source) -> String {
     text + &source.text
 }
 
-#[test]
-fn texts_are_as_before() {
+/// Name, title and text of all kernels.
+fn sources() -> Vec<(&'static str, String, Source)> {
     let kernels = kernels().into_iter().map(|(name, kernel)| {
         let check = match kernel {
             Config::MatmulSm90(config) => config.check(232_448),
@@ -256,23 +258,40 @@ fn texts_are_as_before() {
             Config::FlashSm80(config) => config.check(166_912),
         };
         check.unwrap_or_else(|why| panic!("{name}: {why}"));
-        (name, with_facts(&kernel.name(), &kernel.emit()))
+        (name, kernel.name(), kernel.emit())
     });
-    let instructions = instructions::kernels()
-        .into_iter()
-        .map(|(name, source)| (name, with_facts("each method of the writer, once", &source)));
-    let now: Vec<_> = kernels.chain(instructions).collect();
+    kernels.collect()
+}
+
+/// The writer's instructions as they are written, and a digest of each kernel.
+#[test]
+fn texts_are_as_before() {
+    let kernels = sources();
+    if let Some(folder) = std::env::var_os("KAIO_TEXTS").map(PathBuf::from) {
+        fs::create_dir_all(&folder).expect("KAIO_TEXTS names a folder that can be made");
+        for (name, title, source) in &kernels {
+            let path = folder.join(format!("{name}.ptx"));
+            fs::write(path, with_facts(title, source)).expect("KAIO_TEXTS can be written to");
+        }
+    }
+    let digests = kernels
+        .iter()
+        .map(|(name, title, source)| (format!("{name}.digest"), digest(title, source)));
+    let instructions = instructions::kernels().into_iter().map(|(name, source)| {
+        (format!("{name}.ptx"), with_facts("each method of the writer, once", &source))
+    });
+    let now: Vec<_> = digests.chain(instructions).collect();
 
     let folder = golden_folder();
     let there = fs::read_dir(&folder).expect("tests/golden is there").filter_map(|entry| {
         let name = entry.expect("it can be read").file_name().into_string().ok()?;
-        name.strip_suffix(".ptx").map(String::from)
+        (name != RATCHET).then_some(name)
     });
     let mut stale: BTreeSet<_> = there.collect();
     let mut changed = Vec::new();
     for (name, text) in &now {
-        stale.remove(*name);
-        let path = folder.join(format!("{name}.ptx"));
+        stale.remove(name);
+        let path = folder.join(name);
         let before = fs::read_to_string(&path).unwrap_or_default();
         if before == *text {
             continue;
@@ -284,29 +303,24 @@ fn texts_are_as_before() {
     }
     for name in stale {
         match set("KAIO_BLESS") {
-            true => fs::remove_file(folder.join(format!("{name}.ptx"))).expect("it is there"),
+            true => fs::remove_file(folder.join(name)).expect("it is there"),
             false => changed.push(format!("{name}: no kernel has this golden text")),
         }
     }
     assert!(
         changed.is_empty(),
-        "{}\nIf that is meant: KAIO_BLESS=1 cargo test --test ptx, then read git diff tests/golden",
+        "{}\nIf that is meant: KAIO_BLESS=1 cargo test --test ptx, then read git diff tests/golden. \
+         KAIO_TEXTS=FOLDER writes the kernels' texts to a folder.",
         changed.join("\n")
     );
 }
 
-/// The first line that differs.
+/// The first lines that differ, up to ten of each.
 fn difference(name: &str, before: &str, now: &str) -> String {
-    let (mut before, mut now) = (before.lines(), now.lines());
-    let mut number = 1;
-    loop {
-        match (before.next(), now.next()) {
-            (None, None) => return format!("{name}.ptx: another end of the file"),
-            (a, b) if a == b => number += 1,
-            (a, b) => {
-                let line = |line: Option<&str>| line.unwrap_or("(nothing)").to_string();
-                return format!("{name}.ptx:{number}\n  was {}\n  is  {}", line(a), line(b));
-            }
-        }
-    }
+    let (before, now) = (before.lines().collect::<Vec<_>>(), now.lines().collect::<Vec<_>>());
+    let without = |lines: &[&str], others: &[&str], sign: char| {
+        let own = lines.iter().filter(|line| !others.contains(line)).take(10);
+        own.map(|line| format!("\n  {sign} {line}")).collect::<String>()
+    };
+    format!("{name}:{}{}", without(&before, &now, '-'), without(&now, &before, '+'))
 }
