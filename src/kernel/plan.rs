@@ -1,4 +1,4 @@
-//! From the facts of a problem to launches, as a pure function of each family of kernels.
+//! Plans: from the facts of a problem to launches, as a pure function of each family of kernels.
 
 use super::params::Names;
 use super::{Config, Device};

@@ -37,7 +37,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     config(fastest.expect("at least one")).filled(limit)
 }
 
-/// Heads so wide are narrow.
+/// The widest heads that count as narrow.
 const NARROW: u64 = 64;
 
 fn widest(problem: &Problem) -> u64 {
@@ -59,7 +59,7 @@ fn keys(problem: &Problem, config: &Config, limit: u32) -> u32 {
     }
     let keys = problem.each().keys;
     let time = |&n: &u32| keys.div_ceil(n.into()).saturating_mul((n + BESIDE_KEYS).into());
-    // These need no spare registers, but for what changes scores.
+    // These need no spare registers, except for score modifications.
     let tight = |&keys: &u32| Config { keys, ..*config }.check(limit).is_ok();
     let long = [192, 160, 144, 128].into_iter();
     let long = long.filter(|n| fits(n) || (problem.score_mod.plain() && tight(n)));
@@ -68,10 +68,10 @@ fn keys(problem: &Problem, config: &Config, limit: u32) -> u32 {
 
 /// What a block of keys costs beside its keys, in keys: on an H200, D = 128, no mask.
 const BESIDE_KEYS: u32 = 11;
-/// Keys of a block, about.
+/// About how many keys a block has.
 const KEYS: u64 = 128;
 
-/// H200: so long take tiles of one to three warpgroups, for the same keys. The more share a block of
+/// How long tiles of one to three warpgroups take on an H200, for the same keys. The more share a block of
 /// keys, the better their products and exponentials overlap; the wider the heads, the less.
 fn tile_time(warpgroups: u32, widest: u64) -> u64 {
     match warpgroups {

@@ -7,7 +7,7 @@ use crate::kernel::plan::count;
 /// Sequences, and the widths of masks, are shorter: the sum of three is a number of 32 bits.
 pub const MAX_LENGTH: u64 = 1 << 29;
 
-/// What of a configuration says which tiles there are.
+/// The part of a configuration that says which tiles there are.
 #[derive(Clone, Copy, Debug)]
 pub struct TileShape {
     /// What is computed.
@@ -18,7 +18,7 @@ pub struct TileShape {
     pub keys: u32,
     /// Blocks of threads that share a multiprocessor.
     pub blocks_per_sm: u32,
-    /// Whether they stay and take tile after tile. Else each takes one.
+    /// Whether they are persistent, and take tile after tile. Else each takes one.
     pub persistent: bool,
     /// Bytes of keys and values that are meant to stay in L2 together.
     pub section_bytes: u64,
@@ -59,12 +59,12 @@ impl Launch {
                 let blocks = problem.seen_keys(positions).div_ceil(tile_shape.keys.into());
                 let most = blocks.min(MAX_PARTS.into());
                 let parts = u64::from(room) / heads.saturating_mul(each).max(1);
-                // No more than have blocks.
+                // No part without blocks.
                 blocks.div_ceil(blocks.div_ceil(parts.clamp(1, most)))
             }
         };
         let tiles = heads.saturating_mul(each * parts);
-        // Under a causal mask the tiles of a head differ, so that those of several are sorted.
+        // Under a causal mask the tiles of a head differ, so the tiles of several heads are sorted.
         let section = match tile_shape.variant.mask {
             Mask::Right => {
                 let bytes =

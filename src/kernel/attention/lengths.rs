@@ -51,7 +51,7 @@ pub struct FoundTile<'k> {
     /// Its number in the sequence, and how many there are.
     pub tile: Reg<'k, u32>,
     pub tiles: Reg<'k, u32>,
-    /// All of the sequence's.
+    /// Where the sequence's queries or keys lie.
     pub span: Span<'k>,
 }
 

@@ -55,7 +55,7 @@ pub struct Problem {
     pub left: Option<u64>,
     /// Query `i` sees keys up to `i + o + right`. Causal is 0.
     pub right: Option<u64>,
-    /// What becomes of the scores.
+    /// The score modification.
     pub score_mod: ScoreMod,
     /// How long sequences are.
     pub lengths: Lengths,

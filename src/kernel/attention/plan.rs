@@ -10,7 +10,7 @@ use crate::ptx::Target;
 pub struct Plan {
     /// The kernel that attends.
     pub attend: Attend,
-    /// Its numbers.
+    /// The numbers of its launch.
     pub launch: Launch,
     /// What puts the parts of a split together, and the blocks of its grid.
     pub combine: Option<(combine::Config, u32)>,

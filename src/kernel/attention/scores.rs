@@ -10,7 +10,7 @@ use super::softmax::Softmax;
 use crate::kernel::Element;
 use crate::ptx::{Half, Kernel, Reg};
 
-/// What becomes of scores.
+/// The score modification: what is done to products, in this order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ScoreMod {
     /// The scale is 0 or less: it is applied before the largest score is looked for.

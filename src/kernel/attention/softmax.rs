@@ -4,15 +4,15 @@
 //! `wgmma` leave them: score `4j + 2h + c` is of row `h`. Four neighbouring lanes share a row.
 //!
 //! What is subtracted from the scores of a block makes the exponential of its largest one a power of two.
-//! That one, and it weighs most, is then rounded to f16 or bf16 without error, in every block, where the
-//! largest score so far would do so only for blocks that have a new one.
+//! So the exponential that weighs most is rounded to f16 or bf16 without error, in every block. Subtracting
+//! the largest score so far would do that only in blocks that have a new one.
 
 use crate::ptx::{Kernel, Reg};
 
 /// Less than any score to base 2 but -∞, whose exponential is then 0 and not that of -∞ - -∞.
 const LOWEST: f32 = -f32::MAX;
-/// To base 2, by how much less than the row's a block's scores may be to be looked at for their largest
-/// one: the others are lost in the row's sum.
+/// By how much less than the row's, at most, a block's largest score counts, to base 2: scores below that
+/// are lost in the row's sum.
 const NEGLIGIBLE: f32 = 30.0;
 /// 1.5·2²³: a number of this size has no bits for a fraction, so that adding it rounds.
 const TO_WHOLE: f32 = 12_582_912.0;
@@ -23,13 +23,13 @@ pub struct Softmax<'k> {
     /// What has been subtracted from the last block's scores, to base 2. It is at most 1 below the row's
     /// largest score, and at most 1 above.
     offset: [Reg<'k, f32>; 2],
-    /// This thread's share.
+    /// This thread's share of the sum of the exponentials.
     sum: [Reg<'k, f32>; 2],
-    /// What scores are multiplied with, including log₂e. More than 0. None: they are to base 2.
+    /// What scores are multiplied with, including log₂e: more than 0. `None` if they are to base 2.
     scale: Option<Reg<'k, f32>>,
 }
 
-/// Rows at their end.
+/// What is known of rows after their last block.
 #[derive(Clone, Copy)]
 pub struct Finished<'k> {
     /// The reciprocals of the sums: 0 for a row without keys.
@@ -43,7 +43,7 @@ impl<'k> Softmax<'k> {
         Self { offset: k.regs(), sum: k.regs(), scale }
     }
 
-    /// Rows without any key.
+    /// Sets the state to that of rows without any key.
     pub fn reset(&self) {
         self.offset.iter().for_each(|offset| offset.set(LOWEST));
         self.sum.iter().for_each(|sum| sum.set(0.0));
@@ -68,7 +68,7 @@ impl<'k> Softmax<'k> {
             let before = self.offset[row];
             let largest = self.largest(scores, row).max(before - NEGLIGIBLE);
             let largest = across_quad(largest, Reg::max);
-            // From the one rounded to the other, or 0 if that is no number.
+            // The distance between both after rounding, or 0 if that is no number.
             let up = ((before + TO_WHOLE) - (largest + TO_WHOLE)).max(0.0);
             let offset = largest + up;
             factors[row].set((before - offset).exp2_ftz());
@@ -104,7 +104,7 @@ impl<'k> Softmax<'k> {
         one.into_iter().zip(other).flat_map(|(one, other)| [one, other]).flatten().collect()
     }
 
-    /// The end of the rows.
+    /// Finishes the rows.
     pub fn finish(&self) -> Finished<'k> {
         let sums = self.sum.map(|sum| across_quad(sum, |a, b| a + b));
         let logarithm = |row: usize| {

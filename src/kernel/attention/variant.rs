@@ -16,7 +16,7 @@ pub struct Variant {
     pub value_dim: u32,
     /// What hides keys.
     pub mask: Mask,
-    /// What becomes of scores.
+    /// The score modification.
     pub score_mod: ScoreMod,
     /// How long sequences are.
     pub lengths: Lengths,

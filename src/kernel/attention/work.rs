@@ -54,12 +54,12 @@ pub struct Ahead<'k, 't> {
     tiles: &'t Tiles<'k>,
     walk: TileWalk<'k>,
     tile: Tile<'k>,
-    /// Not 0: there is one, and it sees keys.
+    /// Not 0 if there is one that sees keys.
     has_keys: Reg<'k, u32>,
 }
 
 impl<'k> Ahead<'k, '_> {
-    /// Looks for it.
+    /// Looks for the next tile.
     pub fn look(&self) {
         let k = self.walk.kernel();
         self.has_keys.set(0);
@@ -72,14 +72,14 @@ impl<'k> Ahead<'k, '_> {
         });
     }
 
-    /// Whether there is one, and it sees keys.
+    /// Whether there is a next tile that sees keys.
     pub fn has_keys(&self) -> Reg<'k, bool> {
         self.has_keys.ne(0)
     }
 }
 
 impl<'k> Tile<'k> {
-    /// Becomes another one.
+    /// Sets these registers to those of another tile.
     pub fn set(&self, other: &Self) {
         let words = |tile: &Self| [tile.batch, tile.sequence, tile.pack, tile.head];
         let counts = |tile: &Self| [tile.first, tile.queries.count, tile.keys.count];
@@ -94,12 +94,12 @@ pub struct Row<'k> {
     pub query: Query<'k>,
     /// Whether it is stored.
     pub inside: Reg<'k, bool>,
-    /// Whether it is a query, where others are stored, too.
+    /// Whether it is a query, where rows that are none are stored, too.
     pub some: Option<Reg<'k, bool>>,
 }
 
 impl<'k> Row<'k> {
-    /// A value of the row, or what it is where the row only pads a tensor.
+    /// A value of the row, or `padding` where the row only pads a tensor.
     pub fn unless_padding(&self, value: Reg<'k, f32>, padding: f32) -> Reg<'k, f32> {
         self.some.map_or(value, |some| some.kernel().select(some, value, padding))
     }
@@ -155,7 +155,7 @@ impl<'k> Tiles<'k> {
         let first = |tile: Reg<'k, u32>| (tile * c.positions).cast::<i32>();
         if c.variant.lengths == Lengths::Packed {
             let found = self.sequences.find(0, column, c.positions);
-            // Those with the most keys first.
+            // The tiles with the most keys first.
             let tile = match c.variant.mask {
                 Mask::Right => found.tiles - 1 - found.tile,
                 Mask::None | Mask::Window => found.tile,
@@ -194,7 +194,7 @@ impl<'k> Tiles<'k> {
         }
     }
 
-    /// Registers for a whole tile to come, not of packed sequences.
+    /// Registers for a tile that is set later, not of packed sequences.
     pub fn unset(&self) -> Tile<'k> {
         let k = self.size[0].kernel();
         let [batch, sequence, pack, head] = k.regs();
@@ -202,7 +202,7 @@ impl<'k> Tiles<'k> {
         Tile { batch, sequence, pack, head, part: None, first: k.reg(), queries, keys }
     }
 
-    /// What a tile sees.
+    /// A tile with the keys that it sees.
     fn work(&self, tile: Tile<'k>) -> WorkTile<'k> {
         let c = &self.tile_shape;
         let Tile { head, part, first, queries, keys, .. } = tile;
@@ -280,7 +280,7 @@ impl<'k> OutputView<'k> {
         }
     }
 
-    /// Where a tile begins.
+    /// The elements before a tile.
     pub fn start(&self, tile: &Tile<'k>) -> Reg<'k, u64> {
         let mut start = tile.batch.wide() * self.batch;
         if let (Some(stride), Some(part)) = (self.part, tile.part) {
@@ -317,7 +317,7 @@ impl<'k> Logarithms<'k> {
         Self { address: k.pointer(Name::Lse), part: split.then(|| k.param(Name::LsePart)) }
     }
 
-    /// Stores those of two rows, which four neighbouring lanes share, by the first of them.
+    /// Stores the values of two rows, which four neighbouring lanes share, by the first of them.
     pub fn store(
         &self,
         tiles: &Tiles<'k>,

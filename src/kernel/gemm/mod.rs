@@ -52,7 +52,7 @@ pub struct Problem {
     pub lhs: Major,
     /// How `B` lies.
     pub rhs: Major,
-    /// What comes after the sum.
+    /// What is done to a sum before it is stored.
     pub epilogue: Epilogue,
 }
 

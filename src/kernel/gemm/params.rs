@@ -133,7 +133,7 @@ impl Arguments<'_> {
             Name::Lhs => Argument::Pointer(lhs.address),
             Name::Rhs => Argument::Pointer(rhs.address),
             Name::Out => Argument::Pointer(out),
-            // What comes after the sum is the second kernel's.
+            // The epilogue is the second kernel's.
             Name::Bias if config.split > 1 => return None,
             Name::LhsLine => Argument::U64(lhs.line),
             Name::RhsLine => Argument::U64(rhs.line),

@@ -57,7 +57,7 @@ impl Plan {
         let launch = sm80::Launch::new(&config, problem);
         match config.reduce() {
             None => Self::Sm80(config, launch),
-            // What comes after the sum is the second kernel's: the first one serves all of them.
+            // The epilogue is the second kernel's: the first one serves all of them.
             Some(reduce) => {
                 let config = sm80::Config { epilogue: config.first_epilogue(), ..config };
                 Self::Split(config, launch, reduce)

@@ -1,4 +1,4 @@
-//! What each of the blocks that share the depth of a tile takes of it.
+//! Split K: the part of a tile's depth that each of several blocks takes.
 
 use crate::ptx::Reg;
 

@@ -23,7 +23,7 @@ pub(super) struct Thread<'k> {
     pointers: [Reg<'k, u64>; 2],
     /// Where this lane finds its part of queries, keys and values, in the first stage.
     pub places: [Reg<'k, u32>; 3],
-    /// Bytes from the first stage to the one at work.
+    /// Bytes from the first stage to the current one.
     pub stage: Reg<'k, u32>,
 }
 
@@ -58,7 +58,7 @@ struct Context<'k, 'w> {
     work: &'w WorkTile<'k>,
     /// The rows of each m16 tile.
     rows: Vec<FragmentRows<'k>>,
-    /// The block at work.
+    /// The current block of keys.
     block: Reg<'k, i32>,
 }
 
@@ -123,7 +123,7 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// The products of a tile's rows.
+    /// Attends a tile: its rows against all of its blocks of keys.
     fn attend(&self, t: &Thread<'k>, work: &WorkTile<'k>) {
         let (k, blocks) = (self.k, work.blocks);
         let offset = work.tile.keys.count - work.tile.queries.count;
@@ -155,7 +155,7 @@ impl<'k> Attention<'k, '_> {
         let queries = Copies::new(self.operands[0], c.query_tile(), c.threads(), thread, to);
         queries.gather(work.tile.batch, |line| {
             let row = self.tiles.row(&work.tile, work.tile.first, line, c.used_rows());
-            // Behind the last query there may be another sequence's.
+            // After the last query there may be another sequence's.
             let some = row.some.unwrap_or(row.inside) & row.inside;
             (work.tile.queries.at(row.query.row), row.query.head, some)
         });
@@ -168,10 +168,10 @@ impl<'k> Attention<'k, '_> {
         k.cp_async_commit();
     }
 
-    /// A block of keys.
+    /// One block of keys: scores, probabilities, and their product with the values.
     fn key_block(&self, t: &Thread<'k>, context: &Context<'k, '_>, which: KeyBlock) {
         let (k, c, work) = (self.k, self.c, context.work);
-        // It is there, and all warps are done with the one before.
+        // The block is there, and all warps are done with the one before.
         k.cp_async_wait(0);
         k.sync_block();
         k.if_(context.block.gt(work.blocks.begin), || {

@@ -7,7 +7,7 @@ use crate::kernel::{Device, Element};
 
 /// Warps, m16 tiles of each, keys of a block, blocks of a multiprocessor, and whether queries stay in
 /// registers: the first that fits is taken. Two m16 tiles halve what is read from shared memory for each
-/// product, which is the narrowest of the ways; 64 rows are for problems of few tiles.
+/// product, which is the bottleneck; 64 rows are for problems of few tiles.
 const TILES: [(u32, u32, u32, u32, bool); 14] = [
     (4, 2, 64, 2, true),
     (4, 2, 64, 2, false),
@@ -26,7 +26,7 @@ const TILES: [(u32, u32, u32, u32, bool); 14] = [
 ];
 
 /// The same for f32, whose products take six times as long as those of halves: reading is never the
-/// narrowest, registers are.
+/// bottleneck, registers are.
 const F32_TILES: [(u32, u32, u32, u32, bool); 6] = [
     (8, 1, 64, 1, false),
     (8, 1, 32, 1, false),

@@ -16,7 +16,7 @@ const SPARE_REGISTERS: u32 = 36;
 const M16_REGISTERS: u32 = 12;
 /// The same for f32, whose operands are in parts.
 const TF32X3_REGISTERS: u32 = 100;
-/// More of them for a window or lengths in memory, and for what becomes of scores.
+/// More of them for a window or lengths in memory, and for score modifications.
 const MASK_REGISTERS: u32 = 16;
 const SCORE_REGISTERS: u32 = 8;
 /// Bytes of keys and values that stay in L2 together: devices have 4 to 96 MB.
@@ -31,7 +31,7 @@ pub struct Config {
     pub element: Element,
     /// Warps of a block: 2, 4 or 8.
     pub warps: u32,
-    /// 16 rows of a tile each, that a warp has: 1 or 2. What it loads is multiplied with all of them.
+    /// Tiles of 16 rows of a warp: 1 or 2. What it loads is multiplied with all of them.
     pub m16_tiles: u32,
     /// Keys of a block: a multiple of 4 for each warp, and of 16.
     pub keys: u32,
@@ -121,7 +121,7 @@ impl Config {
     pub fn check(&self, limit: u32) -> Result<(), String> {
         let shared = self.smem().bytes;
         let limit = shared_of_each(limit, self.blocks_per_sm);
-        // There is no other for the widest heads, and these are estimates.
+        // The widest heads have no other tile, and these are estimates.
         let smallest = self.element == Element::F32 && self.keys == 16;
         let (registers, most) = (self.needed_registers(), self.most_registers());
         let rules = [

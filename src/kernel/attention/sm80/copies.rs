@@ -104,7 +104,7 @@ impl<'k> Copies<'k> {
         }
     }
 
-    /// Copies lines, each from a position and head of its own, if it is somewhere.
+    /// Copies lines, each from a position and head of its own, or zeros where it has none.
     pub fn gather(
         &self,
         batch: Reg<'k, u32>,

@@ -2,9 +2,9 @@
 //! multiply with `mma.sync` what they load from there (`ldmatrix`), one or two tiles of 16 rows of
 //! queries each.
 //!
-//! f16 and bf16 in `multiply`, f32 in `tf32x3`: the same walk, the same places in shared memory.
+//! f16 and bf16 in `multiply`, f32 in `tf32x3`: the same loop, the same layout of shared memory.
 //!
-//! While a block of keys is at work, the next one is on its way. A warp's softmax runs while others
+//! While one block of keys is multiplied, the next one is copied. A warp's softmax runs while others
 //! multiply.
 
 mod attend;

@@ -39,7 +39,7 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// A left operand of sums: of 16 keys each.
+    /// Accumulators as left operands, of 16 keys each.
     pub(super) fn left(&self, half: Half, sums: &[Reg<'k, f32>]) -> Vec<Fragment<'k>> {
         let pack = |i: usize, eight: &[Reg<'k, f32>]| {
             self.k.cvt_rn_x2(half, eight[2 * i], eight[2 * i + 1])

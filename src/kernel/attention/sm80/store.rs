@@ -7,7 +7,7 @@ use crate::kernel::attention::work::{Row, Tile};
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
-    /// A tile's result, of an m16 tile of this warp.
+    /// Stores the result of an m16 tile.
     pub(super) fn store(
         &self,
         m16: &M16Tile<'k>,
@@ -32,7 +32,7 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// A row, of which this lane has the pairs from column `2 · (lane % 4)` of each 8 on.
+    /// Stores a row, of which this lane has the pairs from column `2 · (lane % 4)` of each 8 on.
     fn store_row(
         &self,
         tile: &Tile<'k>,
@@ -82,7 +82,7 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// A row of [`multiply_values_tf32x3`](Self::multiply_values_tf32x3): of each 32 columns this lane
+    /// Stores a row of [`multiply_values_tf32x3`](Self::multiply_values_tf32x3): of each 32 columns this lane
     /// has eight that follow each other, the first four of them the first ones of four pairs.
     fn store_tf32x3_row(
         &self,

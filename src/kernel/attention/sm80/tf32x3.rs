@@ -1,4 +1,4 @@
-//! The products of a block of keys for f32, on tensor cores that know 11 bits of a float: each is the sum
+//! The products of a block of keys for f32, on tensor cores that take 11 bits of a float: each is the sum
 //! of two such numbers, and a product the sum of three (the fourth is below the last bit).
 //!
 //! `mma` rounds towards zero, so that a long sum in it drifts: after every few steps it is added to one
@@ -35,7 +35,7 @@ impl<'k, const N: usize> Parts<'k, N> {
     }
 }
 
-/// A sum of products on its way.
+/// A sum of products while it grows.
 struct Sum<'k> {
     total: Option<[Reg<'k, f32>; 4]>,
     big: [Reg<'k, f32>; 4],
@@ -85,7 +85,7 @@ impl<'k> Sum<'k> {
 }
 
 impl<'k> Attention<'k, '_> {
-    /// As [`multiply_keys`](Self::multiply_keys).
+    /// [`multiply_keys`](Self::multiply_keys) for f32.
     pub(super) fn multiply_keys_tf32x3(&self, t: &Thread<'k>) {
         let (k, c) = (self.k, self.c);
         let queries = fragments(c.query_tile(), t.places[0]);
@@ -118,13 +118,13 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// As [`left`](Self::left), of 8 keys each.
+    /// [`left`](Self::left) for f32: operands of 8 keys each.
     pub(super) fn left_tf32x3(&self, sums: &[Reg<'k, f32>]) -> Vec<Fragment<'k>> {
         let order = |quad: &[Reg<'k, f32>]| [0, 2, 1, 3].map(|i| quad[i].cast());
         sums.chunks(4).map(order).collect()
     }
 
-    /// As [`multiply_values`](Self::multiply_values). Of each 32 columns, a lane's of `mma` number `j`
+    /// [`multiply_values`](Self::multiply_values) for f32. Of each 32 columns, a lane's of `mma` number `j`
     /// are `8t + j` and `8t + 4 + j`.
     pub(super) fn multiply_values_tf32x3(&self, t: &Thread<'k>, p: &[Vec<Fragment<'k>>]) {
         let (k, c) = (self.k, self.c);

@@ -1,4 +1,4 @@
-//! Where queries, keys and values lie in shared memory: who writes which 16 bytes, who reads them. The
+//! The layout of queries, keys and values in shared memory: who writes which 16 bytes, who reads them. The
 //! formulas work on registers in a kernel and on integers in the tests below.
 
 use crate::kernel::ampere::swizzle::{CHUNK, MatrixOrder, Word, swizzled};

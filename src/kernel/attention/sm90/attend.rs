@@ -40,7 +40,7 @@ struct Neighbours<'k, 'a> {
 
 #[derive(Clone, Copy)]
 struct Before<'k> {
-    /// Not 0: its last product has not begun.
+    /// Not 0 if its last product has not begun.
     open: Reg<'k, u32>,
     tile: Tile<'k>,
 }
@@ -51,7 +51,7 @@ struct Context<'k, 'w> {
     scores: FragmentScores<'k>,
     /// The positions of the thread's rows in their sequence.
     positions: [Reg<'k, i32>; 2],
-    /// The block at work.
+    /// The current block of keys.
     block: Reg<'k, i32>,
     /// The thread's first column of a block.
     col: Reg<'k, i32>,
@@ -79,7 +79,7 @@ impl<'k> Attention<'k, '_> {
     pub(super) fn consume(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
         let group = self.group(thread, number);
-        // The first one's turn.
+        // The first turn is the first group's.
         let (first, last) = (number.eq(0), number.eq(c.consumers() - 1));
         if let Some(turns) = group.turns {
             k.if_(last, || turns.pass(k));
@@ -134,8 +134,8 @@ impl<'k> Attention<'k, '_> {
         [row, row + 8].map(|row| self.tiles.row(tile, first, row, used))
     }
 
-    /// A tile. With neighbours, its last product is left to the next tile if that has keys, to begin it
-    /// together with its first one.
+    /// Attends a tile. With neighbours, its last product is left to the next tile if that has keys, which
+    /// begins it together with its own first one.
     fn attend(&self, g: &Group<'k>, work: &WorkTile<'k>, neighbours: Option<Neighbours<'k, '_>>) {
         let (k, c, blocks) = (self.k, self.c, work.blocks);
         let Tile { queries, keys, .. } = work.tile;
@@ -323,7 +323,8 @@ impl<'k> Attention<'k, '_> {
         place.advance();
     }
 
-    /// The next queries may come, if this is when they may, and with a block at work, if it is the last.
+    /// Lets the next queries come, if the configuration says that they may now; with `at`, only after the
+    /// tile's last block.
     fn release_queries(&self, g: &Group<'k>, when: QueryRelease, at: Option<&Context<'k, '_>>) {
         if self.c.query_release() != when {
             return;
@@ -334,7 +335,7 @@ impl<'k> Attention<'k, '_> {
         self.k.when(one, || done.arrive());
     }
 
-    /// Where this warpgroup's part of the result is staged.
+    /// The address at which this warpgroup's part of the result is staged.
     pub(super) fn staged(&self, g: &Group<'k>) -> Reg<'k, u32> {
         let each = match self.c.store_stages {
             0 => self.c.query_bytes(),

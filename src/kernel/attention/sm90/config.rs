@@ -11,7 +11,7 @@ use crate::kernel::name::given;
 use crate::kernel::{Arena, Element};
 use crate::ptx::Half;
 
-/// The most of a thread that takes from others.
+/// The most registers of a thread of a warpgroup that takes some from others.
 const MOST_REGISTERS: u32 = 240;
 /// Registers of a thread that multiplies, beside sums, scores and exponentials: with fewer ptxas spills.
 const SPARE_REGISTERS: u32 = 32;
@@ -84,7 +84,7 @@ pub(super) struct SharedMap {
 impl Config {
     /// `flash90 128x176 d128/64 x2 slabs1 turns, bf16→f32 causal +bf16 softcap alibi packed lse direct`:
     /// rows of a tile and keys of a block, elements of a query and of a value, stages, slabs of the
-    /// result, heads of a tile; types, mask, bias, lengths, what becomes of scores, how what is stored.
+    /// result, heads of a tile; types, mask, bias, lengths, score modification, and how results are stored.
     pub fn name(&self) -> String {
         let Self { variant, rows, keys, stages, store_stages, .. } = self;
         let turns = given(self.pingpong, " turns");
@@ -174,7 +174,7 @@ impl Config {
         }
     }
 
-    /// Warpgroups' queries that there is room for.
+    /// How many warpgroups' queries there is room for.
     fn query_boxes(&self) -> u32 {
         self.query_stages * self.consumers()
     }
@@ -192,8 +192,8 @@ impl Config {
         self.value_slabs() * self.keys * LINE
     }
 
-    /// With as much of the result on its way as fits where a block can have `limit` bytes of shared
-    /// memory, then the next tile's queries if they fit, then as many stages as fit.
+    /// This configuration with shared memory filled, of which a block can have `limit` bytes: first with as
+    /// much of the result on its way as fits, then the next tile's queries, then as many stages.
     pub fn filled(self, limit: u32) -> Self {
         let most = |numbers: RangeInclusive<u32>, with: &dyn Fn(u32) -> Self| {
             let fits = |&number: &u32| with(number).check(limit).is_ok();
@@ -289,7 +289,7 @@ impl Config {
         let value_ring = Ring::new(&mut arena, self.stages);
         let mut barriers = NamedBarriers::new();
         let meeting = barriers.each(self.consumers(), WARPGROUP);
-        // Those who wait and who let them.
+        // The warpgroup that waits, and the one that lets it begin.
         let turns = self.pingpong.then(|| barriers.each(self.consumers(), 2 * WARPGROUP));
         SharedMap {
             queries,

@@ -9,7 +9,7 @@ use crate::kernel::hopper::ring::Cursor;
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
-    /// Fills stages for all tiles of this block. Called by a warp, done by one thread.
+    /// Fills stages for all tiles of this block. A warp calls it, one of its threads does the work.
     pub(super) fn produce(&self) {
         let (k, c, smem) = (self.k, self.c, &self.smem);
         let elected = k.elect_sync();
@@ -43,7 +43,7 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// What a tile needs.
+    /// Loads what a tile needs.
     fn fill(&self, work: &WorkTile<'k>, boxes: [&TileBoxes<'k>; 3], places: [Cursor<'k>; 3]) {
         let (k, c) = (self.k, self.c);
         let &WorkTile { tile, kv_head, blocks, .. } = work;

@@ -11,7 +11,7 @@ use crate::kernel::hopper::store::{Direction, SlabStore};
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
-    /// A tile's result, of this warpgroup.
+    /// Stores this warpgroup's part of a tile's result.
     pub(super) fn store(&self, g: &Group<'k>, tile: &Tile<'k>, finished: Finished<'k>) {
         let (k, c) = (self.k, self.c);
         let rows = self.rows(g, tile);
@@ -41,7 +41,7 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// Slab after slab: registers to shared memory, from there by TMA.
+    /// Stores slab after slab: from registers to shared memory, from there by TMA.
     fn store_slabs(
         &self,
         g: &Group<'k>,
@@ -79,7 +79,7 @@ impl<'k> Attention<'k, '_> {
         }
     }
 
-    /// Pair after pair, by the threads.
+    /// The threads store pair after pair.
     fn store_rows(
         &self,
         g: &Group<'k>,

@@ -32,7 +32,7 @@ const TILES: [Tile; 10] = [
 const SPLITS: [u32; 9] = [1, 2, 3, 4, 6, 8, 12, 16, 32];
 
 // Of a multiprocessor, in a cycle: products of tensor cores, bytes of shared memory, bytes from L2.
-// The rates differ between devices; what counts is about how they relate.
+// The rates differ between devices; what counts is roughly how they relate.
 const PRODUCTS: u64 = 1024;
 const SHARED_BYTES: u64 = 128;
 const L2_BYTES: u64 = 32;
@@ -76,7 +76,7 @@ fn config(problem: &Problem, device: &Device, tile: &Tile, split: u32) -> Config
     Config { stages: config.max_stages(device.shared_per_block).min(8), ..config }
 }
 
-/// An estimate.
+/// The estimated cycles of a configuration.
 fn cycles(c: &Config, problem: &Problem, device: &Device) -> u64 {
     let sms = u64::from(device.multiprocessors);
     let (rows, cols) = (u64::from(c.rows), u64::from(c.cols));

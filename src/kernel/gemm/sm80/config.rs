@@ -36,7 +36,7 @@ pub struct Config {
     pub batched: bool,
     /// Elements of a store: 4 or 1, a divisor of the columns of `C`.
     pub unit: u32,
-    /// What comes after the sum.
+    /// What is done to a sum before it is stored.
     pub epilogue: Epilogue,
 }
 

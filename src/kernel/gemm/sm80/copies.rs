@@ -72,7 +72,7 @@ fn bytes<'k>(left: Reg<'k, u32>) -> Reg<'k, u32> {
 }
 
 impl<'k> Copies<'k> {
-    /// From the element `at` of the depth on, with which the last tile of the block's share begins,
+    /// The copies from element `at` of the depth on, with which the last tile of the block's share begins,
     /// to stage 0, where the operand begins `region` bytes after `base`.
     pub fn new(
         operand: &Operand<'k>,

@@ -1,4 +1,4 @@
-//! Where an operand's part of a stage lies in shared memory: who writes which 16 bytes, who reads
+//! The layout of an operand's part of a stage in shared memory: who writes which 16 bytes, who reads
 //! them. The formulas work on registers in a kernel and on integers in the tests below.
 
 use crate::kernel::ampere::swizzle::{CHUNK, CHUNK_ELEMENTS, MatrixOrder, Word, swizzled};

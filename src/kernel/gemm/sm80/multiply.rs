@@ -49,7 +49,7 @@ pub struct Multiply<'k, 'c> {
     operands: [Operand<'k>; 2],
     base: Reg<'k, u32>,
     thread: Reg<'k, u32>,
-    /// The fragments of the step at work and of the next.
+    /// The fragments of the current step and of the next.
     fragments: [Step<'k>; 2],
     /// Blocks of 16 rows, of 8 columns.
     accumulators: Vec<Vec<[Reg<'k, f32>; 4]>>,
@@ -157,9 +157,9 @@ impl<'k, 'c> Multiply<'k, 'c> {
         for step in 0..steps - 1 {
             self.step(step, self.loads(step + 1, &from));
         }
-        // A stage is free once its last fragments are loaded, with their products still to do: a turn
-        // begins with the last step of the tile before.
-        let turn = |copy: bool| {
+        // A stage is free once its last fragments are loaded, with their products still to do: an
+        // iteration begins with the last step of the tile before.
+        let iteration = |copy: bool| {
             k.cp_async_wait(stages - 2);
             k.sync_block();
             freed.set(stage);
@@ -180,8 +180,8 @@ impl<'k, 'c> Multiply<'k, 'c> {
             k.cp_async_commit();
         };
         let with_copies = share.count - share.count.min(stages);
-        k.for_(0, with_copies, 1, |_| turn(true));
-        k.for_(with_copies + 1, share.count, 1, |_| turn(false));
+        k.for_(0, with_copies, 1, |_| iteration(true));
+        k.for_(with_copies + 1, share.count, 1, |_| iteration(false));
         self.step(steps - 1, vec![]);
         self.accumulators
     }
@@ -191,7 +191,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
     }
 
     /// The loads of a step's fragments: that of the left block which the last product of the step
-    /// before the one at work reads, then as the products need them.
+    /// before the current one reads, then as the products need them.
     fn loads(&self, step: u32, from: &[Fragments<'k>; 2]) -> Vec<Aside<'k>> {
         let to = &self.fragments[step as usize % 2];
         let load = |i: usize| {

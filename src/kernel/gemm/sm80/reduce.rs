@@ -12,7 +12,7 @@ pub struct Reduce {
     pub split: u32,
     /// Elements of a thread: 4 or 1, a divisor of the columns of `C`.
     pub unit: u32,
-    /// What comes after the sum.
+    /// What is done to a sum before it is stored.
     pub epilogue: Epilogue,
 }
 

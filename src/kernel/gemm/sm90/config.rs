@@ -38,7 +38,7 @@ impl Orient {
 pub enum Store {
     /// TMA stores them while the next tile is computed. Rows of `C` are a multiple of 16 bytes.
     Tma,
-    /// Through shared memory by the threads, in units of `unit` elements of a row of `C`, whose
+    /// The threads store them through shared memory, in units of `unit` elements of a row of `C`, whose
     /// length is a multiple of that. With [`Order::Grid`] the tile lies over the stages.
     Staged {
         /// 4 or 1.
@@ -46,7 +46,7 @@ pub enum Store {
     },
 }
 
-/// How blocks find their tiles.
+/// How blocks get their tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Order {
     /// The grid has a block for each tile: no divisions, up to 65535 columns of tiles and matrices.
@@ -68,7 +68,7 @@ pub struct Config {
     /// What the tiles are tiles of.
     pub orient: Orient,
     /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one or two, unless they
-    /// take turns.
+    /// play ping-pong.
     pub rows: u32,
     /// Columns of a tile: a multiple of 8, at most 256.
     pub cols: u32,
@@ -93,7 +93,7 @@ pub struct Config {
     pub batched: bool,
     /// How tiles reach memory.
     pub store: Store,
-    /// What comes after the sum.
+    /// What is done to a sum before it is stored.
     pub epilogue: Epilogue,
 }
 

@@ -36,7 +36,7 @@ struct OperandTile<'k> {
 }
 
 impl<'k> OperandTile<'k> {
-    /// One stage, `at` elements along the depth.
+    /// Loads one stage, `at` elements along the depth.
     fn load(
         &self,
         stage: Reg<'k, u32>,
@@ -108,7 +108,7 @@ impl<'k> Gemm<'k, '_> {
         });
     }
 
-    /// An operand's part of a tile that begins at `outer`.
+    /// An operand's part of a tile, which begins at `outer`.
     fn operand_tile(&self, of: Operand<'k>, outer: Reg<'k, u32>) -> OperandTile<'k> {
         let (rest, boxes) = (of.extent.max(outer) - outer, of.boxes);
         let shown = rest.div_ceil(boxes.lines).min(boxes.count());

@@ -117,7 +117,7 @@ struct Gemm<'k, 'c> {
 }
 
 impl<'k> Gemm<'k, '_> {
-    /// Runs `body` for each tile of this block, or of its warpgroup `turn` of those that take turns.
+    /// Runs `body` for each tile of this block, or of its warpgroup `turn` if warpgroups play ping-pong.
     fn tiles(&self, turn: Option<Reg<'k, u32>>, body: impl FnOnce(Tile<'k>)) {
         let (k, c) = (self.k, self.c);
         let Some(raster) = self.raster else {
@@ -163,7 +163,7 @@ impl<'k> Gemm<'k, '_> {
         }
     }
 
-    /// Sums over this block's share of the depth, with one wgmma group under way while the next
+    /// Accumulates over this block's share of the depth, with one wgmma group under way while the next
     /// stage is waited for.
     fn multiply(
         &self,
@@ -184,7 +184,7 @@ impl<'k> Gemm<'k, '_> {
         let lhs = descriptor(self.base + self.smem.lhs + first_rows, c.lhs, c.rows);
         let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols);
         let Share { count, .. } = self.share();
-        // Of the stage whose products are under way.
+        // The barrier of the stage whose products are under way.
         let before = Mbarrier::unset(k);
         k.for_(0, count, 1, |i| {
             place.wait();

@@ -8,7 +8,7 @@ use crate::kernel::raster::Tile;
 use crate::ptx::Reg;
 
 impl<'k> Gemm<'k, '_> {
-    /// Slab after slab: registers to shared memory, from there by TMA.
+    /// Stores slab after slab: from registers to shared memory, from there by TMA.
     pub(super) fn store_slabs(
         &self,
         accumulators: &[Vec<Reg<'k, f32>>],
