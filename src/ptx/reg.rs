@@ -420,12 +420,12 @@ impl<'k> Reg<'k, u32> {
     }
 
     /// `popc`: how many bits are set.
-    pub fn ones(self) -> Self {
+    pub fn popc(self) -> Self {
         self.kernel.unary("popc.b32", self)
     }
 
     /// `bfe`: `len` bits from bit `start` on.
-    pub fn bits(self, start: u32, len: u32) -> Self {
+    pub fn bfe(self, start: u32, len: u32) -> Self {
         let d = self.kernel.reg();
         self.kernel.emit(format_args!("bfe.u32 {d}, {self}, {start}, {len}"));
         d
@@ -524,7 +524,7 @@ impl<'k> Reg<'k, f32> {
     }
 
     /// `copysign`: the magnitude of `self` with the sign of `of`.
-    pub fn with_sign(self, of: Reg<'k, f32>) -> Self {
+    pub fn copysign(self, of: Reg<'k, f32>) -> Self {
         let d = self.kernel.reg();
         self.kernel.emit(format_args!("copysign.f32 {d}, {of}, {self}"));
         d

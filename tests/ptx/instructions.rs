@@ -42,7 +42,7 @@ fn integers() -> Source {
     let signs =
         [signed + -1, signed / 4, signed % 4, signed >> 2, signed.max(0), signed.or_zero().cast()];
     keep(k, out, &signs.map(Reg::cast));
-    keep(k, out, &[a.min(b), a.max(7), a.bits(4, 14), a.with_high(b).low(), a.with_high(7).low()]);
+    keep(k, out, &[a.min(b), a.max(7), a.bfe(4, 14), a.with_high(b).low(), a.with_high(7).low()]);
     k.note("comparisons");
     let tests = [a.eq(b), a.ne(b), a.lt(b), a.le(b), a.gt(b), a.ge(9)];
     let [eq, ne, lt, le, gt, ge] = tests;
@@ -74,7 +74,7 @@ fn floats() -> Source {
         x.log2(),
         x.recip(),
         x.rsqrt(),
-        x.with_sign(y),
+        x.copysign(y),
         Reg::<u32>::to_f32(n),
         Reg::<i32>::to_float(n.cast()),
         k.select(x.lt(y), x, f32::NAN),
@@ -115,7 +115,7 @@ fn control() -> Source {
     k.sync_block();
     k.bar_warp_sync();
     keep(k, out, &[k.shfl_idx(sum, 0), k.shfl_idx(sum, n), k.shfl_bfly(sum, 16)]);
-    keep(k, out, &[k.shfl_up(sum, 4), k.vote_ballot(sum.gt(n)).ones()]);
+    keep(k, out, &[k.shfl_up(sum, 4), k.vote_ballot(sum.gt(n)).popc()]);
     k.finish()
 }
 
@@ -201,7 +201,7 @@ fn hopper() -> Source {
             k.setmaxnreg_inc(232);
             k.mbarrier_wait(full, k.var(0));
             let sum: Vec<_> = (0..8).map(|_| k.reg::<f32>()).collect();
-            let descriptor = tile.bits(4, 14).with_high(0x4000_0040);
+            let descriptor = tile.bfe(4, 14).with_high(0x4000_0040);
             let operand = |transposed| Operand { descriptor, transposed };
             k.wgmma_fence();
             for (half, accumulate) in [(Half::Bf16, false.into()), (Half::Bf16, n.ne(0).into())] {

@@ -115,7 +115,7 @@ impl<'k> Sequences<'k> {
             let all = k.shfl_idx(up_to, 31);
             let here = tile.lt(before + all);
             k.if_(here, || {
-                let holder = k.vote_ballot((before + up_to).le(tile)).ones();
+                let holder = k.vote_ballot((before + up_to).le(tile)).popc();
                 let of = |value: Reg<'k, u32>| k.shfl_idx(value, holder);
                 exists.set(1);
                 sequence.set(chunk + holder);

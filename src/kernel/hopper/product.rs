@@ -24,13 +24,13 @@ impl<'k> Descriptor<'k> {
     /// Lines are along K: of columns of `lines` lines that begin at a shared address.
     pub fn along_k(address: Reg<'k, u32>, lines: u32) -> Self {
         // The leading offset is ignored.
-        Self { low: address.bits(4, 14) | (1 << 16), column: lines * LINE, transposed: false }
+        Self { low: address.bfe(4, 14) | (1 << 16), column: lines * LINE, transposed: false }
     }
 
     /// Lines are along M or N: of columns of `lines` lines that begin at a shared address.
     pub fn across_k(address: Reg<'k, u32>, lines: u32) -> Self {
         let column = lines * LINE;
-        Self { low: address.bits(4, 14) | ((column / 16) << 16), column, transposed: true }
+        Self { low: address.bfe(4, 14) | ((column / 16) << 16), column, transposed: true }
     }
 
     /// The descriptor of a stage, each of `bytes`.

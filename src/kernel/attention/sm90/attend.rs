@@ -28,7 +28,7 @@ pub(super) struct Group<'k> {
     query_place: Cursor<'k>,
     key_place: Cursor<'k>,
     value_place: Cursor<'k>,
-    turns: Option<RoundRobin<'k>>,
+    round_robin: Option<RoundRobin<'k>>,
 }
 
 /// The tiles before and after a tile.
@@ -81,8 +81,8 @@ impl<'k> Attention<'k, '_> {
         let group = self.group(thread, number);
         // The first turn is the first group's.
         let (first, last) = (number.eq(0), number.eq(c.consumers() - 1));
-        if let Some(turns) = group.turns {
-            k.if_(last, || turns.pass(k));
+        if let Some(round_robin) = group.round_robin {
+            k.if_(last, || round_robin.pass(k));
         }
         if c.overlaps_tail() {
             let before = Before { open: k.var(0), tile: self.tiles.unset() };
@@ -92,8 +92,8 @@ impl<'k> Attention<'k, '_> {
         } else {
             self.tiles.for_each(|work| self.attend(&group, &work, None));
         }
-        if let Some(turns) = group.turns {
-            k.if_(first, || turns.wait(k));
+        if let Some(round_robin) = group.round_robin {
+            k.if_(first, || round_robin.wait(k));
         }
         if self.out_map.is_some() {
             k.when(group.warps.leader, || k.tma_wait_read(0));
@@ -121,7 +121,9 @@ impl<'k> Attention<'k, '_> {
             query_place: smem.query_ring.owner(k, self.base, number),
             key_place: smem.key_ring.consumer(k, self.base),
             value_place: smem.value_ring.consumer(k, self.base),
-            turns: smem.turns.map(|all| RoundRobin { mine: all.of(number), next: all.of(next) }),
+            round_robin: smem
+                .round_robin
+                .map(|all| RoundRobin { mine: all.of(number), next: all.of(next) }),
         }
     }
 
@@ -283,14 +285,14 @@ impl<'k> Attention<'k, '_> {
     /// Begins the products of the queries and a block of keys, and of exponentials and the block of values
     /// before it, when it is this warpgroup's turn.
     fn multiply(&self, g: &Group<'k>) {
-        if let Some(turns) = g.turns {
-            turns.wait(self.k);
+        if let Some(round_robin) = g.round_robin {
+            round_robin.wait(self.k);
         }
         self.multiply_keys(g);
         g.value_place.wait();
         self.multiply_values(g);
-        if let Some(turns) = g.turns {
-            turns.pass(self.k);
+        if let Some(round_robin) = g.round_robin {
+            round_robin.pass(self.k);
         }
     }
 

@@ -76,7 +76,7 @@ pub(super) struct SharedMap {
     /// Where the threads of each multiplying warpgroup meet.
     pub meeting: Named,
     /// Where warpgroups that multiply in turn let each other begin.
-    pub turns: Option<Named>,
+    pub round_robin: Option<Named>,
     pub named_barriers: u32,
     pub bytes: u32,
 }
@@ -290,7 +290,7 @@ impl Config {
         let mut barriers = NamedBarriers::new();
         let meeting = barriers.each(self.consumers(), WARPGROUP);
         // The warpgroup that waits, and the one that lets it begin.
-        let turns = self.pingpong.then(|| barriers.each(self.consumers(), 2 * WARPGROUP));
+        let round_robin = self.pingpong.then(|| barriers.each(self.consumers(), 2 * WARPGROUP));
         SharedMap {
             queries,
             keys,
@@ -300,7 +300,7 @@ impl Config {
             key_ring,
             value_ring,
             meeting,
-            turns,
+            round_robin,
             named_barriers: barriers.used(),
             bytes: arena.used,
         }
