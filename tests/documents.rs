@@ -96,6 +96,41 @@ fn paths_are_there() {
     assert!(paths > 30, "{paths} paths");
 }
 
+/// All files of Rust code below a folder.
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let below = |path: PathBuf| match path.is_dir() {
+        true => sources(&path),
+        false => vec![path],
+    };
+    let all = entries.flat_map(below);
+    all.filter(|path| path.extension().is_some_and(|end| end == "rs")).collect()
+}
+
+/// The glossary and the explanations name types and files, which are renamed from time to time.
+#[test]
+fn kernels_names_what_there_is() {
+    let files = sources(&root().join("src"));
+    let code: String = files.iter().map(|path| fs::read_to_string(path).unwrap()).collect();
+    let text = prose(&fs::read_to_string(root().join("docs/kernels.md")).unwrap());
+    let mut named = 0;
+    for span in text.split('`').skip(1).step_by(2) {
+        let is_file = span.ends_with(".rs") && !span.contains('*');
+        let is_type = span.starts_with(|c: char| c.is_ascii_uppercase())
+            && span.chars().all(|c| c.is_ascii_alphanumeric());
+        let there = match (is_file, is_type) {
+            (true, _) => files.iter().any(|path| path.ends_with(span)),
+            (_, true) => ["struct", "enum", "trait", "type"].iter().any(|kind| {
+                [" ", "<", "(", ";"].iter().any(|end| code.contains(&format!("{kind} {span}{end}")))
+            }),
+            _ => continue,
+        };
+        assert!(there, "docs/kernels.md names `{span}`, which is not in src");
+        named += 1;
+    }
+    assert!(named > 40, "{named} names");
+}
+
 #[test]
 fn readme_is_short() {
     let lines = fs::read_to_string(root().join("README.md")).unwrap().lines().count();
