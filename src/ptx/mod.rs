@@ -25,6 +25,7 @@
 //! The text asks for the lowest PTX version that has the instructions used. Instruction semantics:
 //! [PTX ISA](https://docs.nvidia.com/cuda/parallel-thread-execution/).
 
+mod arithmetic;
 mod control;
 mod copy;
 mod mbarrier;

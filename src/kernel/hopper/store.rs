@@ -87,7 +87,7 @@ pub fn columns(out: Element) -> u32 {
 
 /// Writes a slab. `accumulators` are a thread's fragments of its columns, or of the first ones, a multiple
 /// of 8: what follows them is undefined.
-fn write<'k>(
+pub fn write<'k>(
     k: &'k Kernel,
     out: Element,
     accumulators: &[Reg<'k, f32>],
@@ -102,7 +102,7 @@ fn write<'k>(
 
 /// Writes a slab whose lines are columns, each of the warpgroup's 64 rows: 16-bit elements in one piece,
 /// f32 in two of 32 rows each. `accumulators` are a thread's fragments of all columns, a multiple of 16.
-fn write_columns<'k>(
+pub fn write_columns<'k>(
     k: &'k Kernel,
     out: Element,
     accumulators: &[Reg<'k, f32>],
