@@ -39,7 +39,7 @@ impl Case {
             ScoreMod { bias: bias(true), ..plain },
             ScoreMod { softcap: true, bias: bias(false), ..plain },
             ScoreMod { alibi: true, ..plain },
-            ScoreMod { scale_first: true, softcap: true, bias: bias(true), alibi: true, ..plain },
+            ScoreMod { scale_first: true, softcap: true, bias: bias(true), alibi: true },
         ];
         let windows = [[None, None], [None, Some(0)], [Some(3), Some(2)], [Some(40), Some(0)]];
         let mut all = Vec::new();
