@@ -121,6 +121,21 @@ pub(crate) fn int4_words(op: &'static str, (arg, t): Arg) -> Result<()> {
     Err(Error::DType { op, arg, got, want: "u32".into(), fix: fix.into() })
 }
 
+/// Both arguments have the same shape.
+pub(crate) fn same_shape(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
+    let fix = "expand one with `.broadcast_as(..)?`";
+    let rank = (first.rank(), format_args!("the rank of `{with}` {:?}", first.dims()));
+    dim(op, arg, ("rank", t.rank()), rank, fix)?;
+    let mut pairs = std::iter::zip(t.dims(), first.dims());
+    match pairs.find(|(got, want)| got != want) {
+        None => Ok(()),
+        Some((&got, &want)) => {
+            let why = format_args!("in {:?}, as `{with}` {:?}", t.dims(), first.dims());
+            dim(op, arg, ("a dimension", got), (want, why), fix)
+        }
+    }
+}
+
 /// The argument's rank lies in `ranks`.
 pub(crate) fn rank(
     op: &'static str,

@@ -2,6 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
+use crate::kernel::glu::Gate;
 use crate::op::{self, QkvWeights};
 use crate::{FlashAttnOptions, MatmulOptions};
 
@@ -415,6 +416,55 @@ pub trait KaioTensorExt: sealed::Sealed {
         weights: [&Tensor; 3],
         scales: [&Tensor; 3],
     ) -> Result<(Tensor, Tensor, Tensor)>;
+
+    /// Gated linear unit by SiLU: `self · σ(self) · up`, in one pass over memory (SwiGLU; Shazeer, "GLU
+    /// Variants Improve Transformer", 2020).
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`gate`) | any | f16, bf16 or f32 |
+    /// | `up` | that of `gate` | that of `gate` |
+    /// | result | the same | the same |
+    ///
+    /// Computed in f32 and rounded once. Both halves of one projection are read in place, as is every view
+    /// whose last dimension is contiguous; others are copied once.
+    ///
+    /// # Gradient
+    ///
+    /// Both, computed from `gate` and `up` in one pass; nothing else is kept for it.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes, unequal dtypes or shapes, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # use kaio_candle::prelude::*;
+    /// let projection = Var::randn(0f32, 1., (2, 5, 2 * 8), &Device::Cpu)?;
+    /// let (gate, up) = (projection.narrow(2, 0, 8)?, projection.narrow(2, 8, 8)?);
+    /// let h = gate.kaio_swiglu(&up)?;
+    /// assert_eq!(h.dims(), [2, 5, 8]);
+    /// assert!(h.sqr()?.mean_all()?.backward()?.get(&projection).is_some());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_swiglu(&self, up: &Tensor) -> Result<Tensor>;
+
+    /// Gated linear unit by GELU, `gelu(self) · up` with
+    /// `gelu(x) = ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`; else as [`kaio_swiglu`](Self::kaio_swiglu).
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let gate = Tensor::new(&[0f32, 1.], &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// let h = gate.kaio_geglu(&gate)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+    /// assert!(h[0] == 0. && (h[1] - 0.8412).abs() < 0.004);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor>;
 }
 
 impl KaioTensorExt for Tensor {
@@ -479,5 +529,13 @@ impl KaioTensorExt for Tensor {
         scales: [&Tensor; 3],
     ) -> Result<(Tensor, Tensor, Tensor)> {
         op::qkv_project(self, QkvWeights::Int4 { packed: weights, scales })
+    }
+
+    fn kaio_swiglu(&self, up: &Tensor) -> Result<Tensor> {
+        op::glu("kaio_swiglu", Gate::Silu, self, up)
+    }
+
+    fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor> {
+        op::glu("kaio_geglu", Gate::GeluTanh, self, up)
     }
 }

@@ -64,7 +64,7 @@ fn relu(x: f32) -> f32 {
 
 /// `1 + tanh(u)` is `2σ(2u)`, which keeps its digits where tanh comes near −1.
 #[inline(always)]
-fn gelu_tanh(x: f32) -> f32 {
+pub(super) fn gelu_tanh(x: f32) -> f32 {
     /// `2·√(2/π)`.
     const SLOPE: f32 = 1.595_769;
     x * sigmoid(SLOPE * x * (1.0 + 0.044_715 * x * x))
@@ -82,13 +82,13 @@ fn gelu_erf(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn silu(x: f32) -> f32 {
+pub(super) fn silu(x: f32) -> f32 {
     x * sigmoid(x)
 }
 
 /// `1 / (1 + e⁻ʸ)`.
 #[inline(always)]
-fn sigmoid(y: f32) -> f32 {
+pub(super) fn sigmoid(y: f32) -> f32 {
     let e = exp(-y.abs());
     (if y < 0.0 { e } else { 1.0 }) / (1.0 + e)
 }

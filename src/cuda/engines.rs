@@ -6,6 +6,7 @@ use candle_core::{CudaStorage, Result};
 
 use super::Operand;
 use crate::Engine;
+use crate::kernel::glu::Gate;
 use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem, View};
 
 #[cfg(feature = "cuda")]
@@ -178,6 +179,33 @@ pub(crate) fn flash_attn(
         match native {
             true => native::flash_attn(op, problem, wants_lse, inputs),
             false => kaio_ops::flash_attn(op, problem, wants_lse, inputs),
+        }
+    })
+}
+
+/// `act(gate) · up`, packed.
+pub(crate) fn glu(op: &'static str, kind: Gate, operands: [Operand; 2]) -> Result<CudaStorage> {
+    on_gpu!({
+        let [(gate, stack), _] = operands;
+        match stack.elements() {
+            0 => empty::zeros(gate, 0, gate.dtype()),
+            _ => native::glu(op, kind, operands),
+        }
+    })
+}
+
+/// The gradients of gate and up, given both and the result's gradient.
+pub(crate) fn glu_backward(
+    op: &'static str,
+    kind: Gate,
+    operands: [Operand; 3],
+) -> Result<[CudaStorage; 2]> {
+    on_gpu!({
+        let [(gate, stack), ..] = operands;
+        let zeros = || empty::zeros(gate, 0, gate.dtype());
+        match stack.elements() {
+            0 => Ok([zeros()?, zeros()?]),
+            _ => native::glu_backward(op, kind, operands),
         }
     })
 }

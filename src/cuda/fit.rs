@@ -108,7 +108,8 @@ pub(super) fn fit<'a>(
     Ok(Fitted { held: Held::Copy(copy), stack })
 }
 
-fn is_aligned(stack: &Stack, dtype: DType, align: usize) -> bool {
+/// Whether each matrix and row begins at a multiple of `align` bytes.
+pub(super) fn is_aligned(stack: &Stack, dtype: DType, align: usize) -> bool {
     let size = dtype.size_in_bytes();
     align <= size || stack.origins().all(|elements| (elements * size).is_multiple_of(align))
 }

@@ -8,6 +8,7 @@ mod ampere;
 pub mod attention;
 mod epilogue;
 pub mod gemm;
+pub mod glu;
 pub(crate) mod hopper;
 mod multiprocessor;
 mod name;
@@ -98,6 +99,8 @@ kernels! {
     FlashSm80(attention::sm80::Config) by attention::sm80::emit;
     /// The results of an attention's parts, put together.
     FlashCombine(attention::combine::Config) by attention::combine::emit;
+    /// A gated linear unit, on any GPU.
+    Glu(glu::Config) by glu::emit;
 }
 
 /// Hands out shared memory: each region has one owner and an offset that nobody types in.

@@ -5,6 +5,7 @@
 //! candle's graph if it is [`Differentiable`], and [`apply_constant`] if it is not.
 
 mod attention;
+mod glu;
 mod matmul;
 mod node;
 mod qkv;
@@ -14,6 +15,7 @@ pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionUpstream, Mask, attention_tc,
     flash_attn, flash_attn_with_lse,
 };
+pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;
 pub(crate) use qkv::{QkvWeights, qkv_project};

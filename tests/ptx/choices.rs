@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use kaio_candle::Activation;
 use kaio_candle::kernel::attention::{self, Lengths};
 use kaio_candle::kernel::gemm::{self, Epilogue, Major, Problem, sm80, sm90};
+use kaio_candle::kernel::glu::{self, Gate};
 use kaio_candle::kernel::{Config, Device, Element, Plan};
 use kaio_candle::ptx::{Half, Target};
 
@@ -35,14 +36,16 @@ pub struct Chooser {
 pub enum Facts {
     Matmul(Problem),
     Attention(attention::Problem),
+    Glu(glu::Problem),
 }
 
 /// All families: a new one is a line here. H100 SXM and PCIe; A100, RTX 4090 and H100.
-pub static CHOOSERS: [Chooser; 4] = [
+pub static CHOOSERS: [Chooser; 5] = [
     Chooser { gpus: &HOPPERS, of_a_shape: 3, kernels: products_of },
     Chooser { gpus: &HOPPERS, of_a_shape: 1, kernels: attentions_of },
     Chooser { gpus: &ALL, of_a_shape: 2, kernels: products_of },
     Chooser { gpus: &ALL, of_a_shape: 1, kernels: attentions_of },
+    Chooser { gpus: &ALL, of_a_shape: 6, kernels: glus_of },
 ];
 
 static ALL: [Gpu; 3] =
@@ -64,6 +67,11 @@ fn attentions_of(facts: &Facts, device: &Device) -> Vec<Config> {
     kernels_of::<attention::Plan>(problem, device)
 }
 
+fn glus_of(facts: &Facts, device: &Device) -> Vec<Config> {
+    let Facts::Glu(problem) = facts else { return vec![] };
+    kernels_of::<glu::Plan>(problem, device)
+}
+
 /// What a launch takes.
 fn kernels_of<P: Plan>(problem: &P::Problem, device: &Device) -> Vec<Config> {
     P::new(problem, device).steps().into_iter().map(|step| step.kernel).collect()
@@ -82,7 +90,8 @@ const BF16: Element = Element::Half(Half::Bf16);
 /// All families'.
 pub fn problems(extent: Extent) -> impl Iterator<Item = Facts> {
     let products = products(extent).map(Facts::Matmul);
-    products.chain(attentions(extent).into_iter().map(Facts::Attention))
+    let attentions = attentions(extent).into_iter().map(Facts::Attention);
+    products.chain(attentions).chain(glus().map(Facts::Glu))
 }
 
 /// Sizes, each with one drawing of everything else.
@@ -149,6 +158,29 @@ fn attentions(extent: Extent) -> Vec<attention::Problem> {
     all
 }
 
+/// All types and gates, in rows of one thread to those of many blocks.
+fn glus() -> impl Iterator<Item = glu::Problem> {
+    let elements = [Element::Half(Half::F16), BF16, Element::F32];
+    let widths = [1, 3, 8, 40, 4096, 50_257];
+    let flags = [[false, false], [false, true], [true, false], [true, true]];
+    elements.into_iter().flat_map(move |element| {
+        [Gate::Silu, Gate::GeluTanh].into_iter().flat_map(move |gate| {
+            cross(&[1, 300], &widths).collect::<Vec<_>>().into_iter().flat_map(
+                move |(rows, cols)| {
+                    flags.map(|[backward, aligned]| glu::Problem {
+                        rows,
+                        cols,
+                        element,
+                        gate,
+                        backward,
+                        aligned,
+                    })
+                },
+            )
+        })
+    })
+}
+
 /// Of bf16 operands, without bias and activation.
 fn products(extent: Extent) -> impl Iterator<Item = Problem> {
     let (outer, depths): (&[u64], &[u64]) = match extent {
@@ -200,6 +232,8 @@ impl Choice {
             Config::MatmulSm80(config) => config.blocks_per_sm,
             Config::FlashSm80(config) => config.blocks_per_sm,
             Config::MatmulReduce(_) | Config::FlashSm90(_) | Config::FlashCombine(_) => 1,
+            // Of 256 threads, which is half of what most multiprocessors hold.
+            Config::Glu(_) => 4,
         }
     }
 
@@ -406,6 +440,10 @@ fn choices_fit_their_problems() {
             }
             (Config::FlashCombine(config), Facts::Attention(problem)) => {
                 rule(config.out == problem.out, "another type")
+            }
+            (Config::Glu(config), Facts::Glu(problem)) => {
+                let whole = config.unit == 1 || problem.aligned;
+                rule(whole && problem.cols.is_multiple_of(config.unit.into()), "a row's end")
             }
             _ => Err("another family".into()),
         };

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use kaio_candle::Activation;
 use kaio_candle::kernel::gemm::{Epilogue, Major, sm80, sm90};
-use kaio_candle::kernel::{Config, Element, attention};
+use kaio_candle::kernel::{Config, Element, attention, glu};
 use kaio_candle::ptx::{Half, Source};
 
 use crate::digest::digest;
@@ -232,7 +232,16 @@ pub fn kernels() -> Vec<(&'static str, Config)> {
     let hopper = hopper.into_iter().map(|(name, config)| (name, Config::MatmulSm90(config)));
     let portable = portable.into_iter().map(|(name, config)| (name, Config::MatmulSm80(config)));
     let reduce = [("sm80_reduce", Config::MatmulReduce(reduce))];
-    hopper.chain(portable).chain(reduce).chain(flash()).chain(portable_flash()).collect()
+    let glu = glu::Config {
+        element: BF16,
+        gate: glu::Gate::GeluTanh,
+        backward: true,
+        unit: 8,
+        across: 256,
+    };
+    let glu = [("glu_backward", Config::Glu(glu))];
+    let products = hopper.chain(portable).chain(reduce);
+    products.chain(flash()).chain(portable_flash()).chain(glu).collect()
 }
 
 /// The text, after what a launch must match.
@@ -253,7 +262,7 @@ fn sources() -> Vec<(&'static str, String, Source)> {
         let check = match kernel {
             Config::MatmulSm90(config) => config.check(232_448),
             Config::MatmulSm80(config) => config.check(166_912),
-            Config::MatmulReduce(_) | Config::FlashCombine(_) => Ok(()),
+            Config::MatmulReduce(_) | Config::FlashCombine(_) | Config::Glu(_) => Ok(()),
             Config::FlashSm90(config) => config.check(232_448),
             Config::FlashSm80(config) => config.check(166_912),
         };

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use kaio_candle::kernel::attention::{self, Lengths};
 use kaio_candle::kernel::gemm::{self, Major};
+use kaio_candle::kernel::glu;
 use kaio_candle::kernel::params::{Argument, Arguments, Names};
 use kaio_candle::kernel::{Config, Device, Plan};
 use kaio_candle::ptx::Source;
@@ -14,16 +15,18 @@ use crate::choices::{Choice, Extent, Facts, choices};
 /// and no name is nobody's.
 #[test]
 fn launches_pass_what_kernels_declare() {
-    let [mut products, mut attentions] = [HashSet::new(), HashSet::new()];
+    let [mut products, mut attentions, mut glus] = [0; 3].map(|_| HashSet::new());
     for (name, Choice { kernel, gpu, problem, .. }) in choices(Extent::Few) {
         let asked = match &problem {
             Facts::Matmul(problem) => matmul(problem, &gpu.device, &kernel, &mut products),
             Facts::Attention(problem) => attention(problem, &gpu.device, &kernel, &mut attentions),
+            Facts::Glu(problem) => glu(problem, &gpu.device, &kernel, &mut glus),
         };
         asked.unwrap_or_else(|why| panic!("{name}: {why} for {problem:?}"));
     }
     all_are_used::<gemm::Name>(&products);
     all_are_used::<attention::Name>(&attentions);
+    all_are_used::<glu::Name>(&glus);
 }
 
 type Used = HashSet<&'static str>;
@@ -108,6 +111,24 @@ fn attention(
         lengths: (problem.lengths != Lengths::Full).then(|| [address(), address()]),
         out,
         parts: plan.combine.map(|_| parts),
+    };
+    passes(&plan, &arguments, kernel, used)
+}
+
+fn glu(
+    problem: &glu::Problem,
+    device: &Device,
+    kernel: &Config,
+    used: &mut Used,
+) -> Result<(), String> {
+    let plan = glu::Plan::new(problem, device);
+    let (mut address, row) = (addresses(), problem.cols + 8);
+    let backward = problem.backward;
+    let arguments = glu::Arguments {
+        problem,
+        plan: &plan,
+        operands: [true, true, backward].map(|given| given.then(|| (address(), row))),
+        results: [true, backward].map(|given| given.then(&mut address)),
     };
     passes(&plan, &arguments, kernel, used)
 }

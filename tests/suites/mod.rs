@@ -18,6 +18,7 @@
 pub mod attention;
 pub mod empty;
 pub mod errors;
+pub mod glu;
 pub mod matmul;
 pub mod quantized;
 

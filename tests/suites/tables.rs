@@ -1,6 +1,6 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
-use crate::suites::{attention, empty, errors, matmul, quantized};
+use crate::suites::{attention, empty, errors, glu, matmul, quantized};
 
 macro_rules! tables {
     ($($name:ident: $suite:path;)*) => {$(
@@ -28,6 +28,7 @@ tables! {
     matmul_epilogue_gradients: matmul::epilogue_gradients;
     matmul_kinds: matmul::kinds;
     matmul_random_products: matmul::random_products;
+    glu: glu::glu;
     int8: quantized::int8;
     int8_random: quantized::int8_random;
     int4: quantized::int4;
@@ -69,6 +70,7 @@ tables! {
     empty_attention: empty::attention;
     empty_quantisers: empty::quantisers;
     errors_matmul: errors::matmul;
+    errors_glu: errors::glu;
     errors_int8: errors::int8;
     errors_int4: errors::int4;
     errors_qkv: errors::qkv;

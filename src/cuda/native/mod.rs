@@ -1,10 +1,12 @@
 //! The engine `Engine::Native`: this crate's own kernels on candle's stream.
 
 mod attention;
+mod glu;
 mod matmul;
 mod operand;
 mod plan;
 pub mod tune;
 
 pub(crate) use attention::{attention_tc, flash_attn, limit as flash_limit};
+pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;

@@ -119,6 +119,24 @@ pub fn matmul(device: &Device) {
     tally.finish();
 }
 
+pub fn glu(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of glu", device);
+    type Named = (&'static str, fn(&Tensor, &Tensor) -> Result<Tensor>);
+    let methods: [Named; 2] =
+        [("kaio_swiglu", Tensor::kaio_swiglu), ("kaio_geglu", Tensor::kaio_geglu)];
+    let expand = "expand one with `.broadcast_as(..)?`";
+    for (op, glu) in methods {
+        refused! { tally;
+            glu(&on.u8([4, 8]), &on.u8([4, 8])) => DType, "{op}: `gate` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
+            glu(&on.f16([4, 8]), &on.f32([4, 8])) => DType, "{op}: `up` is f32, wanted f16, the dtype of `gate`; cast it with `.to_dtype(DType::F16)?`";
+            glu(&on.f16([4, 8]), &on.f16([8])) => Dimension, "{op}: `up` has rank = 1, wanted 2, the rank of `gate` [4, 8]; {expand}";
+            glu(&on.f16([4, 8]), &on.f16([4, 1])) => Dimension, "{op}: `up` has a dimension = 1, wanted 8, in [4, 1], as `gate` [4, 8]; {expand}";
+        }
+    }
+    tally.finish();
+}
+
 pub fn int8(device: &Device) {
     let on = On(device);
     let mut tally = Tally::new("errors of int8", device);

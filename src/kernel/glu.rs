@@ -1,0 +1,301 @@
+//! Gated linear units, `act(gate) · up`, and their gradients: one pass over memory, in f32.
+//!
+//! Both activations are `x · σ(z)` of some `z(x)`, and so is their slope: `σ(z) · (1 + x · (1 − σ(z)) · z′)`.
+
+use super::params::{self, Argument, names};
+use super::plan::{Plan as _, Step, count};
+use super::{Device, Element};
+use crate::ptx::{Kernel, Reg, Source, Target};
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+/// Bytes that a thread loads at once.
+const LINE: u32 = 16;
+
+/// What the gate goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Gate {
+    /// `x · σ(x)`.
+    Silu,
+    /// GELU by its tanh: `½ · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`.
+    GeluTanh,
+}
+
+impl Gate {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Silu => "silu",
+            Self::GeluTanh => "gelu",
+        }
+    }
+
+    /// `z`, and its slope.
+    fn logit<'k>(self, x: Reg<'k, f32>) -> (Reg<'k, f32>, Reg<'k, f32>) {
+        match self {
+            Self::Silu => (x, x.kernel().var(1.0)),
+            Self::GeluTanh => {
+                // ½ · (1 + tanh u) = σ(2u)
+                const ROOT_8_OVER_PI: f32 = 1.595_769;
+                const CUBIC: f32 = 0.044_715 * ROOT_8_OVER_PI;
+                let square = x * x;
+                (x * square.fma(CUBIC, ROOT_8_OVER_PI), square.fma(3.0 * CUBIC, ROOT_8_OVER_PI))
+            }
+        }
+    }
+
+    /// `act(x)`.
+    fn apply<'k>(self, x: Reg<'k, f32>) -> Reg<'k, f32> {
+        x * sigmoid(self.logit(x).0)
+    }
+
+    /// `act′(x)`.
+    fn slope<'k>(self, x: Reg<'k, f32>) -> Reg<'k, f32> {
+        // Further out it is 0 or 1 in f32, and powers of x would be infinite. NaN stays.
+        const FAR: f32 = 40.0;
+        let k = x.kernel();
+        let x = k.select(x.abs().gt(FAR), k.var(FAR).copysign(x), x);
+        let (z, slope) = self.logit(x);
+        // 1 − σ = σ · e^-z keeps its digits where σ comes near 1. From -80 on σ is 0, and e^-z still finite.
+        let power = exp_minus(z.max(-80.0));
+        let sigmoid = (power + 1.0).recip();
+        sigmoid * (x * slope).fma(sigmoid * power, 1.0)
+    }
+}
+
+/// `1 / (1 + e^-z)`.
+fn sigmoid(z: Reg<f32>) -> Reg<f32> {
+    (exp_minus(z) + 1.0).recip()
+}
+
+/// `e^-z`.
+fn exp_minus(z: Reg<f32>) -> Reg<f32> {
+    (z * -std::f32::consts::LOG2_E).exp2()
+}
+
+/// The facts of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Problem {
+    /// Rows of all operands, at least 1, whose elements are contiguous.
+    pub rows: u64,
+    /// Elements of a row, at least 1.
+    pub cols: u64,
+    /// The type of all operands and results.
+    pub element: Element,
+    /// What the gate goes through.
+    pub gate: Gate,
+    /// Whether the gradients of both operands are computed, and not the result.
+    pub backward: bool,
+    /// Whether all rows of the operands begin at multiples of 16 bytes.
+    pub aligned: bool,
+}
+
+/// All choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Config {
+    /// The type of all operands and results.
+    pub element: Element,
+    /// What the gate goes through.
+    pub gate: Gate,
+    /// Whether the gradients of both operands are computed, and not the result.
+    pub backward: bool,
+    /// Elements that a thread takes: one, or as many as 16 bytes hold.
+    pub unit: u32,
+    /// Threads of a row, a power of two. The others of the block are on the rows after it.
+    pub across: u32,
+}
+
+impl Config {
+    /// `glu silu x8 across256, bf16 backward`
+    pub fn name(&self) -> String {
+        let (gate, element) = (self.gate.name(), self.element.name());
+        let backward = if self.backward { " backward" } else { "" };
+        format!("glu {gate} x{} across{}, {element}{backward}", self.unit, self.across)
+    }
+}
+
+/// The kernel and its grid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    config: Config,
+    /// Units of a row.
+    units: u32,
+    /// Blocks of a row.
+    across: u32,
+    blocks: u32,
+}
+
+impl super::Plan for Plan {
+    type Problem = Problem;
+    type Name = Name;
+
+    fn new(problem: &Problem, _: &Device) -> Self {
+        let Problem { rows, cols, element, gate, backward, aligned } = *problem;
+        let most = LINE / element.size();
+        let unit = if aligned && cols.is_multiple_of(most.into()) { most } else { 1 };
+        let units = cols / u64::from(unit);
+        let across = units.next_power_of_two().min(THREADS.into()) as u32;
+        let blocks = [units.div_ceil(across.into()), rows.div_ceil((THREADS / across).into())];
+        Self {
+            config: Config { element, gate, backward, unit, across },
+            units: count(units),
+            across: count(blocks[0]),
+            blocks: count(blocks[0].saturating_mul(blocks[1])),
+        }
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        vec![Step { kernel: self.config.into(), grid: [self.blocks, 1, 1] }]
+    }
+}
+
+impl Problem {
+    /// What is beyond what a grid can count, and the most that it can.
+    pub fn limit(&self, device: &Device) -> Option<(String, u32)> {
+        let most = i32::MAX as u32;
+        let Plan { units, blocks, .. } = Plan::new(self, device);
+        let over = self.rows > most.into() || units > most || blocks > most;
+        over.then(|| (format!("{} rows of {} elements", self.rows, self.cols), most))
+    }
+}
+
+names! {
+    /// The parameters. Strides are in elements.
+    pub enum Name {
+        /// The address of the gate.
+        Gate "gate",
+        /// From row to row.
+        GateRow "gate_row",
+        /// The address of what is gated.
+        Up "up",
+        /// From row to row.
+        UpRow "up_row",
+        /// Backward: the address of the result's gradient.
+        Grad "grad",
+        /// From row to row.
+        GradRow "grad_row",
+        /// The address of the result, or of the gate's gradient, without gaps.
+        Out "out",
+        /// Backward: the address of the other operand's gradient, without gaps.
+        OutUp "out_up",
+        /// Rows.
+        Rows "rows",
+        /// Elements of a row.
+        Cols "cols",
+        /// Units of a row.
+        Units "units",
+        /// Blocks of a row.
+        Across "across",
+    }
+}
+
+/// One launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Arguments<'a> {
+    /// What is computed.
+    pub problem: &'a Problem,
+    /// By which kernel.
+    pub plan: &'a Plan,
+    /// Addresses of the gate, of what is gated and, backward, of the gradient; and elements from row to row.
+    pub operands: [Option<(u64, u64)>; 3],
+    /// Addresses of the result or, backward, of the gradients.
+    pub results: [Option<u64>; 2],
+}
+
+impl params::Arguments for Arguments<'_> {
+    type Name = Name;
+
+    fn argument(&self, _: usize, name: Name) -> Option<Argument> {
+        let address = |i: usize| self.operands[i].map(|(address, _)| Argument::Pointer(address));
+        let row = |i: usize| self.operands[i].map(|(_, row)| Argument::U64(row));
+        match name {
+            Name::Gate => address(0),
+            Name::GateRow => row(0),
+            Name::Up => address(1),
+            Name::UpRow => row(1),
+            Name::Grad => address(2),
+            Name::GradRow => row(2),
+            Name::Out => self.results[0].map(Argument::Pointer),
+            Name::OutUp => self.results[1].map(Argument::Pointer),
+            Name::Rows => Some(Argument::U32(count(self.problem.rows))),
+            Name::Cols => Some(Argument::U64(self.problem.cols)),
+            Name::Units => Some(Argument::U32(self.plan.units)),
+            Name::Across => Some(Argument::U32(self.plan.across)),
+        }
+    }
+}
+
+/// The kernel. Its parameters are those of [`Name`].
+pub fn emit(config: &Config) -> Source {
+    let &Config { element, gate, backward, unit, across } = config;
+    let k = &Kernel::new("glu", Target::Sm80, THREADS);
+    let operand = |at, row| (k.pointer(at), k.param::<u64>(row));
+    let gates = operand(Name::Gate, Name::GateRow);
+    let ups = operand(Name::Up, Name::UpRow);
+    let grads = backward.then(|| operand(Name::Grad, Name::GradRow));
+    let out = k.pointer(Name::Out);
+    let out_up = backward.then(|| k.pointer(Name::OutUp));
+    let (rows, cols) = (k.param::<u32>(Name::Rows), k.param::<u64>(Name::Cols));
+    let (units, blocks) = (k.param::<u32>(Name::Units), k.param::<u32>(Name::Across));
+
+    let (thread, block) = (k.thread(), k.block_x());
+    let row = block / blocks * (THREADS / across) + thread / across;
+    let at = block % blocks * across + thread % across;
+    k.if_(row.lt(rows), || {
+        k.if_(at.lt(units), || {
+            let lane = Place { row: row.wide(), col: at.wide() * u64::from(unit), element };
+            let load = |(from, stride)| load(k, element, unit, lane.in_rows(from, stride));
+            let (gates, ups) = (load(gates), load(ups));
+            let Some((grads, out_up)) = grads.map(load).zip(out_up) else {
+                let results = gates.iter().zip(&ups).map(|(&x, &up)| gate.apply(x) * up);
+                return store(k, element, lane.in_rows(out, cols), results.collect());
+            };
+            let of_gate = gates.iter().zip(&ups).zip(&grads);
+            let of_gate = of_gate.map(|((&x, &up), &grad)| grad * up * gate.slope(x));
+            store(k, element, lane.in_rows(out, cols), of_gate.collect());
+            let of_up = gates.iter().zip(&grads).map(|(&x, &grad)| grad * gate.apply(x));
+            store(k, element, lane.in_rows(out_up, cols), of_up.collect());
+        });
+    });
+    k.finish()
+}
+
+/// A thread's first element.
+#[derive(Clone, Copy)]
+struct Place<'k> {
+    row: Reg<'k, u64>,
+    col: Reg<'k, u64>,
+    element: Element,
+}
+
+impl<'k> Place<'k> {
+    /// Its address in rows that begin at `address` and lie `stride` elements apart.
+    fn in_rows(&self, address: Reg<'k, u64>, stride: Reg<'k, u64>) -> Reg<'k, u64> {
+        address + (self.row * stride + self.col) * u64::from(self.element.size())
+    }
+}
+
+/// Elements side by side, in f32.
+fn load<'k>(k: &'k Kernel, element: Element, unit: u32, from: Reg<'k, u64>) -> Vec<Reg<'k, f32>> {
+    match (element, unit) {
+        (Element::F32, 1) => k.ld_global_nc::<f32, 1>(from).into(),
+        (Element::F32, _) => k.ld_global_nc::<f32, 4>(from).into(),
+        (Element::Half(half), 1) => k.ld_global_nc::<u16, 1>(from).map(|x| k.widen(half, x)).into(),
+        (Element::Half(half), _) => {
+            k.ld_global_nc::<u32, 4>(from).into_iter().flat_map(|x| k.unpack(half, x)).collect()
+        }
+    }
+}
+
+/// The same, rounded.
+fn store<'k>(k: &'k Kernel, element: Element, to: Reg<'k, u64>, values: Vec<Reg<'k, f32>>) {
+    match (element, values.as_slice()) {
+        (Element::F32, &[x]) => k.st_global(to, [x]),
+        (Element::F32, &[a, b, c, d]) => k.st_global(to, [a, b, c, d]),
+        (Element::Half(half), &[x]) => k.st_global(to, [k.cvt_rn(half, x)]),
+        (Element::Half(half), &[a, b, c, d, e, f, g, h]) => {
+            let pairs = [[a, b], [c, d], [e, f], [g, h]];
+            k.st_global(to, pairs.map(|[low, high]| k.cvt_rn_x2(half, low, high)));
+        }
+        _ => unreachable!("a unit is one element or {LINE} bytes"),
+    }
+}
