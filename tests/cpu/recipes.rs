@@ -3,7 +3,9 @@
 
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{D, DType, Device, Module, Result, Tensor, Var};
-use candle_nn::attention::{AttnMask, flash_attn, flash_attn_varlen_unfused};
+use candle_nn::attention::{
+    AttnMask, flash_attn, flash_attn_varlen_cpu, flash_attn_varlen_unfused,
+};
 use candle_nn::{LayerNorm, RmsNorm, ops, rotary_emb};
 use kaio_candle::prelude::*;
 
@@ -163,6 +165,10 @@ fn frozen_by_candle_nn() -> Result<()> {
     let lengths = Tensor::new(&[4u32], CPU)?;
     // [1, 2, 4, 8] as [T, H, D].
     let thd = |x: &Tensor| swapped(x)?.squeeze(0);
+    let varlen = |x: &Tensor| {
+        let opts = FlashAttnOptions::default().softmax_scale(0.5).causal(true);
+        thd(&x.kaio_flash_attn_with(x, &x.detach(), &opts)?)
+    };
     let weight = QMatMul::from_qtensor(QTensor::quantize(&random(&[4, 32]), GgmlDType::Q8_0)?)?;
     let rows = |x: &Tensor| x.reshape((2, 32));
 
@@ -224,10 +230,16 @@ fn frozen_by_candle_nn() -> Result<()> {
                 let n = &lengths;
                 flash_attn_varlen_unfused(&q, &q, &v, None, n, n, 4, 4, 0.5, true, None, None)
             }),
+            function(varlen),
+        ),
+        (
+            "flash_attn_varlen_cpu",
             function(|x| {
-                let opts = FlashAttnOptions::default().softmax_scale(0.5).causal(true);
-                thd(&x.kaio_flash_attn_with(x, &x.detach(), &opts)?)
+                let (q, v) = (thd(x)?, thd(&x.detach())?);
+                let n = &lengths;
+                flash_attn_varlen_cpu(&q, &q, &v, None, n, n, 4, 4, 0.5, true, None, None)
             }),
+            function(varlen),
         ),
         (
             "QMatMul",
