@@ -58,6 +58,9 @@ pub fn all(device: &Device) -> Vec<Builder> {
         all.push(builder("qkv_project_int8", move |d| qkv_int8(d, m, n)));
         all.push(builder("qkv_project_int4", move |d| qkv_int4(d, m, n)));
     }
+    let size = if cpu { [256, 4096] } else { [4096, 11_008] };
+    all.push(builder("swiglu", move |d| swiglu(d, size)));
+    all.push(builder("swiglu backward", move |d| swiglu_backward(d, size)));
     for causal in [false, true] {
         let op = if causal { "attention_tc causal" } else { "attention_tc" };
         all.push(builder(op, move |d| attention_tc(d, op, causal)));
@@ -204,6 +207,44 @@ fn qkv_int4(device: &Device, m: usize, n: usize) -> Result<Case> {
             #[cfg(feature = "cuda")]
             direct,
             candle,
+        ],
+    })
+}
+
+/// Both halves of one projection, as a model has them. It is bound by memory: three times the result's
+/// bytes; its operations are the product of gate and up, and the two of SiLU.
+fn swiglu(device: &Device, [m, n]: [usize; 2]) -> Result<Case> {
+    let projection = random(device, &[m, 2 * n], DType::BF16)?;
+    let (gate, up) = (projection.narrow(1, 0, n)?, projection.narrow(1, n, n)?);
+    let (pg, pu) = (gate.clone(), up.clone());
+    Ok(Case {
+        op: "swiglu",
+        shape: format!("bf16 {m}×{n}"),
+        flops: 3.0 * (m * n) as f64,
+        rounds: 30,
+        result: (m * n, DType::BF16),
+        contestants: vec![
+            contestant("kaio-candle", move || gate.kaio_swiglu(&up).map(drop)),
+            contestant("candle bf16", move || (pg.silu()? * &pu).map(drop)),
+        ],
+    })
+}
+
+/// The backward pass alone, of two tensors.
+fn swiglu_backward(device: &Device, [m, n]: [usize; 2]) -> Result<Case> {
+    let var = || Var::from_tensor(&random(device, &[m, n], DType::BF16)?);
+    let (gate, up, weights) = (var()?, var()?, random(device, &[m, n], DType::BF16)?);
+    let ours = (gate.kaio_swiglu(&up)? * &weights)?.sum_all()?;
+    let peer = ((gate.silu()? * up.as_tensor())? * &weights)?.sum_all()?;
+    Ok(Case {
+        op: "swiglu backward",
+        shape: format!("bf16 {m}×{n}"),
+        flops: 8.0 * (m * n) as f64,
+        rounds: 10,
+        result: (2 * m * n, DType::BF16),
+        contestants: vec![
+            contestant("kaio-candle", move || ours.backward().map(drop)),
+            contestant("candle bf16", move || peer.backward().map(drop)),
         ],
     })
 }
