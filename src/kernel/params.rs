@@ -39,7 +39,7 @@ pub trait Names: Copy + 'static {
     /// All of them.
     const ALL: &'static [Self];
 
-    /// As it is in the text.
+    /// The name in the text.
     fn name(self) -> &'static str;
 
     /// The one that has this name in the text.

@@ -61,7 +61,7 @@ names! {
         OutBatch "out_batch",
         /// With a split: from part to part.
         OutPart "out_part",
-        /// The logarithms of the sums: the address of f32 `[batch, heads, queries]`.
+        /// The log-sum-exps: the address of f32 `[batch, heads, queries]`.
         Lse "lse",
         /// With a split: from part to part.
         LsePart "lse_part",
@@ -100,7 +100,7 @@ names! {
         /// The address of u32: lengths of each sequence's queries, or, of packed ones, where each begins
         /// and the last one ends.
         LengthsQ "lengths_q",
-        /// Of its keys.
+        /// The same of keys.
         LengthsK "lengths_k",
         /// How many sequences are packed.
         Sequences "sequences",
@@ -116,7 +116,7 @@ names! {
         TileOrder "section",
         /// The results of the parts: the address of f32 `[parts, batch, heads, queries, value_dim]`.
         PartsAt "parts_at",
-        /// Their logarithms: the address of f32 `[parts, batch, heads, queries]`.
+        /// Their log-sum-exps: the address of f32 `[parts, batch, heads, queries]`.
         LseAt "lse_at",
         /// Queries of all heads and sequences.
         Rows "rows",
@@ -136,14 +136,14 @@ pub struct Operand {
     pub strides: [u64; 3],
 }
 
-/// Where results go.
+/// The destination of results.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
     /// The address of the first element.
     pub address: u64,
     /// Elements between rows, heads and sequences.
     pub strides: [u64; 3],
-    /// The address of the logarithms of the sums.
+    /// The address of the log-sum-exps.
     pub lse: Option<u64>,
 }
 
@@ -156,7 +156,7 @@ pub type Extra<const N: usize> = (u64, [u64; N]);
 pub struct Arguments<'a> {
     /// What is computed.
     pub problem: &'a Problem,
-    /// By which kernels.
+    /// The kernels that compute it.
     pub plan: &'a Plan,
     /// Queries, keys and values.
     pub operands: [Operand; 3],
@@ -164,9 +164,9 @@ pub struct Arguments<'a> {
     pub scale: f32,
     /// The soft cap.
     pub softcap: Option<f32>,
-    /// By sequence, head, query and key.
+    /// The bias, indexed by sequence, head, query and key.
     pub bias: Option<Extra<4>>,
-    /// By sequence and head.
+    /// ALiBi's slopes, indexed by sequence and head.
     pub slopes: Option<Extra<2>>,
     /// The addresses of the lengths of queries and keys.
     pub lengths: Option<[u64; 2]>,
@@ -260,8 +260,8 @@ impl Arguments<'_> {
         })
     }
 
-    /// Of an operand (0 to 2) along a dimension. That of a single row or matrix may be anything, but
-    /// threads compute with it.
+    /// The stride of an operand (0 to 2) along a dimension. That of a single row or matrix may be anything,
+    /// but threads compute with it.
     fn stride(&self, operand: usize, dim: usize) -> Argument {
         let Operand { lens, strides, .. } = self.operands[operand];
         Argument::U64(if lens[dim] == 1 { 0 } else { strides[dim] })
@@ -292,7 +292,7 @@ impl Arguments<'_> {
 }
 
 impl Operand {
-    /// With boxes of some columns, and the rows of a warpgroup.
+    /// A descriptor with boxes of some columns, and the rows of a warpgroup.
     fn queries_map(&self, config: &sm90::Config, element: Element, cols: u32) -> TensorMap {
         match config.variant.pack {
             1 => self.map(element, [cols, SLAB]),
@@ -300,14 +300,14 @@ impl Operand {
         }
     }
 
-    /// With boxes of some columns and rows.
+    /// A descriptor with boxes of some columns and rows.
     fn map(&self, element: Element, [cols, rows]: [u32; 2]) -> TensorMap {
         let [len, heads, batch] = self.lens;
         let dims = [self.cols, len, heads, batch];
         TensorMap::new(element, self.address, dims, self.strides, [cols, rows, 1, 1])
     }
 
-    /// With boxes of some columns, heads and rows of each.
+    /// A descriptor with boxes of some columns, heads and rows of each.
     fn packed_map(&self, element: Element, [cols, pack, rows]: [u32; 3]) -> TensorMap {
         let ([len, heads, batch], [row, head, each]) = (self.lens, self.strides);
         let together = u64::from(pack);

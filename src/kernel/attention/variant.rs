@@ -26,7 +26,7 @@ pub struct Variant {
     /// The keys of a tile are divided among several blocks, whose results are
     /// [combined](super::combine) later.
     pub split: bool,
-    /// Whether the logarithms of the sums are stored.
+    /// Whether the log-sum-exps are stored.
     pub lse: bool,
 }
 

@@ -75,7 +75,7 @@ pub struct Operand {
 pub struct Arguments<'a> {
     /// What is computed.
     pub problem: &'a Problem,
-    /// By which kernels.
+    /// The kernels that compute it.
     pub plan: &'a Plan,
     /// `A` and `B`.
     pub operands: [Operand; 2],
