@@ -6,6 +6,7 @@
 
 mod ampere;
 pub mod attention;
+mod element;
 mod epilogue;
 pub mod gemm;
 pub mod glu;
@@ -16,35 +17,10 @@ pub mod params;
 mod plan;
 mod raster;
 
+pub use element::Element;
 pub use plan::{Plan, Step};
 
-use crate::ptx::{Half, Source, Target};
-
-/// An element type in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Element {
-    /// f32.
-    F32,
-    /// f16 or bf16.
-    Half(Half),
-}
-
-impl Element {
-    /// Bytes.
-    pub fn size(self) -> u32 {
-        match self {
-            Self::F32 => 4,
-            Self::Half(_) => 2,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Half(half) => half.name(),
-        }
-    }
-}
+use crate::ptx::{Source, Target};
 
 /// What kernels are chosen for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -203,7 +203,7 @@ fn products(extent: Extent) -> impl Iterator<Item = Problem> {
         .flat_map(|([m, n, k, batch], lhs, rhs)| {
             [BF16, Element::F32].map(|out| {
                 let epilogue = Epilogue { out, bias: None, activation: None };
-                Problem { m, n, k, batch, half: Half::Bf16, lhs, rhs, epilogue }
+                Problem { m, n, k, batch, elements: [BF16; 2], lhs, rhs, epilogue }
             })
         })
 }
@@ -386,7 +386,7 @@ impl Variant {
             Bias::Same => same,
         });
         let epilogue = Epilogue { out, bias, activation: self.activation };
-        Problem { half: self.half, epilogue, ..problem }
+        Problem { elements: [same; 2], epilogue, ..problem }
     }
 }
 
@@ -430,9 +430,8 @@ fn choices_fit_their_problems() {
             }
             (Config::MatmulReduce(reduce), Facts::Matmul(problem)) => divides(reduce.unit, problem),
             (Config::FlashSm90(c), Facts::Attention(problem)) => {
-                let element = Element::Half(c.half);
                 let fits = c.check(gpu.device.shared_per_block);
-                fits.and_then(|()| flash_fits(element, c.into(), gpu, problem))
+                fits.and_then(|()| flash_fits(c.element, c.into(), gpu, problem))
             }
             (Config::FlashSm80(c), Facts::Attention(problem)) => {
                 let fits = c.check(gpu.device.shared_per_block);
@@ -459,9 +458,10 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
         sm90::Orient::Plain => [problem.lhs, problem.rhs],
         sm90::Orient::Swapped => [problem.rhs, problem.lhs],
     };
-    let facts = (config.half, config.epilogue, config.batched);
+    let facts = (config.orient.order(config.elements), config.epilogue, config.batched);
     rule([config.lhs, config.rhs] == lines, "other layouts")?;
-    rule(facts == (problem.half, problem.epilogue, problem.batch > 1), "another problem's facts")?;
+    let wanted = (problem.elements, problem.epilogue, problem.batch > 1);
+    rule(facts == wanted, "another problem's facts")?;
     match config.store {
         sm90::Store::Tma => {
             let bytes = problem.n * u64::from(config.epilogue.out.size());
@@ -506,8 +506,8 @@ fn launch_fits(launch: &attention::Launch) -> Result<(), String> {
 
 fn portable_fits(config: &sm80::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
     config.check(gpu.device.shared_per_block)?;
-    let facts = (config.half, config.lhs, config.rhs, config.batched);
-    let wanted = (problem.half, problem.lhs, problem.rhs, problem.batch > 1);
+    let facts = (config.elements, config.lhs, config.rhs, config.batched);
+    let wanted = (problem.elements, problem.lhs, problem.rhs, problem.batch > 1);
     rule(facts == wanted, "another problem's facts")?;
     divides(config.unit, problem)?;
     let depth = problem.k.div_ceil(config.depth.into());

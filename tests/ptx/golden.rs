@@ -14,11 +14,12 @@ use crate::digest::digest;
 use crate::{RATCHET, golden_folder, instructions, set};
 
 const BF16: Element = Element::Half(Half::Bf16);
+const F16: Element = Element::Half(Half::F16);
 const PLAIN: Epilogue = Epilogue { out: BF16, bias: None, activation: None };
 
 /// Hopper: `nn`, 64×64.
 const HOPPER: sm90::Config = sm90::Config {
-    half: Half::Bf16,
+    elements: [BF16; 2],
     lhs: Major::K,
     rhs: Major::Outer,
     orient: sm90::Orient::Plain,
@@ -39,7 +40,7 @@ const HOPPER: sm90::Config = sm90::Config {
 
 /// Everywhere: `nn`, 64×64.
 const PORTABLE: sm80::Config = sm80::Config {
-    half: Half::Bf16,
+    elements: [BF16; 2],
     lhs: Major::K,
     rhs: Major::Outer,
     rows: 64,
@@ -70,7 +71,7 @@ const VARIANT: attention::Variant = attention::Variant {
 /// Attention on Hopper: 128×32.
 const FLASH: attention::sm90::Config = attention::sm90::Config {
     variant: VARIANT,
-    half: Half::Bf16,
+    element: BF16,
     rows: 128,
     keys: 32,
     query_stages: 1,
@@ -119,7 +120,7 @@ fn flash() -> [(&'static str, Config); 5] {
     let [all, packed, split] = variants(attention::Bias { element: BF16, pairs: true });
     let small = Flash { rows: 64, keys: 16, pingpong: false, ..FLASH };
     let all = Flash { variant: all, ..small };
-    let packed = Flash { variant: packed, half: Half::F16, store_stages: 2, ..small };
+    let packed = Flash { variant: packed, element: F16, store_stages: 2, ..small };
     let split = Flash { variant: split, store: Store::Direct, store_stages: 0, ..small };
     let combine = attention::combine::Config::new(BF16, 8, 5, true);
     [
@@ -137,7 +138,7 @@ fn portable_flash() -> [(&'static str, Config); 5] {
     let small = Flash { m16_tiles: 1, keys: 16, ..PORTABLE_FLASH };
     let all = Flash { variant: all, q_in_regs: false, ..small };
     let packed = attention::Variant { head_dim: 20, ..packed };
-    let packed = Flash { variant: packed, element: Element::Half(Half::F16), ..small };
+    let packed = Flash { variant: packed, element: F16, ..small };
     let split = Flash { variant: split, ..small };
     let exact = attention::Variant {
         out: Element::F32,
@@ -175,7 +176,7 @@ pub fn kernels() -> Vec<(&'static str, Config)> {
         ..HOPPER
     };
     let odd = sm90::Config {
-        half: Half::F16,
+        elements: [F16; 2],
         cols: 16,
         rhs_lines: 16,
         batched: true,
@@ -214,7 +215,7 @@ pub fn kernels() -> Vec<(&'static str, Config)> {
         ..PORTABLE
     };
     let split = sm80::Config {
-        half: Half::F16,
+        elements: [F16; 2],
         lhs: Major::Outer,
         rhs: Major::K,
         rows: 16,

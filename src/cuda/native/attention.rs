@@ -10,10 +10,11 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::{self, Fitted, Want, fit};
-use super::operand::{UNIT, element};
+use super::operand::element;
 use super::plan::{Compiled, Plans};
 use crate::kernel::attention::{
-    Arguments, Bias, Extra, Lengths, Limit, Operand, Output, Plan, Problem, ScoreMod, by_tma,
+    Arguments, Bias, Extra, Lengths, Limit, Operand, Output, Plan, Problem, ScoreMod, VALUE_UNIT,
+    by_tma,
 };
 use crate::op::{AttentionInputs, AttentionProblem};
 use crate::stack::Stack;
@@ -102,7 +103,7 @@ impl<'a> Call<'a> {
         let order = Order::new(op, device.cuda_stream(), all);
         // TMA writes zeros for what a row has not; the other kernel reads values by eight.
         let whole = !by_tma(&gpu.device, element(q.dtype()));
-        let values = heads(op, v, &p.v, if whole { UNIT } else { 1 })?;
+        let values = heads(op, v, &p.v, if whole { VALUE_UNIT as usize } else { 1 })?;
         let operands = [heads(op, q, &p.q, 1)?, heads(op, k, &p.k, 1)?, values];
         let bias = extras.bias.zip(p.extras.bias.as_ref());
         let slopes = extras.slopes.zip(p.extras.slopes.as_ref());
@@ -115,7 +116,7 @@ impl<'a> Call<'a> {
             queries: p.seq_q() as u64,
             keys: p.seq_k() as u64,
             head_dim: p.head_dim() as u64,
-            value_dim: p.value_dim().next_multiple_of(UNIT) as u64,
+            value_dim: (p.value_dim() as u64).next_multiple_of(VALUE_UNIT),
             element: element(q.dtype()),
             out: element(p.out_dtype),
             left: p.mask.left.map(|keys| keys as u64),

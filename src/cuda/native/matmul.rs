@@ -9,7 +9,7 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::Fitted;
-use super::operand::{Batch, Lines, element, half, operand, row};
+use super::operand::{Batch, Lines, element, operand, row};
 use super::plan::{Compiled, Plans};
 use crate::error::Error;
 use crate::kernel::gemm::{self, Plan, Problem};
@@ -75,7 +75,7 @@ impl<'a> Call<'a> {
             n: rhs.outer as u64,
             k: lhs.depth as u64,
             batch: batch.count() as u64,
-            half: half(a.dtype()),
+            elements: [element(a.dtype()), element(b.dtype())],
             lhs: lhs.major,
             rhs: rhs.major,
             epilogue: gemm::Epilogue {

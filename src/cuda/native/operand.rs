@@ -1,5 +1,6 @@
 //! Operands as the native kernels read them.
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Layout, Result};
 
 use super::super::fit::{Fitted, Want, fit};
@@ -9,8 +10,8 @@ use crate::op::View;
 use crate::ptx::Half;
 use crate::stack::Stack;
 
-/// Elements of 16 bytes: what a kernel's strides are multiples of.
-pub(super) const UNIT: usize = 8;
+/// Bytes that a kernel's strides are multiples of.
+const ALIGN: usize = 16;
 
 /// The matrices of an operand, `outer × depth`, as lines of contiguous elements.
 #[derive(Clone, Copy, Debug)]
@@ -25,25 +26,26 @@ pub(super) struct Lines {
 }
 
 impl Lines {
-    /// Of a stack whose rows are the outer dimension and whose columns the depth; `None` if no
-    /// dimension is contiguous, or lines do not begin at multiples of 16 bytes.
-    pub fn of(stack: &Stack) -> Option<Self> {
+    /// Of a stack whose rows are the outer dimension and whose columns the depth, and of whose elements
+    /// 16 bytes hold `unit`; `None` if no dimension is contiguous, or lines do not begin at multiples of
+    /// 16 bytes.
+    pub fn of(stack: &Stack, unit: usize) -> Option<Self> {
         let (rows, cols) = (stack.rows, stack.cols);
         let lines = |major, contiguous: (usize, usize), lines: (usize, usize)| {
             // The stride of a single line or element is never used.
-            let unit = contiguous.0 <= 1 || contiguous.1 == 1;
+            let dense = contiguous.0 <= 1 || contiguous.1 == 1;
             let stride = match lines.0 {
-                0 | 1 => contiguous.0.next_multiple_of(UNIT),
+                0 | 1 => contiguous.0.next_multiple_of(unit),
                 _ => lines.1,
             };
             // Copies of 16 bytes read on to where the next line begins, and a repeated one has no next.
             let repeated = lines.0 > 1 && stride == 0;
-            let whole = major == Major::K || !repeated || contiguous.0.is_multiple_of(UNIT);
-            let fits = unit && stride.is_multiple_of(UNIT) && whole;
+            let whole = major == Major::K || !repeated || contiguous.0.is_multiple_of(unit);
+            let fits = dense && stride.is_multiple_of(unit) && whole;
             fits.then_some(Self { major, outer: rows, depth: cols, stride })
         };
         let (row, col) = ((rows, stack.row_stride), (cols, stack.col_stride));
-        let origins = stack.origins().all(|elements| elements.is_multiple_of(UNIT));
+        let origins = stack.origins().all(|elements| elements.is_multiple_of(unit));
         let found = lines(Major::K, col, row).or_else(|| lines(Major::Outer, row, col));
         found.filter(|_| origins)
     }
@@ -55,18 +57,19 @@ pub(super) fn operand<'a>(
     storage: &'a CudaStorage,
     stack: &Stack,
 ) -> Result<(Fitted<'a>, Lines)> {
-    if let Some(lines) = Lines::of(stack) {
+    let unit = per_chunk(storage.dtype());
+    if let Some(lines) = Lines::of(stack, unit) {
         return Ok((Fitted::view(storage, stack.clone()), lines));
     }
     // The copy keeps the order of the dimensions that is nearest to memory's.
     let transposed = stack.rows > 1 && stack.row_stride < stack.col_stride;
     let source = if transposed { stack.t() } else { stack.clone() };
-    let cols = source.cols.next_multiple_of(UNIT);
-    let want = Want { cols, align: 2 * UNIT, ..Want::default() };
+    let cols = source.cols.next_multiple_of(unit);
+    let want = Want { cols, align: ALIGN, ..Want::default() };
     let mut copy = fit(op, (storage, &source), want)?;
     let narrowed = copy.stack.narrow(source.rows, source.cols);
     copy.stack = if transposed { narrowed.t() } else { narrowed };
-    let lines = Lines::of(&copy.stack).expect("a padded copy has lines");
+    let lines = Lines::of(&copy.stack, unit).expect("a padded copy has lines");
     Ok((copy, lines))
 }
 
@@ -77,7 +80,7 @@ pub(super) fn row<'a>(
 ) -> Result<Fitted<'a>> {
     let (len, stride, offset) = (layout.dims()[0], layout.stride()[0], layout.start_offset());
     let layout = Layout::new((1, len).into(), vec![len, stride], offset);
-    fit(op, (storage, &Stack::new(&layout)), Want { align: 16, ..Want::default() })
+    fit(op, (storage, &Stack::new(&layout)), Want { align: ALIGN, ..Want::default() })
 }
 
 /// The batch dimensions of a product, as few as walk both operands.
@@ -137,16 +140,15 @@ impl Batch {
     }
 }
 
-pub(super) fn half(dtype: DType) -> Half {
-    match dtype {
-        DType::BF16 => Half::Bf16,
-        _ => Half::F16,
-    }
+/// Elements of 16 bytes.
+pub(super) fn per_chunk(dtype: DType) -> usize {
+    element(dtype).per_chunk() as usize
 }
 
 pub(super) fn element(dtype: DType) -> Element {
     match dtype {
         DType::F32 => Element::F32,
-        _ => Element::Half(half(dtype)),
+        DType::BF16 => Element::Half(Half::Bf16),
+        _ => Element::Half(Half::F16),
     }
 }

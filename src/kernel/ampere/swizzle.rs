@@ -18,8 +18,6 @@ use crate::ptx::{Address, Reg};
 
 /// Bytes of one asynchronous copy and of one line of an 8×8 matrix.
 pub const CHUNK: u32 = 16;
-/// 16-bit elements of those.
-pub const CHUNK_ELEMENTS: u32 = 8;
 
 /// What addresses are computed with.
 pub trait Word:

@@ -7,9 +7,10 @@ use crate::kernel::{Device, Element};
 /// The configuration for a problem of 16-bit operands. If it splits the keys, a kernel of
 /// [`combine`](super::combine) follows.
 pub fn choose(problem: &Problem, device: &Device) -> Config {
-    let Element::Half(half) = problem.element else {
-        panic!("wgmma of tf32 reads no transposed values: f32 is for the portable kernel");
-    };
+    debug_assert!(
+        matches!(problem.element, Element::Half(_)),
+        "wgmma of tf32 reads no transposed values: f32 is for the portable kernel"
+    );
     let head_dim = (problem.head_dim as u32).next_multiple_of(16);
     let limit = device.shared_per_block;
     let pack = pack(problem, 64);
@@ -17,7 +18,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
     let config = |warpgroups| {
         let config = Config {
             variant: Variant { head_dim, ..Variant::new(problem, pack, split) },
-            half,
+            element: problem.element,
             rows: 64 * warpgroups,
             keys: 16,
             query_stages: 1,

@@ -30,6 +30,9 @@ pub use variant::Variant;
 
 use super::Element;
 
+/// Elements that a value's are a multiple of, with zeros at its end.
+pub const VALUE_UNIT: u64 = 8;
+
 /// An attention, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {

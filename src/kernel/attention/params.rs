@@ -276,11 +276,11 @@ impl Arguments<'_> {
             (Attend::Sm80(_), Name::V) => return Some(Argument::Pointer(v.address)),
             (Attend::Sm80(_), _) => return None,
         };
-        let half = Element::Half(config.half);
+        let element = config.element;
         Some(Argument::TensorMap(match name {
-            Name::Q => q.queries_map(config, half, SLAB),
-            Name::K => k.map(half, [SLAB, config.keys]),
-            Name::V => v.map(half, [SLAB, config.keys]),
+            Name::Q => q.queries_map(config, element, element.per_line()),
+            Name::K => k.map(element, [element.per_line(), config.keys]),
+            Name::V => v.map(element, [element.per_line(), config.keys]),
             Name::Out if config.store == sm90::Store::Tma => {
                 let &Output { address, strides, .. } = out;
                 let result = Operand { address, cols: self.problem.value_dim, strides, ..*q };

@@ -5,7 +5,7 @@
 //! those the choice is 1.6 % slower than the fastest kernel on average, of which 1.0 % is that not all
 //! shapes are candidates. docs/notebook.md has what was learnt.
 
-use super::sm90::{Config, DEPTH, Launch, Order, Orient, Store};
+use super::sm90::{Config, Launch, Order, Orient, Store};
 use super::{Major, Problem};
 use crate::kernel::Device;
 
@@ -89,7 +89,8 @@ impl Shape {
         let Self { orient, rows, cols, split, blocks_per_sm, pingpong } = self;
         let [lhs, rhs] = orient.order([problem.lhs, problem.rhs]);
         let [height, width] = orient.order([problem.m, problem.n]);
-        if u64::from(split) > problem.k.div_ceil(DEPTH.into()) {
+        let elements = orient.order(problem.elements);
+        if u64::from(split) > problem.k.div_ceil(elements[0].per_line().into()) {
             return None;
         }
         let aligned = (problem.n * u64::from(problem.epilogue.out.size())).is_multiple_of(16);
@@ -98,7 +99,7 @@ impl Shape {
         let unit = if problem.n.is_multiple_of(4) { 4 } else { 1 };
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {
-            half: problem.half,
+            elements,
             lhs,
             rhs,
             orient,
@@ -223,7 +224,9 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
         compute *= 1.0 + 20.0 * (reads - 3.0 / 256.0).max(0.0);
     }
 
-    let operands = 2.0 * (problem.m + problem.n) as f64 * problem.k as f64 * problem.batch as f64;
+    let [lhs_size, rhs_size] = problem.elements.map(|element| u64::from(element.size()));
+    let lines = (problem.m * lhs_size + problem.n * rhs_size) as f64;
+    let operands = lines * problem.k as f64 * problem.batch as f64;
     // Where a dimension is small, the other operand is a weight, which is not read twice in a row.
     let cold = problem.m.min(problem.n) <= 64 || operands > CACHED;
     let stage_bytes = f64::from(config.stage_bytes());
@@ -246,9 +249,10 @@ mod tests {
         Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
 
     fn problem(m: u64, n: u64, k: u64) -> Problem {
-        let half = Half::Bf16;
-        let epilogue = Epilogue { out: Element::Half(half), bias: None, activation: None };
-        Problem { m, n, k, batch: 1, half, lhs: Major::K, rhs: Major::Outer, epilogue }
+        let element = Element::Half(Half::Bf16);
+        let epilogue = Epilogue { out: element, bias: None, activation: None };
+        let (lhs, rhs) = (Major::K, Major::Outer);
+        Problem { m, n, k, batch: 1, elements: [element; 2], lhs, rhs, epilogue }
     }
 
     fn chosen(m: u64, n: u64, k: u64) -> Config {

@@ -12,6 +12,7 @@ pub use super::epilogue::Epilogue;
 pub use params::{Arguments, Name, Operand};
 pub use plan::Plan;
 
+use crate::kernel::Element;
 use crate::ptx::Half;
 
 /// Which dimension of an operand is contiguous in memory.
@@ -35,6 +36,14 @@ impl Major {
     }
 }
 
+/// As what two operands are multiplied, where their types are that: both f16 or both bf16.
+fn multiplied([a, b]: [Element; 2]) -> Option<Half> {
+    match (a, b) {
+        (Element::Half(a), Element::Half(b)) => (a == b).then_some(a),
+        _ => None,
+    }
+}
+
 /// A batch of products, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {
@@ -46,8 +55,8 @@ pub struct Problem {
     pub k: u64,
     /// Products.
     pub batch: u64,
-    /// The operands' type.
-    pub half: Half,
+    /// The types of `A` and `B`.
+    pub elements: [Element; 2],
     /// How `A` lies.
     pub lhs: Major,
     /// How `B` lies.

@@ -1,13 +1,12 @@
 //! The parameters of the products' kernels, and their values.
 
 use super::{Major, Plan, Problem, sm80, sm90};
-use crate::kernel::Element;
 use crate::kernel::params::{self, Argument, TensorMap, names};
 
 names! {
     /// The parameters of the products' kernels. Strides are in elements.
     pub enum Name {
-        /// The kernel's left operand: on Hopper a descriptor, whose boxes are 64 elements wide and have
+        /// The kernel's left operand: on Hopper a descriptor, whose boxes are a swizzled line wide and have
         /// the lines of [`sm90::Config::lhs_boxes`], else the address of its first element, a multiple
         /// of 16.
         Lhs "lhs",
@@ -183,13 +182,14 @@ impl Arguments<'_> {
             Major::K => [problem.k, outer],
             Major::Outer => [outer, problem.k],
         };
+        let element = problem.elements[side];
         let Operand { address, line, batch: [inner, last] } = self.operands[side];
         let map = TensorMap::new(
-            Element::Half(config.half),
+            element,
             address,
             [contiguous, across, inner.0, last.0],
             [line, inner.1, last.1],
-            [sm90::DEPTH, lines, 1, 1],
+            [element.per_line(), lines, 1, 1],
         );
         if config.batched { map } else { map.cut(2) }
     }

@@ -301,20 +301,20 @@ impl<'k> Attention<'k, '_> {
         let c = self.c;
         let queries = g.queries.stage(g.query_place.stage, c.query_bytes());
         let keys = g.keys.stage(g.key_place.stage, c.key_bytes());
-        product(c.half, &g.scores, Left::Shared(queries), keys, c.variant.head_dim, false);
+        product(c.half(), &g.scores, Left::Shared(queries), keys, c.variant.head_dim, false);
     }
 
     /// Begins the product of the exponentials and a block of values.
     fn multiply_values(&self, g: &Group<'k>) {
         let c = self.c;
         let values = g.values.stage(g.value_place.stage, c.value_bytes());
-        product(c.half, &g.o, Left::Registers(&g.p), values, c.keys, true);
+        product(c.half(), &g.o, Left::Registers(&g.p), values, c.keys, true);
     }
 
     /// Packs exponentials.
     fn pack_p(&self, g: &Group<'k>, exponentials: &[Reg<'k, f32>]) {
         for (&to, pair) in g.p.iter().zip(exponentials.chunks(2)) {
-            self.k.cvt_rn_x2_to(to, self.c.half, pair[0], pair[1]);
+            self.k.cvt_rn_x2_to(to, self.c.half(), pair[0], pair[1]);
         }
     }
 

@@ -32,8 +32,8 @@ pub enum Store {
 pub struct Config {
     /// What it computes.
     pub variant: Variant,
-    /// The operands' type.
-    pub half: Half,
+    /// The operands' type: f16 or bf16.
+    pub element: Element,
     /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one to three.
     pub rows: u32,
     /// Keys of a block: a multiple of 16, at most 256.
@@ -89,7 +89,7 @@ impl Config {
         let Self { variant, rows, keys, stages, store_stages, .. } = self;
         let turns = given(self.pingpong, " turns");
         let direct = self.store == Store::Direct;
-        let described = variant.describe(Element::Half(self.half), direct);
+        let described = variant.describe(self.element, direct);
         format!(
             "flash90 {rows}x{keys} {} x{stages} slabs{store_stages}{turns}{described}",
             variant.widths()
@@ -99,6 +99,12 @@ impl Config {
     /// Warpgroups that multiply.
     pub fn consumers(&self) -> u32 {
         self.rows / SLAB
+    }
+
+    /// As what the operands are multiplied.
+    pub(super) fn half(&self) -> Half {
+        let Element::Half(half) = self.element else { panic!("it was checked") };
+        half
     }
 
     /// Threads of a block.
@@ -232,6 +238,11 @@ impl Config {
         let (registers, most) = (self.needed_registers(), self.most_registers());
         let multiple = |n: u32, of: u32| n.is_multiple_of(of) && (of..=256).contains(&n);
         let rules = [
+            (
+                // wgmma of tf32 reads no transposed values.
+                matches!(self.element, Element::Half(_)),
+                "operands of f32".into(),
+            ),
             (
                 multiple(self.variant.head_dim, 16),
                 format!(

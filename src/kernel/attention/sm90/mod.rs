@@ -15,7 +15,6 @@ pub use config::{Config, Store};
 use super::scores::ScoreParams;
 use super::work::{Logarithms, OutputView, Tiles};
 use super::{Lengths, Name};
-use crate::kernel::Element;
 use crate::kernel::hopper::WARPGROUP;
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::SharedMap;
@@ -35,7 +34,7 @@ pub fn emit(config: &Config) -> Source {
     let lse = config.variant.lse.then(|| Logarithms::params(k, config.variant.split));
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
-    let score_params = ScoreParams::params(k, config.variant.score_mod, Element::Half(config.half));
+    let score_params = ScoreParams::params(k, config.variant.score_mod, config.element);
     let tiles = Tiles::params(k, config.into(), size, heads);
     let base = k.shared(smem.bytes);
     let thread = k.thread();

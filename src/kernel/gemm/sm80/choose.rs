@@ -56,7 +56,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
 
 fn config(problem: &Problem, device: &Device, tile: &Tile, split: u32) -> Config {
     let deep = Config {
-        half: problem.half,
+        elements: problem.elements,
         lhs: problem.lhs,
         rhs: problem.rhs,
         rows: tile.rows,
@@ -82,13 +82,16 @@ fn cycles(c: &Config, problem: &Problem, device: &Device) -> u64 {
     let (rows, cols) = (u64::from(c.rows), u64::from(c.cols));
     let tiles = problem.m.div_ceil(rows) * problem.n.div_ceil(cols) * problem.batch;
     let blocks = tiles * u64::from(c.split);
-    let steps =
-        problem.k.div_ceil(c.depth.into()).div_ceil(c.split.into()) * u64::from(c.depth / 16);
+    let steps = problem.k.div_ceil(c.depth.into()).div_ceil(c.split.into())
+        * u64::from(c.depth / c.k_step());
 
-    let stage_bytes = (rows + cols) * 32;
+    // Of a step along K.
+    let k_step = u64::from(c.k_step());
+    let [lhs, rhs] = c.elements.map(|element| k_step * u64::from(element.size()));
+    let stage_bytes = rows * lhs + cols * rhs;
     let warps = u64::from(c.warps[0] * c.warps[1]);
-    let read_bytes = warps * u64::from(c.warp_rows() + c.warp_cols()) * 32;
-    let step = (rows * cols * 16 / PRODUCTS)
+    let read_bytes = warps * (u64::from(c.warp_rows()) * lhs + u64::from(c.warp_cols()) * rhs);
+    let step = (rows * cols * k_step / PRODUCTS)
         .max((stage_bytes + read_bytes) / SHARED_BYTES)
         .max(stage_bytes / L2_BYTES)
         + STEP;
@@ -123,9 +126,10 @@ mod tests {
         Device { target: Target::Sm80, multiprocessors: 128, shared_per_block: 101_376 };
 
     fn problem(batch: u64, m: u64, n: u64, k: u64) -> Problem {
-        let half = Half::F16;
-        let epilogue = Epilogue { out: Element::Half(half), bias: None, activation: None };
-        Problem { m, n, k, batch, half, lhs: Major::K, rhs: Major::Outer, epilogue }
+        let element = Element::Half(Half::F16);
+        let epilogue = Epilogue { out: element, bias: None, activation: None };
+        let (lhs, rhs) = (Major::K, Major::Outer);
+        Problem { m, n, k, batch, elements: [element; 2], lhs, rhs, epilogue }
     }
 
     fn tile_of(device: &Device, batch: u64, m: u64, n: u64, k: u64) -> (u32, u32, u32) {

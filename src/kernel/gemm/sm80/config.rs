@@ -2,7 +2,7 @@
 
 use super::layout::{Layout, Side};
 use crate::kernel::Element;
-use crate::kernel::gemm::{Epilogue, Major};
+use crate::kernel::gemm::{Epilogue, Major, multiplied};
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::ptx::Half;
@@ -10,8 +10,8 @@ use crate::ptx::Half;
 /// All choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
-    /// The operands' type.
-    pub half: Half,
+    /// The types of `A` and `B`.
+    pub elements: [Element; 2],
     /// How `A` lies.
     pub lhs: Major,
     /// How `B` lies.
@@ -49,11 +49,11 @@ impl Config {
         let split = several(self.split, |split| format!(" split{split}"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let layouts = Major::names([self.lhs, self.rhs]);
-        let (half, epilogue) = (self.half.name(), self.epilogue.name());
+        let (element, epilogue) = (self.elements[0].name(), self.epilogue.name());
         let batched = given(self.batched, " batched");
         format!(
             "sm80 {rows}x{cols} k{depth}x{stages} warps{below}x{beside}{split}{blocks} unit{unit}, \
-             {layouts} {half}{epilogue}{batched}"
+             {layouts} {element}{epilogue}{batched}"
         )
     }
 
@@ -72,12 +72,24 @@ impl Config {
         self.cols / self.warps[1]
     }
 
+    /// Elements along K of one product of the tensor cores.
+    pub(super) fn k_step(&self) -> u32 {
+        self.elements[0].k_step()
+    }
+
+    /// As what the operands are multiplied.
+    pub(super) fn half(&self) -> Half {
+        multiplied(self.elements).expect("it was checked")
+    }
+
     pub(super) fn lhs_layout(&self) -> Layout {
-        Layout { side: Side::Lhs, major: self.lhs, extent: self.rows, depth: self.depth }
+        let [element, _] = self.elements;
+        Layout { side: Side::Lhs, element, major: self.lhs, extent: self.rows, depth: self.depth }
     }
 
     pub(super) fn rhs_layout(&self) -> Layout {
-        Layout { side: Side::Rhs, major: self.rhs, extent: self.cols, depth: self.depth }
+        let [_, element] = self.elements;
+        Layout { side: Side::Rhs, element, major: self.rhs, extent: self.cols, depth: self.depth }
     }
 
     /// Bytes of a stage.
@@ -116,6 +128,7 @@ impl Config {
             all.is_multiple_of(warps) && (all / warps).is_power_of_two() && all / warps >= 16
         };
         let rules = [
+            (multiplied(self.elements).is_some(), "operands that are not both f16 or bf16".into()),
             (matches!(self.depth, 32 | 64), format!("a depth of {} (32 or 64)", self.depth)),
             (
                 part(self.rows, self.warps[0]) && part(self.cols, self.warps[1]),

@@ -1,8 +1,7 @@
 //! A thread's copies of an operand into the stages.
 
-use super::HALF;
 use super::layout::Layout;
-use crate::kernel::ampere::swizzle::CHUNK_ELEMENTS;
+use crate::kernel::Element;
 use crate::kernel::gemm::Major;
 use crate::ptx::{Address, Kernel, Reg, Value};
 
@@ -67,8 +66,8 @@ fn left<'k>(all: Reg<'k, u32>, from: Reg<'k, u32>) -> Reg<'k, u32> {
 }
 
 /// Bytes of a copy of which `left` elements are left.
-fn bytes<'k>(left: Reg<'k, u32>) -> Reg<'k, u32> {
-    left.min(CHUNK_ELEMENTS) * HALF
+fn bytes<'k>(element: Element, left: Reg<'k, u32>) -> Reg<'k, u32> {
+    left.min(element.per_chunk()) * element.size()
 }
 
 impl<'k> Copies<'k> {
@@ -83,8 +82,9 @@ impl<'k> Copies<'k> {
         region: u32,
     ) -> Self {
         let layout = operand.layout;
+        let element = layout.element;
         let (first_line, chunk) = layout.first_copy(thread);
-        let along = chunk * CHUNK_ELEMENTS;
+        let along = chunk * element.per_chunk();
         let mine = layout.copying(threads).map(|count| thread.lt(count));
         let places = layout.copies(threads);
 
@@ -96,12 +96,13 @@ impl<'k> Copies<'k> {
             .iter()
             .map(|&further| {
                 let line = line(further);
-                let (line, element) = match layout.major {
+                let (line, at) = match layout.major {
                     // Sums of rows that do not exist are not stored: any row will do.
                     Major::K => ((operand.first + line).min(operand.extent - 1), at + along),
                     Major::Outer => (at + line, operand.first + along),
                 };
-                operand.address + (line.wide() * operand.line + element.wide()) * u64::from(HALF)
+                let elements = line.wide() * operand.line + at.wide();
+                operand.address + elements * u64::from(element.size())
             })
             .collect();
 
@@ -109,7 +110,7 @@ impl<'k> Copies<'k> {
         // Elements from a copy's start to the end of its line, for each panel.
         let panel_left: Vec<_> = (0..layout.panels())
             .map(|panel| {
-                let before = panel * (layout.line_bytes() / HALF);
+                let before = panel * layout.line_elements();
                 left(operand.extent, operand.first + along + before)
             })
             .collect();
@@ -125,10 +126,10 @@ impl<'k> Copies<'k> {
             let panel = place.panel as usize;
             let pointer = lines.binary_search(&place.line).expect("it is from there");
             let last_bytes = match layout.major {
-                Major::K => bytes(k_left),
+                Major::K => bytes(element, k_left),
                 Major::Outer => {
                     let in_depth = (at + line(place.line)).lt(operand.depth);
-                    in_depth.kernel().select(in_depth, bytes(panel_left[panel]), 0)
+                    in_depth.kernel().select(in_depth, bytes(element, panel_left[panel]), 0)
                 }
             };
             Each {
@@ -140,8 +141,8 @@ impl<'k> Copies<'k> {
         });
         let each = each.collect();
         let stride = match layout.major {
-            Major::K => Value::Literal((layout.depth * HALF).into()),
-            Major::Outer => Value::Reg(operand.line * u64::from(layout.depth * HALF)),
+            Major::K => Value::Literal((layout.depth * element.size()).into()),
+            Major::Outer => Value::Reg(operand.line * u64::from(layout.depth * element.size())),
         };
         Self { pointers, stride, each, to: base + layout.place(first_line, chunk) }
     }

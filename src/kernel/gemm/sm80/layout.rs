@@ -1,7 +1,8 @@
 //! The layout of an operand's part of a stage in shared memory: who writes which 16 bytes, who reads
 //! them. The formulas work on registers in a kernel and on integers in the tests below.
 
-use crate::kernel::ampere::swizzle::{CHUNK, CHUNK_ELEMENTS, MatrixOrder, Word, swizzled};
+use crate::kernel::Element;
+use crate::kernel::ampere::swizzle::{CHUNK, MatrixOrder, Word, swizzled};
 use crate::kernel::gemm::Major;
 
 /// Bytes that shared memory gives in a cycle.
@@ -21,6 +22,7 @@ pub enum Side {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     pub side: Side,
+    pub element: Element,
     pub major: Major,
     /// Rows of the left operand, columns of the right one.
     pub extent: u32,
@@ -48,12 +50,17 @@ impl Layout {
 
     /// Bytes of a line.
     pub fn line_bytes(self) -> u32 {
-        BANKS.min(2 * self.contiguous())
+        BANKS.min(self.element.size() * self.contiguous())
+    }
+
+    /// Elements of a line.
+    pub fn line_elements(self) -> u32 {
+        self.line_bytes() / self.element.size()
     }
 
     /// Panels side by side.
     pub fn panels(self) -> u32 {
-        2 * self.contiguous() / self.line_bytes()
+        self.element.size() * self.contiguous() / self.line_bytes()
     }
 
     pub fn panel_bytes(self) -> u32 {
@@ -62,7 +69,7 @@ impl Layout {
 
     /// Bytes of the whole.
     pub fn bytes(self) -> u32 {
-        2 * self.extent * self.depth
+        self.element.size() * self.extent * self.depth
     }
 
     fn line_chunks(self) -> u32 {
@@ -125,9 +132,9 @@ impl Layout {
         match self.major {
             Major::K => self.place(line + first, chunk),
             Major::Outer => {
-                let width = self.line_bytes() / 2;
+                let width = self.line_elements();
                 first / width * self.panel_bytes()
-                    + self.place(line, first % width / CHUNK_ELEMENTS + chunk)
+                    + self.place(line, first % width / self.element.per_chunk() + chunk)
             }
         }
     }
@@ -148,6 +155,9 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
+    use crate::ptx::Half;
+
+    const BF16: Element = Element::Half(Half::Bf16);
 
     /// Layouts, warps side by side in them, threads of the block.
     fn cases() -> impl Iterator<Item = (Layout, u32, u32)> {
@@ -157,7 +167,8 @@ mod tests {
             [32, 64].into_iter().flat_map(move |depth| {
                 [Side::Lhs, Side::Rhs].into_iter().flat_map(move |side| {
                     [Major::K, Major::Outer]
-                        .map(|major| (Layout { side, major, extent, depth }, warps, threads))
+                        .map(|major| Layout { side, element: BF16, major, extent, depth })
+                        .map(|layout| (layout, warps, threads))
                 })
             })
         })
@@ -171,7 +182,7 @@ mod tests {
             for copy in layout.copies(threads) {
                 let to = layout.place(line, chunk) + layout.copy_offset(copy);
                 let line = line + copy.line;
-                let along = copy.panel * layout.line_bytes() / 2 + chunk * CHUNK_ELEMENTS;
+                let along = copy.panel * layout.line_elements() + chunk * BF16.per_chunk();
                 let elements = std::array::from_fn(|i| match layout.major {
                     Major::K => (line, along + i as u32),
                     Major::Outer => (along + i as u32, line),

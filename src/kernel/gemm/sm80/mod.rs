@@ -28,9 +28,6 @@ use copies::Operand;
 use layout::Layout;
 use multiply::Multiply;
 
-/// Bytes of an operand's element.
-const HALF: u32 = 2;
-
 /// The kernel of a configuration that [`Config::check`] accepts. The grid is tiles × split blocks in x.
 ///
 /// Its parameters are those of [`Name`].
@@ -54,7 +51,7 @@ pub fn emit(config: &Config) -> Source {
     let tile = raster.tile(k.block_x(), config.batched || config.split > 1);
     let (part, [lhs, rhs]) = match &batches {
         None => (tile.batch, [lhs, rhs]),
-        Some(batches) => batches.operands([lhs, rhs], tile.batch),
+        Some(batches) => batches.operands(config, [lhs, rhs], tile.batch),
     };
     let share = Share::new(depth.div_ceil(config.depth), config.split, || part);
     let operand = |layout: Layout, address, line, extent, first| Operand {
@@ -109,6 +106,7 @@ impl<'k> Batches<'k> {
     /// The part of the depth and the operands' addresses of product `index`.
     fn operands(
         &self,
+        config: &Config,
         addresses: [Reg<'k, u64>; 2],
         index: Reg<'k, u32>,
     ) -> (Reg<'k, u32>, [Reg<'k, u64>; 2]) {
@@ -119,7 +117,7 @@ impl<'k> Batches<'k> {
         let at = [index % self.inner, index / self.inner].map(Reg::wide);
         let operand = |i: usize| {
             let [inner, outer] = self.strides[i];
-            addresses[i] + (at[0] * inner + at[1] * outer) * u64::from(HALF)
+            addresses[i] + (at[0] * inner + at[1] * outer) * u64::from(config.elements[i].size())
         };
         (part, [operand(0), operand(1)])
     }

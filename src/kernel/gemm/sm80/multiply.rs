@@ -122,7 +122,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
     /// The accumulators over a share of the depth.
     pub fn run(self, share: Share<'k>) -> Vec<Vec<[Reg<'k, f32>; 4]>> {
         let (k, c) = (self.k, self.c);
-        let (steps, stages) = (c.depth / 16, c.stages);
+        let (steps, stages) = (c.depth / c.k_step(), c.stages);
         let before_last = share.count - 1;
         let at = (share.first + before_last) * c.depth;
         let mut region = 0;
@@ -224,7 +224,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
                 let row = if col % 2 == 0 { i } else { self.accumulators.len() - 1 - i };
                 let b = rhs[col / 2];
                 let b = if col % 2 == 0 { [b[0], b[1]] } else { [b[2], b[3]] };
-                self.k.mma(self.c.half, self.accumulators[row][col], Mma { a: lhs[row], b });
+                self.k.mma(self.c.half(), self.accumulators[row][col], Mma { a: lhs[row], b });
                 done += 1;
             }
         }

@@ -1,18 +1,15 @@
 //! The choices, what follows from them, and the numbers of a launch.
 
-use crate::kernel::Arena;
-use crate::kernel::gemm::{Epilogue, Major, Problem};
+use crate::kernel::gemm::{Epilogue, Major, Problem, multiplied};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::pingpong::Pingpong;
 use crate::kernel::hopper::ring::Ring;
-use crate::kernel::hopper::{ATOM, LINE, SLAB, SLAB_BYTES, WARPGROUP};
+use crate::kernel::hopper::{ATOM, LINE, SLAB, WARPGROUP};
 use crate::kernel::multiprocessor::shared_of_each;
 use crate::kernel::name::{given, several};
 use crate::kernel::plan::count;
+use crate::kernel::{Arena, Element};
 use crate::ptx::Half;
-
-/// Depth of a stage: the 64 16-bit elements of a 128-byte swizzled line.
-pub const DEPTH: u32 = 64;
 
 /// Which matrix the tiles are tiles of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,8 +56,8 @@ pub enum Order {
 /// All choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
-    /// The operands' type.
-    pub half: Half,
+    /// The types of the kernel's left and right operand.
+    pub elements: [Element; 2],
     /// How the kernel's left operand lies.
     pub lhs: Major,
     /// How the kernel's right operand lies.
@@ -118,7 +115,7 @@ impl Config {
     /// store, order; layouts of `A` and `B` as BLAS names them, types, bias, activation, lines of the
     /// boxes of both operands.
     pub fn name(&self) -> String {
-        let Self { rows, cols, stages, half, lhs_lines, rhs_lines, epilogue, .. } = self;
+        let Self { rows, cols, stages, lhs_lines, rhs_lines, epilogue, .. } = self;
         let swapped = given(self.orient == Orient::Swapped, " swapped");
         let split = several(self.split, |split| format!(" split{split}"));
         let pingpong = given(self.pingpong, " pingpong");
@@ -132,10 +129,11 @@ impl Config {
             Order::Raster => "raster",
         };
         let layouts = Major::names(self.orient.order([self.lhs, self.rhs]));
-        let (half, batched) = (half.name(), given(self.batched, " batched"));
+        let (element, batched) = (self.elements[0].name(), given(self.batched, " batched"));
         format!(
-            "sm90 {rows}x{cols} k{DEPTH}x{stages}{swapped}{split}{pingpong}{blocks} {store} {order}, \
-             {layouts} {half}{}{batched} boxes{lhs_lines}/{rhs_lines}",
+            "sm90 {rows}x{cols} k{}x{stages}{swapped}{split}{pingpong}{blocks} {store} {order}, \
+             {layouts} {element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
+            self.depth(),
             epilogue.name()
         )
     }
@@ -143,6 +141,16 @@ impl Config {
     /// Warpgroups that multiply.
     pub fn consumers(&self) -> u32 {
         self.rows / SLAB
+    }
+
+    /// Depth of a stage: the elements of a swizzled line.
+    pub fn depth(&self) -> u32 {
+        self.elements[0].per_line()
+    }
+
+    /// As what the operands are multiplied.
+    pub(super) fn half(&self) -> Half {
+        multiplied(self.elements).expect("it was checked")
     }
 
     /// Threads of a block.
@@ -157,12 +165,12 @@ impl Config {
 
     /// The boxes of a stage of the left operand.
     pub fn lhs_boxes(&self) -> Boxes {
-        Boxes::new(self.lhs, self.rows, self.lhs_lines)
+        Boxes::new(self.lhs, self.rows, self.lhs_lines, self.elements[0])
     }
 
     /// The boxes of a stage of the right operand.
     pub fn rhs_boxes(&self) -> Boxes {
-        Boxes::new(self.rhs, self.cols, self.rhs_lines)
+        Boxes::new(self.rhs, self.cols, self.rhs_lines, self.elements[1])
     }
 
     /// Bytes of a stage.
@@ -244,6 +252,7 @@ impl Config {
         let smem = self.smem();
         let (shared, limit) = (smem.bytes, shared_of_each(limit, self.blocks_per_sm));
         let rules = [
+            (multiplied(self.elements).is_some(), "operands that are not both f16 or bf16".into()),
             (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
             (
                 self.cols.is_multiple_of(8) && (8..=256).contains(&self.cols),
@@ -313,7 +322,7 @@ impl Config {
 /// How TMA cuts a stage of an operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Boxes {
-    /// Lines of one box, each 64 elements wide, and the elements of the outer dimension that a box
+    /// Lines of one box, each a swizzled line wide, and the elements of the outer dimension that a box
     /// adds: along K they are its lines, else as many as a line is wide.
     pub lines: u32,
     /// Bytes of the stage.
@@ -321,11 +330,14 @@ pub struct Boxes {
 }
 
 impl Boxes {
-    fn new(major: Major, extent: u32, lines: u32) -> Self {
+    fn new(major: Major, extent: u32, lines: u32, element: Element) -> Self {
         match major {
             Major::K => Self { lines, bytes: extent * LINE },
             // A box has all of the depth.
-            Major::Outer => Self { lines: DEPTH, bytes: extent.div_ceil(SLAB) * SLAB_BYTES },
+            Major::Outer => {
+                let lines = element.per_line();
+                Self { lines, bytes: extent.div_ceil(lines) * lines * LINE }
+            }
         }
     }
 
@@ -375,7 +387,7 @@ impl Launch {
         let reads = |group: u32| group * height + slots.div_ceil(group) * config.cols;
         let group = [2, 4, 8, 16].into_iter().min_by_key(|&group| reads(group));
         let group = group.expect("there are four").min(tile_rows);
-        let depth = count(problem.k.div_ceil(DEPTH.into()));
+        let depth = count(problem.k.div_ceil(config.depth().into()));
         Self { depth, tile_rows, tile_cols, tiles, group, grid }
     }
 }

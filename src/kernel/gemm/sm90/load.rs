@@ -1,7 +1,7 @@
 //! The producer: one thread that keeps the ring of stages full.
 
 use super::Gemm;
-use super::config::{Boxes, DEPTH, Orient};
+use super::config::{Boxes, Orient};
 use crate::kernel::gemm::Major;
 use crate::kernel::gemm::share::Share;
 use crate::kernel::hopper::barriers::Mbarrier;
@@ -96,14 +96,14 @@ impl<'k> Gemm<'k, '_> {
             let lhs = self.operand_tile(lhs, tile.row * c.rows);
             let rhs = self.operand_tile(rhs, tile.col * c.cols);
             let Share { first, count } = self.share();
-            let at = k.var(first * DEPTH);
+            let at = k.var(first * c.depth());
             let bytes = lhs.bytes + rhs.bytes;
             k.for_(0, count, 1, |_| {
                 let full = place.fill(bytes);
                 lhs.load(place.stage, at, batch, full);
                 rhs.load(place.stage, at, batch, full);
                 place.advance();
-                at.increase(DEPTH);
+                at.increase(c.depth());
             });
         });
     }

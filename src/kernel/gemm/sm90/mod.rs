@@ -10,7 +10,7 @@ mod load;
 mod slabs;
 mod store;
 
-pub use config::{Boxes, Config, DEPTH, Launch, Order, Orient, Store};
+pub use config::{Boxes, Config, Launch, Order, Orient, Store};
 
 use super::share::Share;
 use super::{Major, Name};
@@ -181,8 +181,8 @@ impl<'k> Gemm<'k, '_> {
                 k.var(0)
             }
         };
-        let lhs = descriptor(self.base + self.smem.lhs + first_rows, c.lhs, c.rows);
-        let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols);
+        let lhs = descriptor(self.base + self.smem.lhs + first_rows, c.lhs, c.rows, c.depth());
+        let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
         let Share { count, .. } = self.share();
         // The barrier of the stage whose products are under way.
         let before = Mbarrier::unset(k);
@@ -192,7 +192,7 @@ impl<'k> Gemm<'k, '_> {
             let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             let later = i.ne(0);
-            products(c.half, accumulators, DEPTH, later, |step| {
+            products(c.half(), accumulators, c.depth(), later, |step| {
                 let b = b.operand(step);
                 ((0..).map(move |i| LeftStep::Shared(a.rows(i).operand(step))), b)
             });
@@ -210,10 +210,10 @@ impl<'k> Gemm<'k, '_> {
     }
 }
 
-/// The descriptor of the first stage of an operand, which has `extent` rows or columns.
-fn descriptor(address: Reg<u32>, major: Major, extent: u32) -> Descriptor {
+/// The descriptor of the first stage of an operand, which has `extent` rows or columns and is `depth` deep.
+fn descriptor(address: Reg<u32>, major: Major, extent: u32, depth: u32) -> Descriptor {
     match major {
         Major::K => Descriptor::along_k(address, extent),
-        Major::Outer => Descriptor::across_k(address, DEPTH),
+        Major::Outer => Descriptor::across_k(address, depth),
     }
 }
