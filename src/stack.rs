@@ -96,44 +96,6 @@ impl Stack {
         let folded = self.fold_rows()?;
         (folded.is_row_major() || self.elements() == 0).then_some(self.offset)
     }
-
-    /// The storage elements from the first to past the last that the view can touch.
-    pub fn span(&self) -> std::ops::Range<usize> {
-        if self.elements() == 0 {
-            return 0..0;
-        }
-        let last: usize = self
-            .batch
-            .iter()
-            .copied()
-            .chain([(self.rows, self.row_stride), (self.cols, self.col_stride)])
-            .map(|(len, stride)| (len - 1) * stride)
-            .sum();
-        self.offset..self.offset + last + 1
-    }
-
-    /// One row-major matrix without gaps, at offset 0.
-    pub fn row_major(rows: usize, cols: usize) -> Self {
-        Self { offset: 0, batch: Vec::new(), rows, cols, row_stride: cols, col_stride: 1 }
-    }
-
-    /// The stack that the same elements make once they are packed row-major, without gaps.
-    pub fn packed(&self) -> Self {
-        let (rows, cols) = (self.rows, self.cols);
-        let mut stride = rows * cols;
-        let mut batch: Vec<_> = self.batch.iter().map(|&(len, _)| (len, 0)).collect();
-        for (len, s) in batch.iter_mut().rev() {
-            *s = stride;
-            stride *= *len;
-        }
-        Self { batch, ..Self::row_major(rows, cols) }
-    }
-
-    /// The same matrices with storage offset `offset` for the span's first element.
-    pub fn rebased(mut self, offset: usize) -> Self {
-        self.offset = offset;
-        self
-    }
 }
 
 /// The batch dimensions that `a` and `b` broadcast to as NumPy does, if they do.
@@ -170,6 +132,23 @@ fn merge(dims: &[(usize, usize)]) -> Option<(usize, usize)> {
 /// What the GPU's engines ask besides.
 #[cfg(feature = "cuda")]
 impl Stack {
+    /// One row-major matrix without gaps, at offset 0.
+    pub fn row_major(rows: usize, cols: usize) -> Self {
+        Self { offset: 0, batch: Vec::new(), rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// The stack that the same elements make once they are packed row-major, without gaps.
+    pub fn packed(&self) -> Self {
+        let (rows, cols) = (self.rows, self.cols);
+        let mut stride = rows * cols;
+        let mut batch: Vec<_> = self.batch.iter().map(|&(len, _)| (len, 0)).collect();
+        for (len, s) in batch.iter_mut().rev() {
+            *s = stride;
+            stride *= *len;
+        }
+        Self { batch, ..Self::row_major(rows, cols) }
+    }
+
     /// The first rows and columns of each matrix.
     pub fn narrow(self, rows: usize, cols: usize) -> Self {
         Self { rows, cols, ..self }
@@ -251,7 +230,6 @@ mod tests {
     fn offsets_walk_the_batch_in_row_major_order() {
         let s = stack(&[2, 3, 4, 5], &[60, 20, 5, 1], 7);
         assert_eq!(offsets(&s), [7, 27, 47, 67, 87, 107]);
-        assert_eq!(s.span(), 7..127);
         assert_eq!(s.contiguous(), Some(7));
     }
 
@@ -259,7 +237,6 @@ mod tests {
     fn broadcast_repeats_by_stride_zero() {
         let s = stack(&[1, 4, 5], &[99, 5, 1], 0).broadcast(&[2, 3]);
         assert_eq!(offsets(&s), [0; 6]);
-        assert_eq!(s.span(), 0..20);
         assert_eq!(s.contiguous(), None);
     }
 
@@ -291,7 +268,6 @@ mod tests {
         assert!(stack(&[1, 5], &[99, 1], 0).is_row_major());
         assert!(stack(&[5, 1], &[1, 99], 0).is_row_major());
         assert!(!stack(&[5, 3], &[1, 5], 0).is_row_major());
-        assert_eq!(stack(&[2, 0, 5], &[0, 5, 1], 4).span(), 0..0);
         assert_eq!(stack(&[2, 0, 5], &[0, 5, 1], 4).contiguous(), Some(0));
         // Repeated so often that a product of the sizes would wrap to 0.
         assert_eq!(stack(&[1 << 32, 1 << 31, 2], &[0, 2, 1], 0).elements(), usize::MAX);

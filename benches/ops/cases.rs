@@ -1,7 +1,8 @@
 //! The rows of the table: each op at sizes that fill the device, beside candle's own way and, on a
 //! GPU, a direct call of kaio-ops.
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use kaio_candle::prelude::*;
 use kaio_candle::quant;
 
@@ -57,6 +58,21 @@ pub fn all(device: &Device) -> Vec<Builder> {
         all.push(builder("matmul_int4", move |d| int4(d, m, n)));
         all.push(builder("qkv_project_int8", move |d| qkv_int8(d, m, n)));
         all.push(builder("qkv_project_int4", move |d| qkv_int4(d, m, n)));
+    }
+    if cpu {
+        // Decoding: candle's own 16-bit product and its blocks of 4 and 8 bits, which read no more.
+        for m in [1, 16] {
+            for (op, dtype, by_columns) in [
+                ("matmul_tc f16 few rows", DType::F16, false),
+                ("matmul_tc f16 few rows, w.t()", DType::F16, true),
+                ("matmul_tc bf16 few rows", DType::BF16, false),
+                ("matmul_tc bf16 few rows, w.t()", DType::BF16, true),
+            ] {
+                all.push(builder(op, move |d| few_rows(d, op, dtype, [m, 4096], by_columns)));
+            }
+            all.push(builder("matmul_int4 few rows", move |d| few_rows_int4(d, [m, 4096])));
+            all.push(builder("matmul_int8 few rows", move |d| few_rows_int8(d, [m, 4096])));
+        }
     }
     let size = if cpu { [256, 4096] } else { [4096, 11_008] };
     all.push(builder("swiglu", move |d| swiglu(d, size)));
@@ -152,6 +168,73 @@ fn int4(device: &Device, m: usize, n: usize) -> Result<Case> {
             #[cfg(feature = "cuda")]
             direct,
             contestant(peer_name, move || pa.matmul(&pw).map(drop)),
+        ],
+    })
+}
+
+/// A product that reads a weight for few rows, beside candle's in the same dtype. On the CPU candle
+/// rounds it to that dtype.
+fn few_rows(
+    device: &Device,
+    op: &'static str,
+    dtype: DType,
+    [m, n]: [usize; 2],
+    by_columns: bool,
+) -> Result<Case> {
+    let (a, w) = (random(device, &[m, n], dtype)?, random(device, &[n, n], dtype)?);
+    let w = if by_columns { w.t()? } else { w };
+    let (pa, pw) = (a.clone(), w.clone());
+    let name = if dtype == DType::F16 { "candle matmul f16" } else { "candle matmul bf16" };
+    Ok(Case {
+        op,
+        shape: format!("{m}×{n}×{n}"),
+        flops: 2.0 * (m * n * n) as f64,
+        rounds: 30,
+        result: (m * n, DType::F32),
+        contestants: vec![
+            contestant("kaio-candle", move || a.kaio_matmul_tc(&w).map(drop)),
+            contestant(name, move || pa.matmul(&pw).map(drop)),
+        ],
+    })
+}
+
+/// candle's product with a weight `[N, K]` in blocks of GGUF's.
+fn gguf(device: &Device, [m, n]: [usize; 2], dtype: GgmlDType) -> Result<Contestant> {
+    let weight = random(device, &[n, n], DType::F32)?;
+    let weight = QMatMul::from_qtensor(QTensor::quantize(&weight, dtype)?)?;
+    let x = random(device, &[m, n], DType::F32)?;
+    let name = if dtype == GgmlDType::Q4_0 { "candle QMatMul Q4_0" } else { "candle QMatMul Q8_0" };
+    Ok(contestant(name, move || weight.forward(&x).map(drop)))
+}
+
+fn few_rows_int4(device: &Device, [m, n]: [usize; 2]) -> Result<Case> {
+    let a = random(device, &[m, n], DType::F16)?;
+    let (w, s) = quant::quantize_int4(&random(device, &[n, n], DType::F32)?)?;
+    Ok(Case {
+        op: "matmul_int4 few rows",
+        shape: format!("{m}×{n}×{n}"),
+        flops: 2.0 * (m * n * n) as f64,
+        rounds: 30,
+        result: (m * n, DType::F32),
+        contestants: vec![
+            contestant("kaio-candle", move || a.kaio_matmul_int4(&w, &s).map(drop)),
+            gguf(device, [m, n], GgmlDType::Q4_0)?,
+        ],
+    })
+}
+
+fn few_rows_int8(device: &Device, [m, n]: [usize; 2]) -> Result<Case> {
+    let (a, _) = quant::quantize_int8(&random(device, &[m, n], DType::F32)?)?;
+    let (w, scale) = quant::quantize_int8(&random(device, &[n, n], DType::F32)?)?;
+    Ok(Case {
+        op: "matmul_int8 few rows",
+        shape: format!("{m}×{n}×{n}"),
+        flops: 2.0 * (m * n * n) as f64,
+        rounds: 30,
+        result: (m * n, DType::F32),
+        contestants: vec![
+            contestant("kaio-candle", move || a.kaio_matmul_int8(&w, scale).map(drop)),
+            gguf(device, [m, n], GgmlDType::Q8_0)?,
         ],
     })
 }

@@ -37,15 +37,6 @@ impl<'a> Mat<'a> {
     }
 }
 
-/// Who works on one product.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Threads {
-    /// The calling thread: other products run beside this one.
-    One,
-    /// All of rayon's.
-    All,
-}
-
 /// `out (+)= factor · lhs·rhs`, where `out` is row-major `[m, n]` and is not read unless added to.
 #[derive(Clone, Copy)]
 pub(super) struct Product {
@@ -54,12 +45,11 @@ pub(super) struct Product {
     pub k: usize,
     pub factor: f32,
     pub add: bool,
-    pub threads: Threads,
 }
 
 impl Product {
     pub fn run(self, out: &mut [f32], lhs: Mat, rhs: Mat) {
-        let Product { m, n, k, factor, add, threads } = self;
+        let Product { m, n, k, factor, add } = self;
         if m == 0 || n == 0 {
             return;
         }
@@ -74,10 +64,6 @@ impl Product {
         }
         let (lhs_rows, lhs_cols) = lhs.strides(m, k);
         let (rhs_rows, rhs_cols) = rhs.strides(k, n);
-        let parallelism = match threads {
-            Threads::One => Parallelism::None,
-            Threads::All => Parallelism::Rayon(rayon::current_num_threads()),
-        };
         // SAFETY: `strides` has seen that every element of the operands lies inside its slice; `out` has
         // the m·n elements of its rows of n, which fit an isize as all slices do, and is borrowed
         // mutably, so it does not overlap the operands.
@@ -101,7 +87,8 @@ impl Product {
                 false,
                 false,
                 false,
-                parallelism,
+                // Other products run beside this one.
+                Parallelism::None,
             );
         }
     }
@@ -112,7 +99,7 @@ mod tests {
     use super::*;
 
     fn run(m: usize, n: usize, k: usize, lhs: Mat, rhs: Mat) {
-        let product = Product { m, n, k, factor: 1.0, add: false, threads: Threads::One };
+        let product = Product { m, n, k, factor: 1.0, add: false };
         product.run(&mut [0.0; 4], lhs, rhs);
     }
 
@@ -135,7 +122,7 @@ mod tests {
     fn strides_of_single_rows_are_not_used() {
         let lhs = Mat { data: &[2.0], row_stride: usize::MAX, col_stride: usize::MAX };
         let mut out = [0.0];
-        let product = Product { m: 1, n: 1, k: 1, factor: 1.0, add: false, threads: Threads::One };
+        let product = Product { m: 1, n: 1, k: 1, factor: 1.0, add: false };
         product.run(&mut out, lhs, lhs);
         assert_eq!(out, [4.0]);
     }

@@ -1,49 +1,38 @@
 //! From storage to f32 and back.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use candle_core::{CpuStorage, DType, Result, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::simd;
 use crate::stack::Stack;
 
 /// Elements that one thread converts at a time.
 const CHUNK: usize = 1 << 14;
 
-/// A view in f32.
-pub(super) struct Wide<'a> {
-    pub data: Cow<'a, [f32]>,
-    /// Where the view's elements are in `data`.
-    pub stack: Stack,
-}
-
-/// Widens a view. Its order in memory is kept where the view is dense; a sparse one is packed, so
-/// that the cost is in proportion to the view, not to the storage around it.
-pub(super) fn widen<'a>(storage: &'a CpuStorage, stack: &Stack) -> Result<Wide<'a>> {
-    let span = stack.span();
-    if let CpuStorage::F32(data) = storage {
-        return Ok(Wide { data: Cow::Borrowed(&data[span]), stack: stack.clone().rebased(0) });
-    }
-    if span.len() > 2 * stack.elements() {
-        let data = Cow::Owned(gather(storage, stack)?);
-        return Ok(Wide { data, stack: stack.packed() });
-    }
-    let mut data = vec![0f32; span.len()];
-    match storage {
-        CpuStorage::F16(s) => convert(&s[span], &mut data, |s, d| s.convert_to_f32_slice(d)),
-        CpuStorage::BF16(s) => convert(&s[span], &mut data, |s, d| s.convert_to_f32_slice(d)),
-        _ => return unexpected(storage),
-    }
-    Ok(Wide { data: Cow::Owned(data), stack: stack.clone().rebased(0) })
-}
-
 /// The view's elements in f32, row-major without gaps.
 pub(super) fn packed<'a>(storage: &'a CpuStorage, stack: &Stack) -> Result<Cow<'a, [f32]>> {
-    match stack.contiguous() {
-        Some(_) => Ok(widen(storage, stack)?.data),
-        None => Ok(Cow::Owned(gather(storage, stack)?)),
+    let Some(offset) = stack.contiguous() else {
+        return Ok(Cow::Owned(gather(storage, stack)?));
+    };
+    let span = offset..offset + stack.elements();
+    let convert = |widen: &(dyn Fn(Range<usize>, &mut [f32]) + Sync)| {
+        let mut out = vec![0f32; span.len()];
+        out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
+            let start = span.start + i * CHUNK;
+            widen(start..start + out.len(), out);
+        });
+        Ok(Cow::Owned(out))
+    };
+    match storage {
+        CpuStorage::F32(s) => Ok(Cow::Borrowed(&s[span])),
+        CpuStorage::F16(s) => convert(&|at, out| simd::widen_f16(&s[at], out)),
+        CpuStorage::BF16(s) => convert(&|at, out| simd::widen_bf16(&s[at], out)),
+        _ => unexpected(storage),
     }
 }
 
@@ -74,11 +63,6 @@ pub(super) fn pick<T: Send + Copy + Default>(
     out
 }
 
-fn convert<T: Sync>(src: &[T], dst: &mut [f32], f: impl Fn(&[T], &mut [f32]) + Sync) {
-    let pieces = src.par_chunks(CHUNK).zip(dst.par_chunks_mut(CHUNK));
-    pieces.for_each(|(src, dst)| f(src, dst));
-}
-
 /// f32 results in the dtype of the inputs.
 pub(crate) fn narrow_to(dtype: DType, data: Vec<f32>) -> Result<CpuStorage> {
     match dtype {
@@ -99,7 +83,7 @@ pub(crate) fn narrow_to(dtype: DType, data: Vec<f32>) -> Result<CpuStorage> {
     }
 }
 
-fn unexpected<T>(storage: &CpuStorage) -> Result<T> {
+pub(super) fn unexpected<T>(storage: &CpuStorage) -> Result<T> {
     use candle_core::backend::BackendStorage;
     bail!("the CPU path got {} where it wanted a float", storage.dtype().as_str())
 }

@@ -1,7 +1,6 @@
 //! Three projections of one input: `q = x·Wq`, `k = x·Wk`, `v = x·Wv` with quantised weights.
 
 use candle_core::{CpuStorage, CudaStorage, DType, Result, Tensor};
-use half::f16;
 
 use super::quantized::rows;
 use super::{Computed, Op, View, apply_constant};
@@ -99,13 +98,12 @@ impl Op for Qkv {
         let all = [&[3], shape.dims()].concat();
         check::memory(self.op, "the three results", &all, DType::F32)?;
         let projection = |i: usize| {
-            let (weight, scale) = match &self.kind {
-                Kind::Int8(scales) => (cpu::widen_int8(inputs[1 + i])?, scales[i]),
-                Kind::Int4 => (cpu::dequantize_int4(inputs[1 + i], inputs[4 + i])?, 1.0),
+            let weight = inputs[1 + i];
+            let sums = match &self.kind {
+                Kind::Int8(scales) => cpu::matmul_weight((x, &lhs), weight, scales[i])?,
+                Kind::Int4 => cpu::matmul_int4((x, &lhs), weight, inputs[4 + i])?,
             };
-            let sums = cpu::matmul_dense(&lhs, x, &weight, n)?;
-            let out = sums.into_iter().map(|sum| f16::from_f32(sum * scale)).collect();
-            Ok((CpuStorage::F16(out), shape.clone()))
+            Ok((cpu::narrow_to(DType::F16, sums)?, shape.clone()))
         };
         (0..3).map(projection).collect()
     }

@@ -79,7 +79,7 @@ impl Op for MatmulInt8 {
         let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
         let (lhs, shape) = rows(self.name(), la, lb.dims()[1])?;
         check::memory(self.name(), RESULT, shape.dims(), DType::F32)?;
-        let out = cpu::matmul_int8(&lhs, &Stack::new(lb), self.scale, a.as_slice()?, b.as_slice()?);
+        let out = cpu::matmul_weight((a, &lhs), (b, lb), self.scale)?;
         Ok(vec![(CpuStorage::F32(out), shape)])
     }
 
@@ -104,8 +104,7 @@ impl Op for MatmulInt4 {
         let n = packed.1.dims()[1];
         let (lhs, shape) = rows(self.name(), la, n)?;
         check::memory(self.name(), RESULT, shape.dims(), DType::F32)?;
-        let weight = cpu::dequantize_int4(packed, scales)?;
-        let out = cpu::matmul_dense(&lhs, a, &weight, n)?;
+        let out = cpu::matmul_int4((a, &lhs), packed, scales)?;
         Ok(vec![(CpuStorage::F32(out), shape)])
     }
 

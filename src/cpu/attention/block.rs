@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::CpuStorage;
 
 use super::super::exp::tanh;
-use super::super::gemm::{Mat, Product, Threads};
+use super::super::gemm::{Mat, Product};
 use super::{Heads, Sequence};
 
 /// Row-major matrices of one width, those of all heads one after another.
@@ -60,7 +60,7 @@ impl Block<'_> {
     /// `out = factor · a·bᵀ` with `a` of the queries' rows and `b` of the keys'.
     pub fn inner(&self, out: &mut [f32], a: Rows, b: Rows, factor: f32) {
         let Self { m, n, .. } = *self;
-        let product = Product { m, n, k: a.width, factor, add: false, threads: Threads::One };
+        let product = Product { m, n, k: a.width, factor, add: false };
         product.run(out, a.from(self.query()), b.from(self.key()).t());
     }
 
@@ -95,7 +95,7 @@ impl Block<'_> {
     pub fn add_keys(&self, out: &mut [f32], p: &[f32], b: Rows, factor: f32) {
         let Self { m, n, .. } = *self;
         if self.heads.zeros_hide {
-            let product = Product { m, n: b.width, k: n, factor, add: true, threads: Threads::One };
+            let product = Product { m, n: b.width, k: n, factor, add: true };
             return product.run(out, Mat::rows(p, n), b.from(self.key()));
         }
         for r in 0..m {
@@ -110,8 +110,7 @@ impl Block<'_> {
     pub fn add_queries(&self, out: &mut [f32], p: &[f32], a: Rows, factor: f32) {
         let Self { m, n, .. } = *self;
         if self.heads.zeros_hide {
-            let product =
-                Product { m: n, n: a.width, k: m, factor, add: true, threads: Threads::One };
+            let product = Product { m: n, n: a.width, k: m, factor, add: true };
             return product.run(out, Mat::rows(p, n).t(), a.from(self.query()));
         }
         for r in 0..m {

@@ -1,0 +1,395 @@
+//! Products of stacks of matrices, in blocks.
+//!
+//! A task owns a block of a result. It goes along K and, block by block, makes both operands f32 and
+//! multiplies them, so that a weight of 16 bits or fewer is widened in a core's cache and read from
+//! memory once. Few rows are divided among the threads by columns, many by rows.
+
+use std::ops::Range;
+
+use candle_core::{CpuStorage, Result};
+use rayon::prelude::*;
+
+use super::gemm::{Mat, Product};
+use super::operand::{Int4, Operand, operand};
+use crate::op::{MatmulProblem, View};
+use crate::stack::Stack;
+
+/// A call of fewer multiplications does not pay for a second thread.
+const SMALL: usize = 1 << 18;
+/// Rows of a task at most: over so many products a widened element has paid for itself.
+const TASK_ROWS: usize = 256;
+/// Tasks for each thread, so that the last to come is not long.
+const TASKS: usize = 4;
+/// Columns of a task at least, but for the last.
+const TASK_COLS: usize = 64;
+
+/// All products of a problem, row-major.
+pub(crate) fn matmul(problem: &MatmulProblem, a: &CpuStorage, b: &CpuStorage) -> Result<Vec<f32>> {
+    let (a, b) = (operand(a, &problem.lhs)?, operand(b, &problem.rhs)?);
+    let MatmulProblem { lhs, rhs, .. } = problem;
+    let sizes = Sizes { count: lhs.count(), m: lhs.rows, n: rhs.cols, k: lhs.cols };
+    Ok(sizes.products(&*a, &*b, Sums::Float))
+}
+
+/// Products with one weight that all rows share, times `scale`: floats, or bytes read as int8.
+pub(crate) fn matmul_weight(
+    (a, lhs): (&CpuStorage, &Stack),
+    weight: View<CpuStorage>,
+    scale: f32,
+) -> Result<Vec<f32>> {
+    let stack = Stack::new(weight.1);
+    let sizes = Sizes::of(lhs, stack.cols);
+    let sums = match a {
+        CpuStorage::U8(_) => Sums::Exact { scale },
+        _ => Sums::Float,
+    };
+    let mut out = sizes.products(&*operand(a, lhs)?, &*operand(weight.0, &stack)?, sums);
+    if matches!(sums, Sums::Float) && scale != 1.0 {
+        out.par_iter_mut().for_each(|x| *x *= scale);
+    }
+    Ok(out)
+}
+
+/// The same with an int4 weight.
+pub(crate) fn matmul_int4(
+    (a, lhs): (&CpuStorage, &Stack),
+    packed: View<CpuStorage>,
+    scales: View<CpuStorage>,
+) -> Result<Vec<f32>> {
+    let sizes = Sizes::of(lhs, packed.1.dims()[1]);
+    Ok(sizes.products(&*operand(a, lhs)?, &Int4::new(packed, scales)?, Sums::Float))
+}
+
+/// What sums along K are kept in.
+#[derive(Clone, Copy)]
+enum Sums {
+    Float,
+    /// Those of bytes read as int8: i32, then times `scale`.
+    Exact {
+        scale: f32,
+    },
+}
+
+/// `count` products `[m, k] · [k, n]`.
+#[derive(Clone, Copy)]
+struct Sizes {
+    count: usize,
+    m: usize,
+    n: usize,
+    k: usize,
+}
+
+/// Columns and rows of the right-hand side that are made f32 at a time.
+#[derive(Clone, Copy)]
+struct Tile {
+    n: usize,
+    k: usize,
+}
+
+impl Sizes {
+    /// Of activations and a weight of `n` columns.
+    fn of(lhs: &Stack, n: usize) -> Self {
+        Self { count: lhs.count(), m: lhs.rows, n, k: lhs.cols }
+    }
+
+    fn products(self, a: &dyn Operand, b: &dyn Operand, sums: Sums) -> Vec<f32> {
+        let Self { count, m, n, k } = self;
+        // As much as the caller has seen to be there.
+        let mut out = vec![0f32; count * m * n];
+        if out.is_empty() || k == 0 {
+            return out;
+        }
+        let work = [m, n, k].into_iter().fold(count, usize::saturating_mul);
+        let threads = if work < SMALL { 1 } else { rayon::current_num_threads() };
+        let tile = self.tile(b);
+        let run = |scratch: &mut Scratch, task: Task| task.run(k, tile, a, b, sums, scratch);
+        let tasks = self.tasks(&mut out, threads);
+        match threads {
+            1 => {
+                let mut scratch = Scratch::default();
+                tasks.into_iter().for_each(|task| run(&mut scratch, task));
+            }
+            _ => tasks.into_par_iter().for_each_init(Scratch::default, run),
+        }
+        out
+    }
+
+    /// For few rows a tile stays in the first cache, since each of its elements is used few times; else
+    /// in the second. It is longer the way its elements lie.
+    fn tile(self, b: &dyn Operand) -> Tile {
+        let few = self.m <= 4;
+        let (long, short) = if few { (512, 16) } else { (256, 256) };
+        let (n, k) = if b.by_columns() { (short, long) } else { (long, short) };
+        Tile { n, k: k.next_multiple_of(b.row_step()) }
+    }
+
+    /// A division of the results.
+    fn tasks(self, out: &mut [f32], threads: usize) -> Vec<Task<'_>> {
+        let Self { count, m, n, .. } = self;
+        let height = m.min(TASK_ROWS);
+        let by_rows = count * m.div_ceil(height);
+        let wanted = if threads == 1 { 1 } else { (TASKS * threads).div_ceil(by_rows) };
+        let width = n.div_ceil(wanted).next_multiple_of(TASK_COLS).min(n);
+        let mut tasks = Vec::with_capacity(by_rows * n.div_ceil(width));
+        for (matrix, out) in out.chunks_mut(m * n).enumerate() {
+            for (i, out) in out.chunks_mut(height * n).enumerate() {
+                let rows = i * height..i * height + out.len() / n;
+                let mut parts: Vec<Vec<&mut [f32]>> =
+                    (0..n.div_ceil(width)).map(|_| Vec::with_capacity(rows.len())).collect();
+                for row in out.chunks_mut(n) {
+                    parts
+                        .iter_mut()
+                        .zip(row.chunks_mut(width))
+                        .for_each(|(part, row)| part.push(row));
+                }
+                tasks.extend(parts.into_iter().enumerate().map(|(j, out)| Task {
+                    matrix,
+                    rows: rows.clone(),
+                    first_col: j * width,
+                    out,
+                }));
+            }
+        }
+        tasks
+    }
+}
+
+/// A block of one result.
+struct Task<'a> {
+    matrix: usize,
+    rows: Range<usize>,
+    first_col: usize,
+    /// The rows of the block.
+    out: Vec<&'a mut [f32]>,
+}
+
+/// What a thread keeps from block to block.
+#[derive(Default)]
+struct Scratch {
+    a: Vec<f32>,
+    b: Vec<f32>,
+    sums: Vec<f32>,
+    exact: Vec<i32>,
+}
+
+impl Task<'_> {
+    fn run(
+        self,
+        depth: usize,
+        tile: Tile,
+        a: &dyn Operand,
+        b: &dyn Operand,
+        sums: Sums,
+        scratch: &mut Scratch,
+    ) {
+        let Self { matrix, rows, first_col, mut out } = self;
+        let (m, width) = (rows.len(), out[0].len());
+        for first in (0..width).step_by(tile.n) {
+            let n = tile.n.min(width - first);
+            let cols = first_col + first..first_col + first + n;
+            scratch.sums.resize(m * n, 0.0);
+            if let Sums::Exact { .. } = sums {
+                scratch.exact.clear();
+                scratch.exact.resize(m * n, 0);
+            }
+            for start in (0..depth).step_by(tile.k) {
+                let ks = start..depth.min(start + tile.k);
+                let lhs = a.block(matrix, rows.clone(), ks.clone(), &mut scratch.a);
+                let rhs = b.block(matrix, ks.clone(), cols.clone(), &mut scratch.b);
+                let add = start > 0 && matches!(sums, Sums::Float);
+                multiply(&mut scratch.sums, [m, n, ks.len()], add, lhs, rhs);
+                if let Sums::Exact { .. } = sums {
+                    // f32 holds every integer up to 2²⁴, so that a tile's sum of products of int8,
+                    // each at most 2¹⁴, is exact in whatever order.
+                    const { assert!(LONGEST << 14 <= 1 << 24) };
+                    scratch
+                        .exact
+                        .iter_mut()
+                        .zip(&scratch.sums)
+                        .for_each(|(sum, part)| *sum += *part as i32);
+                }
+            }
+            for (i, out) in out.iter_mut().enumerate() {
+                let out = &mut out[first..first + n];
+                match sums {
+                    Sums::Float => out.copy_from_slice(&scratch.sums[i * n..][..n]),
+                    Sums::Exact { scale } => {
+                        let exact = &scratch.exact[i * n..][..n];
+                        out.iter_mut().zip(exact).for_each(|(x, sum)| *x = scale * *sum as f32);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The most rows of a tile.
+const LONGEST: usize = 512;
+
+fn multiply(out: &mut [f32], [m, n, k]: [usize; 3], add: bool, lhs: Mat, rhs: Mat) {
+    let product = Product { m, n, k, factor: 1.0, add };
+    product.run(out, lhs, rhs);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Layout;
+    use half::{bf16, f16};
+
+    /// Sizes on both sides of those of tiles and tasks.
+    const SIZES: [[usize; 3]; 9] = [
+        [1, 1, 1],
+        [1, 1100, 70],
+        [3, 512, 600],
+        [4, 513, 16],
+        [5, 257, 300],
+        [16, 1025, 65],
+        [300, 530, 270],
+        [513, 3, 2],
+        [2, 2, 2000],
+    ];
+
+    /// How a matrix lies: its strides, given its rows and columns, and the length of its storage.
+    type Order = fn(usize, usize) -> ([usize; 2], usize);
+
+    const ORDERS: [Order; 4] = [
+        |rows, cols| ([cols, 1], rows * cols),
+        |rows, cols| ([1, rows], rows * cols),
+        |rows, cols| ([cols + 3, 1], rows * (cols + 3)),
+        |rows, cols| ([2 * cols, 2], rows * 2 * cols),
+    ];
+
+    /// A small integer of any two numbers: sums of products are exact in whatever order.
+    fn value(i: usize, j: usize, seed: usize) -> i64 {
+        ((i * 31 + j * 17 + seed) * 2_654_435_761 >> 7) as i64 % 8 - 4
+    }
+
+    /// A matrix whose other elements are 99.
+    struct Matrix {
+        data: Vec<i64>,
+        layout: Layout,
+    }
+
+    impl Matrix {
+        fn new(rows: usize, cols: usize, order: Order, seed: usize) -> Self {
+            let ([row, col], len) = order(rows, cols);
+            let mut data = vec![99; len];
+            for (i, j) in (0..rows).flat_map(|i| (0..cols).map(move |j| (i, j))) {
+                data[i * row + j * col] = value(i, j, seed);
+            }
+            Self { data, layout: Layout::new((rows, cols).into(), vec![row, col], 0) }
+        }
+
+        fn stack(&self) -> Stack {
+            Stack::new(&self.layout)
+        }
+
+        fn of<T>(&self, from: impl Fn(f32) -> T) -> Vec<T> {
+            self.data.iter().map(|&x| from(x as f32)).collect()
+        }
+
+        fn storages(&self) -> [CpuStorage; 3] {
+            let [f16, bf16, f32] = [
+                CpuStorage::F16(self.of(f16::from_f32)),
+                CpuStorage::BF16(self.of(bf16::from_f32)),
+                CpuStorage::F32(self.of(|x| x)),
+            ];
+            [f16, bf16, f32]
+        }
+
+        fn bytes(&self) -> CpuStorage {
+            CpuStorage::U8(self.of(|x| x as i8 as u8))
+        }
+    }
+
+    fn expected([m, k, n]: [usize; 3], b: impl Fn(usize, usize) -> i64) -> Vec<f32> {
+        let mut out = vec![0i64; m * n];
+        for (i, row) in out.chunks_mut(n).enumerate() {
+            for p in 0..k {
+                let x = value(i, p, 1);
+                row.iter_mut().enumerate().for_each(|(j, sum)| *sum += x * b(p, j));
+            }
+        }
+        out.into_iter().map(|x| x as f32).collect()
+    }
+
+    fn orders() -> impl Iterator<Item = [Order; 2]> {
+        ORDERS.into_iter().flat_map(|a| ORDERS.map(move |b| [a, b]))
+    }
+
+    #[test]
+    fn floats() {
+        for [m, k, n] in SIZES {
+            let want = expected([m, k, n], |p, j| value(p, j, 2));
+            for [a, b] in orders() {
+                let (a, b) = (Matrix::new(m, k, a, 1), Matrix::new(k, n, b, 2));
+                for (x, y) in a.storages().iter().zip(&b.storages()) {
+                    let out = (m, n).into();
+                    let problem = MatmulProblem { lhs: a.stack(), rhs: b.stack(), out };
+                    assert_eq!(matmul(&problem, x, y).unwrap(), want, "{m} {k} {n}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn int8() {
+        for [m, k, n] in SIZES {
+            let want = expected([m, k, n], |p, j| value(p, j, 2));
+            let halves: Vec<_> = want.iter().map(|x| 0.5 * x).collect();
+            for [a, b] in orders() {
+                let (a, b) = (Matrix::new(m, k, a, 1), Matrix::new(k, n, b, 2));
+                let [f16, ..] = a.storages();
+                for x in [a.bytes(), f16] {
+                    let (lhs, weight) = (a.stack(), (&b.bytes(), &b.layout));
+                    let got = matmul_weight((&x, &lhs), weight, 0.5).unwrap();
+                    assert_eq!(got, halves, "{m} {k} {n}");
+                }
+            }
+        }
+    }
+
+    /// The largest sums of int8 that i32 must hold, of which f32 holds no part of more rows than a
+    /// tile has.
+    #[test]
+    fn int8_sums_are_exact() {
+        let k = 131_071;
+        let (a, b) = (vec![0x80u8; k], vec![0x80u8; k]);
+        let stack = |rows, cols| Layout::contiguous((rows, cols));
+        let (a, b) = (CpuStorage::U8(a), CpuStorage::U8(b));
+        let lhs = Stack::new(&stack(1, k));
+        let got = matmul_weight((&a, &lhs), (&b, &stack(k, 1)), 1.0).unwrap();
+        assert_eq!(got, [(k as i32 * (1 << 14)) as f32]);
+    }
+
+    #[test]
+    fn int4() {
+        for [m, k, n] in [[1, 128, 1], [1, 1152, 70], [3, 512, 600], [20, 640, 300]] {
+            // A step for each group and column, so that a neighbour's would show.
+            let step = |group: usize, j: usize| ((group * 3 + j) % 5) as i64 - 2;
+            let want = expected([m, k, n], |p, j| value(p, j, 2) * step(p / 128, j));
+            for [words, steps] in orders() {
+                let a = Matrix::new(m, k, ORDERS[0], 1);
+                let ([row, col], len) = words(k / 8, n);
+                let mut packed = vec![u32::MAX; len];
+                for (i, j) in (0..k / 8).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    let nibble = |p: usize| (value(i * 8 + p, j, 2) as u32 & 15) << (4 * p);
+                    packed[i * row + j * col] = (0..8).map(nibble).sum();
+                }
+                let words = Layout::new((k / 8, n).into(), vec![row, col], 0);
+                let ([row, col], len) = steps(k / 128, n);
+                let mut scales = vec![f16::NAN; len];
+                for (i, j) in (0..k / 128).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    scales[i * row + j * col] = f16::from_f32(step(i, j) as f32);
+                }
+                let steps = Layout::new((k / 128, n).into(), vec![row, col], 0);
+                let (packed, scales) = (CpuStorage::U32(packed), CpuStorage::F16(scales));
+                let [x, ..] = a.storages();
+                let lhs = a.stack();
+                let got = matmul_int4((&x, &lhs), (&packed, &words), (&scales, &steps)).unwrap();
+                assert_eq!(got, want, "{m} {k} {n}");
+            }
+        }
+    }
+}
