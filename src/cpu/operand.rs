@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use candle_core::{CpuStorage, Result};
-use half::f16;
+use half::{bf16, f16};
 
 use super::gemm::Mat;
 use super::simd;
@@ -15,7 +15,7 @@ use crate::stack::Stack;
 
 /// A stack of matrices.
 pub(super) trait Operand: Sync {
-    /// Rows and columns of `matrix` in f32, in `scratch` unless they are so in memory.
+    /// Rows and columns of `matrix` in f32, side by side in `scratch`.
     fn block<'a>(
         &'a self,
         matrix: usize,
@@ -23,6 +23,10 @@ pub(super) trait Operand: Sync {
         cols: Range<usize>,
         scratch: &'a mut Vec<f32>,
     ) -> Mat<'a>;
+
+    /// Adds `x` times the columns `cols` of `matrix` to `out`, if the operand has a loop for a single row
+    /// that beats blocks: one that reads each element once, in the order in which they lie.
+    fn add_row(&self, matrix: usize, x: &[f32], cols: Range<usize>, out: &mut [f32]) -> bool;
 
     /// Whether columns, rather than rows, lie in one piece: blocks should be long that way.
     fn by_columns(&self) -> bool;
@@ -37,9 +41,30 @@ pub(super) trait Operand: Sync {
 struct Elements<'a, T> {
     data: &'a [T],
     stack: &'a Stack,
-    /// A run of them.
-    widen: fn(&[T], &mut [f32]),
+    loops: Loops<T>,
 }
+
+/// The loops over elements of one type.
+#[derive(Clone, Copy)]
+struct Loops<T> {
+    widen: fn(&[T], &mut [f32]),
+    dot: fn(&[T], &[f32]) -> f32,
+    add_rows: fn([&[T]; 4], [f32; 4], &mut [f32]),
+}
+
+/// f32 is copied: rows that are a power of two apart would share the few places of a cache's set.
+const F32: Loops<f32> = Loops {
+    widen: |src, dst| dst.copy_from_slice(src),
+    dot: simd::dot_f32,
+    add_rows: simd::add_rows_f32,
+};
+const F16: Loops<f16> =
+    Loops { widen: simd::widen_f16, dot: simd::dot_f16, add_rows: simd::add_rows_f16 };
+const BF16: Loops<bf16> =
+    Loops { widen: simd::widen_bf16, dot: simd::dot_bf16, add_rows: simd::add_rows_bf16 };
+/// Bytes read as int8.
+const INT8: Loops<u8> =
+    Loops { widen: simd::widen_int8, dot: simd::dot_int8, add_rows: simd::add_rows_int8 };
 
 /// f16, bf16 or f32, or bytes read as int8.
 pub(super) fn operand<'a>(
@@ -47,10 +72,10 @@ pub(super) fn operand<'a>(
     stack: &'a Stack,
 ) -> Result<Box<dyn Operand + 'a>> {
     Ok(match storage {
-        CpuStorage::F32(data) => Box::new(Floats { data, stack }),
-        CpuStorage::F16(data) => Box::new(Elements { data, stack, widen: simd::widen_f16 }),
-        CpuStorage::BF16(data) => Box::new(Elements { data, stack, widen: simd::widen_bf16 }),
-        CpuStorage::U8(data) => Box::new(Elements { data, stack, widen: simd::widen_int8 }),
+        CpuStorage::F32(data) => Box::new(Elements { data, stack, loops: F32 }),
+        CpuStorage::F16(data) => Box::new(Elements { data, stack, loops: F16 }),
+        CpuStorage::BF16(data) => Box::new(Elements { data, stack, loops: BF16 }),
+        CpuStorage::U8(data) => Box::new(Elements { data, stack, loops: INT8 }),
         _ => return unexpected(storage),
     })
 }
@@ -63,30 +88,34 @@ impl<T: Copy + Sync> Operand for Elements<'_, T> {
         cols: Range<usize>,
         scratch: &'a mut Vec<f32>,
     ) -> Mat<'a> {
-        widened(self.data, self.stack, matrix, rows, cols, self.widen, scratch)
+        widened(self.data, self.stack, matrix, rows, cols, self.loops.widen, scratch)
     }
 
-    fn by_columns(&self) -> bool {
-        by_columns(self.stack)
-    }
-}
-
-/// f32, which is taken as it is.
-struct Floats<'a> {
-    data: &'a [f32],
-    stack: &'a Stack,
-}
-
-impl Operand for Floats<'_> {
-    fn block<'a>(
-        &'a self,
-        matrix: usize,
-        rows: Range<usize>,
-        cols: Range<usize>,
-        _: &'a mut Vec<f32>,
-    ) -> Mat<'a> {
+    fn add_row(&self, matrix: usize, x: &[f32], cols: Range<usize>, out: &mut [f32]) -> bool {
         let Stack { row_stride, col_stride, .. } = *self.stack;
-        Mat { data: &self.data[begin(self.stack, matrix, &rows, &cols)..], row_stride, col_stride }
+        let (depth, width) = (x.len(), cols.len());
+        let data = &self.data[begin(self.stack, matrix, &(0..depth), &cols)..];
+        if self.by_columns() {
+            for (col, out) in out.iter_mut().enumerate() {
+                *out += (self.loops.dot)(&data[col * col_stride..][..depth], x);
+            }
+            return true;
+        }
+        if col_stride != 1 {
+            return false;
+        }
+        let row = |k: usize| &data[k * row_stride..][..width];
+        let (fours, rest) = x.as_chunks::<4>();
+        for (i, &four) in fours.iter().enumerate() {
+            let rows = std::array::from_fn(|r| row(4 * i + r));
+            (self.loops.add_rows)(rows, four, out);
+        }
+        for (k, &x) in (4 * fours.len()..).zip(rest) {
+            let mut line = vec![0.0; width];
+            (self.loops.widen)(row(k), &mut line);
+            out.iter_mut().zip(line).for_each(|(out, w)| *out += x * w);
+        }
+        true
     }
 
     fn by_columns(&self) -> bool {
@@ -123,20 +152,19 @@ impl Operand for Int4<'_> {
         let mut held = Vec::new();
         let by_group =
             widened(steps, step_stack, 0, groups, cols.clone(), simd::widen_f16, &mut held);
-        let step = |row: usize, col: usize| {
-            by_group.data[row / INT4_GROUP * by_group.row_stride + col * by_group.col_stride]
+        let step = |group: usize, col: usize| {
+            by_group.data[group * by_group.row_stride + col * by_group.col_stride]
         };
         let (height, width) = (rows.len(), cols.len());
         let lines = rows.start / NIBBLES..rows.end / NIBBLES;
         let at = begin(stack, 0, &lines, &cols);
         let out = room(scratch, height * width);
         if self.by_columns() {
+            let mut line_steps = vec![0.0; height.div_ceil(INT4_GROUP)];
             for (col, out) in out.chunks_exact_mut(height).enumerate() {
                 let words = &words[at + col * stack.col_stride..][..lines.len()];
-                let groups = words.chunks(INT4_GROUP / NIBBLES).zip(out.chunks_mut(INT4_GROUP));
-                for (i, (words, out)) in groups.enumerate() {
-                    simd::widen_int4(words, step(i * INT4_GROUP, col), out);
-                }
+                line_steps.iter_mut().enumerate().for_each(|(i, x)| *x = step(i, col));
+                simd::widen_int4(words, &line_steps, out);
             }
             return Mat { data: out, row_stride: 1, col_stride: height };
         }
@@ -151,13 +179,40 @@ impl Operand for Int4<'_> {
                 }
             };
             if (i * NIBBLES).is_multiple_of(INT4_GROUP) {
-                line_steps.iter_mut().enumerate().for_each(|(j, x)| *x = step(i * NIBBLES, j));
+                let group = i * NIBBLES / INT4_GROUP;
+                line_steps.iter_mut().enumerate().for_each(|(j, x)| *x = step(group, j));
             }
             for (nibble, out) in (0..).zip(out.chunks_exact_mut(width)) {
                 simd::widen_nibbles(line, nibble, &line_steps, out);
             }
         }
         Mat::rows(out, width)
+    }
+
+    fn add_row(&self, _: usize, x: &[f32], cols: Range<usize>, out: &mut [f32]) -> bool {
+        const COLUMNS: usize = 16;
+        let ((words, stack), (steps, step_stack)) = (&self.words, &self.steps);
+        if !self.by_columns() {
+            return false;
+        }
+        let (lines, groups) = (0..x.len() / NIBBLES, 0..x.len() / INT4_GROUP);
+        let at = begin(stack, 0, &lines, &cols);
+        let (mut held, mut column) = (Vec::new(), vec![0.0; groups.len()]);
+        // Steps lie side by side: those of a few columns are turned in the first cache.
+        for (i, out) in out.chunks_mut(COLUMNS).enumerate() {
+            let first = cols.start + i * COLUMNS;
+            let cols = first..first + out.len();
+            let by_group =
+                widened(steps, step_stack, 0, groups.clone(), cols, simd::widen_f16, &mut held);
+            for (col, out) in out.iter_mut().enumerate() {
+                let begin = at + (i * COLUMNS + col) * stack.col_stride;
+                for (group, step) in column.iter_mut().enumerate() {
+                    *step = by_group.data[group * by_group.row_stride + col * by_group.col_stride];
+                }
+                *out += simd::dot_int4(&words[begin..][..lines.len()], &column, x);
+            }
+        }
+        true
     }
 
     fn by_columns(&self) -> bool {
