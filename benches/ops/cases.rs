@@ -95,8 +95,8 @@ fn random(device: &Device, dims: &[usize], dtype: DType) -> Result<Tensor> {
     Tensor::randn(0f32, 1., dims, device)?.to_dtype(dtype)
 }
 
-/// The dtype in which candle multiplies 16-bit operands: itself on a GPU; on the CPU it has no fast
-/// 16-bit product, and f32 is what its users take.
+/// The dtype in which candle multiplies 16-bit operands: itself on a GPU; on the CPU f32, which is faster
+/// there for as many rows as these.
 fn peer_dtype(device: &Device, dtype: DType) -> (DType, &'static str) {
     match (device.is_cpu(), dtype) {
         (true, _) => (DType::F32, "candle matmul f32"),

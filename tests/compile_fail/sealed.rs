@@ -22,6 +22,8 @@ impl KaioTensorExt for Mine {
         kaio_flash_attn_with_lse(&Tensor, &Tensor, &FlashAttnOptions) -> (Tensor, Tensor);
         kaio_qkv_project_int8([&Tensor; 3], [f32; 3]) -> (Tensor, Tensor, Tensor);
         kaio_qkv_project_int4([&Tensor; 3], [&Tensor; 3]) -> (Tensor, Tensor, Tensor);
+        kaio_swiglu(&Tensor) -> Tensor;
+        kaio_geglu(&Tensor) -> Tensor;
     }
 }
 
