@@ -124,8 +124,8 @@ pub(crate) fn int4_words(op: &'static str, (arg, t): Arg) -> Result<()> {
 /// Both arguments have the same shape.
 pub(crate) fn same_shape(op: &'static str, (arg, t): Arg, (with, first): Arg) -> Result<()> {
     let fix = "expand one with `.broadcast_as(..)?`";
-    let rank = (first.rank(), format_args!("the rank of `{with}` {:?}", first.dims()));
-    dim(op, arg, ("rank", t.rank()), rank, fix)?;
+    let why = format_args!("the rank of `{with}` {:?}", first.dims());
+    dim(op, arg, ("rank", t.rank()), (first.rank(), why), fix)?;
     let mut pairs = std::iter::zip(t.dims(), first.dims());
     match pairs.find(|(got, want)| got != want) {
         None => Ok(()),
