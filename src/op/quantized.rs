@@ -46,8 +46,11 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     let k = check::activations(OP, a)?;
     check::int4_weight(OP, ("lhs", k), b, s)?;
     check::untracked(OP, &[a, b, s])?;
+    let n = packed.dims()[1];
+    rows(OP, lhs.layout(), n)?;
     let empty = lhs.elem_count() == 0 || packed.elem_count() == 0;
-    if lhs.device().is_cuda() && !empty && !cuda::takes_int4(packed.dims()[1]) {
+    if lhs.device().is_cuda() && !empty && !cuda::takes_int4(n) {
+        check::copyable(OP, k * n)?;
         // To f16, on the GPU: what the int4 kernel does with each nibble.
         let weight = quant::dequantize(packed, scales, DType::F16)?;
         let [out] = apply_constant(&Matmul::new(OP), &[lhs, &weight])?;
