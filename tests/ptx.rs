@@ -17,6 +17,8 @@ mod cache;
 mod choices;
 #[path = "ptx/digest.rs"]
 mod digest;
+#[path = "ptx/families/mod.rs"]
+mod families;
 #[path = "ptx/gate.rs"]
 mod gate;
 #[path = "ptx/golden.rs"]

@@ -55,10 +55,11 @@ impl Gate {
         let k = x.kernel();
         let x = k.select(x.abs().gt(FAR), k.var(FAR).copysign(x), x);
         let (z, slope) = self.logit(x);
-        // 1 − σ = σ · e^-z keeps its digits where σ comes near 1. From -80 on σ is 0, and e^-z still finite.
-        let power = exp_minus(z.max(-80.0));
+        // 1 − σ = σ · e^-z keeps its digits where σ comes near 1. Where e^-z is infinite it is 0 · ∞, of which
+        // `min` takes the number.
+        let power = exp_minus(z);
         let sigmoid = (power + 1.0).recip();
-        sigmoid * (x * slope).fma(sigmoid * power, 1.0)
+        sigmoid * (x * slope).fma((sigmoid * power).min(1.0), 1.0)
     }
 }
 

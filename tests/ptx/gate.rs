@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use crate::assembler::Assembler;
 use crate::cache::Cache;
-use crate::choices::{Choice, Extent, choices, on_all_cores, spread};
+use crate::choices::{Choice, choices, on_all_cores, spread};
+use crate::families::Extent;
 use crate::ratchet::{Measured, Ratchet, Use};
 use crate::{RATCHET, golden_folder, instructions, say, set};
 

@@ -17,8 +17,9 @@ use std::path::PathBuf;
 
 use kaio_candle::ptx::Source;
 
-use crate::choices::{Extent, choices, hash};
-use crate::{golden, instructions, say};
+use crate::choices::choices;
+use crate::families::{self, Extent, hash};
+use crate::{instructions, say};
 
 #[test]
 fn manifest() {
@@ -26,7 +27,7 @@ fn manifest() {
         return say("no KAIO_MANIFEST=FILE: no manifest of the kernels' texts is written");
     };
     let chosen = choices(Extent::All).into_iter().map(|(name, of)| (name, of.kernel.emit()));
-    let golden = golden::kernels().into_iter().map(|(name, kernel)| (name, kernel.emit()));
+    let golden = families::goldens().into_iter().map(|(name, kernel)| (name, kernel.emit()));
     let golden = golden.chain(instructions::kernels());
     let golden = golden.map(|(name, source)| (format!("golden {name}"), source));
     let mut lines: Vec<_> =
