@@ -60,7 +60,7 @@ pub(super) fn gradients(
     let dq = Tensor::cat(&dq, 2)?.reshape((pass.kv, p.group * p.seq_q(), p.head_dim()))?;
     let [dq, dk, dv] = match &pass.apart {
         None => [dq, dk, dv],
-        Some(apart) => apart.spoil(&p, [dq, dk, dv])?,
+        Some(apart) => apart.spoil([dq, dk, dv])?,
     };
     let back =
         |grad: Tensor, t: &Tensor| heads_first_back(call.layout, &grad, t)?.to_dtype(t.dtype());
@@ -295,7 +295,8 @@ impl Apart {
         })
     }
 
-    fn spoil(&self, p: &AttentionProblem, [dq, dk, dv]: [Tensor; 3]) -> Result<[Tensor; 3]> {
+    /// Makes the gradients of those sequences NaN.
+    fn spoil(&self, [dq, dk, dv]: [Tensor; 3]) -> Result<[Tensor; 3]> {
         let nan = |spoilt: Tensor, sequences: &Tensor, grad: Tensor| {
             let each = spoilt.contiguous()?.index_select(sequences, 2)?;
             let rows = each.reshape((grad.dim(0)?, grad.dim(1)?, 1))?;
@@ -305,7 +306,6 @@ impl Apart {
         };
         let of_queries = self.of_queries.broadcast_add(&self.of_keys)?;
         let of_keys = (self.of_queries.sum_keepdim(1)? + &self.of_keys)?;
-        debug_assert_eq!(of_queries.dim(1)?, p.group);
         let [queries, keys] = &self.sequences;
         Ok([
             nan(of_queries, queries, dq)?,
@@ -315,7 +315,7 @@ impl Apart {
     }
 }
 
-/// For each row of q its place among the keys, and which of them it sees: `[B or 1, 1, Sq, 1]`.
+/// The place of each row of q among the keys, and which of them it sees: `[B or 1, 1, Sq, 1]`.
 struct Rows {
     /// The key at whose side the row stands.
     anchor: Tensor,
@@ -431,7 +431,7 @@ impl RowBlock {
     }
 }
 
-/// `first`, and the numbers behind it.
+/// `first`, and the numbers after it.
 fn positions(first: usize, len: usize, device: &Device) -> Result<Tensor> {
     Tensor::arange(first as f32, (first + len) as f32, device)
 }
@@ -441,8 +441,8 @@ fn positions(first: usize, len: usize, device: &Device) -> Result<Tensor> {
 fn ranks(ends: &Tensor, rows: &Tensor) -> Result<Tensor> {
     let n = ends.elem_count();
     let size = (n + 1).next_power_of_two();
-    let behind = Tensor::full(f32::INFINITY, size - n, ends.device())?;
-    let ends = Tensor::cat(&[ends, &behind], 0)?;
+    let padding = Tensor::full(f32::INFINITY, size - n, ends.device())?;
+    let ends = Tensor::cat(&[ends, &padding], 0)?;
     let mut found = rows.zeros_like()?;
     let mut step = size / 2;
     while step > 0 {
