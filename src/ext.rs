@@ -280,7 +280,8 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// Also options that exclude each other, a scale or softcap out of range, another `out_dtype`, a
     /// bias, slopes or lengths of another dtype or shape, slopes or lengths that track a gradient, on
-    /// the CPU lengths that do not fit, and an engine that cannot take the problem.
+    /// the CPU lengths that do not fit, and an engine that cannot take the problem or, on CUDA, that has no
+    /// backward pass for inputs that track a gradient.
     ///
     /// # Example
     ///

@@ -6,11 +6,14 @@ use candle_core::{DType, Tensor};
 ///
 /// A CPU tensor is computed by the CPU path under every engine: code written for a GPU
 /// runs unchanged on a laptop.
+///
+/// On a GPU attention's backward pass is that of [`Auto`](Self::Auto), in candle's own ops: with another
+/// engine an input that tracks a gradient is an error.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Engine {
-    /// The fastest engine that supports the problem: native for matmul and attention, kaio-ops for the
-    /// rest.
+    /// The fastest engine that supports the problem: native for matmul, attention and gated linear units,
+    /// kaio-ops for the rest.
     #[default]
     Auto,
     /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, for compute capability
