@@ -2,8 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::kernel::glu::Gate;
 use crate::op::{self, QkvWeights};
+use crate::options::Gate;
 use crate::{FlashAttnOptions, MatmulOptions};
 
 mod sealed {

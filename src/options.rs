@@ -26,6 +26,15 @@ pub enum Engine {
     Native,
 }
 
+/// What the gate of a gated linear unit goes through. No option of a method: each has its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Gate {
+    /// `x · σ(x)`.
+    Silu,
+    /// GELU by its tanh: `½ · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`.
+    GeluTanh,
+}
+
 /// A function of each element of a product, computed in f32.
 ///
 /// An infinity or NaN gives what the formula gives: NaN stays NaN, and −∞ is NaN under all but

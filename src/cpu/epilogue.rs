@@ -62,12 +62,20 @@ fn relu(x: f32) -> f32 {
     if x <= 0.0 { 0.0 } else { x }
 }
 
+/// `2·√(2/π)`.
+pub(super) const ROOT_8_OVER_PI: f32 = 1.595_769;
+pub(super) const GELU_CUBIC: f32 = 0.044_715;
+
 /// `1 + tanh(u)` is `2σ(2u)`, which keeps its digits where tanh comes near −1.
 #[inline(always)]
 pub(super) fn gelu_tanh(x: f32) -> f32 {
-    /// `2·√(2/π)`.
-    const SLOPE: f32 = 1.595_769;
-    x * sigmoid(SLOPE * x * (1.0 + 0.044_715 * x * x))
+    x * sigmoid(gelu_logit(x))
+}
+
+/// `2u`.
+#[inline(always)]
+pub(super) fn gelu_logit(x: f32) -> f32 {
+    ROOT_8_OVER_PI * x * (1.0 + GELU_CUBIC * x * x)
 }
 
 /// `1 + erf(z)` is `erfc(−z)`, which keeps its digits where erf comes near −1.

@@ -6,10 +6,10 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result};
 use rayon::prelude::*;
 
-use super::epilogue::{gelu_tanh, sigmoid, silu};
+use super::epilogue::{GELU_CUBIC, ROOT_8_OVER_PI, gelu_logit, gelu_tanh, sigmoid, silu};
 use super::widen::{narrow_to, packed};
-use crate::kernel::glu::Gate;
 use crate::op::View;
+use crate::options::Gate;
 use crate::stack::Stack;
 
 /// Elements that one thread takes at a time.
@@ -62,7 +62,8 @@ pub(crate) fn glu_backward(
             }
             Gate::GeluTanh => {
                 each(of_up, gate, grad, gelu_tanh);
-                each(of_gate, gate, grad, |x| slope(x, gelu_logit));
+                let slope_of_logit = |x: f32| ROOT_8_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * x * x);
+                each(of_gate, gate, grad, |x| slope(x, |x| (gelu_logit(x), slope_of_logit(x))));
             }
         }
         of_gate.iter_mut().zip(up).for_each(|(grad, up)| *grad *= up);
@@ -79,13 +80,4 @@ fn slope(x: f32, logit: impl Fn(f32) -> (f32, f32)) -> f32 {
     let (z, slope) = logit(x);
     // 1 − σ(z) is σ(−z), which keeps its digits where σ comes near 1.
     sigmoid(z) * (1.0 + x * slope * sigmoid(-z))
-}
-
-/// `½ · (1 + tanh u)` is `σ(2u)`.
-#[inline(always)]
-fn gelu_logit(x: f32) -> (f32, f32) {
-    /// `2·√(2/π)`.
-    const SLOPE: f32 = 1.595_769;
-    const CUBIC: f32 = 0.044_715 * SLOPE;
-    (x * (SLOPE + CUBIC * x * x), SLOPE + 3.0 * CUBIC * x * x)
 }

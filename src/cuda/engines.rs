@@ -6,8 +6,8 @@ use candle_core::{CudaStorage, Result};
 
 use super::Operand;
 use crate::Engine;
-use crate::kernel::glu::Gate;
 use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem, View};
+use crate::options::Gate;
 
 #[cfg(feature = "cuda")]
 use {

@@ -25,16 +25,11 @@ impl Epilogue {
         match self.activation {
             None => x,
             Some(Activation::Relu) => relu(x),
-            // 0.5·x·(1 + tanh u) = x·σ(2u)
-            Some(Activation::GeluTanh) => {
-                const ROOT_8_OVER_PI: f32 = 1.595_769;
-                let u2 = x * (x * x).fma(0.044_715 * ROOT_8_OVER_PI, ROOT_8_OVER_PI);
-                times_sigmoid(x, u2)
-            }
+            Some(Activation::GeluTanh) => x * sigmoid(gelu_logit(x, x * x)),
             Some(Activation::GeluErf) => {
                 x * one_plus_erf(x * std::f32::consts::FRAC_1_SQRT_2) * 0.5
             }
-            Some(Activation::Silu) => times_sigmoid(x, x),
+            Some(Activation::Silu) => x * sigmoid(x),
         }
     }
 
@@ -78,9 +73,22 @@ fn relu(x: Reg<f32>) -> Reg<f32> {
     k.select(x.le(0.0), zero, x)
 }
 
-/// `x · σ(z) = x / (1 + e^-z)`.
-fn times_sigmoid<'k>(x: Reg<'k, f32>, z: Reg<'k, f32>) -> Reg<'k, f32> {
-    x * ((z * -std::f32::consts::LOG2_E).exp2() + 1.0).recip()
+pub(super) const ROOT_8_OVER_PI: f32 = 1.595_769;
+pub(super) const GELU_CUBIC: f32 = 0.044_715 * ROOT_8_OVER_PI;
+
+/// `2u`, of which GELU by its tanh is `0.5·x·(1 + tanh u) = x·σ(2u)`, given x².
+pub(super) fn gelu_logit<'k>(x: Reg<'k, f32>, square: Reg<'k, f32>) -> Reg<'k, f32> {
+    x * square.fma(GELU_CUBIC, ROOT_8_OVER_PI)
+}
+
+/// `1 / (1 + e^-z)`.
+pub(super) fn sigmoid(z: Reg<f32>) -> Reg<f32> {
+    (exp_minus(z) + 1.0).recip()
+}
+
+/// `e^-z`.
+pub(super) fn exp_minus(z: Reg<f32>) -> Reg<f32> {
+    (z * -std::f32::consts::LOG2_E).exp2()
 }
 
 /// `1 + erf(x)`, absolute error 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions,

@@ -2,24 +2,17 @@
 //!
 //! Both activations are `x · σ(z)` of some `z(x)`, and so is their slope: `σ(z) · (1 + x · (1 − σ(z)) · z′)`.
 
+use super::epilogue::{GELU_CUBIC, ROOT_8_OVER_PI, exp_minus, gelu_logit, sigmoid};
 use super::params::{self, Argument, names};
 use super::plan::{Plan as _, Step, count};
 use super::{Device, Element};
+pub use crate::options::Gate;
 use crate::ptx::{Kernel, Reg, Source, Target};
 
 /// Threads of a block.
 const THREADS: u32 = 256;
 /// Bytes that a thread loads at once.
 const LINE: u32 = 16;
-
-/// What the gate goes through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Gate {
-    /// `x · σ(x)`.
-    Silu,
-    /// GELU by its tanh: `½ · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`.
-    GeluTanh,
-}
 
 impl Gate {
     fn name(self) -> &'static str {
@@ -29,23 +22,12 @@ impl Gate {
         }
     }
 
-    /// `z`, and its slope.
-    fn logit<'k>(self, x: Reg<'k, f32>) -> (Reg<'k, f32>, Reg<'k, f32>) {
-        match self {
-            Self::Silu => (x, x.kernel().var(1.0)),
-            Self::GeluTanh => {
-                // ½ · (1 + tanh u) = σ(2u)
-                const ROOT_8_OVER_PI: f32 = 1.595_769;
-                const CUBIC: f32 = 0.044_715 * ROOT_8_OVER_PI;
-                let square = x * x;
-                (x * square.fma(CUBIC, ROOT_8_OVER_PI), square.fma(3.0 * CUBIC, ROOT_8_OVER_PI))
-            }
-        }
-    }
-
     /// `act(x)`.
     fn apply<'k>(self, x: Reg<'k, f32>) -> Reg<'k, f32> {
-        x * sigmoid(self.logit(x).0)
+        x * sigmoid(match self {
+            Self::Silu => x,
+            Self::GeluTanh => gelu_logit(x, x * x),
+        })
     }
 
     /// `act′(x)`.
@@ -54,23 +36,20 @@ impl Gate {
         const FAR: f32 = 40.0;
         let k = x.kernel();
         let x = k.select(x.abs().gt(FAR), k.var(FAR).copysign(x), x);
-        let (z, slope) = self.logit(x);
+        // `z` and `x · z′`.
+        let (z, steep) = match self {
+            Self::Silu => (x, x),
+            Self::GeluTanh => {
+                let square = x * x;
+                (gelu_logit(x, square), x * square.fma(3.0 * GELU_CUBIC, ROOT_8_OVER_PI))
+            }
+        };
         // 1 − σ = σ · e^-z keeps its digits where σ comes near 1. Where e^-z is infinite it is 0 · ∞, of which
         // `min` takes the number.
         let power = exp_minus(z);
         let sigmoid = (power + 1.0).recip();
-        sigmoid * (x * slope).fma((sigmoid * power).min(1.0), 1.0)
+        sigmoid * steep.fma((sigmoid * power).min(1.0), 1.0)
     }
-}
-
-/// `1 / (1 + e^-z)`.
-fn sigmoid(z: Reg<f32>) -> Reg<f32> {
-    (exp_minus(z) + 1.0).recip()
-}
-
-/// `e^-z`.
-fn exp_minus(z: Reg<f32>) -> Reg<f32> {
-    (z * -std::f32::consts::LOG2_E).exp2()
 }
 
 /// The facts of a call.
@@ -197,17 +176,19 @@ pub struct Arguments<'a> {
     /// By which kernel.
     pub plan: &'a Plan,
     /// Addresses of the gate, of what is gated and, backward, of the gradient; and elements from row to row.
-    pub operands: [Option<(u64, u64)>; 3],
-    /// Addresses of the result or, backward, of the gradients.
-    pub results: [Option<u64>; 2],
+    pub operands: &'a [(u64, u64)],
+    /// Addresses of the result or, backward, of both gradients.
+    pub results: &'a [u64],
 }
 
 impl params::Arguments for Arguments<'_> {
     type Name = Name;
 
     fn argument(&self, _: usize, name: Name) -> Option<Argument> {
-        let address = |i: usize| self.operands[i].map(|(address, _)| Argument::Pointer(address));
-        let row = |i: usize| self.operands[i].map(|(_, row)| Argument::U64(row));
+        let operand = |i: usize| self.operands.get(i).copied();
+        let address = |i: usize| operand(i).map(|(address, _)| Argument::Pointer(address));
+        let row = |i: usize| operand(i).map(|(_, row)| Argument::U64(row));
+        let result = |i: usize| self.results.get(i).copied().map(Argument::Pointer);
         match name {
             Name::Gate => address(0),
             Name::GateRow => row(0),
@@ -215,8 +196,8 @@ impl params::Arguments for Arguments<'_> {
             Name::UpRow => row(1),
             Name::Grad => address(2),
             Name::GradRow => row(2),
-            Name::Out => self.results[0].map(Argument::Pointer),
-            Name::OutUp => self.results[1].map(Argument::Pointer),
+            Name::Out => result(0),
+            Name::OutUp => result(1),
             Name::Rows => Some(Argument::U32(count(self.problem.rows))),
             Name::Cols => Some(Argument::U64(self.problem.cols)),
             Name::Units => Some(Argument::U32(self.plan.units)),

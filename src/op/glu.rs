@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CudaStorage, DType, Result, Tensor};
 
 use super::{Computed, Differentiable, Op, View, apply, eval};
-use crate::kernel::glu::Gate;
+use crate::options::Gate;
 use crate::stack::Stack;
 use crate::{check, cpu, cuda};
 
@@ -63,8 +63,7 @@ impl Differentiable for Glu {
         let [Some(grad)] = grads else { return Ok(vec![None, None]) };
         let backward = Backward(Self { ..*self });
         let of_both: [_; 2] = eval(&backward, &[inputs[0], inputs[1], grad])?;
-        let wanted = inputs.iter().map(|t| t.track_op());
-        Ok(of_both.into_iter().zip(wanted).map(|(grad, wanted)| wanted.then_some(grad)).collect())
+        Ok(of_both.map(Some).into())
     }
 }
 

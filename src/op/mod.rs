@@ -49,7 +49,7 @@ pub(crate) trait Differentiable: Op {
         true
     }
 
-    /// The gradients of the inputs; `None` where no one asks.
+    /// The gradients of the inputs; `None`, or what is then dropped, for those that track none.
     ///
     /// `results` are all that the op computed, also what its caller does not see. `grads` are the
     /// gradients of those that the caller sees; `None` for one on which nothing depends, but not for all.

@@ -161,10 +161,13 @@ impl<O: Differentiable> Node<O> {
     fn backward(&self, grads: &[Option<Tensor>]) -> Result<()> {
         let inputs: Vec<_> = self.inputs.iter().collect();
         let results = self.results.get().map_or(&[][..], Vec::as_slice);
-        let grads = self.op.grad(&inputs, &[results, &self.saved].concat(), grads)?;
-        for (i, t) in inputs.iter().enumerate() {
+        let mut grads = self.op.grad(&inputs, &[results, &self.saved].concat(), grads)?;
+        grads.resize(inputs.len(), None);
+        for (i, (t, grad)) in inputs.iter().zip(&mut grads).enumerate() {
+            // No one takes the others.
+            *grad = grad.take().filter(|_| t.track_op());
             // candle would panic later, or the weight would stay as it is without a word.
-            match grads.get(i).and_then(Option::as_ref) {
+            match grad {
                 None if t.track_op() => bail!("{}: input {i} has no gradient", self.op.name()),
                 Some(grad) if grad.shape() != t.shape() => {
                     let (got, want) = (grad.shape(), t.shape());

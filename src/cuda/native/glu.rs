@@ -1,7 +1,7 @@
 //! Gated linear units.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, DType, Result, Shape};
+use candle_core::{CudaStorage, Result, Shape};
 
 use super::super::Operand;
 use super::super::driver::gpu::Gpu;
@@ -12,7 +12,8 @@ use super::operand::element;
 use super::plan::Plans;
 use crate::check;
 use crate::error::Error;
-use crate::kernel::glu::{Arguments, Gate, Plan, Problem};
+use crate::kernel::glu::{Arguments, Plan, Problem};
+use crate::options::Gate;
 use crate::stack::Stack;
 
 static PLANS: Plans<Plan> = Plans::new();
@@ -22,9 +23,8 @@ const LINE: usize = 16;
 
 /// `act(gate) · up`, packed. The operands are not empty.
 pub(crate) fn glu(op: &'static str, kind: Gate, operands: [Operand; 2]) -> Result<CudaStorage> {
-    let [gate, up] = operands;
-    let [out, _] = run(op, kind, [Some(gate), Some(up), None])?;
-    out.ok_or_else(|| missing(op))
+    let [out] = run(op, kind, &operands, false)?;
+    Ok(out)
 }
 
 /// The gradients of gate and up, given those and the result's gradient.
@@ -33,37 +33,27 @@ pub(crate) fn glu_backward(
     kind: Gate,
     operands: [Operand; 3],
 ) -> Result<[CudaStorage; 2]> {
-    let [of_gate, of_up] = run(op, kind, operands.map(Some))?;
-    of_gate.zip(of_up).map(|(of_gate, of_up)| [of_gate, of_up]).ok_or_else(|| missing(op))
+    run(op, kind, &operands, true)
 }
 
-/// Not reached: as many results are made as are asked for.
-fn missing(op: &'static str) -> candle_core::Error {
-    Error::Driver { op, message: "a result was not made".into() }.into()
-}
-
-fn run(
+fn run<const N: usize>(
     op: &'static str,
     kind: Gate,
-    operands: [Option<Operand>; 3],
-) -> Result<[Option<CudaStorage>; 2]> {
-    let (gate, stack) = operands[0].ok_or_else(|| missing(op))?;
+    operands: &[Operand],
+    backward: bool,
+) -> Result<[CudaStorage; N]> {
+    let (gate, stack) = operands[0];
     let (device, dtype) = (gate.device().clone(), gate.dtype());
     let gpu = Gpu::of(op, &device)?;
-    let storages = operands.iter().flatten().map(|&(storage, _)| storage);
-    let order = Order::new(op, device.cuda_stream(), storages);
-    let mut fitted = [None, None, None];
-    for (fitted, operand) in fitted.iter_mut().zip(operands) {
-        *fitted = operand.map(|operand| rows(op, operand)).transpose()?;
-    }
-    let backward = operands[2].is_some();
+    let order = Order::new(op, device.cuda_stream(), operands.iter().map(|&(storage, _)| storage));
+    let fitted = operands.iter().map(|&operand| rows(op, operand)).collect::<Result<Vec<_>>>()?;
     let facts = Problem {
         rows: (stack.count() * stack.rows) as u64,
         cols: stack.cols as u64,
         element: element(dtype),
         gate: kind,
         backward,
-        aligned: fitted.iter().flatten().all(|fitted| fit::is_aligned(&fitted.stack, dtype, LINE)),
+        aligned: fitted.iter().all(|fitted| fit::is_aligned(&fitted.stack, dtype, LINE)),
     };
     if let Some((got, most)) = facts.limit(&gpu.device) {
         let (what, limit) =
@@ -72,27 +62,26 @@ fn run(
         return Err(Error::Unsupported { op, what, limit, fix }.into());
     }
     let compiled = PLANS.get(op, &gpu, &facts)?;
-    let alloc = |dtype: DType| uninit(&device, &Shape::from(stack.elements()), dtype);
-    let mut results = [Some(alloc(dtype)?), backward.then(|| alloc(dtype)).transpose()?];
+    let mut results = (0..N)
+        .map(|_| uninit(&device, &Shape::from(stack.elements()), dtype))
+        .collect::<Result<Vec<_>>>()?;
     {
-        let inputs = fitted.each_ref().map(|fitted| {
-            let fitted = fitted.as_ref()?;
-            Some((Memory::of(fitted.storage(), &device), fitted))
-        });
-        let outputs =
-            results.each_mut().map(|result| Some(Memory::of_mut(result.as_mut()?, &device)));
+        let inputs: Vec<_> = fitted.iter().map(|f| Memory::of(f.storage(), &device)).collect();
+        let outputs: Vec<_> =
+            results.iter_mut().map(|result| Memory::of_mut(result, &device)).collect();
+        let operands = inputs.iter().zip(&fitted);
+        let operands = operands
+            .map(|(memory, fitted)| (memory.at(fitted.offset(0)), fitted.stack.row_stride as u64));
         let arguments = Arguments {
             problem: &facts,
             plan: &compiled.plan,
-            operands: inputs.each_ref().map(|input| {
-                let (memory, fitted) = input.as_ref()?;
-                Some((memory.at(fitted.offset(0)), fitted.stack.row_stride as u64))
-            }),
-            results: outputs.each_ref().map(|output| Some(output.as_ref()?.address())),
+            operands: &operands.collect::<Vec<_>>(),
+            results: &outputs.iter().map(Memory::address).collect::<Vec<_>>(),
         };
         order.run(|| Ok(compiled.launch(op, &device, &arguments)?))?;
     }
-    Ok(results)
+    let mut results = results.into_iter();
+    Ok(std::array::from_fn(|_| results.next().expect("N of them")))
 }
 
 /// All rows of an operand as those of one matrix, whose elements are contiguous.

@@ -176,10 +176,9 @@ pub(crate) struct AttentionGrads<T> {
 }
 
 impl<T> AttentionGrads<T> {
-    /// One for each input, in their order: the bias, if it is tracked, is the fourth.
-    pub fn list(self, inputs: usize) -> Vec<Option<T>> {
-        let given = [Some(self.q), Some(self.k), Some(self.v), self.bias];
-        given.into_iter().chain(std::iter::repeat_with(|| None)).take(inputs).collect()
+    /// In the order of the inputs, of which the bias, if it is tracked, is the fourth.
+    pub fn list(self) -> Vec<Option<T>> {
+        vec![Some(self.q), Some(self.k), Some(self.v), self.bias]
     }
 }
 

@@ -46,13 +46,10 @@ impl Family for Glus {
         used: &mut Used,
     ) -> Result<(), String> {
         let (mut address, row) = (addresses(), problem.cols + 8);
-        let backward = problem.backward;
-        let arguments = Arguments {
-            problem,
-            plan,
-            operands: [true, true, backward].map(|given| given.then(|| (address(), row))),
-            results: [true, backward].map(|given| given.then(&mut address)),
-        };
+        let (operands, results) = if problem.backward { (3, 2) } else { (2, 1) };
+        let operands: Vec<_> = (0..operands).map(|_| (address(), row)).collect();
+        let results: Vec<_> = (0..results).map(|_| address()).collect();
+        let arguments = Arguments { problem, plan, operands: &operands, results: &results };
         passes(plan, &arguments, kernel, used)
     }
 
