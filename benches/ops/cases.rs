@@ -185,17 +185,9 @@ fn few_rows(
     let w = if by_columns { w.t()? } else { w };
     let (pa, pw) = (a.clone(), w.clone());
     let name = if dtype == DType::F16 { "candle matmul f16" } else { "candle matmul bf16" };
-    Ok(Case {
-        op,
-        shape: format!("{m}×{n}×{n}"),
-        flops: 2.0 * (m * n * n) as f64,
-        rounds: 30,
-        result: (m * n, DType::F32),
-        contestants: vec![
-            contestant("kaio-candle", move || a.kaio_matmul_tc(&w).map(drop)),
-            contestant(name, move || pa.matmul(&pw).map(drop)),
-        ],
-    })
+    let ours = contestant("kaio-candle", move || a.kaio_matmul_tc(&w).map(drop));
+    let peer = contestant(name, move || pa.matmul(&pw).map(drop));
+    Ok(by_square(op, [m, n], [ours, peer]))
 }
 
 /// candle's product with a weight `[N, K]` in blocks of GGUF's.
@@ -207,36 +199,30 @@ fn gguf(device: &Device, [m, n]: [usize; 2], dtype: GgmlDType) -> Result<Contest
     Ok(contestant(name, move || weight.forward(&x).map(drop)))
 }
 
-fn few_rows_int4(device: &Device, [m, n]: [usize; 2]) -> Result<Case> {
+fn few_rows_int4(device: &Device, size @ [m, n]: [usize; 2]) -> Result<Case> {
     let a = random(device, &[m, n], DType::F16)?;
     let (w, s) = quant::quantize_int4(&random(device, &[n, n], DType::F32)?)?;
-    Ok(Case {
-        op: "matmul_int4 few rows",
-        shape: format!("{m}×{n}×{n}"),
-        flops: 2.0 * (m * n * n) as f64,
-        rounds: 30,
-        result: (m * n, DType::F32),
-        contestants: vec![
-            contestant("kaio-candle", move || a.kaio_matmul_int4(&w, &s).map(drop)),
-            gguf(device, [m, n], GgmlDType::Q4_0)?,
-        ],
-    })
+    let ours = contestant("kaio-candle", move || a.kaio_matmul_int4(&w, &s).map(drop));
+    Ok(by_square("matmul_int4 few rows", size, [ours, gguf(device, size, GgmlDType::Q4_0)?]))
 }
 
-fn few_rows_int8(device: &Device, [m, n]: [usize; 2]) -> Result<Case> {
+fn few_rows_int8(device: &Device, size @ [m, n]: [usize; 2]) -> Result<Case> {
     let (a, _) = quant::quantize_int8(&random(device, &[m, n], DType::F32)?)?;
     let (w, scale) = quant::quantize_int8(&random(device, &[n, n], DType::F32)?)?;
-    Ok(Case {
-        op: "matmul_int8 few rows",
+    let ours = contestant("kaio-candle", move || a.kaio_matmul_int8(&w, scale).map(drop));
+    Ok(by_square("matmul_int8 few rows", size, [ours, gguf(device, size, GgmlDType::Q8_0)?]))
+}
+
+/// `m` rows by a square weight, to f32.
+fn by_square(op: &'static str, [m, n]: [usize; 2], contestants: [Contestant; 2]) -> Case {
+    Case {
+        op,
         shape: format!("{m}×{n}×{n}"),
         flops: 2.0 * (m * n * n) as f64,
         rounds: 30,
         result: (m * n, DType::F32),
-        contestants: vec![
-            contestant("kaio-candle", move || a.kaio_matmul_int8(&w, scale).map(drop)),
-            gguf(device, [m, n], GgmlDType::Q8_0)?,
-        ],
-    })
+        contestants: contestants.into(),
+    }
 }
 
 /// Three products of candle beside one projection.
