@@ -107,7 +107,7 @@ impl Sizes {
         let threads = if work < SMALL { 1 } else { rayon::current_num_threads() };
         let tile = self.tile(b);
         let run = |scratch: &mut Scratch, task: Task| task.run(k, tile, a, b, sums, scratch);
-        let tasks = self.tasks(&mut out, threads);
+        let tasks = self.tasks(&mut out, threads, b.by_columns());
         match threads {
             1 => {
                 let mut scratch = Scratch::default();
@@ -118,8 +118,8 @@ impl Sizes {
         out
     }
 
-    /// Of one row, where [`Operand::add_row`] has no loop for it, a tile stays in the first cache, since each of its elements is used once; else in the
-    /// second. It is longer the way its elements lie; where that is by columns, few rows have a tile
+    /// Of one row, where [`Operand::add_row`] has no loop for it, a tile stays in the first cache, since
+    /// each of its elements is used once; else in the second. It is longer the way its elements lie; where that is by columns, few rows have a tile
     /// for which gemm takes inner products (up to 256 results) and packs nothing.
     fn tile(self, b: &dyn Operand) -> Tile {
         let step = b.row_step();
@@ -132,12 +132,12 @@ impl Sizes {
     }
 
     /// A division of the results.
-    fn tasks(self, out: &mut [f32], threads: usize) -> Vec<Task<'_>> {
+    fn tasks(self, out: &mut [f32], threads: usize, by_columns: bool) -> Vec<Task<'_>> {
         let Self { count, m, n, .. } = self;
         let height = m.min(TASK_ROWS);
         let by_rows = count * m.div_ceil(height);
-        // A single row's weight is best read in long lines.
-        let each = if m == 1 { 1 } else { TASKS };
+        // A single row's weight is best read in long lines, which columns are in any task.
+        let each = if m == 1 && !by_columns { 1 } else { TASKS };
         let wanted = if threads == 1 { 1 } else { (each * threads).div_ceil(by_rows) };
         let width = n.div_ceil(wanted).next_multiple_of(TASK_COLS).min(n);
         let mut tasks = Vec::with_capacity(by_rows * n.div_ceil(width));
