@@ -119,8 +119,9 @@ impl Sizes {
     }
 
     /// Of one row, where [`Operand::add_row`] has no loop for it, a tile stays in the first cache, since
-    /// each of its elements is used once; else in the second. It is longer the way its elements lie; where that is by columns, few rows have a tile
-    /// for which gemm takes inner products (up to 256 results) and packs nothing.
+    /// each of its elements is used once; else in the second. It is longer the way its elements lie; where
+    /// that is by columns, few rows have a tile for which gemm takes inner products (up to 256 results)
+    /// and packs nothing.
     fn tile(self, b: &dyn Operand) -> Tile {
         let step = b.row_step();
         let (n, k): (usize, usize) = match (self.m, b.by_columns()) {
