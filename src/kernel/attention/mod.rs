@@ -13,6 +13,7 @@ mod softmax;
 mod variant;
 mod work;
 
+pub mod backward;
 pub mod choose;
 pub mod combine;
 pub mod sm80;

@@ -65,6 +65,58 @@ names! {
         Lse "lse",
         /// With a split: from part to part.
         LsePart "lse_part",
+        /// Of each query, for the backward pass, f32 `[batch, heads, queries]`: a number near its largest
+        /// score, to base 2. Its address.
+        RowMax "row_max",
+        /// The same: the logarithm to base 2 of the sum of the exponentials of its scores less that number;
+        /// ∞ where it sees no key.
+        RowLog "row_log",
+        /// The gradient of the result, of the operands' type: a descriptor or an address.
+        Grad "grad",
+        /// From row to row.
+        GradRow "grad_row",
+        /// From head to head.
+        GradHead "grad_head",
+        /// From sequence to sequence.
+        GradBatch "grad_batch",
+        /// The gradient of the log-sum-exp: the address of f32 `[batch, heads, queries]`.
+        LseGrad "lse_grad",
+        /// Of each query the sum of its result times its gradient, less the gradient of its log-sum-exp: the
+        /// address of f32 `[batch, heads, queries]`.
+        Delta "delta",
+        /// The gradient of the queries where threads store it: its address.
+        DqAt "dq_at",
+        /// From row to row.
+        DqRow "dq_row",
+        /// From head to head.
+        DqHead "dq_head",
+        /// From sequence to sequence.
+        DqBatch "dq_batch",
+        /// The gradient of the keys: a descriptor.
+        Dk "dk",
+        /// The same where threads store it: its address.
+        DkAt "dk_at",
+        /// From row to row.
+        DkRow "dk_row",
+        /// From head to head.
+        DkHead "dk_head",
+        /// From sequence to sequence.
+        DkBatch "dk_batch",
+        /// The gradient of the values: a descriptor.
+        Dv "dv",
+        /// The same where threads store it: its address.
+        DvAt "dv_at",
+        /// From row to row.
+        DvRow "dv_row",
+        /// From head to head.
+        DvHead "dv_head",
+        /// From sequence to sequence.
+        DvBatch "dv_batch",
+        /// The sums of the gradient of the queries: the address of f32, in the order of
+        /// the kernel that adds to them.
+        DqSums "dq_sums",
+        /// The scale, to base e.
+        GradScale "grad_scale",
         /// Queries of the tensor.
         Queries "queries",
         /// Keys of the tensor.
@@ -238,7 +290,7 @@ impl Arguments<'_> {
             Name::Columns => Argument::U32(launch.order.columns),
             Name::Tiles => Argument::U32(launch.order.tiles),
             Name::TileOrder => Argument::U32(launch.order.section),
-            Name::PartsAt | Name::LseAt | Name::Rows => return None,
+            _ => return None,
         })
     }
 

@@ -90,6 +90,11 @@ impl<'k> TileScheduler<'k> {
         Self { heads, columns, tiles: k.param(Name::Tiles), section: k.param(Name::TileOrder) }
     }
 
+    /// Tiles of each head.
+    pub fn columns(&self) -> Reg<'k, u32> {
+        self.columns
+    }
+
     /// The tiles of this block.
     pub fn walk(&self) -> TileWalk<'k> {
         let k = self.tiles.kernel();

@@ -1,0 +1,155 @@
+//! Work tiles: which tiles of queries or keys a block of threads has, and the blocks of the other side that
+//! matter to each.
+
+use super::super::Name;
+use super::super::lengths::{Sequences, Span};
+use super::super::mask::{BlockRange, Bounds};
+use super::super::scheduler::{TileCoord, TileScheduler};
+use super::super::{Lengths, Mask};
+use super::{Side, TileShape};
+use crate::ptx::{Kernel, Reg};
+
+/// The tiles of a launch.
+pub struct Tiles<'k> {
+    tile_shape: TileShape,
+    /// Queries and keys of the tensors.
+    pub size: [Reg<'k, i32>; 2],
+    /// Heads of the queries, and of those how many share keys.
+    pub heads: [Reg<'k, u32>; 2],
+    right: Option<Reg<'k, i32>>,
+    left: Option<Reg<'k, i32>>,
+    sequences: Sequences<'k>,
+    scheduler: TileScheduler<'k>,
+}
+
+/// A tile of rows, and the blocks of columns that matter to it.
+#[derive(Clone, Copy)]
+pub struct WorkTile<'k> {
+    /// The index along the tensors' batch.
+    pub batch: Reg<'k, u32>,
+    pub sequence: Reg<'k, u32>,
+    /// The head: of queries, or of keys.
+    pub head: Reg<'k, u32>,
+    /// The first row.
+    pub first: Reg<'k, i32>,
+    /// The sequence's queries and keys.
+    pub queries: Span<'k>,
+    pub keys: Span<'k>,
+    /// Rows are those of the tile's side.
+    pub bounds: Bounds<Reg<'k, i32>>,
+    pub blocks: BlockRange<Reg<'k, i32>>,
+}
+
+impl<'k> Tiles<'k> {
+    /// Declares the parameters of sizes, masks and lengths, and of the scheduler.
+    pub fn params(k: &'k Kernel, tile_shape: TileShape) -> Self {
+        let size = [k.param(Name::Queries), k.param(Name::Keys)];
+        let heads = [k.param(Name::Heads), k.param(Name::Group)];
+        let right = (tile_shape.mask != Mask::None).then(|| k.param(Name::Right));
+        let left = (tile_shape.mask == Mask::Window).then(|| k.param(Name::Left));
+        let sequences = Sequences::params(k, tile_shape.lengths, size);
+        let scheduler = TileScheduler::params(k);
+        Self { tile_shape, size, heads, right, left, sequences, scheduler }
+    }
+
+    /// Runs `body` for each tile of this block.
+    pub fn for_each(&self, body: impl FnOnce(WorkTile<'k>)) {
+        let walk = self.scheduler.walk();
+        walk.kernel().loop_(|exit| {
+            exit.when(walk.over());
+            self.find(walk.coord(), body);
+            walk.advance();
+        });
+    }
+
+    /// The number of the tile's side, as [`Sequences`] counts.
+    fn side(&self) -> usize {
+        match self.tile_shape.side {
+            Side::Queries => 0,
+            Side::Keys => 1,
+        }
+    }
+
+    /// The tile of a place in the order, if there is one: those with the most columns first.
+    fn find(&self, TileCoord { head, column }: TileCoord<'k>, body: impl FnOnce(WorkTile<'k>)) {
+        let (k, c) = (head.kernel(), &self.tile_shape);
+        let first = |tile: Reg<'k, u32>| (tile * c.rows).cast::<i32>();
+        // Of queries the last ones see the most keys, of keys the first ones are seen by the most queries.
+        let last_first = c.mask == Mask::Right && c.side == Side::Queries;
+        match c.lengths {
+            Lengths::Packed => {
+                let found = self.sequences.find(self.side(), column, c.rows);
+                let tile = if last_first { found.tiles - 1 - found.tile } else { found.tile };
+                k.if_(found.exists, || {
+                    let other = self.sequences.span(1 - self.side(), found.sequence);
+                    let [queries, keys] = match c.side {
+                        Side::Queries => [found.span, other],
+                        Side::Keys => [other, found.span],
+                    };
+                    body(self.work(k.var(0), found.sequence, head, first(tile), [queries, keys]));
+                });
+            }
+            Lengths::Full | Lengths::Padded => {
+                let tile = match c.side {
+                    Side::Queries => column,
+                    Side::Keys => self.scheduler.columns() - 1 - column,
+                };
+                let heads = match c.side {
+                    Side::Queries => self.heads[0],
+                    Side::Keys => self.heads[0] / self.heads[1],
+                };
+                let batch = head / heads;
+                let spans = [0, 1].map(|side| self.sequences.span(side, batch));
+                body(self.work(batch, batch, head - batch * heads, first(tile), spans));
+            }
+        }
+    }
+
+    fn work(
+        &self,
+        batch: Reg<'k, u32>,
+        sequence: Reg<'k, u32>,
+        head: Reg<'k, u32>,
+        first: Reg<'k, i32>,
+        [queries, keys]: [Span<'k>; 2],
+    ) -> WorkTile<'k> {
+        let (k, c) = (first.kernel(), &self.tile_shape);
+        let offset = keys.count - queries.count;
+        let of_queries = Bounds {
+            cols: keys.count,
+            end: self.right.map(|right| offset + right + 1),
+            begin: self.left.map(|left| offset - left),
+            rows: Some(queries.count),
+        };
+        let (bounds, count) = match c.side {
+            Side::Queries => (of_queries, queries.count),
+            Side::Keys => (of_queries.transposed(queries.count), keys.count),
+        };
+        let end = first + c.rows as i32;
+        let mut blocks = bounds.blocks(first, end.min(count), c.cols);
+        // Rows past the last one are hidden in every block.
+        blocks.cut = true;
+        blocks.whole_end = k.select(end.le(count), blocks.whole_end, 0);
+        if c.lengths == Lengths::Padded {
+            blocks.end = k.select(first.lt(count), blocks.end, 0);
+        }
+        WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks }
+    }
+
+    /// Whether a row, or column, is one of the tensor's that its tile stores: `count` are its sequence's. In a
+    /// padded batch it may be padding, and is if the second predicate does not hold.
+    pub fn stored(
+        &self,
+        side: Side,
+        position: Reg<'k, i32>,
+        count: Reg<'k, i32>,
+    ) -> (Reg<'k, bool>, Option<Reg<'k, bool>>) {
+        match self.tile_shape.lengths {
+            Lengths::Full | Lengths::Packed => (position.lt(count), None),
+            Lengths::Padded => {
+                let size = self.size[usize::from(side == Side::Keys)];
+                (position.lt(size), Some(position.lt(count)))
+            }
+        }
+    }
+}
