@@ -73,6 +73,10 @@ kernels! {
     FlashSm90(attention::sm90::Config) by attention::sm90::emit;
     /// Attention on any GPU from Ampere on.
     FlashSm80(attention::sm80::Config) by attention::sm80::emit;
+    /// The gradients of attention on Hopper.
+    FlashBackwardSm90(attention::backward::sm90::Config) by attention::backward::sm90::emit;
+    /// The gradient of an attention's queries, of its sums.
+    FlashDq(attention::backward::dq::Config) by attention::backward::dq::emit;
     /// The results of an attention's parts, put together.
     FlashCombine(attention::combine::Config) by attention::combine::emit;
     /// A gated linear unit, on any GPU.

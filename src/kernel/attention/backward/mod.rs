@@ -10,12 +10,39 @@
 //! dQ = dS·K·scale
 //! ```
 
+pub mod dq;
 mod launch;
+pub mod sm90;
+pub mod sums;
 mod work;
 
 pub use launch::{Launch, TileShape};
 
-use super::Problem as Attention;
+use super::{Lengths, Mask, Problem as Attention, ScoreMod};
+use crate::kernel::name::given;
+
+/// Words of a name.
+fn describe(mask: Mask, scores: &ScoreMod, lengths: Lengths) -> String {
+    let mask = match mask {
+        Mask::None => "",
+        Mask::Right => " causal",
+        Mask::Window => " window",
+    };
+    let bias = scores.bias.map_or(String::new(), |bias| {
+        format!(" +{}{}", bias.element.name(), given(bias.pairs, "x2"))
+    });
+    let lengths = match lengths {
+        Lengths::Full => "",
+        Lengths::Padded => " padded",
+        Lengths::Packed => " packed",
+    };
+    let words = [
+        given(scores.scale_first, " shrunk"),
+        given(scores.softcap, " softcap"),
+        given(scores.alibi, " alibi"),
+    ];
+    format!("{mask}{bias}{lengths}{}", words.concat())
+}
 
 /// A backward pass, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
