@@ -1,8 +1,9 @@
 //! The warps that do not multiply: what comes from global memory, and what goes back while tiles are at work.
 
 use super::Backward;
-use super::config::{GROUPS, KEYS};
+use super::config::GROUPS;
 use crate::kernel::attention::Lengths;
+use crate::kernel::attention::backward::sums::DqSums;
 use crate::kernel::attention::backward::work::WorkTile;
 use crate::kernel::hopper::load::{BoxLines, TileBoxes};
 use crate::kernel::multiprocessor::WARP;
@@ -40,8 +41,8 @@ impl<'k> Backward<'k, '_> {
                 TileBoxes::new(self.maps[i], slabs, lines, self.base + at)
             };
             let queries = boxes(0, c.head_slabs(), c.queries, smem.queries);
-            let keys = boxes(1, c.head_slabs(), KEYS, smem.keys);
-            let values = boxes(2, c.value_slabs(), KEYS, smem.values);
+            let keys = boxes(1, c.head_slabs(), c.keys(), smem.keys);
+            let values = boxes(2, c.value_slabs(), c.keys(), smem.values);
             let grads = boxes(3, c.value_slabs(), c.queries, smem.grads);
             let [key_place, value_place, query_place, grad_place] =
                 [smem.key_ring, smem.value_ring, smem.query_ring, smem.grad_ring]
@@ -116,7 +117,7 @@ impl<'k> Backward<'k, '_> {
     }
 
     /// Adds each block's share of dQ to the sums.
-    pub(super) fn add_up(&self) {
+    pub(super) fn add_up(&self, sums: DqSums<'k>) {
         let (k, c, smem) = (self.k, self.c, &self.smem);
         let elected = k.elect_sync();
         let groups = || (0..GROUPS).map(|group| k.var(group));
@@ -124,12 +125,11 @@ impl<'k> Backward<'k, '_> {
             groups().for_each(|group| smem.dq_empty.of(group).arrive(k));
             let heads = self.tiles.heads[0];
             self.heads(&work, |head| {
-                let of_head =
-                    self.dq_sums.head(work.batch * heads + head, work.sequence, work.queries);
+                let of_head = sums.head(work.batch * heads + head, work.sequence, work.queries);
                 let block = k.var(work.blocks.end - 1);
                 k.loop_(|exit| {
                     exit.when(block.lt(work.blocks.begin));
-                    let to = self.dq_sums.block(of_head, block.cast());
+                    let to = sums.block(of_head, block.cast());
                     for (i, group) in (0..).zip(groups()) {
                         smem.dq_full.of(group).sync(k);
                         let from = self.base + smem.dq + i * c.dq_pitch();
