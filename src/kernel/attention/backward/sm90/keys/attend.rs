@@ -153,7 +153,7 @@ impl<'k> Backward<'k, '_> {
         let grads = of.grads.stage(stage, c.grad_bytes());
         product(half, &g.grads, Left::Shared(of.values), grads, c.value_dim, false);
         block.rows.wait();
-        k.wgmma_wait(1);
+        k.wgmma_wait(self.beside_probabilities());
         self.probabilities(&g.scores, &g.p, context, block);
         k.wgmma_wait(0);
         self.score_gradients(&g.ds, [&g.scores, &g.grads], block, |j| {
@@ -185,6 +185,12 @@ impl<'k> Backward<'k, '_> {
         self.release(g, g.place);
         g.place.advance();
         g.ds_stage.set(k.var(c.exchange_bytes()) - g.ds_stage);
+    }
+
+    /// Products that run while scores become probabilities. With a bias that takes branches, which products that
+    /// are under way do not go through.
+    fn beside_probabilities(&self) -> u32 {
+        if self.c.score_mod.bias.is_some() { 0 } else { 1 }
     }
 
     /// Zeroes what a block's stage has after the last query: `offset` of the ring, columns, bytes of a stage.

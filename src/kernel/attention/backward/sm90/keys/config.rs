@@ -20,6 +20,9 @@ const ROW_FLOATS: u32 = 3;
 /// Bytes of queries, their gradients and sums that stay in L2 together.
 const SECTION_BYTES: u64 = 32 << 20;
 
+/// More stages than that wait for nothing.
+const MOST_STAGES: u32 = 3;
+
 /// How warpgroups share the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Form {
@@ -49,7 +52,7 @@ pub struct Config {
     pub score_mod: ScoreMod,
     /// How long sequences are.
     pub lengths: Lengths,
-    /// Queries of a block: 64, or 128 of narrow heads.
+    /// Queries of a block: 64, or 128 of narrow heads, or 32 of [`Form::Wide`].
     pub queries: u32,
     /// Stages of queries and their gradients.
     pub stages: u32,
@@ -189,6 +192,12 @@ impl Config {
         self.queries * ROW_FLOATS * 4
     }
 
+    /// This configuration with as many stages as fit where a block can have `limit` bytes of shared memory.
+    pub fn filled(self, limit: u32) -> Self {
+        let with = |stages| Self { stages, ..self };
+        (1..=MOST_STAGES).rev().map(with).find(|c| c.check(limit).is_ok()).unwrap_or(with(1))
+    }
+
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
     /// or the number that is in the way.
     pub fn check(&self, limit: u32) -> Result<(), String> {
@@ -208,8 +217,11 @@ impl Config {
                 ),
             ),
             (
-                self.queries == 64 || (self.queries == 128 && narrow),
-                format!("blocks of {} queries (64, or 128 of narrow heads)", self.queries),
+                match self.queries {
+                    32 => self.form == Form::Wide,
+                    queries => queries == 64 || (queries == 128 && narrow),
+                },
+                format!("blocks of {} queries (64, 128 of narrow heads, 32 of wide)", self.queries),
             ),
             (self.stages >= 1, format!("{} stages", self.stages)),
             NamedBarriers::rule(smem.named_barriers),

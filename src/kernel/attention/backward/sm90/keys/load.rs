@@ -84,31 +84,25 @@ impl<'k> Backward<'k, '_> {
                 let row = (work.batch * self.tiles.heads[0] + head)
                     .mul_wide(self.tiles.size[0].cast::<u32>());
                 let left = work.queries.count - first;
-                let start = row + work.queries.at(first).wide();
-                let values: Vec<_> = (0..c.queries / WARP)
-                    .map(|i| {
-                        let query = lane + i * WARP;
-                        let inside = left.gt(query.cast::<i32>());
-                        let at = (start + query.wide()) * 4u64;
-                        // Past the last query all is 0.
-                        let [less_max, less_log, d] =
-                            [0f32, f32::NEG_INFINITY, 0f32].map(|x| k.var(x));
-                        k.if_(inside, || {
-                            let [m] = k.ld_global::<f32, 1>(max + at);
-                            let [l] = k.ld_global::<f32, 1>(log + at);
-                            let [x] = k.ld_global::<f32, 1>(delta + at);
-                            less_max.set(-m);
-                            less_log.set(-l);
-                            d.set(x);
-                        });
-                        (query, [less_max, less_log], d)
-                    })
-                    .collect();
+                let start = (row + work.queries.at(first).wide() + lane.wide()) * 4u64;
                 place.wait_empty();
                 let stage = self.base + smem.rows + place.stage * c.row_bytes();
-                for (query, both, delta) in values {
-                    k.st_shared(stage + query * 8, both);
-                    k.st_shared((stage + query * 4).at((c.queries * 8).into()), [delta]);
+                let (to, to_delta) = (stage + lane * 8, stage + lane * 4);
+                // One after the other: registers are few.
+                for i in (0..c.queries).step_by(WARP as usize) {
+                    let at = |memory: Reg<'k, u64>| (memory + start).at((4 * i).into());
+                    // Past the last query all is 0.
+                    let [less_max, less_log, d] = [0f32, f32::NEG_INFINITY, 0f32].map(|x| k.var(x));
+                    k.if_((lane + i).cast::<i32>().lt(left), || {
+                        let [m] = k.ld_global::<f32, 1>(at(max));
+                        let [l] = k.ld_global::<f32, 1>(at(log));
+                        let [x] = k.ld_global::<f32, 1>(at(delta));
+                        less_max.set(-m);
+                        less_log.set(-l);
+                        d.set(x);
+                    });
+                    k.st_shared(to.at((8 * i).into()), [less_max, less_log]);
+                    k.st_shared(to_delta.at((c.queries * 8 + 4 * i).into()), [d]);
                 }
                 place.filled().arrive();
                 place.advance();

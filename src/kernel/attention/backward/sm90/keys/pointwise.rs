@@ -69,7 +69,7 @@ impl<'k> Backward<'k, '_> {
         let rows = rows + block.lane.lane % 4 * 16;
         let limit = block.masked.then_some(context.work.queries.count);
         let scale = self.score_params.scale_left();
-        for (j, quad) in (0..).zip(scores.chunks(4)) {
+        let quad = |j: i32, quad: &[Reg<'k, f32>]| {
             let at = if j == 0 { first } else { first + 8 * j };
             let slopes = scale.is_none().then(|| {
                 let bias = context.scores.load(4, at, limit);
@@ -92,6 +92,13 @@ impl<'k> Backward<'k, '_> {
                     self.pack(&p[2 * j as usize..], quad);
                 }
                 slopes.back(quad);
+            }
+        };
+        for (j, four) in (0..).zip(scores.chunks(4)) {
+            match c.score_mod.bias {
+                None => quad(j, four),
+                // Biases on their way would take the registers of sums.
+                Some(_) => k.apart(block.rows.stage.lt(c.stages), || quad(j, four)),
             }
         }
     }

@@ -140,7 +140,8 @@ impl<'k> Backward<'k, '_> {
         let grads = g.result_grads.stage(g.query_place.stage, c.grad_bytes());
         let values = g.values.stage(value_stage, c.value_bytes());
         product(half, &g.grads, Left::Shared(grads), values, c.value_dim, false);
-        k.wgmma_wait(1);
+        // With a bias probabilities take branches, which products that are under way do not go through.
+        k.wgmma_wait(if c.score_mod.bias.is_some() { 0 } else { 1 });
         self.probabilities(g, context, masked);
         k.wgmma_wait(0);
         self.release(g, g.value_place);
@@ -162,7 +163,7 @@ impl<'k> Backward<'k, '_> {
         let first = context.block * c.keys as i32 + (g.warps.lane.lane % 4 * 2).cast::<i32>();
         let limit = masked.then_some(context.work.keys.count);
         let scale = self.score_params.scale_left();
-        for (j, quad) in (0..).zip(g.scores.chunks(4)) {
+        let quad = |j: i32, quad: &[Reg<'k, f32>]| {
             let at = if j == 0 { first } else { first + 8 * j };
             let slopes = scale.is_none().then(|| {
                 let bias = context.scores.load(4, at, limit);
@@ -181,6 +182,13 @@ impl<'k> Backward<'k, '_> {
             }
             if let Some(slopes) = slopes {
                 slopes.back(quad);
+            }
+        };
+        for (j, four) in (0..).zip(g.scores.chunks(4)) {
+            match c.score_mod.bias {
+                None => quad(j, four),
+                // Biases on their way would take the registers of sums.
+                Some(_) => self.k.apart(g.key_place.stage.lt(c.key_stages), || quad(j, four)),
             }
         }
     }

@@ -106,6 +106,23 @@ impl Config {
         self.value_slabs() * self.keys * LINE
     }
 
+    /// This configuration with as many stages as fit where a block can have `limit` bytes of shared memory: first
+    /// of keys and values, two of each, then of queries, then more.
+    pub fn filled(self, limit: u32) -> Self {
+        let mut config = Self { query_stages: 1, key_stages: 1, value_stages: 1, ..self };
+        let fits = |config: Self| config.check(limit).is_ok().then_some(config);
+        for more in [
+            |c: Self| Self { key_stages: 2, ..c },
+            |c: Self| Self { value_stages: 2, ..c },
+            |c: Self| Self { query_stages: 2, ..c },
+            |c: Self| Self { key_stages: 3, ..c },
+            |c: Self| Self { value_stages: 3, ..c },
+        ] {
+            config = fits(more(config)).unwrap_or(config);
+        }
+        config
+    }
+
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
     /// or the number that is in the way.
     pub fn check(&self, limit: u32) -> Result<(), String> {
