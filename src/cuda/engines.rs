@@ -6,7 +6,10 @@ use candle_core::{CudaStorage, Result};
 
 use super::Operand;
 use crate::Engine;
-use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem, View};
+use crate::op::{
+    AttentionInputs, AttentionProblem, AttentionResults, AttentionWants, Epilogue, MatmulProblem,
+    View,
+};
 use crate::options::Gate;
 
 #[cfg(feature = "cuda")]
@@ -132,9 +135,10 @@ pub(crate) fn attention_tc(
     on_gpu!({
         let [q, k, v] = inputs;
         let inputs = AttentionInputs { q, k, v, extras: Default::default() };
+        let wants = AttentionWants { lse: false, stats: false };
         match !problem.is_empty() && takes(op, problem, &inputs)? {
             true => native::attention_tc(op, problem, &inputs),
-            false => Ok(flash_attn(op, problem, Engine::KaioOps, false, &inputs)?.0),
+            false => Ok(flash_attn(op, problem, Engine::KaioOps, wants, &inputs)?.out),
         }
     })
 }
@@ -149,19 +153,19 @@ fn takes(
     Ok(native::flash_limit(problem).is_none() && has_kernels(op, inputs.q.device())?)
 }
 
-/// The result, which lies as the problem says, and if wanted the log-sum-exp, f32 `[B, Hq, Sq]`: −∞ where
-/// a row sees no key.
+/// The result, and what is wanted besides.
 pub(crate) fn flash_attn(
     op: &'static str,
     problem: &AttentionProblem,
     engine: Engine,
-    wants_lse: bool,
+    wants: AttentionWants,
     inputs: &AttentionInputs<CudaStorage>,
-) -> Result<(CudaStorage, Option<CudaStorage>)> {
+) -> Result<AttentionResults<CudaStorage>> {
     on_gpu!({
         if problem.is_empty() {
-            return empty::flash_attn(problem, wants_lse, inputs, |scores, inputs| {
-                flash_attn(op, scores, engine, true, inputs)
+            return empty::flash_attn(problem, wants, inputs, |scores, inputs| {
+                let wants = AttentionWants { lse: true, stats: false };
+                flash_attn(op, scores, engine, wants, inputs)
             });
         }
         let native = match engine {
@@ -177,8 +181,8 @@ pub(crate) fn flash_attn(
             },
         };
         match native {
-            true => native::flash_attn(op, problem, wants_lse, inputs),
-            false => kaio_ops::flash_attn(op, problem, wants_lse, inputs),
+            true => native::flash_attn(op, problem, wants, inputs),
+            false => kaio_ops::flash_attn(op, problem, wants.lse, inputs),
         }
     })
 }

@@ -12,8 +12,8 @@ mod qkv;
 mod quantized;
 
 pub(crate) use attention::{
-    AttentionGrads, AttentionInputs, AttentionProblem, AttentionUpstream, Mask, attention_tc,
-    flash_attn, flash_attn_with_lse,
+    AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
+    AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
 };
 pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};

@@ -16,7 +16,7 @@ use crate::kernel::attention::{
     Arguments, Bias, Extra, Lengths, Limit, Operand, Output, Plan, Problem, ScoreMod, VALUE_UNIT,
     by_tma,
 };
-use crate::op::{AttentionInputs, AttentionProblem};
+use crate::op::{AttentionInputs, AttentionProblem, AttentionResults, AttentionWants};
 use crate::stack::Stack;
 
 static PLANS: Plans<Plan> = Plans::new();
@@ -34,15 +34,15 @@ pub(crate) fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
     Some((limit.to_string(), fix))
 }
 
-/// The result, which lies as the problem says, and if wanted the log-sum-exp. Neither the result nor the
-/// keys are empty, and nothing is over a [`limit`].
+/// The result, and what is wanted besides. Neither the result nor the keys are empty, and nothing is over a
+/// [`limit`].
 pub(crate) fn flash_attn(
     op: &'static str,
     p: &AttentionProblem,
-    wants_lse: bool,
+    wants: AttentionWants,
     inputs: &AttentionInputs<CudaStorage>,
-) -> Result<(CudaStorage, Option<CudaStorage>)> {
-    let call = Call::new(op, p, wants_lse, inputs)?;
+) -> Result<AttentionResults<CudaStorage>> {
+    let call = Call::new(op, p, wants, inputs)?;
     call.run(p, &*PLANS.get(op, &call.gpu, &call.facts)?)
 }
 
@@ -58,7 +58,8 @@ pub(crate) fn attention_tc(
         Some(AttentionProblem { q: q?, k: k?, v: v?, out: out?, ..p.clone() })
     };
     if let Some(problem) = (0..=p.q.batch().len()).find_map(in_two) {
-        return Ok(flash_attn(op, &problem, false, inputs)?.0);
+        let wants = AttentionWants { lse: false, stats: false };
+        return Ok(flash_attn(op, &problem, wants, inputs)?.out);
     }
     // Batch dimensions that no two strides walk: copies.
     let AttentionInputs { q, k, v, .. } = *inputs;
@@ -93,7 +94,7 @@ impl<'a> Call<'a> {
     pub fn new(
         op: &'static str,
         p: &'a AttentionProblem,
-        wants_lse: bool,
+        wants: AttentionWants,
         inputs: &AttentionInputs<'a, CudaStorage>,
     ) -> Result<Self> {
         let &AttentionInputs { q, k, v, ref extras } = inputs;
@@ -134,7 +135,8 @@ impl<'a> Call<'a> {
                 alibi: slopes.is_some(),
             },
             lengths: kind,
-            lse: wants_lse,
+            lse: wants.lse,
+            stats: wants.stats,
         };
         let AttentionProblem { scale, softcap, .. } = *p;
         Ok(Self { op, device, order, gpu, facts, operands, bias, slopes, lengths, scale, softcap })
@@ -169,14 +171,18 @@ impl<'a> Call<'a> {
         &self,
         p: &AttentionProblem,
         compiled: &Compiled<Plan>,
-    ) -> Result<(CudaStorage, Option<CudaStorage>)> {
+    ) -> Result<AttentionResults<CudaStorage>> {
         let (device, facts) = (self.device, &self.facts);
         let (rows, width) = (p.q.count() * p.seq_q(), facts.value_dim as usize);
         let alloc = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
         let mut out = alloc(rows * width, p.out_dtype)?;
         let mut lse = facts.lse.then(|| alloc(rows, DType::F32)).transpose()?;
+        let mut stats = match facts.stats {
+            true => Some([alloc(rows, DType::F32)?, alloc(rows, DType::F32)?]),
+            false => None,
+        };
         if facts.lengths == Lengths::Packed {
-            // Rows of no sequence are nobody's to write.
+            // Rows of no sequence are nobody's to write, nor read by a backward pass.
             out.const_set(Scalar::zero(p.out_dtype), &Layout::contiguous(rows * width))?;
             if let Some(lse) = &mut lse {
                 lse.const_set(Scalar::F32(f32::NEG_INFINITY), &Layout::contiguous(rows))?;
@@ -195,20 +201,25 @@ impl<'a> Call<'a> {
         self.order.run(|| {
             let memory = Memory::of_mut(&mut out, device);
             let sums = lse.as_mut().map(|lse| Memory::of_mut(lse, device));
+            let stats = stats.as_mut();
+            let stats =
+                stats.map(|stats| stats.each_mut().map(|each| Memory::of_mut(each, device)));
             let held = parts.as_mut();
             let held = held.map(|held| held.each_mut().map(|part| Memory::of_mut(part, device)));
             let parts = held.as_ref().map(|[out, lse]| {
                 let rows = [1, facts.queries, facts.heads * facts.queries];
                 output(out, Some(lse), rows.map(|rows| rows * facts.value_dim))
             });
-            self.submit(compiled, output(&memory, sums.as_ref(), strides), parts)
+            let stats = stats.as_ref().map(|stats| stats.each_ref().map(Memory::address));
+            let out = Output { stats, ..output(&memory, sums.as_ref(), strides) };
+            self.submit(compiled, out, parts)
         })?;
         if width != p.value_dim() {
             let mut cut = alloc(rows * p.value_dim(), p.out_dtype)?;
             out.copy2d(&mut cut, rows, p.value_dim(), width, p.value_dim(), 0, 0)?;
             out = cut;
         }
-        Ok((out, lse))
+        Ok(AttentionResults { out, lse, stats })
     }
 
     fn submit(&self, compiled: &Compiled<Plan>, out: Output, parts: Option<Output>) -> Result<()> {
@@ -249,7 +260,7 @@ fn memory<'m>(fitted: &'m Fitted, device: &CudaDevice) -> Memory<'m> {
 
 /// Where results go.
 fn output(memory: &Memory, lse: Option<&Memory>, strides: [u64; 3]) -> Output {
-    Output { address: memory.address(), strides, lse: lse.map(Memory::address) }
+    Output { address: memory.address(), strides, lse: lse.map(Memory::address), stats: None }
 }
 
 /// Where what is added to scores begins, and its strides.

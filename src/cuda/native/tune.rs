@@ -9,7 +9,7 @@ use super::plan::Compiled;
 use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
 use crate::kernel::{Config, Plan};
-use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem};
+use crate::op::{AttentionInputs, AttentionProblem, AttentionWants, Epilogue, MatmulProblem};
 
 /// The product by `config`, or by the chooser's, of two matrices on one GPU; and the problem that the
 /// chooser sees.
@@ -50,7 +50,8 @@ pub fn flash_attn(
     let out_dtype = q.dtype();
     let problem = AttentionProblem { out_dtype, ..AttentionProblem::broadcast(lq, lk, lv, causal) };
     let inputs = AttentionInputs { q: sq, k: sk, v: sv, extras: Default::default() };
-    let call = attention::Call::new("tune", &problem, false, &inputs)?;
+    let wants = AttentionWants { lse: false, stats: false };
+    let call = attention::Call::new("tune", &problem, wants, &inputs)?;
     let device = &call.gpu.device;
     let plan = match config {
         Some(config) => flash::Plan::of(&config, &call.facts, device),
@@ -58,7 +59,7 @@ pub fn flash_attn(
     };
     let Some(plan) = plan else { bail!("not attention") };
     let compiled = Compiled::new("tune", &call.gpu, plan)?;
-    let storage = Storage::Cuda(call.run(&problem, &compiled)?.0);
+    let storage = Storage::Cuda(call.run(&problem, &compiled)?.out);
     let shape = problem.shape.clone();
     Ok((Tensor::from_storage(storage, shape, BackpropOp::none(), false), call.facts))
 }

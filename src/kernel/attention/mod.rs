@@ -65,6 +65,8 @@ pub struct Problem {
     pub lengths: Lengths,
     /// Whether the logarithm of the sum of the exponentials is stored, too.
     pub lse: bool,
+    /// Whether what the backward pass rebuilds probabilities from is stored.
+    pub stats: bool,
 }
 
 impl Problem {

@@ -197,6 +197,8 @@ pub struct Output {
     pub strides: [u64; 3],
     /// The address of the log-sum-exps.
     pub lse: Option<u64>,
+    /// Those of [`Name::RowMax`] and [`Name::RowLog`].
+    pub stats: Option<[u64; 2]>,
 }
 
 /// The address of the first element of what is added to scores, and the elements from one to the next of
@@ -263,6 +265,8 @@ impl Arguments<'_> {
             Name::OutPart => Argument::U64(problem.rows() * problem.value_dim),
             Name::Lse => Argument::Pointer(out.lse?),
             Name::LsePart => Argument::U64(problem.rows()),
+            Name::RowMax => Argument::Pointer(out.stats?[0]),
+            Name::RowLog => Argument::Pointer(out.stats?[1]),
             Name::Queries => number(problem.queries),
             Name::Keys => number(problem.keys),
             Name::Heads => number(problem.heads),

@@ -28,6 +28,8 @@ pub struct Variant {
     pub split: bool,
     /// Whether the log-sum-exps are stored.
     pub lse: bool,
+    /// Whether [`RowMax`](super::Name::RowMax) and [`RowLog`](super::Name::RowLog) are stored.
+    pub stats: bool,
 }
 
 impl Variant {
@@ -43,6 +45,7 @@ impl Variant {
             pack,
             split,
             lse: problem.lse || split,
+            stats: problem.stats,
         }
     }
 
@@ -74,6 +77,7 @@ impl Variant {
             given(scores.softcap, " softcap"),
             given(scores.alibi, " alibi"),
             given(self.lse, " lse"),
+            given(self.stats, " stats"),
             given(direct, " direct"),
             given(self.split, " split"),
         ];
@@ -83,7 +87,7 @@ impl Variant {
 
     /// Whether a split, if it is one, can be put together.
     pub(super) fn can_be_split(&self) -> bool {
-        let complete = self.out == Element::F32 && self.lse;
+        let complete = self.out == Element::F32 && self.lse && !self.stats;
         !self.split || (self.lengths != Lengths::Packed && complete)
     }
 }

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CudaStorage, D, Result, Shape, Storage, Tensor};
 
 use super::super::{Computed, Differentiable, Op, View, on_cpu};
 use super::call::{Call, heads_first, heads_first_back};
-use super::problem::{AttentionGrads, AttentionProblem, AttentionUpstream};
+use super::problem::{AttentionGrads, AttentionProblem, AttentionUpstream, AttentionWants};
 use super::recompute;
 use crate::stack::Stack;
 use crate::{cpu, cuda};
@@ -50,9 +50,11 @@ impl Op for FlashAttention {
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let (problem, inputs) = self.call.read(inputs);
         let Call { name, engine, .. } = self.call;
-        let (out, lse) = cuda::flash_attn(name, &problem, engine, self.wants_lse, &inputs)?;
-        let lse = lse.map(|lse| (lse, rows(&problem)));
-        Ok([(out, problem.shape)].into_iter().chain(lse).collect())
+        let wants = AttentionWants { lse: self.wants_lse, stats: self.tracked };
+        let results = cuda::flash_attn(name, &problem, engine, wants, &inputs)?;
+        let of_rows = results.lse.into_iter().chain(results.stats.into_iter().flatten());
+        let of_rows: Vec<_> = of_rows.map(|values| (values, rows(&problem))).collect();
+        Ok([(results.out, problem.shape)].into_iter().chain(of_rows).collect())
     }
 }
 

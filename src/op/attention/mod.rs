@@ -9,7 +9,8 @@ mod recompute;
 mod tests;
 
 pub(crate) use problem::{
-    AttentionGrads, AttentionInputs, AttentionProblem, AttentionUpstream, Mask,
+    AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
+    AttentionWants, Mask,
 };
 
 use candle_core::{CpuStorage, CudaStorage, Result, Tensor};

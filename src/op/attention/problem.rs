@@ -149,6 +149,26 @@ pub(crate) struct AttentionInputs<'a, S> {
     pub extras: Extras<&'a S>,
 }
 
+/// What is wanted of an attention on a GPU beside its result.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttentionWants {
+    /// The log-sum-exp.
+    pub lse: bool,
+    /// What a backward pass rebuilds the probabilities from.
+    pub stats: bool,
+}
+
+/// The result of an attention on a GPU, which lies as the problem says, and what was wanted besides: f32
+/// `[B, Hq, Sq]` each.
+pub(crate) struct AttentionResults<S> {
+    pub out: S,
+    /// −∞ where a row sees no key.
+    pub lse: Option<S>,
+    /// P = 2^(score − max − log), scores to base 2; 0 and ∞ where a row sees no key. (They are apart: where
+    /// scores are huge, the sum of both in f32 has lost the logarithm.)
+    pub stats: Option<[S; 2]>,
+}
+
 /// What the backward pass of the CPU path has besides.
 ///
 /// A row's largest score and the sum of its exponentials are apart: their log-sum-exp in f32 has lost the

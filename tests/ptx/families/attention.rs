@@ -66,6 +66,7 @@ impl Family for Attentions {
             strides: [1, problem.queries, problem.heads * problem.queries]
                 .map(|rows| rows * problem.value_dim),
             lse: lse.then(&mut address),
+            stats: problem.stats.then(|| [address(), address()]),
         };
         let (out, parts) = (output(problem.lse), output(true));
         let arguments = attention::Arguments {
@@ -143,6 +144,7 @@ fn attentions(extent: Extent) -> Vec<attention::Problem> {
                             score_mod: if plain { ScoreMod::default() } else { scores },
                             lengths: if plain { Lengths::Full } else { lengths[pick(28, 4)] },
                             lse: pick(32, 2) == 0,
+                            stats: pick(36, 4) == 0,
                         });
                     }
                 }
@@ -164,6 +166,7 @@ fn flash_fits(
     rule(facts == wanted, "another problem's facts")?;
     rule(variant.split || variant.out == problem.out, "another type")?;
     rule(variant.lse || !problem.lse, "sums that are not stored")?;
+    rule(variant.stats == problem.stats, "another backward pass")?;
     let dims = [variant.head_dim, variant.value_dim].map(u64::from);
     let widened = [problem.head_dim, problem.head_dim.next_multiple_of(16)];
     rule(widened.contains(&dims[0]) && dims[1] == problem.value_dim, "other sizes")?;
@@ -191,6 +194,7 @@ const VARIANT: attention::Variant = attention::Variant {
     pack: 1,
     split: false,
     lse: true,
+    stats: false,
 };
 
 /// Attention on Hopper: 128×32.

@@ -22,7 +22,7 @@ pub use config::Config;
 
 use super::Name;
 use super::scores::ScoreParams;
-use super::work::{Logarithms, OutputView, Tiles};
+use super::work::{OutputView, RowsMemory, Tiles};
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::SharedMap;
 use copies::Operand;
@@ -40,14 +40,14 @@ pub fn emit(config: &Config) -> Source {
     ]
     .map(|names| Operand::params(k, names));
     let out = OutputView::params(k, config.variant.split);
-    let lse = config.variant.lse.then(|| Logarithms::params(k, config.variant.split));
+    let rows_memory = RowsMemory::params(k, &config.variant);
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
     let score_params = ScoreParams::params(k, config.variant.score_mod, config.element);
     let tiles = Tiles::params(k, config.into(), size, heads);
     let smem = config.smem();
     let base = k.shared(smem.bytes);
-    let a = Attention { k, c: config, smem, operands, out, lse, score_params, tiles, base };
+    let a = Attention { k, c: config, smem, operands, out, rows_memory, score_params, tiles, base };
     a.run();
     k.finish()
 }
@@ -59,7 +59,7 @@ struct Attention<'k, 'c> {
     /// Queries, keys and values.
     operands: [Operand<'k>; 3],
     out: OutputView<'k>,
-    lse: Option<Logarithms<'k>>,
+    rows_memory: RowsMemory<'k>,
     score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,
     base: Reg<'k, u32>,

@@ -15,7 +15,7 @@ impl<'k> Attention<'k, '_> {
         lane: Lane<'k>,
         rows: [Row<'k>; 2],
     ) {
-        let finished = m16.softmax.finish();
+        let finished = m16.softmax.finish(self.c.variant.stats);
         for (h, row) in rows.iter().enumerate() {
             let normalised =
                 |&sum: &Reg<'k, f32>| row.unless_padding(sum * finished.inverse[h], 0.0);
@@ -27,9 +27,7 @@ impl<'k> Attention<'k, '_> {
                 Element::F32 => self.store_tf32x3_row(tile, lane, row, &pairs),
             }
         }
-        if let Some(lse) = self.lse {
-            lse.store(&self.tiles, tile, rows, finished.lse, lane.lane);
-        }
+        self.rows_memory.store(&self.tiles, tile, rows, &finished, lane.lane);
     }
 
     /// Stores a row, of which this lane has the pairs from column `2 · (lane % 4)` of each 8 on.
