@@ -2,7 +2,7 @@
 //! multiply with `mma.sync` what they load from there (`ldmatrix`), one or two tiles of 16 rows of
 //! queries each.
 //!
-//! f16 and bf16 in `multiply`, f32 in `tf32x3`: the same loop, the same layout of shared memory.
+//! f16 and bf16 by `ampere::product`, f32 by `ampere::tf32x3`: the same loop, the same layout of shared memory.
 //!
 //! While one block of keys is multiplied, the next one is copied. A warp's softmax runs while others
 //! multiply.
@@ -10,11 +10,7 @@
 mod attend;
 mod choose;
 mod config;
-mod copies;
-mod multiply;
 mod store;
-mod tf32x3;
-mod tile;
 
 pub use super::{Launch, MAX_LENGTH};
 pub use choose::choose;
@@ -23,9 +19,9 @@ pub use config::Config;
 use super::Name;
 use super::scores::ScoreParams;
 use super::work::{OutputView, RowsMemory, Tiles};
+use crate::kernel::ampere::copies::Operand;
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::SharedMap;
-use copies::Operand;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
