@@ -13,8 +13,8 @@ use super::super::fit::{self, Fitted, Want, fit};
 use super::operand::element;
 use super::plan::{Compiled, Plans};
 use crate::kernel::attention::{
-    Arguments, Bias, Extra, Lengths, Limit, Operand, Output, Plan, Problem, ScoreMod, VALUE_UNIT,
-    by_tma,
+    Arguments, Bias, Extra, Inputs, Lengths, Limit, Operand, Output, Plan, Problem, ScoreMod,
+    VALUE_UNIT, by_tma,
 };
 use crate::op::{AttentionInputs, AttentionProblem, AttentionResults, AttentionWants};
 use crate::stack::Stack;
@@ -42,43 +42,69 @@ pub(crate) fn flash_attn(
     wants: AttentionWants,
     inputs: &AttentionInputs<CudaStorage>,
 ) -> Result<AttentionResults<CudaStorage>> {
-    let call = Call::new(op, p, wants, inputs)?;
-    call.run(p, &*PLANS.get(op, &call.gpu, &call.facts)?)
+    if let Some((problem, [])) = in_two_dims(p, []) {
+        let call = Call::new(op, &problem, wants, inputs)?;
+        return call.run(&problem, &*PLANS.get(op, &call.gpu, &call.facts)?);
+    }
+    let packed = Packed::new(op, p, inputs)?;
+    flash_attn(op, &packed.problem, wants, &packed.inputs())
 }
 
-/// The same over any batch dimensions, all of them in q, k and v.
-pub(crate) fn attention_tc(
-    op: &'static str,
+/// The problem, and other stacks of it, over two batch dimensions: as they are, or, where heads share no keys
+/// and nothing else has batch dimensions, such that walk the same matrices, if there are any.
+pub(super) fn in_two_dims<const N: usize>(
     p: &AttentionProblem,
-    inputs: &AttentionInputs<CudaStorage>,
-) -> Result<CudaStorage> {
-    let stacks = [&p.q, &p.k, &p.v, &p.out];
-    let in_two = |inner: usize| {
-        let [q, k, v, out] = stacks.map(|stack| stack.in_two_dims(inner));
-        Some(AttentionProblem { q: q?, k: k?, v: v?, out: out?, ..p.clone() })
-    };
-    if let Some(problem) = (0..=p.q.batch().len()).find_map(in_two) {
-        let wants = AttentionWants { lse: false, stats: false };
-        return Ok(flash_attn(op, &problem, wants, inputs)?.out);
+    others: [&Stack; N],
+) -> Option<(AttentionProblem, [Stack; N])> {
+    if p.q.batch().len() == 2 {
+        return Some((p.clone(), others.map(Stack::clone)));
     }
-    // Batch dimensions that no two strides walk: copies.
-    let AttentionInputs { q, k, v, .. } = *inputs;
-    let pack = |storage: &CudaStorage, stack: &Stack| {
-        fit::copyable(op, stack.elements())?;
-        fit::pack(storage, &stack.layout())
+    let in_two = |inner: usize| {
+        let [q, k, v, out] = [&p.q, &p.k, &p.v, &p.out].map(|stack| stack.in_two_dims(inner));
+        let problem = AttentionProblem { q: q?, k: k?, v: v?, out: out?, ..p.clone() };
+        let others = others.map(|stack| stack.in_two_dims(inner));
+        let others: Option<Vec<_>> = others.into_iter().collect();
+        Some((problem, others?.try_into().expect("as many as there were")))
     };
-    let (q, k, v) = (pack(q, &p.q)?, pack(k, &p.k)?, pack(v, &p.v)?);
-    let [ps, ks, vs] = [&p.q, &p.k, &p.v].map(Stack::packed);
-    let problem = AttentionProblem { q: ps, k: ks, v: vs, ..p.clone() };
-    let inputs = AttentionInputs { q: &q, k: &k, v: &v, extras: inputs.extras.clone() };
-    attention_tc(op, &problem, &inputs)
+    (0..=p.q.batch().len()).find_map(in_two)
+}
+
+/// Copies of operands whose batch dimensions no two strides walk.
+pub(super) struct Packed {
+    pub problem: AttentionProblem,
+    operands: [CudaStorage; 3],
+}
+
+impl Packed {
+    pub fn new(
+        op: &'static str,
+        p: &AttentionProblem,
+        inputs: &AttentionInputs<CudaStorage>,
+    ) -> Result<Self> {
+        let AttentionInputs { q, k, v, .. } = *inputs;
+        let operands = [pack(op, q, &p.q)?, pack(op, k, &p.k)?, pack(op, v, &p.v)?];
+        let [q, k, v] = [&p.q, &p.k, &p.v].map(Stack::packed);
+        Ok(Self { problem: AttentionProblem { q, k, v, ..p.clone() }, operands })
+    }
+
+    /// The copies.
+    pub fn inputs(&self) -> AttentionInputs<'_, CudaStorage> {
+        let [q, k, v] = &self.operands;
+        AttentionInputs { q, k, v, extras: Default::default() }
+    }
+}
+
+/// A copy of all matrices, each as often as it is repeated.
+pub(super) fn pack(op: &'static str, storage: &CudaStorage, stack: &Stack) -> Result<CudaStorage> {
+    fit::copyable(op, stack.elements())?;
+    fit::pack(storage, &stack.layout())
 }
 
 /// One call: operands that fit, and the facts.
 pub(super) struct Call<'a> {
-    op: &'static str,
-    device: &'a CudaDevice,
-    order: Order,
+    pub op: &'static str,
+    pub device: &'a CudaDevice,
+    pub order: Order,
     pub gpu: Arc<Gpu>,
     pub facts: Problem,
     /// Queries, keys and values.
@@ -97,15 +123,30 @@ impl<'a> Call<'a> {
         wants: AttentionWants,
         inputs: &AttentionInputs<'a, CudaStorage>,
     ) -> Result<Self> {
+        let gpu = Gpu::of(op, inputs.q.device())?;
+        // TMA writes zeros for what a row has not; the other kernel reads values by eight.
+        let whole = !by_tma(&gpu.device, element(inputs.q.dtype()));
+        let unit = if whole { VALUE_UNIT as usize } else { 1 };
+        let call = Self::with_values(op, p, gpu, unit, inputs, &[])?;
+        let value_dim = call.facts.value_dim.next_multiple_of(VALUE_UNIT);
+        let AttentionWants { lse, stats } = wants;
+        Ok(Self { facts: Problem { value_dim, lse, stats, ..call.facts }, ..call })
+    }
+
+    /// With values whose columns are a multiple of `unit`. `others` are read, too.
+    pub fn with_values(
+        op: &'static str,
+        p: &'a AttentionProblem,
+        gpu: Arc<Gpu>,
+        unit: usize,
+        inputs: &AttentionInputs<'a, CudaStorage>,
+        others: &[&CudaStorage],
+    ) -> Result<Self> {
         let &AttentionInputs { q, k, v, ref extras } = inputs;
         let device = q.device();
-        let gpu = Gpu::of(op, device)?;
         let all = [q, k, v].into_iter().chain(extras.list().into_iter().copied());
-        let order = Order::new(op, device.cuda_stream(), all);
-        // TMA writes zeros for what a row has not; the other kernel reads values by eight.
-        let whole = !by_tma(&gpu.device, element(q.dtype()));
-        let values = heads(op, v, &p.v, if whole { VALUE_UNIT as usize } else { 1 })?;
-        let operands = [heads(op, q, &p.q, 1)?, heads(op, k, &p.k, 1)?, values];
+        let order = Order::new(op, device.cuda_stream(), all.chain(others.iter().copied()));
+        let operands = [heads(op, q, &p.q, 1)?, heads(op, k, &p.k, 1)?, heads(op, v, &p.v, unit)?];
         let bias = extras.bias.zip(p.extras.bias.as_ref());
         let slopes = extras.slopes.zip(p.extras.slopes.as_ref());
         let (lengths, kind) = Self::lengths(op, p, inputs)?;
@@ -117,7 +158,7 @@ impl<'a> Call<'a> {
             queries: p.seq_q() as u64,
             keys: p.seq_k() as u64,
             head_dim: p.head_dim() as u64,
-            value_dim: (p.value_dim() as u64).next_multiple_of(VALUE_UNIT),
+            value_dim: p.value_dim() as u64,
             element: element(q.dtype()),
             out: element(p.out_dtype),
             left: p.mask.left.map(|keys| keys as u64),
@@ -135,8 +176,8 @@ impl<'a> Call<'a> {
                 alibi: slopes.is_some(),
             },
             lengths: kind,
-            lse: wants.lse,
-            stats: wants.stats,
+            lse: false,
+            stats: false,
         };
         let AttentionProblem { scale, softcap, .. } = *p;
         Ok(Self { op, device, order, gpu, facts, operands, bias, slopes, lengths, scale, softcap })
@@ -223,17 +264,23 @@ impl<'a> Call<'a> {
     }
 
     fn submit(&self, compiled: &Compiled<Plan>, out: Output, parts: Option<Output>) -> Result<()> {
+        let (problem, plan) = (&self.facts, &compiled.plan);
+        self.with_inputs(|inputs| {
+            let arguments = Arguments { problem, plan, inputs, out, parts };
+            Ok(compiled.launch(self.op, self.device, &arguments)?)
+        })
+    }
+
+    /// Runs `submit`, until whose return all inputs live.
+    pub fn with_inputs(&self, submit: impl FnOnce(Inputs) -> Result<()>) -> Result<()> {
         let device = self.device;
-        // All of these live until the kernels are submitted.
         let operands = self.operands.each_ref().map(|fitted| memory(fitted, device));
         let lengths = self.lengths.as_ref();
         let lengths =
             lengths.map(|sides| sides.each_ref().map(|side| (memory(side, device), side)));
         let [bias, slopes] = [self.bias, self.slopes]
             .map(|extra| extra.map(|(storage, stack)| (Memory::of(storage, device), stack)));
-        let arguments = Arguments {
-            problem: &self.facts,
-            plan: &compiled.plan,
+        submit(Inputs {
             operands: [0, 1, 2].map(|i| operand(&operands[i], &self.operands[i])),
             scale: self.scale,
             softcap: self.softcap,
@@ -246,15 +293,12 @@ impl<'a> Call<'a> {
             lengths: lengths
                 .as_ref()
                 .map(|sides| sides.each_ref().map(|(memory, side)| memory.at(side.offset(0)))),
-            out,
-            parts,
-        };
-        Ok(compiled.launch(self.op, device, &arguments)?)
+        })
     }
 }
 
 /// That of an operand, to be read.
-fn memory<'m>(fitted: &'m Fitted, device: &CudaDevice) -> Memory<'m> {
+pub(super) fn memory<'m>(fitted: &'m Fitted, device: &CudaDevice) -> Memory<'m> {
     Memory::of(fitted.storage(), device)
 }
 
@@ -269,7 +313,7 @@ fn extra<const N: usize>(memory: &Memory, stack: &Stack, strides: [usize; N]) ->
 }
 
 /// How a kernel reads an operand.
-fn operand(memory: &Memory, fitted: &Fitted) -> Operand {
+pub(super) fn operand(memory: &Memory, fitted: &Fitted) -> Operand {
     let stack = &fitted.stack;
     let [(batch, each_batch), (heads, each_head)] = [0, 1].map(|i| stack.batch()[i]);
     Operand {
@@ -282,7 +326,7 @@ fn operand(memory: &Memory, fitted: &Fitted) -> Operand {
 
 /// An operand whose rows are contiguous, begin at multiples of 16 bytes and are a multiple of `columns`
 /// long: as it is, or a copy padded with zeros.
-fn heads<'a>(
+pub(super) fn heads<'a>(
     op: &'static str,
     storage: &'a CudaStorage,
     stack: &Stack,

@@ -3,6 +3,7 @@
 
 pub mod copies;
 pub mod product;
+pub mod store;
 pub mod swizzle;
 pub mod tf32x3;
 pub mod tile;

@@ -23,7 +23,7 @@ pub use launch::{Launch, MAX_LENGTH, TileShape};
 pub use lengths::Lengths;
 pub use limit::Limit;
 pub use mask::Mask;
-pub use params::{Arguments, Extra, Name, Operand, Output};
+pub use params::{Arguments, Extra, Inputs, Name, Operand, Output};
 pub use plan::{Attend, Plan, by_tma};
 pub use scheduler::TileOrder;
 pub use scores::{Bias, ScoreMod};

@@ -72,12 +72,14 @@ impl Family for Attentions {
         let arguments = attention::Arguments {
             problem,
             plan,
-            operands,
-            scale: 0.125,
-            softcap: problem.score_mod.softcap.then_some(30.0),
-            bias: problem.score_mod.bias.map(|_| (address(), [0, 0, problem.keys, 1])),
-            slopes: problem.score_mod.alibi.then(|| (address(), [0, 1])),
-            lengths: (problem.lengths != Lengths::Full).then(|| [address(), address()]),
+            inputs: attention::Inputs {
+                operands,
+                scale: 0.125,
+                softcap: problem.score_mod.softcap.then_some(30.0),
+                bias: problem.score_mod.bias.map(|_| (address(), [0, 0, problem.keys, 1])),
+                slopes: problem.score_mod.alibi.then(|| (address(), [0, 1])),
+                lengths: (problem.lengths != Lengths::Full).then(|| [address(), address()]),
+            },
             out,
             parts: plan.combine.map(|_| parts),
         };

@@ -10,10 +10,18 @@
 //! dQ = dS·K·scale
 //! ```
 
+pub mod delta;
 mod launch;
+mod params;
+mod plan;
+pub mod sm80;
+mod variant;
 mod work;
 
 pub use launch::{Launch, TileShape};
+pub use params::{Arguments, Gradient};
+pub use plan::{Part, Plan};
+pub use variant::Variant;
 
 use super::Problem as Attention;
 
@@ -21,7 +29,10 @@ use super::Problem as Attention;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {
     /// The attention. `out` is the type of its result; the gradient of that is of the operands' type.
+    /// `value_dim` is any number up to 256.
     pub attention: Attention,
+    /// Rows of the result and of its gradient begin at multiples of so many elements, up to 8.
+    pub aligned: u32,
     /// Whether the log-sum-exp has a gradient.
     pub lse_grad: bool,
     /// The bias's gradient, if it is wanted.
