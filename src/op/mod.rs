@@ -11,6 +11,8 @@ mod node;
 mod qkv;
 mod quantized;
 
+#[cfg(feature = "cuda")]
+pub(crate) use attention::flash_attn_gradients;
 pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,

@@ -17,6 +17,8 @@ pub(crate) use problem::{
 use candle_core::{Result, Tensor};
 
 use super::apply;
+#[cfg(feature = "cuda")]
+use super::{Differentiable, compute, tensor};
 use crate::FlashAttnOptions;
 use broadcast::BroadcastAttention;
 use call::Call;
@@ -57,6 +59,23 @@ fn flash<const N: usize>(
     let tracked = inputs.iter().any(|t| t.track_op());
     let call = Call::new(op, q.dtype(), opts, &extras);
     apply(FlashAttention { call, wants_lse, tracked }, &inputs)
+}
+
+/// What an attention's backward pass gives for gradients of its result and of its log-sum-exp, without candle's
+/// graph: those of q, k, v and a tracked bias.
+#[cfg(feature = "cuda")]
+pub(crate) fn flash_attn_gradients(
+    op: &'static str,
+    qkv @ [q, k, v]: [&Tensor; 3],
+    opts: &FlashAttnOptions,
+    grads: [Option<Tensor>; 2],
+) -> Result<Vec<Option<Tensor>>> {
+    let extras = arguments::flash(op, [("q", q), ("k", k), ("v", v)], opts)?;
+    let inputs = [qkv.as_slice(), &extras.list()].concat();
+    let call = Call::new(op, q.dtype(), opts, &extras);
+    let flash = FlashAttention { call, wants_lse: true, tracked: true };
+    let results: Vec<_> = compute(&flash, &inputs)?.into_iter().map(tensor).collect();
+    flash.grad(&inputs, &results, &grads)
 }
 
 /// Attention from f16 to f32 over any broadcast batch dimensions.
