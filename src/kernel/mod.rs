@@ -73,6 +73,13 @@ kernels! {
     FlashSm90(attention::sm90::Config) by attention::sm90::emit;
     /// Attention on any GPU from Ampere on.
     FlashSm80(attention::sm80::Config) by attention::sm80::emit;
+    /// The gradients of an attention's keys and values on Hopper, and shares of the queries'.
+    FlashKeysSm90(attention::backward::sm90::keys::Config) by attention::backward::sm90::keys::emit;
+    /// The gradient of an attention's queries on Hopper.
+    FlashQueriesSm90(attention::backward::sm90::queries::Config)
+        by attention::backward::sm90::queries::emit;
+    /// The gradient of an attention's queries, of its sums.
+    FlashDq(attention::backward::dq::Config) by attention::backward::dq::emit;
     /// The results of an attention's parts, put together.
     FlashCombine(attention::combine::Config) by attention::combine::emit;
     /// What the gradients of an attention's scores share.

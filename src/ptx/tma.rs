@@ -64,6 +64,21 @@ impl Kernel {
         ));
     }
 
+    /// `cp.reduce.async.bulk` of f32: adds `bytes` of shared memory, a multiple of 16, to global memory, element by
+    /// element. Both addresses are multiples of 16.
+    pub fn bulk_reduce_add<'k>(
+        &'k self,
+        to: impl Into<Address<'k, u64>>,
+        from: impl Into<Address<'k, u32>>,
+        bytes: u32,
+    ) {
+        self.needs(8, 0);
+        let (to, from) = (to.into(), from.into());
+        self.emit(format_args!(
+            "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 {to}, {from}, {bytes}"
+        ));
+    }
+
     /// `cp.async.bulk.commit_group`
     pub fn tma_commit(&self) {
         self.needs(8, 0);
@@ -75,6 +90,12 @@ impl Kernel {
     pub fn tma_wait_read(&self, pending: u32) {
         self.needs(8, 0);
         self.emit(format_args!("cp.async.bulk.wait_group.read {pending}"));
+    }
+
+    /// `cp.async.bulk.wait_group`: until all but `pending` groups of this thread are complete.
+    pub fn tma_wait(&self, pending: u32) {
+        self.needs(8, 0);
+        self.emit(format_args!("cp.async.bulk.wait_group {pending}"));
     }
 }
 

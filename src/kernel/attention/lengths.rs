@@ -66,6 +66,11 @@ impl<'k> Sequences<'k> {
         }
     }
 
+    /// How many are packed, if they are.
+    pub fn count(&self) -> Option<Reg<'k, u32>> {
+        self.count
+    }
+
     /// Queries (0) or keys (1) of a sequence. A length beyond the tensor is the tensor's.
     pub fn span(&self, which: usize, sequence: Reg<'k, u32>) -> Span<'k> {
         let (k, size) = (sequence.kernel(), self.size[which]);

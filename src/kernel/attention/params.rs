@@ -84,7 +84,9 @@ names! {
         /// Of each query the sum of its result times its gradient, less the gradient of its log-sum-exp: the
         /// address of f32 `[batch, heads, queries]`.
         Delta "delta",
-        /// The gradient of the queries where threads store it: its address.
+        /// The gradient of the queries: a descriptor.
+        Dq "dq",
+        /// The same where threads store it: its address.
         DqAt "dq_at",
         /// From row to row.
         DqRow "dq_row",

@@ -39,6 +39,30 @@ impl Warpgroup<'_> {
     }
 }
 
+/// Zeroes lines from line `first` on, of columns of `lines` lines that begin at `to`: what they are is another
+/// sequence's or nobody's, and 0 times that need not be 0. Products that this warpgroup begins afterwards see it.
+pub fn clear_lines<'k>(
+    group: Warpgroup<'k>,
+    to: Reg<'k, u32>,
+    columns: u32,
+    lines: u32,
+    first: Reg<'k, i32>,
+) {
+    const UNIT: u32 = 16;
+    let (k, units) = (to.kernel(), LINE / UNIT);
+    let thread = group.lane.warp * 32 + group.lane.lane;
+    let to = to + thread % units * UNIT;
+    let zero = k.var(0u32);
+    k.for_(first.or_zero() + thread / units, lines, WARPGROUP / units, |line| {
+        let at = to + line * LINE;
+        for column in 0..columns {
+            k.st_shared(at.at((column * lines * LINE).into()), [zero; 4]);
+        }
+    });
+    k.fence_proxy_async();
+    group.sync();
+}
+
 /// A thread's place in its warpgroup.
 #[derive(Clone, Copy)]
 pub struct Lane<'k> {

@@ -38,6 +38,11 @@ impl<'k> Descriptor<'k> {
         Self { low: stage * (bytes / 16) + self.low, ..self }
     }
 
+    /// The descriptor this many bytes further, a multiple of 1024.
+    pub fn further(self, bytes: Reg<'k, u32>) -> Self {
+        Self { low: self.low + bytes / 16, ..self }
+    }
+
     /// The descriptor from row or column 64 · `block` on.
     pub fn rows(self, block: u32) -> Self {
         let bytes = match self.transposed {

@@ -24,20 +24,27 @@ pub struct Ring {
     pub stages: u32,
     full: Mbarriers,
     empty: Mbarriers,
+    /// Arrivals that make a stage full.
+    producers: u32,
 }
 
 impl Ring {
     pub fn new(arena: &mut Arena, stages: u32) -> Self {
-        let full = Mbarriers::new(arena, stages);
-        let empty = Mbarriers::new(arena, stages);
-        Self { stages, full, empty }
+        Self::filled_by(arena, stages, 1)
     }
 
-    /// For one thread of the block: a full stage has one arrival (and bytes), an empty one an arrival
-    /// of each consumer.
+    /// A ring that so many threads fill, each with stores of its own.
+    pub fn filled_by(arena: &mut Arena, stages: u32, producers: u32) -> Self {
+        let full = Mbarriers::new(arena, stages);
+        let empty = Mbarriers::new(arena, stages);
+        Self { stages, full, empty, producers }
+    }
+
+    /// For one thread of the block: a full stage has an arrival of each producer (and bytes), an empty one
+    /// an arrival of each consumer.
     pub fn init(&self, k: &Kernel, base: Reg<u32>, consumers: u32) {
         for stage in 0..self.stages {
-            self.full.init(k, base, stage, 1);
+            self.full.init(k, base, stage, self.producers);
             self.empty.init(k, base, stage, consumers);
         }
         k.fence_mbarrier_init();
@@ -83,6 +90,22 @@ impl<'k> Cursor<'k> {
         let full = self.ring.full.at(at);
         full.expect(bytes);
         full
+    }
+
+    /// Waits until the stage is empty, for a thread that fills it with stores of its own.
+    pub fn wait_empty(&self) {
+        self.ring.empty.wait(self.barriers(), self.phase);
+    }
+
+    /// The barrier at which such a thread says that it has.
+    pub fn filled(&self) -> Mbarrier<'k> {
+        self.ring.full.at(self.barriers())
+    }
+
+    /// The same place of another ring, of as many stages.
+    pub fn of(&self, ring: Ring) -> Self {
+        debug_assert_eq!(self.ring.stages, ring.stages);
+        Self { ring, ..*self }
     }
 
     /// Waits until the stage is full.

@@ -156,15 +156,27 @@ fn write_half_columns<'k>(
     half: Half,
     accumulators: &[Reg<'k, f32>],
     to: Reg<'k, u32>,
+    lane: Lane<'k>,
+) {
+    let pair = |pair: &[Reg<'k, f32>]| k.cvt_rn_x2(half, pair[0], pair[1]);
+    let packed: Vec<_> = accumulators.chunks(2).map(pair).collect();
+    write_packed_columns(k, &packed, to, lane);
+}
+
+/// [`write_columns`] of 16-bit elements that are packed in pairs, as a left operand is.
+pub fn write_packed_columns<'k>(
+    k: &'k Kernel,
+    packed: &[Reg<'k, u32>],
+    to: Reg<'k, u32>,
     Lane { lane, warp }: Lane<'k>,
 ) {
     // Two blocks of 8 columns, of 8 rows and the 8 below them.
     let line = lane / 16 * 8 + lane % 8;
     let chunk = (warp * 2 + lane / 8 % 2) ^ (lane % 8);
     let start = to + line * LINE + chunk * 16;
-    for (i, eight) in (0..).zip(accumulators.chunks(8)) {
-        let packed = std::array::from_fn(|j| k.cvt_rn_x2(half, eight[2 * j], eight[2 * j + 1]));
-        k.stmatrix(start.at((i * 16 * LINE).into()), packed, true);
+    for (i, four) in (0..).zip(packed.chunks(4)) {
+        let four = four.try_into().expect("columns are a multiple of 16");
+        k.stmatrix(start.at((i * 16 * LINE).into()), four, true);
     }
 }
 

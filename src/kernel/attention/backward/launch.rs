@@ -54,16 +54,18 @@ impl Launch {
             Lengths::Packed => (heads, rows.div_ceil(tile) + problem.batch),
         };
         let tiles = heads.saturating_mul(columns);
-        // Under a causal mask the tiles of a head differ, so the tiles of several heads are sorted.
+        let room = multiprocessors * tile_shape.blocks_per_sm;
+        // Under a causal mask the tiles of a head differ, so the tiles of several heads are sorted: of as many
+        // as L2 has room for, and of two rounds of blocks, which the order relies on.
         let section = match tile_shape.mask {
             Mask::Right => {
                 let bytes = cols.max(1) * tile_shape.bytes_of_column.max(1);
-                (tile_shape.section_bytes / bytes).max(1)
+                let rounds = u64::from(2 * room).div_ceil(columns.max(1));
+                (tile_shape.section_bytes / bytes).max(rounds)
             }
             Mask::None | Mask::Window => 1,
         };
         let width = |keys: Option<u64>| keys.unwrap_or(MAX_LENGTH).min(MAX_LENGTH) as i32;
-        let room = multiprocessors * tile_shape.blocks_per_sm;
         Self {
             order: TileOrder {
                 heads: count(heads),

@@ -11,10 +11,13 @@
 //! ```
 
 pub mod delta;
+pub mod dq;
 mod launch;
 mod params;
 mod plan;
 pub mod sm80;
+pub mod sm90;
+pub mod sums;
 mod variant;
 mod work;
 

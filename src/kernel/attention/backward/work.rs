@@ -62,6 +62,11 @@ impl<'k> Tiles<'k> {
         Self { tile_shape, size, heads, right, left, sequences, scheduler }
     }
 
+    /// How many sequences are packed, if they are.
+    pub fn sequences(&self) -> Option<Reg<'k, u32>> {
+        self.sequences.count()
+    }
+
     /// Runs `body` for each tile of this block.
     pub fn for_each(&self, body: impl FnOnce(WorkTile<'k>)) {
         self.for_each_coord(|coord| self.find(coord, body));

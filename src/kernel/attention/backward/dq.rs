@@ -1,0 +1,142 @@
+//! The gradient of the queries, of its sums: scaled, rounded, and in the order of rows.
+
+use super::super::{Lengths, Mask, Name};
+use super::sums::DqSums;
+use super::work::{Tiles, WorkTile};
+use super::{Side, TileShape};
+use crate::kernel::Element;
+use crate::kernel::hopper::{Lane, SLAB, WARPGROUP};
+use crate::ptx::{Kernel, Reg, Source, Target};
+
+/// Warpgroups whose registers are in a block of sums.
+const GROUPS: u32 = 2;
+
+/// All choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Config {
+    /// The result's type: f16 or bf16.
+    pub element: Element,
+    /// Elements of a query: a multiple of 8.
+    pub head_dim: u32,
+    /// Columns of a warpgroup's sums: a multiple of 16.
+    pub columns: u32,
+    /// Queries of a block: 64, or 128 where each warpgroup has half of them and not of the columns.
+    pub queries: u32,
+    /// How long sequences are.
+    pub lengths: Lengths,
+}
+
+impl Config {
+    /// `flash dq 64x128 by 64, bf16 packed`: queries and columns of a block, columns of a warpgroup; type
+    /// and lengths.
+    pub fn name(&self) -> String {
+        let Self { element, head_dim, columns, queries, lengths } = self;
+        let lengths = match lengths {
+            Lengths::Full => "",
+            Lengths::Padded => " padded",
+            Lengths::Packed => " packed",
+        };
+        format!("flash dq {queries}x{head_dim} by {columns}, {}{lengths}", element.name())
+    }
+
+    /// Bytes of a block of sums.
+    pub fn bytes(&self) -> u32 {
+        GROUPS * SLAB * self.columns * 4
+    }
+
+    /// The tiles of a launch.
+    pub fn tile_shape(&self) -> TileShape {
+        TileShape {
+            side: Side::Queries,
+            rows: self.queries,
+            cols: SLAB,
+            mask: Mask::None,
+            lengths: self.lengths,
+            blocks_per_sm: 1,
+            persistent: false,
+            bytes_of_column: 0,
+            section_bytes: 0,
+        }
+    }
+}
+
+/// The kernel. Its parameters are those of [`Name`]; strides of the result are multiples of 16 bytes.
+pub fn emit(config: &Config) -> Source {
+    let k = &Kernel::new("attention_dq", Target::Sm90a, GROUPS * WARPGROUP);
+    let out = k.pointer(Name::DqAt);
+    let strides = [Name::DqRow, Name::DqHead, Name::DqBatch].map(|name| k.param::<u64>(name));
+    let scale = k.param::<f32>(Name::GradScale);
+    let tiles = Tiles::params(k, config.tile_shape());
+    let of_block = [config.queries, config.bytes()];
+    let sums = DqSums::params(k, config.lengths, of_block, tiles.size[0], tiles.sequences());
+    k.griddepcontrol_wait();
+    k.griddepcontrol_launch_dependents();
+    tiles.for_each(|work| round(k, config, &tiles, sums, &work, (out, strides), scale));
+    k.finish()
+}
+
+/// Stores a block.
+fn round<'k>(
+    k: &'k Kernel,
+    c: &Config,
+    tiles: &Tiles<'k>,
+    sums: DqSums<'k>,
+    work: &WorkTile<'k>,
+    (out, [row, head, batch]): (Reg<'k, u64>, [Reg<'k, u64>; 3]),
+    scale: Reg<'k, f32>,
+) {
+    let Element::Half(half) = c.element else { panic!("sums are of 16-bit operands") };
+    let thread = k.thread();
+    let (group, Lane { lane, warp }) = (thread / WARPGROUP, Lane::new(thread));
+    let of_head = work.batch * tiles.heads[0] + work.head;
+    let from = sums.head(of_head, work.sequence, work.queries);
+    let from = sums.block(from, (work.first.cast::<u32>()) / c.queries);
+    let from = from + group.mul_wide(SLAB * c.columns * 4) + (thread % WARPGROUP).mul_wide(16);
+    let by_rows = c.queries > SLAB;
+    let first = warp * 16 + lane / 4;
+    let first = work.first + (if by_rows { group * SLAB + first } else { first }).cast();
+    // Of 16 columns, in two parts of 8, a lane stores four of one row that lie side by side.
+    let odd = (lane % 2).ne(0);
+    let column = lane % 4 * 2 + lane % 2 * 6;
+    let column = if by_rows { column } else { column + group * c.columns };
+    let loaded: Vec<_> = (0..c.columns / 8)
+        .map(|i| k.ld_global::<f32, 4>(from.at((i * WARPGROUP * 16).into())))
+        .collect();
+    for h in 0..2 {
+        let position = if h == 0 { first } else { first + 8 };
+        let (inside, some) = tiles.stored(Side::Queries, position, work.queries.count);
+        let to = work.batch.wide() * batch + work.head.wide() * head + column.wide();
+        let to = out + (to + work.queries.at(position).wide() * row) * u64::from(c.element.size());
+        let scaled = |sum: Reg<'k, f32>| {
+            let scaled = sum * scale;
+            some.map_or(scaled, |some| k.select(some, scaled, 0.0))
+        };
+        for (i, pair) in (0..).zip(loaded.chunks(2)) {
+            let [a, b] = [0, 1].map(|part| {
+                let quad = pair[part];
+                k.cvt_rn_x2(half, scaled(quad[2 * h]), scaled(quad[2 * h + 1]))
+            });
+            let four = four(k, odd, a, b);
+            let store = || k.st_global(to.at(i * 32), four);
+            let width = if by_rows { c.columns } else { GROUPS * c.columns };
+            let inside = match width <= c.head_dim {
+                true => inside,
+                false => inside & (column + 16 * i as u32).lt(c.head_dim),
+            };
+            k.when(inside, store);
+        }
+    }
+}
+
+/// Of two pairs of each lane, of 8 columns each, two that lie side by side: even lanes have the first 8
+/// columns'.
+fn four<'k>(
+    k: &'k Kernel,
+    odd: Reg<'k, bool>,
+    a: Reg<'k, u32>,
+    b: Reg<'k, u32>,
+) -> [Reg<'k, u32>; 2] {
+    let kept = k.select(odd, b, a);
+    let got = k.shfl_bfly(k.select(odd, a, b), 1);
+    [k.select(odd, got, kept), k.select(odd, kept, got)]
+}

@@ -1,0 +1,139 @@
+//! From products to P and dS: fragments whose rows are keys and whose columns are queries.
+
+use super::Backward;
+use crate::kernel::attention::backward::work::WorkTile;
+use crate::kernel::attention::scores::FragmentScores;
+use crate::kernel::hopper::Lane;
+use crate::kernel::hopper::ring::Cursor;
+use crate::ptx::Reg;
+
+/// What the blocks of a tile and a head have in common.
+pub(super) struct Context<'k, 'w> {
+    pub work: &'w WorkTile<'k>,
+    pub scores: FragmentScores<'k>,
+    /// The positions of the thread's keys in their sequence.
+    pub positions: [Reg<'k, i32>; 2],
+    /// The current block of queries.
+    pub block: Reg<'k, i32>,
+}
+
+/// What the current block has.
+#[derive(Clone, Copy)]
+pub(super) struct Block<'k> {
+    /// The place of its queries' floats.
+    pub rows: Cursor<'k>,
+    pub lane: Lane<'k>,
+    /// Whether the mask, or the last query, may cut it.
+    pub masked: bool,
+}
+
+impl<'k> Backward<'k, '_> {
+    /// Runs `body` for each block of queries of a tile, of all heads that share its keys. The tile's keys of
+    /// this thread are `positions`.
+    pub(super) fn for_each_block(
+        &self,
+        work: &WorkTile<'k>,
+        positions: [Reg<'k, i32>; 2],
+        body: impl Fn(&Context<'k, '_>, bool),
+    ) {
+        let offset = work.keys.count - work.queries.count;
+        self.heads(work, |head| {
+            let of = (work.sequence, head);
+            let scores = self.score_params.of_keys(positions, of, work.keys.count, offset);
+            let block = self.k.var(work.blocks.end - 1);
+            let context = Context { work, scores, positions, block };
+            work.blocks.walk(block, |masked| {
+                body(&context, masked);
+                block.increase(-1);
+            });
+        });
+    }
+
+    /// Whether P is packed before dS is made of it: a soft cap changes it in place.
+    fn packs_early(&self) -> bool {
+        self.c.score_mod.softcap
+    }
+
+    /// Turns scores into probabilities in place. Under a soft cap those are packed to `p`, and what is left in
+    /// place is the probabilities times the slopes of the scores.
+    pub(super) fn probabilities(
+        &self,
+        scores: &[Reg<'k, f32>],
+        p: &[Reg<'k, u32>],
+        context: &Context<'k, '_>,
+        block: Block<'k>,
+    ) {
+        let (k, c) = (self.k, self.c);
+        let first = context.block * c.queries as i32 + (block.lane.lane % 4 * 2).cast::<i32>();
+        let rows = self.base + self.smem.rows + block.rows.stage * c.row_bytes();
+        let rows = rows + block.lane.lane % 4 * 16;
+        let limit = block.masked.then_some(context.work.queries.count);
+        let scale = self.score_params.scale_left();
+        for (j, quad) in (0..).zip(scores.chunks(4)) {
+            let at = if j == 0 { first } else { first + 8 * j };
+            let slopes = scale.is_none().then(|| {
+                let bias = context.scores.load(4, at, limit);
+                context.scores.apply_with_slopes(quad, &bias, at)
+            });
+            if block.masked {
+                context.work.bounds.hide(quad, context.positions, at);
+            }
+            let [m0, l0, m1, l1] = k.ld_shared::<f32, 4>(rows.at((64 * j).into()));
+            for (i, &score) in quad.iter().enumerate() {
+                let (max, log) = if i % 2 == 0 { (m0, l0) } else { (m1, l1) };
+                let less = match scale {
+                    Some(scale) => score.fma(scale, max),
+                    None => score + max,
+                };
+                score.set((less + log).exp2_ftz());
+            }
+            if let Some(slopes) = slopes {
+                if self.packs_early() {
+                    self.pack(&p[2 * j as usize..], quad);
+                }
+                slopes.back(quad);
+            }
+        }
+    }
+
+    /// Packs probabilities that have not been, unless nobody wants them.
+    pub(super) fn pack_probabilities(&self, p: &[Reg<'k, u32>], probabilities: &[Reg<'k, f32>]) {
+        if !self.packs_early() {
+            self.pack(p, probabilities);
+        }
+    }
+
+    /// dS, packed, of probabilities and dP.
+    pub(super) fn score_gradients(
+        &self,
+        ds: &[Reg<'k, u32>],
+        [probabilities, grads]: [&[Reg<'k, f32>]; 2],
+        block: Block<'k>,
+        each: impl Fn(usize),
+    ) {
+        let (k, c) = (self.k, self.c);
+        let deltas = self.base + self.smem.rows + block.rows.stage * c.row_bytes();
+        let deltas = deltas + block.lane.lane % 4 * 8;
+        for (j, (p, grads)) in probabilities.chunks(4).zip(grads.chunks(4)).enumerate() {
+            let at = c.queries * 8 + 32 * j as u32;
+            let delta = k.ld_shared::<f32, 2>(deltas.at(at.into()));
+            let quad: Vec<_> = (0..4).map(|i| p[i] * (grads[i] - delta[i % 2])).collect();
+            each(j);
+            self.pack(&ds[2 * j..], &quad);
+        }
+    }
+
+    /// Packs numbers of a fragment.
+    fn pack(&self, to: &[Reg<'k, u32>], sums: &[Reg<'k, f32>]) {
+        for (&to, pair) in to.iter().zip(sums.chunks(2)) {
+            self.k.cvt_rn_x2_to(to, self.c.half(), pair[0], pair[1]);
+        }
+    }
+
+    /// This warp has read the floats of a block's queries.
+    pub(super) fn release_rows(&self, block: Block<'k>) {
+        let done = block.rows.done();
+        self.k.bar_warp_sync();
+        self.k.when(block.lane.lane.eq(0), || done.arrive());
+    }
+}

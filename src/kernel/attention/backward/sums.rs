@@ -1,0 +1,55 @@
+//! Sums of dQ, to which tiles of keys add: blocks of queries in f32, one after the other, each as the
+//! threads of two warpgroups have it in registers.
+
+use super::super::lengths::Span;
+use super::super::{Lengths, Name};
+use crate::ptx::{Kernel, Reg};
+
+/// Where they are.
+#[derive(Clone, Copy)]
+pub struct DqSums<'k> {
+    address: Reg<'k, u64>,
+    /// Blocks of a head.
+    blocks: Reg<'k, u32>,
+    queries: u32,
+    bytes: u32,
+    packed: bool,
+}
+
+/// Blocks of a head, of so many queries each. Those of a packed batch's sequences have blocks of their own.
+pub fn blocks(lengths: Lengths, queries: u64, sequences: u64, block: u64) -> u64 {
+    let own = if lengths == Lengths::Packed { sequences } else { 0 };
+    queries.div_ceil(block) + own
+}
+
+impl<'k> DqSums<'k> {
+    /// Declares their address: blocks of `queries` queries and `bytes` bytes.
+    pub fn params(
+        k: &'k Kernel,
+        lengths: Lengths,
+        [queries, bytes]: [u32; 2],
+        size: Reg<'k, i32>,
+        sequences: Option<Reg<'k, u32>>,
+    ) -> Self {
+        let address = k.pointer(Name::DqSums);
+        let own = size.cast::<u32>().div_ceil(queries);
+        let blocks = sequences.map_or(own, |sequences| own + sequences);
+        Self { address, blocks, queries, bytes, packed: lengths == Lengths::Packed }
+    }
+
+    /// Where a head's blocks begin, of a sequence whose queries are `span`; `head` counts those of all
+    /// batches.
+    pub fn head(&self, head: Reg<'k, u32>, sequence: Reg<'k, u32>, span: Span<'k>) -> Reg<'k, u64> {
+        let first = head * self.blocks;
+        let first = match span.begin.filter(|_| self.packed) {
+            None => first,
+            Some(begin) => first + begin / self.queries + sequence,
+        };
+        self.address + first.mul_wide(self.bytes)
+    }
+
+    /// The address of a block, given that of its head's first.
+    pub fn block(&self, head: Reg<'k, u64>, block: Reg<'k, u32>) -> Reg<'k, u64> {
+        head.element(block, self.bytes)
+    }
+}
