@@ -203,6 +203,12 @@ pub struct FlashAttnOptions {
     pub seqlens_q: Option<Tensor>,
     /// How many rows of each batch of `k` and `v` count: u32 `[B]`, at most Sk.
     pub seqlens_k: Option<Tensor>,
+    /// Whether gradients have to be the same from run to run, to the last bit.
+    ///
+    /// Without it they may differ by rounding on GPUs where sums are made by atomic additions, in whichever order
+    /// these come: with it they are made in one order, which takes longer there. The result, and everything on the
+    /// CPU, is the same in each run in any case.
+    pub deterministic: bool,
     /// Who computes on the GPU.
     pub engine: Engine,
 }
@@ -283,6 +289,12 @@ impl FlashAttnOptions {
     /// Sets how many rows of each batch of `k` and `v` count.
     pub fn seqlens_k(mut self, lengths: Tensor) -> Self {
         self.seqlens_k = Some(lengths);
+        self
+    }
+
+    /// Sets whether gradients have to be the same from run to run, to the last bit.
+    pub fn deterministic(mut self, deterministic: bool) -> Self {
+        self.deterministic = deterministic;
         self
     }
 

@@ -5,7 +5,10 @@ use candle_core::scalar::Scalar;
 use candle_core::{CudaStorage, DType, Layout, Result, Shape};
 
 use super::{Operand, epilogue};
-use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem, View};
+use crate::op::{
+    AttentionInputs, AttentionProblem, AttentionResults, AttentionWants, Epilogue, MatmulProblem,
+    View,
+};
 
 /// Zeros, for a result that no kernel writes.
 pub(super) fn zeros(like: &CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
@@ -21,29 +24,30 @@ pub(super) fn full(like: &CudaStorage, len: usize, value: f32) -> Result<CudaSto
     Ok(out)
 }
 
-/// The result and log-sum-exp of a problem without elements in its result, or without keys.
+/// The result and log-sum-exp of a problem without elements in its result, or without keys. Its gradients
+/// need nothing.
 pub(super) fn flash_attn(
     p: &AttentionProblem,
-    wants_lse: bool,
+    wants: AttentionWants,
     inputs: &AttentionInputs<CudaStorage>,
     attend: impl FnOnce(
         &AttentionProblem,
         &AttentionInputs<CudaStorage>,
-    ) -> Result<(CudaStorage, Option<CudaStorage>)>,
-) -> Result<(CudaStorage, Option<CudaStorage>)> {
+    ) -> Result<AttentionResults<CudaStorage>>,
+) -> Result<AttentionResults<CudaStorage>> {
     let AttentionInputs { q, k, ref extras, .. } = *inputs;
     let rows = p.q.count() * p.seq_q();
-    let lse = match wants_lse {
+    let lse = match wants.lse {
         false => None,
         // Without columns of v the scores are still there: any matrix stands in for it.
         true if rows > 0 && p.seq_k() > 0 && p.packed != Some(0) => {
             let out = p.q.packed();
             let scores = AttentionProblem { v: p.k.clone(), out, ..p.clone() };
-            attend(&scores, &AttentionInputs { q, k, v: k, extras: extras.clone() })?.1
+            attend(&scores, &AttentionInputs { q, k, v: k, extras: extras.clone() })?.lse
         }
         true => Some(full(q, rows, f32::NEG_INFINITY)?),
     };
-    Ok((zeros(q, p.out.elements(), p.out_dtype)?, lse))
+    Ok(AttentionResults { out: zeros(q, p.out.elements(), p.out_dtype)?, lse, stats: None })
 }
 
 /// A product without elements, or one with K = 0: zeros, to which the bias is added.

@@ -82,6 +82,10 @@ kernels! {
     FlashDq(attention::backward::dq::Config) by attention::backward::dq::emit;
     /// The results of an attention's parts, put together.
     FlashCombine(attention::combine::Config) by attention::combine::emit;
+    /// What the gradients of an attention's scores share.
+    FlashDelta(attention::backward::delta::Config) by attention::backward::delta::emit;
+    /// A pass over an attention's pairs for some of its gradients, on any GPU from Ampere on.
+    FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
 }

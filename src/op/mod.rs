@@ -11,9 +11,11 @@ mod node;
 mod qkv;
 mod quantized;
 
+#[cfg(feature = "cuda")]
+pub(crate) use attention::flash_attn_gradients;
 pub(crate) use attention::{
-    AttentionGrads, AttentionInputs, AttentionProblem, AttentionUpstream, Mask, attention_tc,
-    flash_attn, flash_attn_with_lse,
+    AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
+    AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
 };
 pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};

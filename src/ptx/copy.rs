@@ -16,6 +16,17 @@ impl Kernel {
         self.emit(format_args!("cp.async.cg.shared.global {to}, {from}, 16, {bytes}"));
     }
 
+    /// `cp.async.ca`: 4 bytes, of which all or none are read.
+    pub fn cp_async_4<'k>(
+        &'k self,
+        to: impl Into<Address<'k, u32>>,
+        from: impl Into<Address<'k, u64>>,
+        bytes: impl Into<Value<'k, u32>>,
+    ) {
+        let (to, from, bytes) = (to.into(), from.into(), bytes.into());
+        self.emit(format_args!("cp.async.ca.shared.global {to}, {from}, 4, {bytes}"));
+    }
+
     /// `cp.async.commit_group`
     pub fn cp_async_commit(&self) {
         self.emit(format_args!("cp.async.commit_group"));

@@ -146,6 +146,7 @@ fn ampere() -> Source {
     let line = base + k.lane() * 16;
     k.cp_async(line, input, 16);
     k.cp_async(line.at(512), input.at(512), bytes);
+    k.cp_async_4(line.at(1024), input.at(4), bytes);
     k.cp_async_commit();
     k.cp_async_wait(1);
     k.cp_async_wait(0);

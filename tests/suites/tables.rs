@@ -64,6 +64,7 @@ tables! {
     attention_stand_ins: attention::stand_ins;
     attention_shared_graph: attention::shared_graph;
     attention_kinds: attention::kinds;
+    attention_gradient_kinds: attention::gradient_kinds;
     attention_many_tiles: attention::many_tiles;
     attention_accuracy: attention::accuracy;
     empty_products: empty::products;

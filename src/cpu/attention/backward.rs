@@ -49,8 +49,8 @@ pub(crate) fn attention_backward(
         k: Rows { data: &k, width: d },
         v: Rows { data: &v, width: dv },
         grad: Rows { data: &grad, width: dv },
-        max: upstream.max.as_slice()?,
-        sum: upstream.sum.as_slice()?,
+        max: upstream.stats[0].as_slice()?,
+        sum: upstream.stats[1].as_slice()?,
         delta: &delta,
     };
     let rows = heads.pieces(heads.count, heads.sq, BLOCK_Q, |sequence| &sequence.rows);

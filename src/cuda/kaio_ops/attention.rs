@@ -12,7 +12,7 @@ use super::fit::{self, Fitted, Want, fit};
 use super::session::Session;
 use super::{cast, crop, full, indexable, unsupported};
 use crate::check;
-use crate::op::{AttentionInputs, AttentionProblem, Mask};
+use crate::op::{AttentionInputs, AttentionProblem, AttentionResults, Mask};
 use crate::stack::Stack;
 
 /// The flash kernels give each column of the result a thread of a block of 256.
@@ -143,24 +143,25 @@ impl Square {
     }
 }
 
-/// The result and, if wanted, the log-sum-exp `[heads, Sq]` in f32.
+/// The result and, if wanted, the log-sum-exp. There is no backward pass.
 pub(crate) fn flash_attn(
     op: &'static str,
     p: &AttentionProblem,
     wants_lse: bool,
     inputs: &AttentionInputs<CudaStorage>,
-) -> Result<(CudaStorage, Option<CudaStorage>)> {
+) -> Result<AttentionResults<CudaStorage>> {
     let len = p.out.elements();
     let AttentionInputs { q, k, v, .. } = *inputs;
     let (out, lse) = flash_f32(op, p, wants_lse, [q, k, v])?;
     let out = cast(op, out, len, p.out_dtype)?;
     if p.out.contiguous().is_some() {
-        return Ok((out, lse));
+        return Ok(AttentionResults { out, lse, stats: None });
     }
     // Heads lie between rows: packed again, in the order of the result.
     fit::copyable(op, len)?;
     let heads_first = Layout::contiguous(p.out.layout().shape());
-    Ok((fit::pack(&out, &heads_first.transpose(1, 2)?)?, lse))
+    let out = fit::pack(&out, &heads_first.transpose(1, 2)?)?;
+    Ok(AttentionResults { out, lse, stats: None })
 }
 
 fn flash_f32(

@@ -13,10 +13,10 @@ use super::super::fit::{self, Fitted, Want, fit};
 use super::operand::element;
 use super::plan::{Compiled, Plans};
 use crate::kernel::attention::{
-    Arguments, Bias, Extra, Lengths, Limit, Operand, Output, Plan, Problem, ScoreMod, VALUE_UNIT,
-    by_tma,
+    Arguments, Bias, Extra, Inputs, Lengths, Limit, Operand, Output, Plan, Problem, ScoreMod,
+    VALUE_UNIT, by_tma,
 };
-use crate::op::{AttentionInputs, AttentionProblem};
+use crate::op::{AttentionInputs, AttentionProblem, AttentionResults, AttentionWants};
 use crate::stack::Stack;
 
 static PLANS: Plans<Plan> = Plans::new();
@@ -34,50 +34,77 @@ pub(crate) fn limit(p: &AttentionProblem) -> Option<(String, &'static str)> {
     Some((limit.to_string(), fix))
 }
 
-/// The result, which lies as the problem says, and if wanted the log-sum-exp. Neither the result nor the
-/// keys are empty, and nothing is over a [`limit`].
+/// The result, and what is wanted besides. Neither the result nor the keys are empty, and nothing is over a
+/// [`limit`].
 pub(crate) fn flash_attn(
     op: &'static str,
     p: &AttentionProblem,
-    wants_lse: bool,
+    wants: AttentionWants,
     inputs: &AttentionInputs<CudaStorage>,
-) -> Result<(CudaStorage, Option<CudaStorage>)> {
-    let call = Call::new(op, p, wants_lse, inputs)?;
-    call.run(p, &*PLANS.get(op, &call.gpu, &call.facts)?)
+) -> Result<AttentionResults<CudaStorage>> {
+    if let Some((problem, [])) = in_two_dims(p, []) {
+        let call = Call::new(op, &problem, wants, inputs)?;
+        return call.run(&problem, &*PLANS.get(op, &call.gpu, &call.facts)?);
+    }
+    let packed = Packed::new(op, p, inputs)?;
+    flash_attn(op, &packed.problem, wants, &packed.inputs())
 }
 
-/// The same over any batch dimensions, all of them in q, k and v.
-pub(crate) fn attention_tc(
-    op: &'static str,
+/// The problem, and other stacks of it, over two batch dimensions: as they are, or, where heads share no keys
+/// and nothing else has batch dimensions, such that walk the same matrices, if there are any.
+pub(super) fn in_two_dims<const N: usize>(
     p: &AttentionProblem,
-    inputs: &AttentionInputs<CudaStorage>,
-) -> Result<CudaStorage> {
-    let stacks = [&p.q, &p.k, &p.v, &p.out];
-    let in_two = |inner: usize| {
-        let [q, k, v, out] = stacks.map(|stack| stack.in_two_dims(inner));
-        Some(AttentionProblem { q: q?, k: k?, v: v?, out: out?, ..p.clone() })
-    };
-    if let Some(problem) = (0..=p.q.batch().len()).find_map(in_two) {
-        return Ok(flash_attn(op, &problem, false, inputs)?.0);
+    others: [&Stack; N],
+) -> Option<(AttentionProblem, [Stack; N])> {
+    if p.q.batch().len() == 2 {
+        return Some((p.clone(), others.map(Stack::clone)));
     }
-    // Batch dimensions that no two strides walk: copies.
-    let AttentionInputs { q, k, v, .. } = *inputs;
-    let pack = |storage: &CudaStorage, stack: &Stack| {
-        fit::copyable(op, stack.elements())?;
-        fit::pack(storage, &stack.layout())
+    let in_two = |inner: usize| {
+        let [q, k, v, out] = [&p.q, &p.k, &p.v, &p.out].map(|stack| stack.in_two_dims(inner));
+        let problem = AttentionProblem { q: q?, k: k?, v: v?, out: out?, ..p.clone() };
+        let others = others.map(|stack| stack.in_two_dims(inner));
+        let others: Option<Vec<_>> = others.into_iter().collect();
+        Some((problem, others?.try_into().expect("as many as there were")))
     };
-    let (q, k, v) = (pack(q, &p.q)?, pack(k, &p.k)?, pack(v, &p.v)?);
-    let [ps, ks, vs] = [&p.q, &p.k, &p.v].map(Stack::packed);
-    let problem = AttentionProblem { q: ps, k: ks, v: vs, ..p.clone() };
-    let inputs = AttentionInputs { q: &q, k: &k, v: &v, extras: inputs.extras.clone() };
-    attention_tc(op, &problem, &inputs)
+    (0..=p.q.batch().len()).find_map(in_two)
+}
+
+/// Copies of operands whose batch dimensions no two strides walk.
+pub(super) struct Packed {
+    pub problem: AttentionProblem,
+    operands: [CudaStorage; 3],
+}
+
+impl Packed {
+    pub fn new(
+        op: &'static str,
+        p: &AttentionProblem,
+        inputs: &AttentionInputs<CudaStorage>,
+    ) -> Result<Self> {
+        let AttentionInputs { q, k, v, .. } = *inputs;
+        let operands = [pack(op, q, &p.q)?, pack(op, k, &p.k)?, pack(op, v, &p.v)?];
+        let [q, k, v] = [&p.q, &p.k, &p.v].map(Stack::packed);
+        Ok(Self { problem: AttentionProblem { q, k, v, ..p.clone() }, operands })
+    }
+
+    /// The copies.
+    pub fn inputs(&self) -> AttentionInputs<'_, CudaStorage> {
+        let [q, k, v] = &self.operands;
+        AttentionInputs { q, k, v, extras: Default::default() }
+    }
+}
+
+/// A copy of all matrices, each as often as it is repeated.
+pub(super) fn pack(op: &'static str, storage: &CudaStorage, stack: &Stack) -> Result<CudaStorage> {
+    fit::copyable(op, stack.elements())?;
+    fit::pack(storage, &stack.layout())
 }
 
 /// One call: operands that fit, and the facts.
 pub(super) struct Call<'a> {
-    op: &'static str,
-    device: &'a CudaDevice,
-    order: Order,
+    pub op: &'static str,
+    pub device: &'a CudaDevice,
+    pub order: Order,
     pub gpu: Arc<Gpu>,
     pub facts: Problem,
     /// Queries, keys and values.
@@ -93,18 +120,33 @@ impl<'a> Call<'a> {
     pub fn new(
         op: &'static str,
         p: &'a AttentionProblem,
-        wants_lse: bool,
+        wants: AttentionWants,
         inputs: &AttentionInputs<'a, CudaStorage>,
+    ) -> Result<Self> {
+        let gpu = Gpu::of(op, inputs.q.device())?;
+        // TMA writes zeros for what a row has not; the other kernel reads values by eight.
+        let whole = !by_tma(&gpu.device, element(inputs.q.dtype()));
+        let unit = if whole { VALUE_UNIT as usize } else { 1 };
+        let call = Self::with_values(op, p, gpu, unit, inputs, &[])?;
+        let value_dim = call.facts.value_dim.next_multiple_of(VALUE_UNIT);
+        let AttentionWants { lse, stats } = wants;
+        Ok(Self { facts: Problem { value_dim, lse, stats, ..call.facts }, ..call })
+    }
+
+    /// With values whose columns are a multiple of `unit`. `others` are read, too.
+    pub fn with_values(
+        op: &'static str,
+        p: &'a AttentionProblem,
+        gpu: Arc<Gpu>,
+        unit: usize,
+        inputs: &AttentionInputs<'a, CudaStorage>,
+        others: &[&CudaStorage],
     ) -> Result<Self> {
         let &AttentionInputs { q, k, v, ref extras } = inputs;
         let device = q.device();
-        let gpu = Gpu::of(op, device)?;
         let all = [q, k, v].into_iter().chain(extras.list().into_iter().copied());
-        let order = Order::new(op, device.cuda_stream(), all);
-        // TMA writes zeros for what a row has not; the other kernel reads values by eight.
-        let whole = !by_tma(&gpu.device, element(q.dtype()));
-        let values = heads(op, v, &p.v, if whole { VALUE_UNIT as usize } else { 1 })?;
-        let operands = [heads(op, q, &p.q, 1)?, heads(op, k, &p.k, 1)?, values];
+        let order = Order::new(op, device.cuda_stream(), all.chain(others.iter().copied()));
+        let operands = [heads(op, q, &p.q, 1)?, heads(op, k, &p.k, 1)?, heads(op, v, &p.v, unit)?];
         let bias = extras.bias.zip(p.extras.bias.as_ref());
         let slopes = extras.slopes.zip(p.extras.slopes.as_ref());
         let (lengths, kind) = Self::lengths(op, p, inputs)?;
@@ -116,7 +158,7 @@ impl<'a> Call<'a> {
             queries: p.seq_q() as u64,
             keys: p.seq_k() as u64,
             head_dim: p.head_dim() as u64,
-            value_dim: (p.value_dim() as u64).next_multiple_of(VALUE_UNIT),
+            value_dim: p.value_dim() as u64,
             element: element(q.dtype()),
             out: element(p.out_dtype),
             left: p.mask.left.map(|keys| keys as u64),
@@ -134,7 +176,8 @@ impl<'a> Call<'a> {
                 alibi: slopes.is_some(),
             },
             lengths: kind,
-            lse: wants_lse,
+            lse: false,
+            stats: false,
         };
         let AttentionProblem { scale, softcap, .. } = *p;
         Ok(Self { op, device, order, gpu, facts, operands, bias, slopes, lengths, scale, softcap })
@@ -169,14 +212,18 @@ impl<'a> Call<'a> {
         &self,
         p: &AttentionProblem,
         compiled: &Compiled<Plan>,
-    ) -> Result<(CudaStorage, Option<CudaStorage>)> {
+    ) -> Result<AttentionResults<CudaStorage>> {
         let (device, facts) = (self.device, &self.facts);
         let (rows, width) = (p.q.count() * p.seq_q(), facts.value_dim as usize);
         let alloc = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
         let mut out = alloc(rows * width, p.out_dtype)?;
         let mut lse = facts.lse.then(|| alloc(rows, DType::F32)).transpose()?;
+        let mut stats = match facts.stats {
+            true => Some([alloc(rows, DType::F32)?, alloc(rows, DType::F32)?]),
+            false => None,
+        };
         if facts.lengths == Lengths::Packed {
-            // Rows of no sequence are nobody's to write.
+            // Rows of no sequence are nobody's to write, nor read by a backward pass.
             out.const_set(Scalar::zero(p.out_dtype), &Layout::contiguous(rows * width))?;
             if let Some(lse) = &mut lse {
                 lse.const_set(Scalar::F32(f32::NEG_INFINITY), &Layout::contiguous(rows))?;
@@ -195,34 +242,45 @@ impl<'a> Call<'a> {
         self.order.run(|| {
             let memory = Memory::of_mut(&mut out, device);
             let sums = lse.as_mut().map(|lse| Memory::of_mut(lse, device));
+            let stats = stats.as_mut();
+            let stats =
+                stats.map(|stats| stats.each_mut().map(|each| Memory::of_mut(each, device)));
             let held = parts.as_mut();
             let held = held.map(|held| held.each_mut().map(|part| Memory::of_mut(part, device)));
             let parts = held.as_ref().map(|[out, lse]| {
                 let rows = [1, facts.queries, facts.heads * facts.queries];
                 output(out, Some(lse), rows.map(|rows| rows * facts.value_dim))
             });
-            self.submit(compiled, output(&memory, sums.as_ref(), strides), parts)
+            let stats = stats.as_ref().map(|stats| stats.each_ref().map(Memory::address));
+            let out = Output { stats, ..output(&memory, sums.as_ref(), strides) };
+            self.submit(compiled, out, parts)
         })?;
         if width != p.value_dim() {
             let mut cut = alloc(rows * p.value_dim(), p.out_dtype)?;
             out.copy2d(&mut cut, rows, p.value_dim(), width, p.value_dim(), 0, 0)?;
             out = cut;
         }
-        Ok((out, lse))
+        Ok(AttentionResults { out, lse, stats })
     }
 
     fn submit(&self, compiled: &Compiled<Plan>, out: Output, parts: Option<Output>) -> Result<()> {
+        let (problem, plan) = (&self.facts, &compiled.plan);
+        self.with_inputs(|inputs| {
+            let arguments = Arguments { problem, plan, inputs, out, parts };
+            Ok(compiled.launch(self.op, self.device, &arguments)?)
+        })
+    }
+
+    /// Runs `submit`, until whose return all inputs live.
+    pub fn with_inputs(&self, submit: impl FnOnce(Inputs) -> Result<()>) -> Result<()> {
         let device = self.device;
-        // All of these live until the kernels are submitted.
         let operands = self.operands.each_ref().map(|fitted| memory(fitted, device));
         let lengths = self.lengths.as_ref();
         let lengths =
             lengths.map(|sides| sides.each_ref().map(|side| (memory(side, device), side)));
         let [bias, slopes] = [self.bias, self.slopes]
             .map(|extra| extra.map(|(storage, stack)| (Memory::of(storage, device), stack)));
-        let arguments = Arguments {
-            problem: &self.facts,
-            plan: &compiled.plan,
+        submit(Inputs {
             operands: [0, 1, 2].map(|i| operand(&operands[i], &self.operands[i])),
             scale: self.scale,
             softcap: self.softcap,
@@ -235,21 +293,18 @@ impl<'a> Call<'a> {
             lengths: lengths
                 .as_ref()
                 .map(|sides| sides.each_ref().map(|(memory, side)| memory.at(side.offset(0)))),
-            out,
-            parts,
-        };
-        Ok(compiled.launch(self.op, device, &arguments)?)
+        })
     }
 }
 
 /// That of an operand, to be read.
-fn memory<'m>(fitted: &'m Fitted, device: &CudaDevice) -> Memory<'m> {
+pub(super) fn memory<'m>(fitted: &'m Fitted, device: &CudaDevice) -> Memory<'m> {
     Memory::of(fitted.storage(), device)
 }
 
 /// Where results go.
 fn output(memory: &Memory, lse: Option<&Memory>, strides: [u64; 3]) -> Output {
-    Output { address: memory.address(), strides, lse: lse.map(Memory::address) }
+    Output { address: memory.address(), strides, lse: lse.map(Memory::address), stats: None }
 }
 
 /// Where what is added to scores begins, and its strides.
@@ -258,7 +313,7 @@ fn extra<const N: usize>(memory: &Memory, stack: &Stack, strides: [usize; N]) ->
 }
 
 /// How a kernel reads an operand.
-fn operand(memory: &Memory, fitted: &Fitted) -> Operand {
+pub(super) fn operand(memory: &Memory, fitted: &Fitted) -> Operand {
     let stack = &fitted.stack;
     let [(batch, each_batch), (heads, each_head)] = [0, 1].map(|i| stack.batch()[i]);
     Operand {
@@ -271,7 +326,7 @@ fn operand(memory: &Memory, fitted: &Fitted) -> Operand {
 
 /// An operand whose rows are contiguous, begin at multiples of 16 bytes and are a multiple of `columns`
 /// long: as it is, or a copy padded with zeros.
-fn heads<'a>(
+pub(super) fn heads<'a>(
     op: &'static str,
     storage: &'a CudaStorage,
     stack: &Stack,

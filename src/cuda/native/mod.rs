@@ -1,12 +1,14 @@
 //! The engine `Engine::Native`: this crate's own kernels on candle's stream.
 
 mod attention;
+mod attention_backward;
 mod glu;
 mod matmul;
 mod operand;
 mod plan;
 pub mod tune;
 
-pub(crate) use attention::{attention_tc, flash_attn, limit as flash_limit};
+pub(crate) use attention::{flash_attn, limit as flash_limit};
+pub(crate) use attention_backward::attention_backward;
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;

@@ -1,4 +1,5 @@
-//! For the benches: products and attention by configurations that nobody chose.
+//! For benches and tests: products and attention by configurations that nobody chose, gradients without candle's
+//! graph.
 
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Result, Storage, Tensor, bail};
@@ -6,10 +7,11 @@ use candle_core::{DType, Result, Storage, Tensor, bail};
 use super::attention;
 use super::matmul::Call;
 use super::plan::Compiled;
+use crate::FlashAttnOptions;
 use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
 use crate::kernel::{Config, Plan};
-use crate::op::{AttentionInputs, AttentionProblem, Epilogue, MatmulProblem};
+use crate::op::{self, AttentionInputs, AttentionProblem, AttentionWants, Epilogue, MatmulProblem};
 
 /// The product by `config`, or by the chooser's, of two matrices on one GPU; and the problem that the
 /// chooser sees.
@@ -34,6 +36,16 @@ pub fn matmul(
     Ok((tensor, call.facts))
 }
 
+/// The gradients of q, k, v and a tracked bias, given those of the result and of the log-sum-exp: without any kernel
+/// but this crate's, and such as cast and copy.
+pub fn flash_attn_gradients(
+    qkv: [&Tensor; 3],
+    opts: &FlashAttnOptions,
+    grads: [Option<Tensor>; 2],
+) -> Result<Vec<Option<Tensor>>> {
+    op::flash_attn_gradients("tune", qkv, opts, grads)
+}
+
 /// Attention by `config`, or by the chooser's, of `[B, H, S, D]` with as many heads of keys, on one GPU;
 /// and the problem that the chooser sees.
 pub fn flash_attn(
@@ -50,7 +62,8 @@ pub fn flash_attn(
     let out_dtype = q.dtype();
     let problem = AttentionProblem { out_dtype, ..AttentionProblem::broadcast(lq, lk, lv, causal) };
     let inputs = AttentionInputs { q: sq, k: sk, v: sv, extras: Default::default() };
-    let call = attention::Call::new("tune", &problem, false, &inputs)?;
+    let wants = AttentionWants { lse: false, stats: false };
+    let call = attention::Call::new("tune", &problem, wants, &inputs)?;
     let device = &call.gpu.device;
     let plan = match config {
         Some(config) => flash::Plan::of(&config, &call.facts, device),
@@ -58,7 +71,7 @@ pub fn flash_attn(
     };
     let Some(plan) = plan else { bail!("not attention") };
     let compiled = Compiled::new("tune", &call.gpu, plan)?;
-    let storage = Storage::Cuda(call.run(&problem, &compiled)?.0);
+    let storage = Storage::Cuda(call.run(&problem, &compiled)?.out);
     let shape = problem.shape.clone();
     Ok((Tensor::from_storage(storage, shape, BackpropOp::none(), false), call.facts))
 }

@@ -127,7 +127,7 @@ fn tiles(problem: &Problem, pack: u32, warpgroups: u64) -> u64 {
 pub(super) fn splits(problem: &Problem, pack: u32, keys: u64, device: &Device) -> bool {
     let few = tiles(problem, pack, 1) * 2 <= device.multiprocessors.into();
     let long = problem.seen_keys(64) >= 8 * keys;
-    problem.lengths != Lengths::Packed && few && long
+    problem.lengths != Lengths::Packed && !problem.stats && few && long
 }
 
 /// Heads of a tile: more than one where a head alone would not fill its rows, which come in groups of
@@ -170,6 +170,7 @@ pub(super) mod tests {
             score_mod: ScoreMod::default(),
             lengths: Lengths::Full,
             lse: false,
+            stats: false,
         }
     }
 

@@ -137,6 +137,17 @@ impl<'k> Bounds<Reg<'k, i32>> {
     /// Hides scores in place: those of two rows, whose first column is `first`. Score `4j + 2h + c` is of
     /// row `h`, column `8j + c`.
     pub fn hide(&self, scores: &[Reg<'k, f32>], rows: [Reg<'k, i32>; 2], first: Reg<'k, i32>) {
+        self.replace(scores, rows, first, f32::NEG_INFINITY);
+    }
+
+    /// The same with another number in place of −∞.
+    pub fn replace(
+        &self,
+        scores: &[Reg<'k, f32>],
+        rows: [Reg<'k, i32>; 2],
+        first: Reg<'k, i32>,
+        hidden: f32,
+    ) {
         let ends = rows.map(|row| self.end_of_any(row) - first);
         let begins = rows.map(|row| self.begin_of(row).map(|begin| begin - first));
         for (i, score) in scores.iter().enumerate() {
@@ -145,7 +156,7 @@ impl<'k> Bounds<Reg<'k, i32>> {
             if let Some(begin) = begins[row] {
                 seen = seen & begin.le(col);
             }
-            keep(*score, seen, f32::NEG_INFINITY);
+            keep(*score, seen, hidden);
         }
     }
 

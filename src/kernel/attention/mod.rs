@@ -23,7 +23,7 @@ pub use launch::{Launch, MAX_LENGTH, TileShape};
 pub use lengths::Lengths;
 pub use limit::Limit;
 pub use mask::Mask;
-pub use params::{Arguments, Extra, Name, Operand, Output};
+pub use params::{Arguments, Extra, Inputs, Name, Operand, Output};
 pub use plan::{Attend, Plan, by_tma};
 pub use scheduler::TileOrder;
 pub use scores::{Bias, ScoreMod};
@@ -65,6 +65,8 @@ pub struct Problem {
     pub lengths: Lengths,
     /// Whether the logarithm of the sum of the exponentials is stored, too.
     pub lse: bool,
+    /// Whether what the backward pass rebuilds probabilities from is stored.
+    pub stats: bool,
 }
 
 impl Problem {

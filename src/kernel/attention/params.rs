@@ -2,7 +2,7 @@
 
 use std::f32::consts::LOG2_E;
 
-use super::{Attend, Plan, Problem, sm90};
+use super::{Attend, Plan, Problem, TileOrder, sm90};
 use crate::kernel::Element;
 use crate::kernel::hopper::SLAB;
 use crate::kernel::params::{self, Argument, TensorMap, names};
@@ -119,6 +119,14 @@ names! {
         DqSums "dq_sums",
         /// The scale, to base e.
         GradScale "grad_scale",
+        /// The gradient of the bias: the address of its elements, of its own type, without gaps.
+        DbiasAt "dbias_at",
+        /// Heads that it has.
+        BiasHeads "bias_heads",
+        /// Sequences that share one.
+        RepeatBatch "repeat_batch",
+        /// Heads that share one.
+        RepeatHeads "repeat_heads",
         /// Queries of the tensor.
         Queries "queries",
         /// Keys of the tensor.
@@ -199,19 +207,17 @@ pub struct Output {
     pub strides: [u64; 3],
     /// The address of the log-sum-exps.
     pub lse: Option<u64>,
+    /// Those of [`Name::RowMax`] and [`Name::RowLog`].
+    pub stats: Option<[u64; 2]>,
 }
 
 /// The address of the first element of what is added to scores, and the elements from one to the next of
 /// each dimension.
 pub type Extra<const N: usize> = (u64, [u64; N]);
 
-/// One launch of a plan.
+/// What both passes read.
 #[derive(Clone, Copy, Debug)]
-pub struct Arguments<'a> {
-    /// What is computed.
-    pub problem: &'a Problem,
-    /// The kernels that compute it.
-    pub plan: &'a Plan,
+pub struct Inputs {
     /// Queries, keys and values.
     pub operands: [Operand; 3],
     /// The factor of the scores.
@@ -224,6 +230,17 @@ pub struct Arguments<'a> {
     pub slopes: Option<Extra<2>>,
     /// The addresses of the lengths of queries and keys.
     pub lengths: Option<[u64; 2]>,
+}
+
+/// One launch of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Arguments<'a> {
+    /// What is computed.
+    pub problem: &'a Problem,
+    /// The kernels that compute it.
+    pub plan: &'a Plan,
+    /// What it is computed from.
+    pub inputs: Inputs,
     /// The result.
     pub out: Output,
     /// The results of the parts of a split.
@@ -242,29 +259,21 @@ impl params::Arguments for Arguments<'_> {
     }
 }
 
-impl Arguments<'_> {
-    fn attend(&self, name: Name) -> Option<Argument> {
-        let (problem, launch) = (self.problem, &self.plan.launch);
-        let out = if self.plan.variant().split { self.parts? } else { self.out };
+impl Inputs {
+    /// What does not depend on the kernel: strides, sizes, numbers, and what changes scores.
+    pub(super) fn argument(&self, problem: &Problem, name: Name) -> Option<Argument> {
         let number = |n: u64| Argument::U32(n as u32);
+        let [q, k, v] = &self.operands;
         Some(match name {
-            Name::Q | Name::K | Name::V | Name::Out => self.tensor(name, &out)?,
-            Name::QRow => self.stride(0, 0),
-            Name::QHead => self.stride(0, 1),
-            Name::QBatch => self.stride(0, 2),
-            Name::KRow => self.stride(1, 0),
-            Name::KHead => self.stride(1, 1),
-            Name::KBatch => self.stride(1, 2),
-            Name::VRow => self.stride(2, 0),
-            Name::VHead => self.stride(2, 1),
-            Name::VBatch => self.stride(2, 2),
-            Name::OutAt => Argument::Pointer(out.address),
-            Name::OutRow => Argument::U64(out.strides[0]),
-            Name::OutHead => Argument::U64(out.strides[1]),
-            Name::OutBatch => Argument::U64(out.strides[2]),
-            Name::OutPart => Argument::U64(problem.rows() * problem.value_dim),
-            Name::Lse => Argument::Pointer(out.lse?),
-            Name::LsePart => Argument::U64(problem.rows()),
+            Name::QRow => q.stride(0),
+            Name::QHead => q.stride(1),
+            Name::QBatch => q.stride(2),
+            Name::KRow => k.stride(0),
+            Name::KHead => k.stride(1),
+            Name::KBatch => k.stride(2),
+            Name::VRow => v.stride(0),
+            Name::VHead => v.stride(1),
+            Name::VBatch => v.stride(2),
             Name::Queries => number(problem.queries),
             Name::Keys => number(problem.keys),
             Name::Heads => number(problem.heads),
@@ -282,17 +291,49 @@ impl Arguments<'_> {
             Name::Slopes => Argument::Pointer(self.slopes?.0),
             Name::SlopesBatch => Argument::U64(self.slopes?.1[0]),
             Name::SlopesHead => Argument::U64(self.slopes?.1[1]),
-            Name::Right => Argument::U32(launch.right.cast_unsigned()),
-            Name::Left => Argument::U32(launch.left.cast_unsigned()),
             Name::LengthsQ => Argument::Pointer(self.lengths?[0]),
             Name::LengthsK => Argument::Pointer(self.lengths?[1]),
             Name::Sequences => number(problem.batch),
-            Name::Parts => Argument::U32(launch.parts),
-            Name::AllHeads => Argument::U32(launch.order.heads),
-            Name::Columns => Argument::U32(launch.order.columns),
-            Name::Tiles => Argument::U32(launch.order.tiles),
-            Name::TileOrder => Argument::U32(launch.order.section),
             _ => return None,
+        })
+    }
+}
+
+impl TileOrder {
+    /// What says which tiles there are.
+    pub(super) fn argument(&self, name: Name) -> Option<Argument> {
+        Some(Argument::U32(match name {
+            Name::AllHeads => self.heads,
+            Name::Columns => self.columns,
+            Name::Tiles => self.tiles,
+            Name::TileOrder => self.section,
+            _ => return None,
+        }))
+    }
+}
+
+impl Arguments<'_> {
+    fn attend(&self, name: Name) -> Option<Argument> {
+        let (problem, launch) = (self.problem, &self.plan.launch);
+        let out = if self.plan.variant().split { self.parts? } else { self.out };
+        Some(match name {
+            Name::Q | Name::K | Name::V | Name::Out => self.tensor(name, &out)?,
+            Name::OutAt => Argument::Pointer(out.address),
+            Name::OutRow => Argument::U64(out.strides[0]),
+            Name::OutHead => Argument::U64(out.strides[1]),
+            Name::OutBatch => Argument::U64(out.strides[2]),
+            Name::OutPart => Argument::U64(problem.rows() * problem.value_dim),
+            Name::Lse => Argument::Pointer(out.lse?),
+            Name::LsePart => Argument::U64(problem.rows()),
+            Name::RowMax => Argument::Pointer(out.stats?[0]),
+            Name::RowLog => Argument::Pointer(out.stats?[1]),
+            Name::Right => Argument::U32(launch.right.cast_unsigned()),
+            Name::Left => Argument::U32(launch.left.cast_unsigned()),
+            Name::Parts => Argument::U32(launch.parts),
+            _ => {
+                let of_tiles = launch.order.argument(name);
+                return of_tiles.or_else(|| self.inputs.argument(problem, name));
+            }
         })
     }
 
@@ -314,15 +355,8 @@ impl Arguments<'_> {
         })
     }
 
-    /// The stride of an operand (0 to 2) along a dimension. That of a single row or matrix may be anything,
-    /// but threads compute with it.
-    fn stride(&self, operand: usize, dim: usize) -> Argument {
-        let Operand { lens, strides, .. } = self.operands[operand];
-        Argument::U64(if lens[dim] == 1 { 0 } else { strides[dim] })
-    }
-
     fn tensor(&self, name: Name, out: &Output) -> Option<Argument> {
-        let [q, k, v] = &self.operands;
+        let [q, k, v] = &self.inputs.operands;
         let config = match (&self.plan.attend, name) {
             (Attend::Sm90(config), _) => config,
             (Attend::Sm80(_), Name::Q) => return Some(Argument::Pointer(q.address)),
@@ -346,6 +380,12 @@ impl Arguments<'_> {
 }
 
 impl Operand {
+    /// The stride along a dimension. That of a single row or matrix may be anything, but threads compute with
+    /// it.
+    pub(super) fn stride(&self, dim: usize) -> Argument {
+        Argument::U64(if self.lens[dim] == 1 { 0 } else { self.strides[dim] })
+    }
+
     /// A descriptor with boxes of some columns, and the rows of a warpgroup.
     fn queries_map(&self, config: &sm90::Config, element: Element, cols: u32) -> TensorMap {
         match config.variant.pack {

@@ -36,6 +36,19 @@ pub struct Finished<'k> {
     pub inverse: [Reg<'k, f32>; 2],
     /// The natural logarithms of the sums of the exponentials.
     pub lse: [Reg<'k, f32>; 2],
+    /// What the backward pass rebuilds probabilities from, if it is wanted.
+    pub stats: Option<RowStats<'k>>,
+}
+
+/// The numbers that make probabilities of the scores of two rows, `exp2(score - max - log)`, all to base 2.
+///
+/// They are apart: where scores are huge, their sum in f32 has lost the logarithm.
+#[derive(Clone, Copy)]
+pub struct RowStats<'k> {
+    /// What was subtracted from the scores: 0 for a row without keys.
+    pub max: [Reg<'k, f32>; 2],
+    /// The logarithms of what their exponentials then add up to: ∞ for a row without keys.
+    pub log: [Reg<'k, f32>; 2],
 }
 
 impl<'k> Softmax<'k> {
@@ -104,8 +117,8 @@ impl<'k> Softmax<'k> {
         one.into_iter().zip(other).flat_map(|(one, other)| [one, other]).flatten().collect()
     }
 
-    /// Finishes the rows.
-    pub fn finish(&self) -> Finished<'k> {
+    /// Finishes the rows. `wants_stats`: for a backward pass, too.
+    pub fn finish(&self, wants_stats: bool) -> Finished<'k> {
         let sums = self.sum.map(|sum| across_quad(sum, |a, b| a + b));
         let logarithm = |row: usize| {
             let lse = (self.offset[row] + sums[row].log2()) * std::f32::consts::LN_2;
@@ -114,6 +127,10 @@ impl<'k> Softmax<'k> {
         Finished {
             inverse: sums.map(|sum| unless_zero(sum, sum.recip(), 0.0)),
             lse: std::array::from_fn(logarithm),
+            stats: wants_stats.then(|| RowStats {
+                max: [0, 1].map(|row| unless_zero(sums[row], self.offset[row], 0.0)),
+                log: sums.map(|sum| unless_zero(sum, sum.log2(), f32::INFINITY)),
+            }),
         }
     }
 }

@@ -28,6 +28,8 @@ pub struct Variant {
     pub split: bool,
     /// Whether the log-sum-exps are stored.
     pub lse: bool,
+    /// Whether [`RowMax`](super::Name::RowMax) and [`RowLog`](super::Name::RowLog) are stored.
+    pub stats: bool,
 }
 
 impl Variant {
@@ -43,6 +45,7 @@ impl Variant {
             pack,
             split,
             lse: problem.lse || split,
+            stats: problem.stats,
         }
     }
 
@@ -54,36 +57,44 @@ impl Variant {
     /// The end of a name: heads of a tile, and the variant of an attention of operands of a type.
     /// `direct`: threads store.
     pub(super) fn describe(&self, operands: Element, direct: bool) -> String {
-        let scores = &self.score_mod;
         let pack = several(self.pack, |pack| format!(" pack{pack}"));
-        let mask = match self.mask {
-            Mask::None => "",
-            Mask::Right => " causal",
-            Mask::Window => " window",
-        };
-        let bias = scores.bias.map_or(String::new(), |bias| {
-            format!(" +{}{}", bias.element.name(), given(bias.pairs, "x2"))
-        });
-        let lengths = match self.lengths {
-            Lengths::Full => "",
-            Lengths::Padded => " padded",
-            Lengths::Packed => " packed",
-        };
+        let scores = scores(self.mask, &self.score_mod, self.lengths);
         let words = [
-            given(scores.scale_first, " shrunk"),
-            given(scores.softcap, " softcap"),
-            given(scores.alibi, " alibi"),
             given(self.lse, " lse"),
+            given(self.stats, " stats"),
             given(direct, " direct"),
             given(self.split, " split"),
         ];
         let (operands, out) = (operands.name(), self.out.name());
-        format!("{pack}, {operands}→{out}{mask}{bias}{lengths}{}", words.concat())
+        format!("{pack}, {operands}→{out}{scores}{}", words.concat())
     }
 
     /// Whether a split, if it is one, can be put together.
     pub(super) fn can_be_split(&self) -> bool {
-        let complete = self.out == Element::F32 && self.lse;
+        let complete = self.out == Element::F32 && self.lse && !self.stats;
         !self.split || (self.lengths != Lengths::Packed && complete)
     }
+}
+
+/// In a name: which keys count, and what is done to scores.
+pub(super) fn scores(mask: Mask, score_mod: &ScoreMod, lengths: Lengths) -> String {
+    let mask = match mask {
+        Mask::None => "",
+        Mask::Right => " causal",
+        Mask::Window => " window",
+    };
+    let bias = score_mod.bias.map_or(String::new(), |bias| {
+        format!(" +{}{}", bias.element.name(), given(bias.pairs, "x2"))
+    });
+    let lengths = match lengths {
+        Lengths::Full => "",
+        Lengths::Padded => " padded",
+        Lengths::Packed => " packed",
+    };
+    let words = [
+        given(score_mod.scale_first, " shrunk"),
+        given(score_mod.softcap, " softcap"),
+        given(score_mod.alibi, " alibi"),
+    ];
+    format!("{mask}{bias}{lengths}{}", words.concat())
 }

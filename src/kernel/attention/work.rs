@@ -5,7 +5,8 @@ use super::lengths::{Sequences, Span};
 use super::mask::{BlockRange, Bounds};
 use super::scheduler::{TileCoord, TileScheduler, TileWalk};
 use super::scores::Query;
-use super::{Lengths, Mask, Name};
+use super::softmax::Finished;
+use super::{Lengths, Mask, Name, Variant};
 use crate::ptx::{Kernel, Reg};
 
 /// The tiles of a launch.
@@ -304,32 +305,70 @@ impl<'k> OutputView<'k> {
     }
 }
 
-/// The destination of the log-sum-exps: f32, `[batch, heads, queries]`.
+/// The destinations of what each row has one of.
 #[derive(Clone, Copy)]
-pub struct Logarithms<'k> {
-    address: Reg<'k, u64>,
-    part: Option<Reg<'k, u64>>,
+pub struct RowsMemory<'k> {
+    lse: Option<RowValues<'k>>,
+    stats: Option<[RowValues<'k>; 2]>,
 }
 
-impl<'k> Logarithms<'k> {
-    /// Declares its parameters: one more for a split.
-    pub fn params(k: &'k Kernel, split: bool) -> Self {
-        Self { address: k.pointer(Name::Lse), part: split.then(|| k.param(Name::LsePart)) }
+impl<'k> RowsMemory<'k> {
+    /// Declares the parameters of what a variant stores.
+    pub fn params(k: &'k Kernel, variant: &Variant) -> Self {
+        let part = variant.split.then_some(Name::LsePart);
+        let stats = [Name::RowMax, Name::RowLog];
+        Self {
+            lse: variant.lse.then(|| RowValues::params(k, Name::Lse, part)),
+            stats: variant.stats.then(|| stats.map(|name| RowValues::params(k, name, None))),
+        }
     }
 
-    /// Stores the values of two rows, which four neighbouring lanes share, by the first of them.
+    /// Stores what is known of two rows, which four neighbouring lanes share, by the first of them. What
+    /// only pads a tensor has no keys.
     pub fn store(
         &self,
         tiles: &Tiles<'k>,
         tile: &Tile<'k>,
         rows: [Row<'k>; 2],
-        values: [Reg<'k, f32>; 2],
+        finished: &Finished<'k>,
+        lane: Reg<'k, u32>,
+    ) {
+        if let Some(lse) = self.lse {
+            lse.store(tiles, tile, rows, (finished.lse, f32::NEG_INFINITY), lane);
+        }
+        if let (Some([max, log]), Some(stats)) = (self.stats, finished.stats) {
+            max.store(tiles, tile, rows, (stats.max, 0.0), lane);
+            log.store(tiles, tile, rows, (stats.log, f32::INFINITY), lane);
+        }
+    }
+}
+
+/// A number for each row: f32, `[batch, heads, queries]`.
+#[derive(Clone, Copy)]
+struct RowValues<'k> {
+    address: Reg<'k, u64>,
+    part: Option<Reg<'k, u64>>,
+}
+
+impl<'k> RowValues<'k> {
+    /// Declares its parameters: one more for a split.
+    fn params(k: &'k Kernel, at: Name, part: Option<Name>) -> Self {
+        Self { address: k.pointer(at), part: part.map(|stride| k.param(stride)) }
+    }
+
+    /// Stores two rows' values, or for what only pads a tensor another one.
+    fn store(
+        &self,
+        tiles: &Tiles<'k>,
+        tile: &Tile<'k>,
+        rows: [Row<'k>; 2],
+        (values, padding): ([Reg<'k, f32>; 2], f32),
         lane: Reg<'k, u32>,
     ) {
         let k = lane.kernel();
         let writes = (lane % 4).eq(0);
         for (row, value) in rows.iter().zip(values) {
-            let value = row.unless_padding(value, f32::NEG_INFINITY);
+            let value = row.unless_padding(value, padding);
             let head = tile.batch * tiles.heads[0] + row.query.head;
             let mut index = head.mul_wide(tiles.size[0].cast::<u32>());
             index = index + tile.queries.at(row.query.row).wide();

@@ -7,7 +7,7 @@ use super::problem::Extras;
 use crate::check::{self, Arg};
 use crate::error::Error;
 use crate::stack::{batch_dims, broadcast_batch};
-use crate::{AttnLayout, Engine, FlashAttnOptions};
+use crate::{AttnLayout, FlashAttnOptions};
 
 /// Sizes of a tensor, 1 for what it does not have.
 struct Sizes {
@@ -100,21 +100,6 @@ pub(super) fn flash(
     })
 }
 
-/// On a GPU, where an input tracks a gradient: the backward pass is candle's ops, which no engine's name
-/// stands for.
-pub(super) fn differentiable(op: &'static str, engine: Engine) -> Result<()> {
-    if engine == Engine::Auto {
-        return Ok(());
-    }
-    Err(Error::Unsupported {
-        op,
-        what: format!("Engine::{engine:?}"),
-        limit: "has no backward pass of attention, and an input tracks a gradient".into(),
-        fix: "leave the engine to `Engine::Auto`, which has one, or `.detach()` the inputs".into(),
-    }
-    .into())
-}
-
 /// q, k and v belong together.
 fn tensors(op: &'static str, args: [Arg; 3], layout: AttnLayout) -> Result<()> {
     let [q, k, v] = args.map(|(_, t)| t);
@@ -154,7 +139,7 @@ fn tensors(op: &'static str, args: [Arg; 3], layout: AttnLayout) -> Result<()> {
     Ok(())
 }
 
-/// Checks a call of attention over any batch dimensions, without a gradient.
+/// Checks a call of attention over any batch dimensions.
 pub(super) fn broadcast(op: &'static str, args: [Arg; 3]) -> Result<()> {
     check::tensors(op, &args)?;
     for arg in args {
@@ -174,8 +159,7 @@ pub(super) fn broadcast(op: &'static str, args: [Arg; 3]) -> Result<()> {
         broadcast_batch(&batch, batch_dims(t.dims())).expect("checked above")
     });
     let repeated = |t: Sizes| [batch.as_slice(), &[t.rows, t.cols]].concat();
-    memory(op, args, sizes.map(repeated))?;
-    Ok(check::untracked(op, &args)?)
+    memory(op, args, sizes.map(repeated))
 }
 
 /// The result of operands of these shapes can exist; on the CPU there is memory for it, and for what that

@@ -1,6 +1,6 @@
 //! A call of flash attention: from options and layouts to a problem.
 
-use candle_core::{DType, Layout, Result, Tensor};
+use candle_core::{DType, Layout, Result, Shape, Tensor};
 
 use super::super::View;
 use super::problem::{AttentionInputs, AttentionProblem, Extras, Mask};
@@ -18,6 +18,7 @@ pub(super) struct Call {
     softcap: Option<f32>,
     out_dtype: DType,
     pub engine: Engine,
+    pub deterministic: bool,
     /// Which of the optional operands follow q, k and v.
     extras: Extras<()>,
     packed: bool,
@@ -41,6 +42,7 @@ impl Call {
             softcap: opts.softcap,
             out_dtype: opts.out_dtype.unwrap_or(dtype),
             engine: opts.engine,
+            deterministic: opts.deterministic,
             extras: extras.map(|_| ()),
             packed: opts.cu_seqlens_q.is_some(),
         }
@@ -118,27 +120,15 @@ pub(super) fn heads_first(layout: AttnLayout, tensor: &Layout) -> Stack {
     stack.with_batch_dims(2)
 }
 
-/// A tensor of rank 2 to 4 as `[B, H, S, D]`.
-pub(super) fn heads_first_view(layout: AttnLayout, t: &Tensor) -> Result<Tensor> {
-    let mut view = match layout {
-        AttnLayout::Bshd if t.rank() > 2 => t.transpose(t.rank() - 3, t.rank() - 2)?,
-        _ => t.clone(),
-    };
-    while view.rank() < 4 {
-        view = view.unsqueeze(0)?;
-    }
-    Ok(view)
-}
-
-/// Elements in the order of `[B, H, S, D]`, without gaps, in the shape of `like`.
-pub(super) fn heads_first_back(layout: AttnLayout, t: &Tensor, like: &Tensor) -> Result<Tensor> {
+/// Elements in the order of `[B, H, S, D]`, without gaps, as a tensor of a shape.
+pub(super) fn heads_first_back(layout: AttnLayout, t: &Tensor, shape: &Shape) -> Result<Tensor> {
     match layout {
-        AttnLayout::Bshd if like.rank() > 2 => {
-            let (heads, rows) = (like.rank() - 2, like.rank() - 3);
-            let mut dims = like.dims().to_vec();
+        AttnLayout::Bshd if shape.rank() > 2 => {
+            let (heads, rows) = (shape.rank() - 2, shape.rank() - 3);
+            let mut dims = shape.dims().to_vec();
             dims.swap(heads, rows);
             t.reshape(dims)?.transpose(heads, rows)
         }
-        _ => t.reshape(like.shape()),
+        _ => t.reshape(shape),
     }
 }

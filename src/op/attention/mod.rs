@@ -1,24 +1,28 @@
 //! `softmax(q·kᵀ·scale + mask)·v`: flash attention with gradients, and the f32 output variant.
 
 mod arguments;
+mod backward;
+mod broadcast;
 mod call;
 mod flash;
 mod problem;
-mod recompute;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use problem::{
-    AttentionGrads, AttentionInputs, AttentionProblem, AttentionUpstream, Mask,
+    AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
+    AttentionWants, Mask,
 };
 
-use candle_core::{CpuStorage, CudaStorage, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::{Computed, Op, View, apply, apply_constant};
-use crate::{FlashAttnOptions, cpu, cuda};
+use super::apply;
+#[cfg(feature = "cuda")]
+use super::{Differentiable, compute, tensor};
+use crate::FlashAttnOptions;
+use broadcast::BroadcastAttention;
 use call::Call;
 use flash::FlashAttention;
-use problem::Extras;
 
 /// Attention in the dtype of the inputs, `[S, D]`, `[H, S, D]` or `[B, H, S, D]`.
 pub(crate) fn flash_attn(
@@ -53,42 +57,32 @@ fn flash<const N: usize>(
     let extras = arguments::flash(op, [("q", q), ("k", k), ("v", v)], opts)?;
     let inputs = [qkv.as_slice(), &extras.list()].concat();
     let tracked = inputs.iter().any(|t| t.track_op());
-    if tracked && q.device().is_cuda() {
-        arguments::differentiable(op, opts.engine)?;
-    }
     let call = Call::new(op, q.dtype(), opts, &extras);
     apply(FlashAttention { call, wants_lse, tracked }, &inputs)
 }
 
-/// Attention from f16 to f32 over any broadcast batch dimensions. No gradient.
+/// What an attention's backward pass gives for gradients of its result and of its log-sum-exp, without candle's
+/// graph: those of q, k, v and a tracked bias.
+#[cfg(feature = "cuda")]
+pub(crate) fn flash_attn_gradients(
+    op: &'static str,
+    qkv @ [q, k, v]: [&Tensor; 3],
+    opts: &FlashAttnOptions,
+    grads: [Option<Tensor>; 2],
+) -> Result<Vec<Option<Tensor>>> {
+    let extras = arguments::flash(op, [("q", q), ("k", k), ("v", v)], opts)?;
+    let inputs = [qkv.as_slice(), &extras.list()].concat();
+    let call = Call::new(op, q.dtype(), opts, &extras);
+    let flash = FlashAttention { call, wants_lse: true, tracked: true };
+    let results: Vec<_> = compute(&flash, &inputs)?.into_iter().map(tensor).collect();
+    flash.grad(&inputs, &results, &grads)
+}
+
+/// Attention from f16 to f32 over any broadcast batch dimensions.
 pub(crate) fn attention_tc(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
     const OP: &str = "kaio_attention_tc";
     arguments::broadcast(OP, [("q", q), ("k", k), ("v", v)])?;
-    let [out] = apply_constant(&AttentionTc { causal }, &[q, k, v])?;
+    let tracked = [q, k, v].iter().any(|t| t.track_op());
+    let [out] = apply(BroadcastAttention { name: OP, causal, tracked }, &[q, k, v])?;
     Ok(out)
-}
-
-struct AttentionTc {
-    causal: bool,
-}
-
-impl Op for AttentionTc {
-    fn name(&self) -> &'static str {
-        "kaio_attention_tc"
-    }
-
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
-        let [(q, lq), (k, lk), (v, lv)] = *inputs else { unreachable!("q, k, v") };
-        let problem = AttentionProblem::broadcast(lq, lk, lv, self.causal);
-        let inputs = AttentionInputs { q, k, v, extras: Extras::default() };
-        let out = cpu::attention(&problem, &inputs)?.out;
-        Ok(vec![(CpuStorage::F32(out), problem.shape)])
-    }
-
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
-        let [(q, lq), (k, lk), (v, lv)] = *inputs else { unreachable!("q, k, v") };
-        let problem = AttentionProblem::broadcast(lq, lk, lv, self.causal);
-        let out = cuda::attention_tc(self.name(), &problem, [q, k, v])?;
-        Ok(vec![(out, problem.shape)])
-    }
 }

@@ -149,20 +149,41 @@ pub(crate) struct AttentionInputs<'a, S> {
     pub extras: Extras<&'a S>,
 }
 
-/// What the backward pass of the CPU path has besides.
-///
-/// A row's largest score and the sum of its exponentials are apart: their log-sum-exp in f32 has lost the
-/// sum where scores are near −10⁹, as under a mask of such a number.
+/// What is wanted of an attention on a GPU beside its result.
+#[derive(Clone, Copy, Debug)]
+// CUDA's fields, in a build without it.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct AttentionWants {
+    /// The log-sum-exp.
+    pub lse: bool,
+    /// What a backward pass rebuilds the probabilities from.
+    pub stats: bool,
+}
+
+/// The result of an attention on a GPU, which lies as the problem says, and what was wanted besides: f32
+/// `[B, Hq, Sq]` each.
+pub(crate) struct AttentionResults<S> {
+    pub out: S,
+    /// −∞ where a row sees no key.
+    pub lse: Option<S>,
+    /// P = 2^(score − max − log), scores to base 2; 0 and ∞ where a row sees no key. (They are apart: where
+    /// scores are huge, the sum of both in f32 has lost the logarithm.)
+    pub stats: Option<[S; 2]>,
+}
+
+/// What a backward pass has besides.
 pub(crate) struct AttentionUpstream<'a, S> {
     /// The result, which lies as the problem says.
     pub out: &'a S,
-    /// Its gradient, in its dtype, and where that lies.
+    /// Its gradient, and where that lies: in the result's dtype, on a GPU in the operands'.
     pub grad: (&'a S, Stack),
-    /// f32 `[B, Hq, Sq]`, without gaps: each row's largest score, −∞ where it sees no key.
-    pub max: &'a S,
-    /// f32 `[B, Hq, Sq]`, without gaps: the sum of each row's exp(score − max).
-    pub sum: &'a S,
-    /// f32 `[B, Hq, Sq, 1]`: the gradient of the log-sum-exp.
+    /// What the forward pass saved of each row, f32 `[B, Hq, Sq]` without gaps.
+    ///
+    /// On the CPU its largest score, −∞ where it sees no key, and the sum of exp(score − that); on a GPU those of
+    /// [`AttentionResults`]. They are apart: the log-sum-exp in f32 has lost the sum where scores are near −10⁹,
+    /// as under a mask of such a number.
+    pub stats: [&'a S; 2],
+    /// f32 `[B, Hq, Sq, 1]`, on a GPU without gaps: the gradient of the log-sum-exp.
     pub lse_grad: Option<(&'a S, Stack)>,
 }
 
@@ -173,13 +194,6 @@ pub(crate) struct AttentionGrads<T> {
     pub v: T,
     /// Where it is tracked.
     pub bias: Option<T>,
-}
-
-impl<T> AttentionGrads<T> {
-    /// In the order of the inputs, of which the bias, if it is tracked, is the fourth.
-    pub fn list(self) -> Vec<Option<T>> {
-        vec![Some(self.q), Some(self.k), Some(self.v), self.bias]
-    }
 }
 
 #[cfg(test)]

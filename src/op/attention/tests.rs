@@ -1,11 +1,12 @@
-//! The two backward passes that need no engine: loops, and candle's ops.
+//! The backward pass of the CPU: the same with any number of threads.
 
 use candle_core::Device::Cpu;
-use candle_core::{D, DType, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
 
+use super::arguments;
+use super::backward::{Upstream, gradients};
 use super::call::Call;
-use super::flash::{FlashAttention, Upstream};
-use super::{arguments, recompute};
+use super::flash::FlashAttention;
 use crate::op::eval;
 use crate::{AttnLayout, FlashAttnOptions};
 
@@ -94,47 +95,32 @@ fn compare(what: &str, a: &[Option<Tensor>], b: &[Option<Tensor>], tolerance: f6
     Ok(())
 }
 
-/// Calls `check` with each call's op, inputs and what follows them.
-fn each(
-    mut check: impl FnMut(&str, &FlashAttention, &[&Tensor], Upstream, [&Tensor; 2]) -> Result<()>,
-) -> Result<()> {
+#[test]
+fn loops_do_not_depend_on_threads() -> Result<()> {
+    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");
+    let (one, five) = (pool(1), pool(5));
     for (what, [q, k, v], opts) in calls()? {
         let extras = arguments::flash("test", [("q", &q), ("k", &k), ("v", &v)], &opts)?;
         let call = Call::new("test", q.dtype(), &opts, &extras);
         let flash = FlashAttention { call, wants_lse: true, tracked: true };
         let inputs = [[&q, &k, &v].as_slice(), &extras.list()].concat();
-        let [out, lse, max, sum] = eval(&flash, &inputs)?;
-        let grad = out.randn_like(0., 1.)?;
-        let lse_grad = lse.randn_like(0., 1.)?.unsqueeze(D::Minus1)?;
+        let [out, lse, max, sum]: [_; 4] = eval(&flash, &inputs)?;
+        let (grad, lse_grad) = (out.randn_like(0., 1.)?, lse.randn_like(0., 1.)?);
         for lse_grad in [None, Some(&lse_grad)] {
-            let upstream = Upstream { out: &out, grad: &grad, lse_grad };
-            check(what, &flash, &inputs, upstream, [&max, &sum])?;
+            let upstream = Upstream { out: &out, grad: &grad, lse_grad, stats: [&max, &sum] };
+            let run = || {
+                let [out, lse, ..]: [_; 4] = eval(&flash, &inputs)?;
+                let shapes = [q.shape(), k.shape(), v.shape()];
+                let bias = extras.bias.as_ref().filter(|bias| bias.track_op());
+                let grads = gradients(&flash, &inputs, upstream, shapes, bias)?;
+                let rows = [out, lse.exp()?, grads.q, grads.k, grads.v];
+                Ok::<_, candle_core::Error>(rows.into_iter().chain(grads.bias).collect::<Vec<_>>())
+            };
+            for (i, (a, b)) in one.install(run)?.iter().zip(five.install(run)?).enumerate() {
+                let bits = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+                assert_eq!(bits(a)?, bits(&b)?, "{what}: {i}");
+            }
         }
     }
     Ok(())
-}
-
-#[test]
-fn agrees_with_the_loops() -> Result<()> {
-    each(|what, flash, inputs, upstream, stats| {
-        let tolerance = if inputs[0].dtype() == DType::F16 { 1e-3 } else { 2e-5 };
-        let loops = flash.by_loops(inputs, upstream, stats)?.list();
-        let ops = recompute::gradients(&flash.call, inputs, upstream)?.list();
-        compare(what, &ops, &loops, tolerance)
-    })
-}
-
-#[test]
-fn loops_do_not_depend_on_threads() -> Result<()> {
-    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");
-    let (one, five) = (pool(1), pool(5));
-    each(|what, flash, inputs, upstream, stats| {
-        let run = || {
-            let [out, lse, ..]: [_; 4] = eval(flash, inputs)?;
-            let mut all = flash.by_loops(inputs, upstream, stats)?.list();
-            all.extend([Some(out), Some(lse.exp()?)]);
-            Ok::<_, candle_core::Error>(all)
-        };
-        compare(what, &one.install(run)?, &five.install(run)?, 0.0)
-    })
 }

@@ -168,23 +168,22 @@ impl CountedBarrier {
     }
 }
 
-/// 16 bytes of `cp.async`, of which some are read and the others 0.
+/// `size` bytes of `cp.async`, 16 or 4, of which some are read and the others 0.
 #[derive(Clone, Copy)]
 pub struct Copy {
     pub to: u32,
     pub from: u64,
+    pub size: u32,
     pub bytes: u32,
 }
 
 impl Copy {
     pub fn poison(self, shared: &mut Shared) {
-        for half in [0, 8] {
-            shared.set(self.to + half, 8, u64::MAX);
-        }
+        shared.slice_mut(self.to, self.size as usize).fill(u8::MAX);
     }
 
     fn run(self, shared: &mut Shared, memory: &Memory) {
-        let to = shared.slice_mut(self.to, 16);
+        let to = shared.slice_mut(self.to, self.size as usize);
         let (read, rest) = to.split_at_mut(self.bytes as usize);
         if !read.is_empty() {
             read.copy_from_slice(memory.slice(self.from, read.len()));

@@ -149,7 +149,7 @@ impl Op {
             ["cp", "async", "bulk", "tensor", _, "shared::cluster", ..] => Self::LoadBox,
             ["cp", "async", "commit_group"] => Self::CommitCopies,
             ["cp", "async", "wait_group"] => Self::WaitCopies,
-            ["cp", "async", "cg", "shared", "global"] => Self::Copy,
+            ["cp", "async", "cg" | "ca", "shared", "global"] => Self::Copy,
             ["ldmatrix", .., "trans", "shared", "b16"] => Self::LoadMatrix(true),
             ["ldmatrix", ..] => Self::LoadMatrix(false),
             ["stmatrix", .., "trans", "shared", "b16"] => Self::StoreMatrix(true),

@@ -351,10 +351,12 @@ impl Warp {
                     let block = &mut cluster.blocks[self.block];
                     let to = self.address(block, &i.args[0], lane) as u32;
                     let from = self.address(block, &i.args[1], lane);
-                    let bytes = i.args.get(3).map_or(16, |n| self.get(block, n, lane) as u32);
-                    let aligned = to.is_multiple_of(16) && (bytes == 0 || from.is_multiple_of(16));
-                    assert!(aligned && bytes <= 16, "{to:#x}, {from:#x}, {bytes}: {}", i.text);
-                    let copy = Copy { to, from, bytes };
+                    let size = self.get(block, &i.args[2], lane) as u32;
+                    let bytes = i.args.get(3).map_or(size, |n| self.get(block, n, lane) as u32);
+                    let aligned = to.is_multiple_of(size)
+                        && (bytes == 0 || from.is_multiple_of(size.into()));
+                    assert!(aligned && bytes <= size, "{to:#x}, {from:#x}, {bytes}: {}", i.text);
+                    let copy = Copy { to, from, size, bytes };
                     copy.poison(&mut block.shared);
                     self.begun[lane].copies.begin(copy);
                 }

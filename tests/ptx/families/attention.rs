@@ -66,17 +66,20 @@ impl Family for Attentions {
             strides: [1, problem.queries, problem.heads * problem.queries]
                 .map(|rows| rows * problem.value_dim),
             lse: lse.then(&mut address),
+            stats: problem.stats.then(|| [address(), address()]),
         };
         let (out, parts) = (output(problem.lse), output(true));
         let arguments = attention::Arguments {
             problem,
             plan,
-            operands,
-            scale: 0.125,
-            softcap: problem.score_mod.softcap.then_some(30.0),
-            bias: problem.score_mod.bias.map(|_| (address(), [0, 0, problem.keys, 1])),
-            slopes: problem.score_mod.alibi.then(|| (address(), [0, 1])),
-            lengths: (problem.lengths != Lengths::Full).then(|| [address(), address()]),
+            inputs: attention::Inputs {
+                operands,
+                scale: 0.125,
+                softcap: problem.score_mod.softcap.then_some(30.0),
+                bias: problem.score_mod.bias.map(|_| (address(), [0, 0, problem.keys, 1])),
+                slopes: problem.score_mod.alibi.then(|| (address(), [0, 1])),
+                lengths: (problem.lengths != Lengths::Full).then(|| [address(), address()]),
+            },
             out,
             parts: plan.combine.map(|_| parts),
         };
@@ -143,6 +146,7 @@ fn attentions(extent: Extent) -> Vec<attention::Problem> {
                             score_mod: if plain { ScoreMod::default() } else { scores },
                             lengths: if plain { Lengths::Full } else { lengths[pick(28, 4)] },
                             lse: pick(32, 2) == 0,
+                            stats: pick(36, 4) == 0,
                         });
                     }
                 }
@@ -164,6 +168,7 @@ fn flash_fits(
     rule(facts == wanted, "another problem's facts")?;
     rule(variant.split || variant.out == problem.out, "another type")?;
     rule(variant.lse || !problem.lse, "sums that are not stored")?;
+    rule(variant.stats == problem.stats, "another backward pass")?;
     let dims = [variant.head_dim, variant.value_dim].map(u64::from);
     let widened = [problem.head_dim, problem.head_dim.next_multiple_of(16)];
     rule(widened.contains(&dims[0]) && dims[1] == problem.value_dim, "other sizes")?;
@@ -191,6 +196,7 @@ const VARIANT: attention::Variant = attention::Variant {
     pack: 1,
     split: false,
     lse: true,
+    stats: false,
 };
 
 /// Attention on Hopper: 128×32.

@@ -6,6 +6,7 @@ mod bias;
 mod combined;
 mod differences;
 mod engines;
+mod gradient_kinds;
 mod isolation;
 mod kinds;
 mod layouts;
@@ -26,13 +27,14 @@ mod tc;
 mod windows;
 
 pub use {
-    accuracy::*, alibi::*, bias::*, combined::*, differences::*, engines::*, isolation::*,
-    kinds::*, layouts::*, lengths::*, log_sum_exp::*, many_tiles::*, random::*, scales::*,
-    sizes::*, softcap::*, specials::*, stand_ins::*, tc::*, windows::*,
+    accuracy::*, alibi::*, bias::*, combined::*, differences::*, engines::*, gradient_kinds::*,
+    isolation::*, kinds::*, layouts::*, lengths::*, log_sum_exp::*, many_tiles::*, random::*,
+    scales::*, sizes::*, softcap::*, specials::*, stand_ins::*, tc::*, windows::*,
 };
 
 use candle_core::DType::{self, BF16, F16, F32};
-use candle_core::Device;
+use candle_core::{Device, Result, Tensor};
+use kaio_candle::prelude::*;
 
 use super::Tally;
 use options::Options;
@@ -56,6 +58,27 @@ const MIXED: [Sizes; 8] = [
     (&[1, 2], 2, [176, 175, 33, 5]),
     (&[2, 2], 1, [17, 1, 8, 8]),
 ];
+
+/// The gradients of q, k, v and a tracked bias, given those of the result and of the log-sum-exp, without candle's
+/// graph.
+#[cfg(feature = "cuda")]
+fn gradients(
+    qkv: [&Tensor; 3],
+    opts: &FlashAttnOptions,
+    grads: [Option<Tensor>; 2],
+) -> Result<Vec<Option<Tensor>>> {
+    kaio_candle::tune::flash_attn_gradients(qkv, opts, grads)
+}
+
+/// Without a GPU candle's graph has them.
+#[cfg(not(feature = "cuda"))]
+fn gradients(
+    _: [&Tensor; 3],
+    _: &FlashAttnOptions,
+    _: [Option<Tensor>; 2],
+) -> Result<Vec<Option<Tensor>>> {
+    candle_core::bail!("gradients without candle's graph are for an emulated GPU")
+}
 
 fn run(suite: &'static str, device: &Device, problems: impl IntoIterator<Item = Problem>) {
     let mut tally = Tally::new(suite, device);

@@ -4,10 +4,10 @@ use candle_core::DType::{self, F32, F64};
 use candle_core::{Device, Result, Tensor, Var, bail};
 use kaio_candle::prelude::*;
 
-use super::Sizes;
 use super::loops::{Loops, matrix, nds};
 use super::options::{Options, Rules};
 use super::plain::plain;
+use super::{Sizes, gradients};
 use crate::suites::Layout::{self, Expanded, Plain, Repeated};
 use crate::suites::{Nd, Source, close, identical, plain_on, results_alone, ulp};
 
@@ -104,7 +104,11 @@ impl Problem {
     /// The same, by one engine.
     pub fn check_by(&self, engine: Engine, device: &Device) -> Result<()> {
         if results_alone() {
-            return self.clone().untracked().check_beside(&Device::Cpu, engine, device);
+            self.clone().untracked().check_beside(&Device::Cpu, engine, device)?;
+            return match engine {
+                Engine::KaioOps => Ok(()),
+                _ => self.check_gradients(device),
+            };
         }
         let repeats =
             |layouts: [Layout; 3]| layouts.iter().any(|l| [Repeated, Expanded].contains(l));
@@ -118,6 +122,79 @@ impl Problem {
             return self.clone().untracked().check_by(engine, device);
         }
         self.check_beside(device, engine, device)
+    }
+
+    /// Checks the gradients alone, as the op makes them of an upstream gradient: no kernel of candle's runs on the
+    /// device.
+    fn check_gradients(&self, device: &Device) -> Result<()> {
+        let inputs = self.inputs(&mut Source::new(&format!("{self:?}"), device))?;
+        let (weights, leaves) = inputs.split_last().expect("the weights come last");
+        let tracked = self.tracked(leaves.len());
+        if !tracked.contains(&true) {
+            return Ok(());
+        }
+        let want = self.reference(&inputs)?;
+        let allowed = self.allowed_beside(&Device::Cpu, &inputs, &want)?;
+        let before = nds(leaves)?;
+        let grads = self.backward(leaves, &self.upstream(weights, device)?)?;
+        let got = self.pull(&before, &grads)?;
+        for (i, got) in got.iter().enumerate().filter(|&(i, _)| tracked[i]) {
+            let (want, dtype) = (&want[i + 1], leaves[i].dtype());
+            let tol = |at| allowed[i + 1] + want.rounding(dtype, at);
+            close(&format!("gradient {i}"), &got.tensor(F64)?, &want.value, tol)?;
+        }
+        for (leaf, before) in leaves.iter().zip(&before) {
+            identical("input", leaf, before)?;
+        }
+        Ok(())
+    }
+
+    /// The gradient of the loss by the result, heads before rows, as it lies when it arrives.
+    fn upstream(&self, weights: &Tensor, device: &Device) -> Result<Tensor> {
+        let (dtype, weights) =
+            (self.options.out_dtype(self.dtype), weights.to_device(&Device::Cpu)?);
+        let out = Var::zeros(weights.shape(), dtype, &Device::Cpu)?;
+        let grads = self.loss.of(&out, &cast(&weights, dtype)?)?.backward();
+        let grad = match self.is_empty() {
+            true => weights.zeros_like()?.to_dtype(dtype)?,
+            false => grads?.get(&out).expect("the loss depends on it").to_dtype(dtype)?,
+        };
+        match self.loss {
+            Loss::Sum if !self.is_empty() => {
+                let one = Tensor::ones(vec![1; grad.rank()], dtype, &Device::Cpu)?;
+                one.to_device(device)?.broadcast_as(grad.shape())
+            }
+            Loss::Transposed => grad.t()?.contiguous()?.to_device(device)?.t(),
+            _ => grad.contiguous()?.to_device(device),
+        }
+    }
+
+    /// The gradients of the views of leaves, given that of the result, heads before rows.
+    fn backward(&self, leaves: &[Tensor], grad: &Tensor) -> Result<Vec<Nd>> {
+        let turn = |t: &Tensor| match self.options.bshd && t.rank() > 2 {
+            true => t.transpose(t.rank() - 3, t.rank() - 2),
+            false => Ok(t.clone()),
+        };
+        let mut leaves = leaves.to_vec();
+        if let (Some(bias), Some(leaf)) = (&self.options.bias, leaves.last_mut())
+            && bias.tracked
+        {
+            *leaf = Var::from_tensor(leaf)?.into_inner();
+        }
+        let views = self.views(&leaves)?;
+        let [q, k, v] = [turn(&views[0])?, turn(&views[1])?, turn(&views[2])?];
+        let [batch, heads, ..] = self.sizes();
+        let opts = self.options.build([batch, heads], views.get(3), q.device())?;
+        let grads = gradients([&q, &k, &v], &opts, [Some(turn(grad)?), None])?;
+        let grad = |(i, view): (usize, &Tensor)| match grads.get(i) {
+            Some(Some(grad)) if grad.dtype() == view.dtype() => {
+                Nd::of(&if i < 3 { turn(grad)? } else { grad.clone() })
+            }
+            Some(Some(grad)) => bail!("gradient {i} is {:?}", grad.dtype()),
+            // Of a bias that tracks none.
+            _ => Ok(Nd::full(view.dims(), 0.0)),
+        };
+        views.iter().enumerate().map(grad).collect()
     }
 
     /// Checks the result alone, beside the plain formula on the CPU: what this crate's kernels store is

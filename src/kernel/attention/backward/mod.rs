@@ -10,45 +10,32 @@
 //! dQ = dS·K·scale
 //! ```
 
+pub mod delta;
 pub mod dq;
 mod launch;
+mod params;
+mod plan;
+pub mod sm80;
 pub mod sm90;
 pub mod sums;
+mod variant;
 mod work;
 
 pub use launch::{Launch, TileShape};
+pub use params::{Arguments, Gradient};
+pub use plan::{Part, Plan};
+pub use variant::Variant;
 
-use super::{Lengths, Mask, Problem as Attention, ScoreMod};
-use crate::kernel::name::given;
-
-/// Words of a name.
-fn describe(mask: Mask, scores: &ScoreMod, lengths: Lengths) -> String {
-    let mask = match mask {
-        Mask::None => "",
-        Mask::Right => " causal",
-        Mask::Window => " window",
-    };
-    let bias = scores.bias.map_or(String::new(), |bias| {
-        format!(" +{}{}", bias.element.name(), given(bias.pairs, "x2"))
-    });
-    let lengths = match lengths {
-        Lengths::Full => "",
-        Lengths::Padded => " padded",
-        Lengths::Packed => " packed",
-    };
-    let words = [
-        given(scores.scale_first, " shrunk"),
-        given(scores.softcap, " softcap"),
-        given(scores.alibi, " alibi"),
-    ];
-    format!("{mask}{bias}{lengths}{}", words.concat())
-}
+use super::Problem as Attention;
 
 /// A backward pass, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {
     /// The attention. `out` is the type of its result; the gradient of that is of the operands' type.
+    /// `value_dim` is any number up to 256.
     pub attention: Attention,
+    /// Rows of the result and of its gradient begin at multiples of so many elements, up to 8.
+    pub aligned: u32,
     /// Whether the log-sum-exp has a gradient.
     pub lse_grad: bool,
     /// The bias's gradient, if it is wanted.

@@ -40,6 +40,16 @@ pub struct WorkTile<'k> {
     pub blocks: BlockRange<Reg<'k, i32>>,
 }
 
+impl<'k> WorkTile<'k> {
+    /// The queries or keys of its sequence.
+    pub fn span(&self, side: Side) -> Span<'k> {
+        match side {
+            Side::Queries => self.queries,
+            Side::Keys => self.keys,
+        }
+    }
+}
+
 impl<'k> Tiles<'k> {
     /// Declares the parameters of sizes, masks and lengths, and of the scheduler.
     pub fn params(k: &'k Kernel, tile_shape: TileShape) -> Self {
@@ -59,12 +69,28 @@ impl<'k> Tiles<'k> {
 
     /// Runs `body` for each tile of this block.
     pub fn for_each(&self, body: impl FnOnce(WorkTile<'k>)) {
+        self.for_each_coord(|coord| self.find(coord, body));
+    }
+
+    /// Runs `body` for each place in the order, whatever it stands for.
+    pub fn for_each_coord(&self, body: impl FnOnce(TileCoord<'k>)) {
         let walk = self.scheduler.walk();
         walk.kernel().loop_(|exit| {
             exit.when(walk.over());
-            self.find(walk.coord(), body);
+            body(walk.coord());
             walk.advance();
         });
+    }
+
+    /// The rows from `first` on of a head, of sequences that are not packed.
+    pub fn tile(
+        &self,
+        batch: Reg<'k, u32>,
+        head: Reg<'k, u32>,
+        first: Reg<'k, i32>,
+    ) -> WorkTile<'k> {
+        let spans = [0, 1].map(|side| self.sequences.span(side, batch));
+        self.work(batch, batch, head, first, spans)
     }
 
     /// The number of the tile's side, as [`Sequences`] counts.
@@ -104,8 +130,7 @@ impl<'k> Tiles<'k> {
                     Side::Keys => self.heads[0] / self.heads[1],
                 };
                 let batch = head / heads;
-                let spans = [0, 1].map(|side| self.sequences.span(side, batch));
-                body(self.work(batch, batch, head - batch * heads, first(tile), spans));
+                body(self.tile(batch, head - batch * heads, first(tile)));
             }
         }
     }

@@ -1,18 +1,18 @@
 //! A warp's m16 tiles, of 16 rows each, against all blocks of keys.
 
 use super::Attention;
-use super::config::M16;
-use super::copies::Copies;
-use super::multiply::{Fragment, fragments};
-use super::tile::SwizzledTile;
 use crate::kernel::Element;
+use crate::kernel::ampere::copies::Copies;
+use crate::kernel::ampere::product::{self, Fragment, Lines, M16};
 use crate::kernel::ampere::swizzle::MatrixOrder;
+use crate::kernel::ampere::tf32x3;
+use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::attention::Mask;
 use crate::kernel::attention::scores::FragmentScores;
 use crate::kernel::attention::softmax::Softmax;
 use crate::kernel::attention::work::{Row, Tile, WorkTile};
 use crate::kernel::multiprocessor::WARP;
-use crate::ptx::{Kernel, Reg};
+use crate::ptx::{Half, Kernel, Reg};
 
 /// A thread, with the registers and addresses that it keeps.
 pub(super) struct Thread<'k> {
@@ -183,7 +183,7 @@ impl<'k> Attention<'k, '_> {
         });
         if which == KeyBlock::First && c.q_in_regs {
             let lines = c.query_tile();
-            let queries = fragments(lines, t.places[0]);
+            let queries = self.queries(t).fragments();
             for (m16, block) in t.m16_tiles.iter().zip(0..) {
                 for (&to, step) in m16.queries.iter().zip(0..) {
                     k.ldmatrix_to(to, queries.at(lines.block(block, step)), false);
@@ -198,7 +198,12 @@ impl<'k> Attention<'k, '_> {
         let biases: Vec<_> = context.rows.iter().map(load).collect();
         match c.element {
             Element::Half(half) => self.multiply_keys(half, t),
-            Element::F32 => self.multiply_keys_tf32x3(t),
+            Element::F32 => {
+                let queries = self.queries(t);
+                let left = (queries.tile, queries.fragments());
+                let wide = c.columns() > 192;
+                tf32x3::multiply_lines(&scores(t), left, self.keys(t), wide);
+            }
         }
         let mut p = Vec::new();
         for ((m16, rows), bias) in t.m16_tiles.iter().zip(&context.rows).zip(&biases) {
@@ -213,17 +218,42 @@ impl<'k> Attention<'k, '_> {
             }
             p.push(self.probabilities(m16, which));
         }
+        let sums: Vec<_> = t.m16_tiles.iter().map(|m16| &m16.o[..]).collect();
+        let values = Lines { tile: c.value_tile(), start: t.places[2] + t.stage };
         match c.element {
-            Element::Half(half) => self.multiply_values(half, t, &p),
-            Element::F32 => self.multiply_values_tf32x3(t, &p),
+            Element::Half(half) => product::add_lines(half, &sums, &p, values),
+            // A predicate that always holds.
+            Element::F32 => {
+                tf32x3::add_lines(&sums, &p, values, || t.stage.lt(self.smem.bytes));
+            }
         }
         t.stage.set(t.stage ^ self.smem.stage_bytes);
         context.block.increase(-1);
     }
 
-    /// A predicate that always holds, for [`Kernel::apart`].
-    pub(super) fn always(&self, t: &Thread<'k>) -> Reg<'k, bool> {
-        t.stage.lt(self.smem.bytes)
+    /// The warp's queries.
+    fn queries(&self, t: &Thread<'k>) -> Lines<'k> {
+        Lines { tile: self.c.query_tile(), start: t.places[0] }
+    }
+
+    /// The products of the warp's queries and a block of keys.
+    fn multiply_keys(&self, half: Half, t: &Thread<'k>) {
+        let queries = self.queries(t);
+        let at = queries.fragments();
+        let left = |step: u32| {
+            let left = t.m16_tiles.iter().zip(0..).map(|(m16, block)| {
+                let in_regs = m16.queries.get(step as usize).copied();
+                in_regs.unwrap_or_else(|| {
+                    self.k.ldmatrix(at.at(queries.tile.block(block, step)), false)
+                })
+            });
+            left.collect()
+        };
+        product::multiply_lines(half, &scores(t), left, self.keys(t));
+    }
+
+    fn keys(&self, t: &Thread<'k>) -> Lines<'k> {
+        Lines { tile: self.c.key_tile(), start: t.places[1] + t.stage }
     }
 
     /// The exponentials of an m16 tile's scores, as a left operand; its accumulators shrink.
@@ -239,10 +269,15 @@ impl<'k> Attention<'k, '_> {
             }
         };
         match self.c.element {
-            Element::Half(half) => self.left(half, &exponentials),
-            Element::F32 => self.left_tf32x3(&exponentials),
+            Element::Half(half) => product::left(half, &exponentials),
+            Element::F32 => tf32x3::left(&exponentials),
         }
     }
+}
+
+/// The scores of each m16 tile.
+fn scores<'t, 'k>(t: &'t Thread<'k>) -> Vec<&'t [Reg<'k, f32>]> {
+    t.m16_tiles.iter().map(|m16| &m16.scores[..]).collect()
 }
 
 /// Which block of a tile.

@@ -1,13 +1,12 @@
 //! The choices, and what follows from them.
 
-use super::tile::SwizzledTile;
+use crate::kernel::ampere::product::M16;
+use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::attention::{Lengths, Mask, TileShape, Variant};
 use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::{Arena, Element};
 
-/// Rows of an m16 tile: those of an `mma`.
-pub(super) const M16: u32 = 16;
 /// Stages of keys and values.
 pub(super) const STAGES: u32 = 2;
 /// Registers of a thread beside sums, scores, exponentials and queries: with fewer ptxas spills. More
@@ -206,7 +205,7 @@ impl Config {
 
     pub(super) fn smem(&self) -> SharedMap {
         let mut arena = Arena::default();
-        let align = SwizzledTile::BYTES * 8;
+        let align = SwizzledTile::ALIGN;
         let queries = arena.region(self.query_tile().bytes(), align);
         let keys = arena.region(self.key_tile().bytes(), align);
         let values = arena.region(self.value_tile().bytes(), align);

@@ -2,7 +2,7 @@
 //! multiply with `mma.sync` what they load from there (`ldmatrix`), one or two tiles of 16 rows of
 //! queries each.
 //!
-//! f16 and bf16 in `multiply`, f32 in `tf32x3`: the same loop, the same layout of shared memory.
+//! f16 and bf16 by `ampere::product`, f32 by `ampere::tf32x3`: the same loop, the same layout of shared memory.
 //!
 //! While one block of keys is multiplied, the next one is copied. A warp's softmax runs while others
 //! multiply.
@@ -10,11 +10,7 @@
 mod attend;
 mod choose;
 mod config;
-mod copies;
-mod multiply;
 mod store;
-mod tf32x3;
-mod tile;
 
 pub use super::{Launch, MAX_LENGTH};
 pub use choose::choose;
@@ -22,10 +18,10 @@ pub use config::Config;
 
 use super::Name;
 use super::scores::ScoreParams;
-use super::work::{Logarithms, OutputView, Tiles};
+use super::work::{OutputView, RowsMemory, Tiles};
+use crate::kernel::ampere::copies::Operand;
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::SharedMap;
-use copies::Operand;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
@@ -40,14 +36,14 @@ pub fn emit(config: &Config) -> Source {
     ]
     .map(|names| Operand::params(k, names));
     let out = OutputView::params(k, config.variant.split);
-    let lse = config.variant.lse.then(|| Logarithms::params(k, config.variant.split));
+    let rows_memory = RowsMemory::params(k, &config.variant);
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
     let score_params = ScoreParams::params(k, config.variant.score_mod, config.element);
     let tiles = Tiles::params(k, config.into(), size, heads);
     let smem = config.smem();
     let base = k.shared(smem.bytes);
-    let a = Attention { k, c: config, smem, operands, out, lse, score_params, tiles, base };
+    let a = Attention { k, c: config, smem, operands, out, rows_memory, score_params, tiles, base };
     a.run();
     k.finish()
 }
@@ -59,7 +55,7 @@ struct Attention<'k, 'c> {
     /// Queries, keys and values.
     operands: [Operand<'k>; 3],
     out: OutputView<'k>,
-    lse: Option<Logarithms<'k>>,
+    rows_memory: RowsMemory<'k>,
     score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,
     base: Reg<'k, u32>,

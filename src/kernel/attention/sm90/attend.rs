@@ -173,7 +173,7 @@ impl<'k> Attention<'k, '_> {
                 k.wgmma_wait(0);
                 self.release(g, g.value_place);
             });
-            self.store(g, &work.tile, g.softmax.finish());
+            self.store(g, &work.tile, g.softmax.finish(c.variant.stats));
         };
         match neighbours {
             None => end(),
@@ -209,7 +209,7 @@ impl<'k> Attention<'k, '_> {
         }
         let ended = open.map(|Neighbours { before, ahead }| {
             ahead.look();
-            (before.tile, g.softmax.finish())
+            (before.tile, g.softmax.finish(c.variant.stats))
         });
         let bias = context.scores.load(g.scores.len(), first, Some(keys));
         k.wgmma_wait(open.is_some().into());

@@ -13,7 +13,7 @@ pub use super::{Launch, MAX_LENGTH};
 pub use config::{Config, Store};
 
 use super::scores::ScoreParams;
-use super::work::{Logarithms, OutputView, Tiles};
+use super::work::{OutputView, RowsMemory, Tiles};
 use super::{Lengths, Name};
 use crate::kernel::hopper::WARPGROUP;
 use crate::ptx::{Kernel, Reg, Source, Target};
@@ -31,7 +31,7 @@ pub fn emit(config: &Config) -> Source {
     let packed = config.variant.lengths == Lengths::Packed;
     let out_memory = (config.store == Store::Direct || packed)
         .then(|| OutputView::params(k, config.variant.split));
-    let lse = config.variant.lse.then(|| Logarithms::params(k, config.variant.split));
+    let rows_memory = RowsMemory::params(k, &config.variant);
     let size = [k.param(Name::Queries), k.param(Name::Keys)];
     let heads = [k.param(Name::Heads), k.param(Name::Group)];
     let score_params = ScoreParams::params(k, config.variant.score_mod, config.element);
@@ -53,8 +53,18 @@ pub fn emit(config: &Config) -> Source {
     k.griddepcontrol_wait();
     k.griddepcontrol_launch_dependents();
 
-    let a =
-        Attention { k, c: config, smem, maps, out_map, out_memory, lse, score_params, tiles, base };
+    let a = Attention {
+        k,
+        c: config,
+        smem,
+        maps,
+        out_map,
+        out_memory,
+        rows_memory,
+        score_params,
+        tiles,
+        base,
+    };
     k.if_else(
         group.eq(0),
         || {
@@ -81,7 +91,7 @@ struct Attention<'k, 'c> {
     maps: [Reg<'k, u64>; 3],
     out_map: Option<Reg<'k, u64>>,
     out_memory: Option<OutputView<'k>>,
-    lse: Option<Logarithms<'k>>,
+    rows_memory: RowsMemory<'k>,
     score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,
     base: Reg<'k, u32>,

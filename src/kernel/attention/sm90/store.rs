@@ -36,9 +36,7 @@ impl<'k> Attention<'k, '_> {
             }
             (None, None) => unreachable!("there is a result"),
         }
-        if let Some(lse) = self.lse {
-            lse.store(&self.tiles, tile, rows, finished.lse, g.warps.lane.lane);
-        }
+        self.rows_memory.store(&self.tiles, tile, rows, &finished, g.warps.lane.lane);
     }
 
     /// Stores slab after slab: from registers to shared memory, from there by TMA.

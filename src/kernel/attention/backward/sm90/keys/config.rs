@@ -1,6 +1,7 @@
 //! The choices, and what follows from them.
 
-use super::super::super::{Side, TileShape, describe};
+use super::super::super::{Side, TileShape};
+use crate::kernel::attention::variant::scores;
 use crate::kernel::attention::{Lengths, Mask, ScoreMod};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::ring::Ring;
@@ -116,7 +117,7 @@ impl Config {
             Form::Keys => "",
             Form::Wide => " wide",
         };
-        let words = describe(self.mask, &self.score_mod, self.lengths);
+        let words = scores(self.mask, &self.score_mod, self.lengths);
         let (element, keys) = (element.name(), self.keys());
         format!(
             "flash90 dkv {queries}x{keys} d{head_dim}/{value_dim} x{stages}{form}, {element}{words}"

@@ -1,6 +1,7 @@
 //! The choices, and what follows from them.
 
-use super::super::super::{Side, TileShape, describe};
+use super::super::super::{Side, TileShape};
+use crate::kernel::attention::variant::scores;
 use crate::kernel::attention::{Lengths, Mask, ScoreMod};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::ring::Ring;
@@ -65,7 +66,7 @@ impl Config {
     pub fn name(&self) -> String {
         let Self { element, head_dim, value_dim, keys, .. } = self;
         let Self { query_stages, key_stages, value_stages, .. } = self;
-        let words = describe(self.mask, &self.score_mod, self.lengths);
+        let words = scores(self.mask, &self.score_mod, self.lengths);
         let stages = format!("x{query_stages} x{key_stages} x{value_stages}");
         let element = element.name();
         format!("flash90 dq {QUERIES}x{keys} d{head_dim}/{value_dim} {stages}, {element}{words}")

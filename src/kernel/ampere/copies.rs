@@ -1,8 +1,7 @@
-//! A thread's copies of queries, keys and values to shared memory. What no sequence has becomes zeros.
+//! A thread's copies of attention's operands to shared memory. What no sequence has becomes zeros.
 
+use super::swizzle::CHUNK;
 use super::tile::SwizzledTile;
-use crate::kernel::ampere::swizzle::CHUNK;
-use crate::kernel::attention::Name;
 use crate::ptx::{Address, Kernel, Reg, Value};
 
 /// An operand in global memory, strides in elements.
@@ -16,7 +15,7 @@ pub struct Operand<'k> {
 
 impl<'k> Operand<'k> {
     /// Declares its parameters: the address, and the strides of rows, heads and sequences.
-    pub fn params(k: &'k Kernel, [at, row, head, batch]: [Name; 4]) -> Self {
+    pub fn params(k: &'k Kernel, [at, row, head, batch]: [impl AsRef<str>; 4]) -> Self {
         let address = k.pointer(at);
         Self { address, row: k.param(row), head: k.param(head), batch: k.param(batch) }
     }
@@ -131,9 +130,9 @@ impl<'k> Copies<'k> {
         self.operand.address + (start + self.along.wide()) * u64::from(self.lines.size)
     }
 
-    /// Copies lines that follow each other to the stage that begins `stage` bytes after the first, and
-    /// goes back to the ones before them. Those from line `limit` on become zeros.
-    pub fn next(&self, pointer: Reg<'k, u64>, stage: Reg<'k, u32>, limit: Option<Reg<'k, i32>>) {
+    /// Copies lines that follow each other, the first of this thread's from `pointer`, to the stage that begins
+    /// `stage` bytes after the first. Those from line `limit` on become zeros.
+    pub fn lines(&self, pointer: Reg<'k, u64>, stage: Reg<'k, u32>, limit: Option<Reg<'k, i32>>) {
         let stage = self.to + stage;
         let step = self.operand.row * u64::from(self.together * self.lines.size);
         let mut from = pointer;
@@ -144,6 +143,11 @@ impl<'k> Copies<'k> {
             let valid = limit.map(|limit| limit.gt((self.line + further).cast::<i32>()));
             self.copy(stage, further, from, valid);
         }
+    }
+
+    /// The same, and goes back to the lines before them.
+    pub fn next(&self, pointer: Reg<'k, u64>, stage: Reg<'k, u32>, limit: Option<Reg<'k, i32>>) {
+        self.lines(pointer, stage, limit);
         let back = self.operand.row * u64::from(self.lines.count * self.lines.size);
         pointer.set(pointer - back);
     }

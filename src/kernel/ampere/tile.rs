@@ -1,7 +1,7 @@
-//! The layout of queries, keys and values in shared memory: who writes which 16 bytes, who reads them. The
-//! formulas work on registers in a kernel and on integers in the tests below.
+//! The layout of attention's operands in shared memory: who writes which 16 bytes, who reads them. The formulas
+//! work on registers in a kernel and on integers in the tests below.
 
-use crate::kernel::ampere::swizzle::{CHUNK, MatrixOrder, Word, swizzled};
+use super::swizzle::{CHUNK, MatrixOrder, Word, swizzled};
 
 /// Lines of `dim` elements, as panels of 128 bytes of them side by side. The chunks of a panel's line
 /// are permuted by XOR such that eight lines of a chunk, as `ldmatrix` reads them, and eight chunks of a
@@ -21,6 +21,8 @@ impl SwizzledTile {
     /// Chunks of a panel's line, and steps.
     const CHUNKS: u32 = Self::BYTES / CHUNK;
     pub const STEPS: u32 = Self::CHUNKS / 2;
+    /// Where tiles begin: at multiples of so many bytes.
+    pub const ALIGN: u32 = Self::BYTES * 8;
 
     /// Elements of a chunk.
     pub fn chunk(self) -> u32 {
