@@ -1,6 +1,6 @@
 //! The gradients of attention.
 
-use candle_core::backend::BackendStorage;
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::scalar::Scalar;
 use candle_core::{CudaStorage, DType, Layout, Result, Shape};
 
@@ -96,11 +96,14 @@ fn gradients(
         (Some(dims), Some(like)) => Some(alloc(dims.iter().product(), like.dtype())?),
         _ => None,
     };
+    let sums = compiled.plan.dq_sums(&facts).map(|len| Shape::from(len as usize));
+    let mut sums = sums.map(|shape| device.zeros_impl(&shape, DType::F32)).transpose()?;
     let mut delta = alloc(p.q.count() * p.seq_q(), DType::F32)?;
     call.order.run(|| {
         let written: Vec<_> = grads.iter_mut().map(|grad| Memory::of_mut(grad, device)).collect();
         let bias_grad = bias_grad.as_mut().map(|grad| Memory::of_mut(grad, device));
         let delta = Memory::of_mut(&mut delta, device);
+        let sums = sums.as_mut().map(|sums| Memory::of_mut(sums, device));
         let [out_memory, grad_memory] = [&out, &grad].map(|fitted| memory(fitted, device));
         let stats = stats.map(|storage| Memory::of(storage, device));
         let lse_grad = lse_grad.as_ref();
@@ -118,6 +121,7 @@ fn gradients(
                 delta: delta.address(),
                 grads: [0, 1, 2].map(|i| gradient(&written[i], places[i])),
                 bias_grad: bias_grad.as_ref().map(Memory::address),
+                dq_sums: sums.as_ref().map(Memory::address),
             };
             Ok(compiled.launch(op, device, &arguments)?)
         })

@@ -395,7 +395,7 @@ impl Operand {
     }
 
     /// A descriptor with boxes of some columns and rows.
-    fn map(&self, element: Element, [cols, rows]: [u32; 2]) -> TensorMap {
+    pub(super) fn map(&self, element: Element, [cols, rows]: [u32; 2]) -> TensorMap {
         let [len, heads, batch] = self.lens;
         let dims = [self.cols, len, heads, batch];
         TensorMap::new(element, self.address, dims, self.strides, [cols, rows, 1, 1])

@@ -2,6 +2,7 @@
 
 use super::{Launch, Part, Plan, Problem};
 use crate::kernel::attention::{Inputs, Name, Operand};
+use crate::kernel::hopper::SLAB;
 use crate::kernel::params::{self, Argument};
 
 /// A gradient in memory.
@@ -35,6 +36,8 @@ pub struct Arguments<'a> {
     pub grads: [Gradient; 3],
     /// The address of that of the bias.
     pub bias_grad: Option<u64>,
+    /// The address of the sums of [`Plan::dq_sums`].
+    pub dq_sums: Option<u64>,
 }
 
 impl params::Arguments for Arguments<'_> {
@@ -55,11 +58,52 @@ impl params::Arguments for Arguments<'_> {
                     _ => self.of_launch(launch, name),
                 }
             }
+            Part::Keys(config, launch) => {
+                let map = match name {
+                    Name::Q => self.operand(0, config.queries),
+                    Name::K => self.operand(1, config.keys()),
+                    Name::V => self.operand(2, config.keys()),
+                    Name::Grad => self.map(&self.grad, config.queries),
+                    Name::Dk => self.gradient(1),
+                    Name::Dv => self.gradient(2),
+                    _ => return self.of_launch(launch, name),
+                };
+                Some(map)
+            }
+            Part::Queries(config, launch) => {
+                let map = match name {
+                    Name::Q => self.operand(0, config.queries()),
+                    Name::K => self.operand(1, config.keys),
+                    Name::V => self.operand(2, config.keys),
+                    Name::Grad => self.map(&self.grad, config.queries()),
+                    Name::Dq => self.gradient(0),
+                    _ => return self.of_launch(launch, name),
+                };
+                Some(map)
+            }
+            Part::Dq(_, launch) => self.of_launch(launch, name),
         }
     }
 }
 
 impl Arguments<'_> {
+    /// A descriptor with boxes of 64 columns and some rows.
+    fn map(&self, operand: &Operand, rows: u32) -> Argument {
+        Argument::TensorMap(operand.map(self.problem.attention.element, [SLAB, rows]))
+    }
+
+    /// That of queries, keys or values.
+    fn operand(&self, which: usize, rows: u32) -> Argument {
+        self.map(&self.inputs.operands[which], rows)
+    }
+
+    /// That of the gradient of queries, keys or values.
+    fn gradient(&self, which: usize) -> Argument {
+        let Gradient { address, strides } = self.grads[which];
+        let Operand { cols, lens, .. } = self.inputs.operands[which];
+        self.map(&Operand { address, cols: cols.next_multiple_of(8), lens, strides }, SLAB)
+    }
+
     /// What depends on a launch, and what does not.
     fn of_launch(&self, launch: &Launch, name: Name) -> Option<Argument> {
         match name {
@@ -100,6 +144,7 @@ impl Arguments<'_> {
             Name::DvHead => Argument::U64(dv.strides[1]),
             Name::DvBatch => Argument::U64(dv.strides[2]),
             Name::GradScale => Argument::F32(self.inputs.scale),
+            Name::DqSums => Argument::Pointer(self.dq_sums?),
             Name::DbiasAt => Argument::Pointer(self.bias_grad?),
             Name::BiasHeads => number(attention.heads / self.problem.bias_grad?.repeated[1]),
             Name::RepeatBatch => number(self.problem.bias_grad?.repeated[0]),

@@ -1,7 +1,8 @@
 //! The plan of a backward pass.
 
-use super::{Launch, Problem, delta, sm80};
-use crate::kernel::attention::{Name, TileOrder};
+use super::sm90::{self, keys, queries};
+use super::{Launch, Problem, delta, dq, sm80, sums};
+use crate::kernel::attention::{Name, TileOrder, by_tma};
 use crate::kernel::plan::{Step, count};
 use crate::kernel::{self, Device};
 
@@ -19,6 +20,12 @@ pub enum Part {
     Delta(delta::Config, [u32; 2]),
     /// A pass of the portable kernels.
     Sm80(sm80::Config, Launch),
+    /// The gradients of keys and values on Hopper, and maybe shares of the queries'.
+    Keys(keys::Config, Launch),
+    /// The gradient of queries on Hopper.
+    Queries(queries::Config, Launch),
+    /// The same of the sums of shares.
+    Dq(dq::Config, Launch),
 }
 
 impl kernel::Plan for Plan {
@@ -37,10 +44,18 @@ impl kernel::Plan for Plan {
         let columns = config.columns(attention.queries);
         let heads = attention.rows() / attention.queries;
         let delta = Part::Delta(config, [columns, heads].map(count));
-        let passes = sm80::choose(problem, device).into_iter();
-        let bias = problem.bias_grad.map(|grad| sm80::bias(problem, device, grad.repeated[2]));
-        let passes = passes.chain(bias).map(|config| Part::sm80(config, problem, device));
-        Self { parts: [delta].into_iter().chain(passes).collect() }
+        let mut parts = vec![delta];
+        match by_tma(device, attention.element) {
+            true => parts.extend(Part::sm90(problem, device)),
+            false => {
+                let passes = sm80::choose(problem, device).into_iter();
+                parts.extend(passes.map(|config| Part::sm80(config, problem, device)));
+            }
+        }
+        parts.extend(problem.bias_grad.map(|grad| {
+            Part::sm80(sm80::bias(problem, device, grad.repeated[2]), problem, device)
+        }));
+        Self { parts }
     }
 
     fn steps(&self) -> Vec<Step> {
@@ -51,12 +66,58 @@ impl kernel::Plan for Plan {
             Part::Sm80(config, launch) => {
                 Step { kernel: config.into(), grid: [launch.blocks, 1, 1] }
             }
+            Part::Keys(config, launch) => {
+                Step { kernel: config.into(), grid: [launch.blocks, 1, 1] }
+            }
+            Part::Queries(config, launch) => {
+                Step { kernel: config.into(), grid: [launch.blocks, 1, 1] }
+            }
+            Part::Dq(config, launch) => Step { kernel: config.into(), grid: [launch.blocks, 1, 1] },
         };
         self.parts.iter().map(step).collect()
     }
 }
 
+impl Plan {
+    /// Floats that shares of the queries' gradient are added up in, if they are: zeros at first.
+    pub fn dq_sums(&self, problem: &Problem) -> Option<u64> {
+        self.parts.iter().find_map(|part| match part {
+            Part::Dq(config, launch) => {
+                let attention = &problem.attention;
+                let (own, each) = (config.queries.into(), u64::from(config.bytes()) / 4);
+                let blocks =
+                    sums::blocks(attention.lengths, attention.queries, attention.batch, own);
+                Some(u64::from(launch.order.heads) * blocks * each)
+            }
+            _ => None,
+        })
+    }
+}
+
 impl Part {
+    /// Hopper's passes for a problem.
+    fn sm90(problem: &Problem, device: &Device) -> [Self; 2] {
+        let attention = &problem.attention;
+        let (keys, queries) = sm90::choose(problem, device);
+        let launch = |shape| Launch::new(&shape, attention, device.multiprocessors);
+        let of_keys =
+            Self::Keys(keys, launch(keys.tile_shape(attention.heads / attention.kv_heads)));
+        let of_queries = match queries {
+            Some(config) => Self::Queries(config, launch(config.tile_shape())),
+            None => {
+                let config = dq::Config {
+                    element: attention.element,
+                    head_dim: (attention.head_dim as u32).next_multiple_of(8),
+                    columns: keys.dq_columns(),
+                    queries: keys.queries,
+                    lengths: attention.lengths,
+                };
+                Self::Dq(config, launch(config.tile_shape()))
+            }
+        };
+        [of_keys, of_queries]
+    }
+
     /// A pass by a configuration.
     pub fn sm80(config: sm80::Config, problem: &Problem, device: &Device) -> Self {
         let attention = &problem.attention;

@@ -72,6 +72,11 @@ impl Config {
         format!("flash90 dq {QUERIES}x{keys} d{head_dim}/{value_dim} {stages}, {element}{words}")
     }
 
+    /// Queries of a tile.
+    pub fn queries(&self) -> u32 {
+        QUERIES
+    }
+
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
         WARPGROUP * (1 + GROUPS)
