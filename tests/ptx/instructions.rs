@@ -222,6 +222,9 @@ fn hopper() -> Source {
                 k.tma_store(result, &[place, n], tile);
                 k.tma_commit();
                 k.tma_wait_read(0);
+                k.bulk_reduce_add(out, tile, 256);
+                k.tma_commit();
+                k.tma_wait(0);
             });
             k.mbarrier_arrive(empty);
             let other = k.mapa(base, 1);

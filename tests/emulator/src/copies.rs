@@ -117,9 +117,48 @@ impl Transfer {
         }
     }
 
-    pub fn store(&self, shared: &Shared, memory: &Memory) {
+    fn store(&self, shared: &Shared, memory: &Memory) {
         for (from, to, bytes) in self.pieces() {
             memory.put(to, shared.slice(from, bytes));
+        }
+    }
+}
+
+/// What goes from shared memory to the GPU's.
+#[derive(Clone)]
+pub enum Store {
+    /// A box.
+    Box(Transfer),
+    /// Floats that are added to others.
+    Sum(Sum),
+}
+
+/// `bytes` bytes of floats.
+#[derive(Clone, Copy)]
+pub struct Sum {
+    pub to: u64,
+    pub from: u32,
+    pub bytes: u32,
+}
+
+impl Sum {
+    fn add(self, shared: &Shared, memory: &Memory) {
+        let Self { to, from, bytes } = self;
+        assert!(to.is_multiple_of(16) && from.is_multiple_of(16) && bytes.is_multiple_of(16));
+        for at in (0..bytes).step_by(4) {
+            let float = |bits: u64| f32::from_bits(bits as u32);
+            let more = float(shared.get(from + at, 4));
+            let to = to + u64::from(at);
+            memory.put(to, &(float(memory.get(to, 4)) + more).to_le_bytes());
+        }
+    }
+}
+
+impl Store {
+    fn run(&self, shared: &Shared, memory: &Memory) {
+        match self {
+            Self::Box(transfer) => transfer.store(shared, memory),
+            Self::Sum(sum) => sum.add(shared, memory),
         }
     }
 }
@@ -228,13 +267,13 @@ impl<T> Groups<T> {
 /// What a lane has begun.
 #[derive(Clone, Default)]
 pub struct Begun {
-    pub stores: Groups<Transfer>,
+    pub stores: Groups<Store>,
     pub copies: Groups<Copy>,
 }
 
 impl Begun {
     pub fn wait_for_stores(&mut self, pending: usize, block: &Block, memory: &Memory) {
-        self.stores.wait(pending).iter().for_each(|store| store.store(&block.shared, memory));
+        self.stores.wait(pending).iter().for_each(|store| store.run(&block.shared, memory));
     }
 
     pub fn wait_for_copies(&mut self, pending: usize, block: &mut Block, memory: &Memory) {

@@ -69,6 +69,7 @@ pub enum Op {
     /// TMA.
     LoadBox,
     StoreBox,
+    AddFloats,
     CommitStores,
     WaitStores,
     /// `cp.async`.
@@ -145,6 +146,9 @@ impl Op {
             ["cp", "async", "bulk", "commit_group"] => Self::CommitStores,
             ["cp", "async", "bulk", "wait_group", ..] => Self::WaitStores,
             ["cp", "async", "bulk", "tensor", _, "global", ..] => Self::StoreBox,
+            ["cp", "reduce", "async", "bulk", "global", "shared::cta", _, "add", "f32"] => {
+                Self::AddFloats
+            }
             ["cp", "async", "bulk", "tensor", .., "multicast::cluster"] => return None,
             ["cp", "async", "bulk", "tensor", _, "shared::cluster", ..] => Self::LoadBox,
             ["cp", "async", "commit_group"] => Self::CommitCopies,

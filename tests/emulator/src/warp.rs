@@ -1,6 +1,6 @@
 //! One instruction of a warp.
 
-use crate::copies::{Begun, Copy, CountedBarrier, Groups, Map, Transfer};
+use crate::copies::{Begun, Copy, CountedBarrier, Groups, Map, Store, Sum, Transfer};
 use crate::grid::{Block, Cluster, Shared};
 use crate::program::{Instruction, Op, Operand, Program, Shuffle, Space, Special};
 use crate::tensor_cores::{Product, list};
@@ -335,7 +335,16 @@ impl Warp {
                     let block = &cluster.blocks[self.block];
                     let store = self.transfer(block, &i.args[0], &i.args[1], lane);
                     assert!(store.at.iter().all(|&at| at >= 0), "before the tensor: {}", i.text);
-                    self.begun[lane].stores.begin(store);
+                    self.begun[lane].stores.begin(Store::Box(store));
+                }
+            }
+            Op::AddFloats => {
+                for lane in lanes.iter() {
+                    let block = &cluster.blocks[self.block];
+                    let to = self.address(block, &i.args[0], lane);
+                    let from = self.address(block, &i.args[1], lane) as u32;
+                    let bytes = self.get(block, &i.args[2], lane) as u32;
+                    self.begun[lane].stores.begin(Store::Sum(Sum { to, from, bytes }));
                 }
             }
             Op::CommitStores => lanes.iter().for_each(|lane| self.begun[lane].stores.commit()),

@@ -14,7 +14,7 @@ const MIDDLE: u32 = 128;
 pub fn choose(problem: &Problem, device: &Device) -> (keys::Config, Option<queries::Config>) {
     let attention = &problem.attention;
     debug_assert!(matches!(attention.element, Element::Half(_)), "f32 is for the portable kernels");
-    let width = |dim: u64| (dim as u32).next_multiple_of(16);
+    let width = |dim: u64| (dim as u32).next_multiple_of(8);
     let [head_dim, value_dim] = [attention.head_dim, attention.value_dim].map(width);
     let widest = head_dim.max(value_dim);
     let scores = attention.score_mod;

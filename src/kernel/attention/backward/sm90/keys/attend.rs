@@ -146,12 +146,12 @@ impl<'k> Backward<'k, '_> {
         g.place.wait();
         self.clear_block(g.warps, context, block, [smem.queries, c.head_slabs(), c.query_bytes()]);
         let queries = of.queries.stage(stage, c.query_bytes());
-        product(half, &g.scores, Left::Shared(of.keys), queries, c.head_dim, false);
+        product(half, &g.scores, Left::Shared(of.keys), queries, c.depths()[0], false);
         grad_place.wait();
         g.value_place.wait();
         self.clear_block(g.warps, context, block, [smem.grads, c.value_slabs(), c.grad_bytes()]);
         let grads = of.grads.stage(stage, c.grad_bytes());
-        product(half, &g.grads, Left::Shared(of.values), grads, c.value_dim, false);
+        product(half, &g.grads, Left::Shared(of.values), grads, c.depths()[1], false);
         block.rows.wait();
         k.wgmma_wait(self.beside_probabilities());
         self.probabilities(&g.scores, &g.p, context, block);

@@ -43,7 +43,7 @@ pub struct Config {
     pub form: Form,
     /// The operands' type, and the results': f16 or bf16.
     pub element: Element,
-    /// Elements of a query and of a key: a multiple of 16, at most 128, or 256 of [`Form::Wide`].
+    /// Elements of a query and of a key: a multiple of 8, at most 128, or 256 of [`Form::Wide`].
     pub head_dim: u32,
     /// Elements of a value: the same.
     pub value_dim: u32,
@@ -153,13 +153,18 @@ impl Config {
         }
     }
 
+    /// Elements along which queries and keys, and gradients and values, are multiplied: past the last they are 0.
+    pub(super) fn depths(&self) -> [u32; 2] {
+        [self.head_dim, self.value_dim].map(|dim| dim.next_multiple_of(16))
+    }
+
     pub(super) fn value_slabs(&self) -> u32 {
         self.value_dim.div_ceil(SLAB)
     }
 
     /// Columns of dQ of a warpgroup.
     pub fn dq_columns(&self) -> u32 {
-        if self.divides_queries() { self.head_dim } else { SLAB }
+        if self.divides_queries() { self.depths()[0] } else { SLAB }
     }
 
     /// Bytes of dQ of a warpgroup.
@@ -205,7 +210,7 @@ impl Config {
         let smem = self.smem();
         let shared = smem.bytes;
         let most = if self.form == Form::Wide { 256 } else { 128 };
-        let multiple = |n: u32| n.is_multiple_of(16) && (16..=most).contains(&n);
+        let multiple = |n: u32| n.is_multiple_of(8) && (8..=most).contains(&n);
         let widest = self.head_dim.max(self.value_dim);
         let narrow = widest <= SLAB && self.form != Form::Wide;
         let rules = [
@@ -213,7 +218,7 @@ impl Config {
             (
                 multiple(self.head_dim) && multiple(self.value_dim),
                 format!(
-                    "{}/{} elements (multiples of 16 up to {most})",
+                    "{}/{} elements (multiples of 8 up to {most})",
                     self.head_dim, self.value_dim
                 ),
             ),

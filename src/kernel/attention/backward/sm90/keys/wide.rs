@@ -120,7 +120,7 @@ impl<'k> Backward<'k, '_> {
         first.0.wait();
         self.clear_block(g.warps, context, block, first.1);
         let (along, depth) =
-            (g.along.stage(stage, first.1[2]), if g.of_values { c.head_dim } else { c.value_dim });
+            (g.along.stage(stage, first.1[2]), c.depths()[usize::from(!g.of_values)]);
         product(half, &g.products, Left::Shared(g.rows), along, depth, false);
         block.rows.wait();
         let thread = g.warps.lane.warp * 32 + g.warps.lane.lane;

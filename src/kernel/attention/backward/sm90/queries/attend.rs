@@ -134,12 +134,12 @@ impl<'k> Backward<'k, '_> {
         clear(smem.keys, c.head_slabs(), key_stage, c.key_bytes());
         let queries = g.queries.stage(g.query_place.stage, c.query_bytes());
         let keys = g.keys.stage(key_stage, c.key_bytes());
-        product(half, &g.scores, Left::Shared(queries), keys, c.head_dim, false);
+        product(half, &g.scores, Left::Shared(queries), keys, c.depths()[0], false);
         g.value_place.wait();
         clear(smem.values, c.value_slabs(), value_stage, c.value_bytes());
         let grads = g.result_grads.stage(g.query_place.stage, c.grad_bytes());
         let values = g.values.stage(value_stage, c.value_bytes());
-        product(half, &g.grads, Left::Shared(grads), values, c.value_dim, false);
+        product(half, &g.grads, Left::Shared(grads), values, c.depths()[1], false);
         // With a bias probabilities take branches, which products that are under way do not go through.
         k.wgmma_wait(if c.score_mod.bias.is_some() { 0 } else { 1 });
         self.probabilities(g, context, masked);

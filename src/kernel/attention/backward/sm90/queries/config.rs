@@ -23,9 +23,9 @@ const SECTION_BYTES: u64 = 32 << 20;
 pub struct Config {
     /// The operands' type, and the result's: f16 or bf16.
     pub element: Element,
-    /// Elements of a query and of a key: a multiple of 16, at most 256.
+    /// Elements of a query and of a key: a multiple of 8, at most 256.
     pub head_dim: u32,
-    /// Elements of a value: a multiple of 16, at most 256.
+    /// Elements of a value: a multiple of 8, at most 256.
     pub value_dim: u32,
     /// What hides keys.
     pub mask: Mask,
@@ -92,6 +92,11 @@ impl Config {
         self.head_dim.div_ceil(SLAB)
     }
 
+    /// Elements along which queries and keys, and gradients and values, are multiplied: past the last they are 0.
+    pub(super) fn depths(&self) -> [u32; 2] {
+        [self.head_dim, self.value_dim].map(|dim| dim.next_multiple_of(16))
+    }
+
     pub(super) fn value_slabs(&self) -> u32 {
         self.value_dim.div_ceil(SLAB)
     }
@@ -134,19 +139,17 @@ impl Config {
     pub fn check(&self, limit: u32) -> Result<(), String> {
         let smem = self.smem();
         let shared = smem.bytes;
-        let multiple = |n: u32, most: u32| n.is_multiple_of(16) && (16..=most).contains(&n);
+        let multiple =
+            |n: u32, of: u32, most: u32| n.is_multiple_of(of) && (of..=most).contains(&n);
         let stages = [self.query_stages, self.key_stages, self.value_stages];
         let rules = [
             (matches!(self.element, Element::Half(_)), "operands of f32".into()),
             (
-                multiple(self.head_dim, 256) && multiple(self.value_dim, 256),
-                format!(
-                    "{}/{} elements (multiples of 16 up to 256)",
-                    self.head_dim, self.value_dim
-                ),
+                multiple(self.head_dim, 8, 256) && multiple(self.value_dim, 8, 256),
+                format!("{}/{} elements (multiples of 8 up to 256)", self.head_dim, self.value_dim),
             ),
             (
-                multiple(self.keys, 128),
+                multiple(self.keys, 16, 128),
                 format!("blocks of {} keys (a multiple of 16 up to 128)", self.keys),
             ),
             (stages.iter().all(|&n| n > 0), format!("stages of {stages:?}")),
