@@ -84,9 +84,12 @@ pub mod quant;
 mod stack;
 
 // As `kernel`.
-#[cfg(feature = "cuda")]
 #[doc(hidden)]
-pub use cuda::native::tune;
+pub mod tune {
+    #[cfg(feature = "cuda")]
+    pub use crate::cuda::native::tune::*;
+    pub use crate::op::FlashAttnBackward;
+}
 #[cfg(feature = "cuda")]
 pub use cuda::{launch, registry};
 pub use error::{Error, Result};

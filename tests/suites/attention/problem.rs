@@ -3,11 +3,12 @@
 use candle_core::DType::{self, F32, F64};
 use candle_core::{Device, Result, Tensor, Var, bail};
 use kaio_candle::prelude::*;
+use kaio_candle::tune::FlashAttnBackward;
 
+use super::Sizes;
 use super::loops::{Loops, matrix, nds};
 use super::options::{Options, Rules};
 use super::plain::plain;
-use super::{Sizes, gradients};
 use crate::suites::Layout::{self, Expanded, Plain, Repeated};
 use crate::suites::{Nd, Source, close, identical, plain_on, results_alone, ulp};
 
@@ -185,7 +186,7 @@ impl Problem {
         let [q, k, v] = [turn(&views[0])?, turn(&views[1])?, turn(&views[2])?];
         let [batch, heads, ..] = self.sizes();
         let opts = self.options.build([batch, heads], views.get(3), q.device())?;
-        let grads = gradients([&q, &k, &v], &opts, [Some(turn(grad)?), None])?;
+        let grads = FlashAttnBackward::new([&q, &k, &v], &opts)?.run(&turn(grad)?)?;
         let grad = |(i, view): (usize, &Tensor)| match grads.get(i) {
             Some(Some(grad)) if grad.dtype() == view.dtype() => {
                 Nd::of(&if i < 3 { turn(grad)? } else { grad.clone() })
