@@ -14,6 +14,7 @@
 //! - `--sweep 64,128`: instead, many configurations for heads of these widths
 //! - `--accuracy FILE`: instead, inputs and our results, whose errors `scripts/torch_peers.py --accuracy FILE`
 //!   prints beside those of PyTorch's
+//! - `--errors FILE`: the same of gradients
 //!
 //! It measures as the matmul bench does: contestants in turns, random inputs, device events around one
 //! call of a GPU that was kept busy, medians, rests. candle multiplies, scales, masks, takes the softmax
@@ -50,11 +51,12 @@ const FLASH: &str = "FlashAttention";
 const DEFAULT: &str = "default";
 
 fn main() -> Result<()> {
-    let (mut sweep, mut accuracy) = (None, None);
+    let (mut sweep, mut accuracy, mut errors) = (None, None, None);
     let args = Args::parse(&rows::GROUPS, |option, parser| {
         match option {
             "sweep" => sweep = Some(parser.value()?.string()?),
             "accuracy" => accuracy = Some(parser.value()?),
+            "errors" => errors = Some(parser.value()?),
             _ => return Ok(false),
         }
         Ok(true)
@@ -68,7 +70,10 @@ fn main() -> Result<()> {
         return sweep::run(&mut gpu, widths);
     }
     if let Some(path) = &accuracy {
-        return accuracy::run(&gpu.device, path.as_ref());
+        return accuracy::results(&gpu.device, path.as_ref());
+    }
+    if let Some(path) = &errors {
+        return accuracy::gradients(&gpu.device, path.as_ref());
     }
     race::run(&Attention, &mut gpu, &rows, &args)
 }
