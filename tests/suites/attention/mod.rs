@@ -2,6 +2,7 @@
 
 mod accuracy;
 mod alibi;
+mod alone;
 mod bias;
 mod combined;
 mod differences;
@@ -27,17 +28,17 @@ mod tc;
 mod windows;
 
 pub use {
-    accuracy::*, alibi::*, bias::*, combined::*, differences::*, engines::*, gradient_kinds::*,
-    isolation::*, kinds::*, layouts::*, lengths::*, log_sum_exp::*, many_tiles::*, random::*,
-    scales::*, sizes::*, softcap::*, specials::*, stand_ins::*, tc::*, windows::*,
+    accuracy::*, alibi::*, alone::*, bias::*, combined::*, differences::*, engines::*,
+    gradient_kinds::*, isolation::*, kinds::*, layouts::*, lengths::*, log_sum_exp::*,
+    many_tiles::*, random::*, scales::*, sizes::*, softcap::*, specials::*, stand_ins::*, tc::*,
+    windows::*,
 };
+pub use {options::Options, problem::Problem};
 
 use candle_core::DType::{self, BF16, F16, F32};
 use candle_core::Device;
 
 use super::Tally;
-use options::Options;
-use problem::Problem;
 
 const DTYPES: [DType; 3] = [F32, F16, BF16];
 
