@@ -122,7 +122,7 @@ pub fn of_attention() -> Result<()> {
             let row = (b * h * sq * 4) as u64;
             let accumulator = row * d as u64;
             // What does not grow with the problem, and what allocations are rounded up by.
-            let constant = 64 << 10;
+            let constant = 4 << 10;
             let (attention, saved) = pool.measure(forward)?;
             let saved = saved.kept - bytes(attention.out());
             assert!(
