@@ -8,7 +8,7 @@ use super::DEFAULT;
 use super::common::contest::{CANDLE, Contest, OURS, agree};
 use super::common::gpu::Gpu;
 use super::common::table::Row as _;
-use super::contest::{compared, grouped, mask, masked};
+use super::contest::{self, compared, grouped, mask};
 use super::rows::{Pass, Row};
 use super::unfused::unfused;
 
@@ -97,7 +97,7 @@ fn random(dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
 }
 
 fn options(row: &Row, device: &Device) -> Result<FlashAttnOptions> {
-    let opts = masked(row).deterministic(row.deterministic);
+    let opts = contest::options(row).deterministic(row.deterministic);
     let Some(lengths) = row.lengths else { return Ok(opts) };
     let mut ends = vec![0];
     ends.extend(lengths.iter().scan(0, |end, &length| {

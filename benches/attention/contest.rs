@@ -51,13 +51,9 @@ fn forward(gpu: &Gpu, row: &Row) -> Result<Contest> {
     Ok(contest)
 }
 
-fn options(row: &Row) -> FlashAttnOptions {
-    // Our own kernels' limits are to be seen.
-    masked(row).engine(Engine::Native)
-}
-
-pub fn masked(row: &Row) -> FlashAttnOptions {
-    let opts = FlashAttnOptions::default().causal(row.mask != Mask::Full);
+/// Our own kernels' limits are to be seen.
+pub fn options(row: &Row) -> FlashAttnOptions {
+    let opts = FlashAttnOptions::default().engine(Engine::Native).causal(row.mask != Mask::Full);
     match row.mask {
         Mask::Window(left) => opts.window_size_left(left),
         _ => opts,
