@@ -33,6 +33,11 @@ def table(text, first_row):
     return found[0]
 
 
+def is_filled(rows):
+    """Whether a table has its figures."""
+    return not any(cell == "–" for row in rows for cell in row)
+
+
 def measured(text, section):
     """Date and commit of a section, from the table of contents."""
     (row,) = [r for t in tables(text) for r in t if r[0].startswith(section)]
@@ -99,10 +104,22 @@ class Svg:
 
 
 def attention(text):
-    rows = table(text, "D 128, ours")
-    lengths = [512 << i for i in range(6)]
+    title, rows = "Flash attention forward", table(text, "D 128, ours")
+    return by_length(f"{title}, bf16, {GPU}, {measured(text, '[attention]')}", rows, [512 << i for i in range(6)])
+
+
+def backward(text):
+    title, rows = "Flash attention backward", table(text, "D 128, ours, backward")
+    if not is_filled(rows):
+        return None
+    lengths = [512, 1024, 2048, 4096, 16384]
+    return by_length(f"{title}, bf16, {GPU}, {measured(text, '[attention, backward]')}", rows, lengths)
+
+
+def by_length(title, rows, lengths):
+    """Pairs of rows: ours, and cuDNN's before a comma."""
     svg = Svg(
-        f"Flash attention forward, bf16, {GPU}, {measured(text, '[attention]')}",
+        title,
         "length of the sequences (16384 tokens in all)",
         "TFLOP/s",
         lambda s: 0.03 + 0.94 * math.log2(s / 512) / 5,
@@ -111,7 +128,7 @@ def attention(text):
     svg.grid([(s, f"{s}") for s in lengths], range(0, 900, 100))
     entries = []
     for i, (ours, peers) in enumerate(zip(rows[::2], rows[1::2])):
-        name, colour = ours[0].removesuffix(", ours"), COLOURS[i]
+        name, colour = ours[0].split(", ours")[0], COLOURS[i]
         cudnn = [float(cell.split(",")[0]) for cell in peers[1:]]
         for values, filled in ((list(map(float, ours[1:])), True), (cudnn, False)):
             points = [svg.at(s, t) for s, t in zip(lengths, values, strict=True)]
@@ -177,8 +194,12 @@ def matmul(text):
 def main():
     text = (DOCS / "figures.md").read_text(encoding="utf-8")
     stale = []
-    for name, draw in (("attention-h200.svg", attention), ("matmul-h200.svg", matmul)):
+    charts = {"attention-h200.svg": attention, "attention-backward-h200.svg": backward, "matmul-h200.svg": matmul}
+    for name, draw in charts.items():
         path, drawn = DOCS / name, draw(text)
+        if drawn is None:
+            print(f"{name}: its table has no figures yet")
+            continue
         if "--check" not in sys.argv[1:]:
             path.write_text(drawn, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != drawn:

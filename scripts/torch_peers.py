@@ -5,8 +5,9 @@
     python3 scripts/torch_peers.py rows.json >torch.json
     cargo bench --features cuda --bench matmul -- --torch torch.json
 
-Attention is scaled_dot_product_attention on [B, H, S, D], with cuDNN and with FlashAttention; windows, which it
-does not have, are that FlashAttention's own.
+Attention is scaled_dot_product_attention on [B, H, S, D], with cuDNN and with FlashAttention; windows and packed
+sequences, which it does not have, are that FlashAttention's own. A backward pass is torch.autograd.grad of the result,
+which is there before, given a random upstream gradient.
 
 Times are taken as the bench takes them (benches/common/gpu.rs says why): events around one call while the
 GPU is kept busy until the call is enqueued, L2 flushed for the rows that say so, a rest after each call,
@@ -16,8 +17,15 @@ How far results of attention are from the formula in f64, ours beside PyTorch's 
 
     cargo bench --features cuda --bench attention -- --accuracy results.safetensors
     python3 scripts/torch_peers.py --accuracy results.safetensors
+
+and gradients, relative to the root mean square of those in f64, with ours over FlashAttention's:
+
+    cargo bench --features cuda --bench attention -- --errors gradients.safetensors
+    python3 scripts/torch_peers.py --errors gradients.safetensors
 """
 
+import functools
+import itertools
 import json
 import mmap
 import statistics
@@ -30,6 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention": SDPBackend.FLASH_ATTENTION}
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+OTHERS = {"F64": torch.float64, "I64": torch.int64, "U8": torch.uint8}
 CYCLES_PER_US = 2000
 LONGEST_HEAD_START_US = 1600
 
@@ -66,27 +75,57 @@ def matrix(rows, cols, dtype, transposed):
     return torch.randn(rows, cols, device="cuda", dtype=dtype)
 
 
-def attention(row):
-    shapes = [("heads", "queries"), ("kv_heads", "keys"), ("kv_heads", "keys")]
-    q, k, v = (
-        torch.randn(row["batch"], row[heads], row[length], row["dim"], device="cuda", dtype=DTYPES[row["dtype"]])
-        for heads, length in shapes
-    )
+def forward(row, q, k, v):
+    """Who attends, by the peer's name."""
     grouped = row["heads"] != row["kv_heads"]
 
     def fused(backend):
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(q, k, v, is_causal=row["causal"], enable_gqa=grouped)
 
-    def window():
-        rows = (t.transpose(1, 2) for t in (q, k, v))
-        lengths = (None, None, row["queries"], row["keys"])
-        sizes = {"window_size_left": row["window"], "window_size_right": 0}
-        return torch.ops.aten._flash_attention_forward(*rows, *lengths, 0.0, False, False, **sizes)
+    def own(q, k, v, starts, causal, **window):
+        lengths = (starts, starts, row["queries"], row["keys"])
+        return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, **window)[0]
 
+    if row["lengths"] is not None:
+        starts = torch.tensor([0, *itertools.accumulate(row["lengths"])], dtype=torch.int32, device="cuda")
+        return {"FlashAttention": lambda: own(q, k, v, starts, row["causal"])}
     if row["window"] is not None:
-        return {"FlashAttention": window}
+        sizes = {"window_size_left": row["window"], "window_size_right": 0}
+        return {"FlashAttention": lambda: own(*(t.transpose(1, 2) for t in (q, k, v)), None, False, **sizes)}
     return {name: lambda backend=backend: fused(backend) for name, backend in BACKENDS.items()}
+
+
+def attention(row):
+    if row["deterministic"]:
+        return {}  # its peer is our own default
+    forward_alone = row["pass"] == "forward"
+
+    def operand(heads, length):
+        tokens = [row["batch"], row[heads], row[length]]
+        if row["lengths"] is not None:
+            tokens = [sum(row["lengths"]), row[heads]]
+        like = {"device": "cuda", "dtype": DTYPES[row["dtype"]], "requires_grad": not forward_alone}
+        return torch.randn(*tokens, row["dim"], **like)
+
+    inputs = [operand("heads", "queries"), operand("kv_heads", "keys"), operand("kv_heads", "keys")]
+
+    def gradients(attend):
+        @functools.cache
+        def ready():
+            out = attend()
+            return out, torch.randn_like(out)
+
+        def run():
+            out, upstream = ready()
+            if row["pass"] == "both":
+                out = attend()
+            torch.autograd.grad(out, inputs, upstream, retain_graph=row["pass"] == "backward")
+
+        return run
+
+    passes = forward(row, *inputs)
+    return passes if forward_alone else {name: gradients(attend) for name, attend in passes.items()}
 
 
 def calls(row):
@@ -110,9 +149,9 @@ def calls(row):
     return {}
 
 
-def read_safetensors(path):
+def read_safetensors(path, device="cuda"):
     """The format: https://huggingface.co/docs/safetensors, eight bytes of length, JSON, the tensors' bytes."""
-    dtypes = {name.upper(): dtype for name, dtype in DTYPES.items()}
+    dtypes = {**{name.upper(): dtype for name, dtype in DTYPES.items()}, **OTHERS}
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     begin = 8 + int.from_bytes(data[:8], "little")
@@ -121,7 +160,7 @@ def read_safetensors(path):
         if name != "__metadata__":
             dtype, shape, offset = dtypes[entry["dtype"]], entry["shape"], begin + entry["data_offsets"][0]
             count = torch.Size(shape).numel()
-            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=offset).reshape(shape).cuda()
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=offset).reshape(shape).to(device)
     return tensors
 
 
@@ -145,9 +184,46 @@ def accuracy(path):
         print(f"{case}: {'; '.join(cells)}")
 
 
+def errors(path):
+    tensors, worst = read_safetensors(path), [0.0, 0.0]
+    print("errors from f64 over its root mean square, in units of 1e-6: root mean square, largest")
+    for case in sorted({name.split("/")[0] for name in tensors}):
+        *inputs, upstream = (tensors[f"{case}/{part}"] for part in ("q", "k", "v", "grad"))
+        like = {"is_causal": case.endswith("causal"), "enable_gqa": inputs[0].shape[1] != inputs[1].shape[1]}
+
+        def gradients(backend, dtype):
+            leaves = [t.to(dtype, copy=True).requires_grad_() for t in inputs]
+            with sdpa_kernel(backend):
+                out = scaled_dot_product_attention(*leaves, **like)
+            return torch.autograd.grad(out, leaves, upstream.to(dtype))
+
+        exact = gradients(SDPBackend.MATH, torch.float64)
+        ours = ("default", "deterministic")
+        results = {who: [tensors[f"{case}/{who}/{of}"] for of in ("dq", "dk", "dv")] for who in ours}
+        for name, backend in BACKENDS.items():
+            try:
+                results[name] = gradients(backend, inputs[0].dtype)
+            except RuntimeError as error:
+                print(f"{case}: no {name}: {error}", file=sys.stderr)
+        for i, of in enumerate(("dq", "dk", "dv")):
+            size = exact[i].square().mean().sqrt()
+            far = {name: (result[i].double() - exact[i]).abs() / size for name, result in results.items()}
+            far = {name: (e.square().mean().sqrt().item(), e.max().item()) for name, e in far.items()}
+            cells = [f"{name} {rms * 1e6:.0f}, {largest * 1e6:.0f}" for name, (rms, largest) in far.items()]
+            if "FlashAttention" in far:
+                for who in ours:
+                    ratios = [a / b for a, b in zip(far[who], far["FlashAttention"])]
+                    worst = [max(pair) for pair in zip(worst, ratios)]
+                    cells.append(f"{who} / FlashAttention {ratios[0]:.3f}, {ratios[1]:.3f}")
+            print(f"{case}, {of}: {'; '.join(cells)}")
+    print(f"the worst of ours / FlashAttention: {worst[0]:.3f}, {worst[1]:.3f}")
+
+
 def main():
     if "--accuracy" in sys.argv:
         return accuracy(sys.argv[-1])
+    if "--errors" in sys.argv:
+        return errors(sys.argv[-1])
     paths = [arg for arg in sys.argv[1:] if arg != "--quick"]
     samples = 10 if "--quick" in sys.argv else 30
     if len(paths) != 1:

@@ -84,20 +84,25 @@ pub mod quant;
 mod stack;
 
 // As `kernel`.
-#[cfg(feature = "cuda")]
 #[doc(hidden)]
-pub use cuda::native::tune;
+pub mod tune {
+    #[cfg(feature = "cuda")]
+    pub use crate::cuda::native::tune::*;
+    pub use crate::op::FlashAttnBackward;
+}
 #[cfg(feature = "cuda")]
 pub use cuda::{launch, registry};
 pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
 pub use options::{Activation, AttnLayout, Engine, FlashAttnOptions, MatmulOptions};
 
-/// The code of README and of the recipes, run by `cargo test`.
+/// The code of README, of the recipes and of the chapter on training, run by `cargo test`.
 #[cfg(doctest)]
 mod documents {
     #[doc = include_str!("../README.md")]
     struct Readme;
     #[doc = include_str!("../docs/recipes.md")]
     struct Recipes;
+    #[doc = include_str!("../docs/training.md")]
+    struct Training;
 }

@@ -17,6 +17,8 @@ mod graphs;
 mod launches;
 #[path = "gpu/limits.rs"]
 mod limits;
+#[path = "gpu/memory.rs"]
+mod memory;
 #[path = "gpu/parity.rs"]
 mod parity;
 #[path = "gpu/processes.rs"]

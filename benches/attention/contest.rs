@@ -3,10 +3,11 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 use kaio_candle::prelude::*;
 
+use super::backward;
 use super::common::contest::{CANDLE, Contest, OURS, agree};
 use super::common::gpu::Gpu;
 use super::common::table::Row as _;
-use super::rows::{Mask, Row};
+use super::rows::{Mask, Pass, Row};
 use super::unfused::unfused;
 
 /// So many scores candle may keep: a few times 2 GiB in 16 bits.
@@ -15,6 +16,13 @@ const MOST_SCORES: usize = 1 << 30;
 const COMPARED: usize = 64;
 
 pub fn prepare(gpu: &Gpu, row: &Row) -> Result<Contest> {
+    match row.pass {
+        Pass::Forward => forward(gpu, row),
+        _ => backward::prepare(gpu, row),
+    }
+}
+
+fn forward(gpu: &Gpu, row: &Row) -> Result<Contest> {
     let random = |heads, length| {
         let dims = (row.batch, heads, length, row.dim);
         Tensor::randn(0f32, 1., dims, &gpu.device)?.to_dtype(row.dtype)
@@ -44,7 +52,7 @@ pub fn prepare(gpu: &Gpu, row: &Row) -> Result<Contest> {
 }
 
 /// Our own kernels' limits are to be seen.
-fn options(row: &Row) -> FlashAttnOptions {
+pub fn options(row: &Row) -> FlashAttnOptions {
     let opts = FlashAttnOptions::default().engine(Engine::Native).causal(row.mask != Mask::Full);
     match row.mask {
         Mask::Window(left) => opts.window_size_left(left),
@@ -53,12 +61,12 @@ fn options(row: &Row) -> FlashAttnOptions {
 }
 
 /// Heads that share keys as more queries of one head, which candle's product takes.
-fn grouped(row: &Row, q: &Tensor) -> Result<Tensor> {
+pub fn grouped(row: &Row, q: &Tensor) -> Result<Tensor> {
     q.reshape((row.batch, row.kv_heads, (), row.dim))
 }
 
 /// What is added to the scores of the queries `rows` of a group of heads.
-fn mask(row: &Row, rows: &[usize], dtype: DType, device: &Device) -> Result<Option<Tensor>> {
+pub fn mask(row: &Row, rows: &[usize], dtype: DType, device: &Device) -> Result<Option<Tensor>> {
     let left = match row.mask {
         Mask::Full => return Ok(None),
         Mask::Causal => row.keys,
@@ -73,10 +81,15 @@ fn mask(row: &Row, rows: &[usize], dtype: DType, device: &Device) -> Result<Opti
     Ok(Some(mask.repeat((row.heads / row.kv_heads, 1))?.to_dtype(dtype)?))
 }
 
+/// Those of `length` queries that are compared.
+pub fn compared(length: usize) -> Vec<usize> {
+    let count = COMPARED.min(length);
+    (1..=count).map(|i| i * length / count - 1).collect()
+}
+
 fn compare(row: &Row, ours: &Tensor, inputs: [&Tensor; 3]) -> Result<()> {
     let device = ours.device();
-    let count = COMPARED.min(row.queries);
-    let rows: Vec<_> = (1..=count).map(|i| i * row.queries / count - 1).collect();
+    let rows = compared(row.queries);
     let index = Tensor::from_iter(rows.iter().map(|&i| i as u32), device)?;
     let mask = mask(row, &rows, DType::F32, device)?;
     let [q, k, v] = inputs.map(|t| t.to_dtype(DType::F32));

@@ -14,14 +14,17 @@
 //! - `--sweep 64,128`: instead, many configurations for heads of these widths
 //! - `--accuracy FILE`: instead, inputs and our results, whose errors `scripts/torch_peers.py --accuracy FILE`
 //!   prints beside those of PyTorch's
+//! - `--errors FILE`: the same of gradients
 //!
 //! It measures as the matmul bench does: contestants in turns, random inputs, device events around one
 //! call of a GPU that was kept busy, medians, rests. candle multiplies, scales, masks, takes the softmax
-//! and multiplies, where the scores fit easily; PyTorch has no turns.
+//! and multiplies, where the scores fit easily; PyTorch has no turns. The backward pass is that of the op
+//! alone, as PyTorch's is, given a random upstream gradient: candle's graph would add a few kernels of its own.
 //!
 //! The table goes to the terminal, the same as JSON and a chart to `out/bench` (`KAIO_BENCH_DIR`).
 
 mod accuracy;
+mod backward;
 #[path = "../../examples/common/chart.rs"]
 mod chart;
 #[path = "../common/mod.rs"]
@@ -44,13 +47,16 @@ use rows::Row;
 /// As `scripts/torch_peers.py` calls them.
 const CUDNN: &str = "cuDNN";
 const FLASH: &str = "FlashAttention";
+/// Our own backward pass, where the deterministic one is timed.
+const DEFAULT: &str = "default";
 
 fn main() -> Result<()> {
-    let (mut sweep, mut accuracy) = (None, None);
+    let (mut sweep, mut accuracy, mut errors) = (None, None, None);
     let args = Args::parse(&rows::GROUPS, |option, parser| {
         match option {
             "sweep" => sweep = Some(parser.value()?.string()?),
             "accuracy" => accuracy = Some(parser.value()?),
+            "errors" => errors = Some(parser.value()?),
             _ => return Ok(false),
         }
         Ok(true)
@@ -64,7 +70,10 @@ fn main() -> Result<()> {
         return sweep::run(&mut gpu, widths);
     }
     if let Some(path) = &accuracy {
-        return accuracy::run(&gpu.device, path.as_ref());
+        return accuracy::results(&gpu.device, path.as_ref());
+    }
+    if let Some(path) = &errors {
+        return accuracy::gradients(&gpu.device, path.as_ref());
     }
     race::run(&Attention, &mut gpu, &rows, &args)
 }
@@ -76,38 +85,52 @@ impl Bench for Attention {
     const NAME: &str = "attention";
     const GROUPS: &[(char, &str)] = &rows::GROUPS;
     const LEGEND: &str = "B batches of H heads (of queries/of keys) of S positions (queries/keys), \
-         D wide; 4·B·H·S·S·D FLOP, half of them if causal; GB/s of keys and values, and caches \
-         flushed, for decoding";
-    const COLUMNS: &[(&str, usize)] = &[("shape", 25), ("mask", 11), ("dtype", 5)];
-    const PEERS: &[&'static str] = &[CANDLE, CUDNN, FLASH];
+         D wide; 4·B·H·S·S·D FLOP forward and 2.5 times as many backward, half of them if causal; \
+         GB/s of keys and values, and caches flushed, for decoding";
+    const COLUMNS: &[(&str, usize)] = &[("shape", 25), ("mask", 11), ("dtype", 5), ("pass", 8)];
+    const PEERS: &[&'static str] = &[CANDLE, CUDNN, FLASH, DEFAULT];
 
     fn cells(&self, row: &Row) -> Vec<String> {
-        vec![row.shape(), row.mask(), row.dtype.as_str().into()]
+        [row.shape(), row.mask(), row.dtype.as_str().into(), row.pass().into()].into()
     }
 
     fn prepare(&self, gpu: &mut Gpu, row: &Row) -> candle_core::Result<Contest> {
         contest::prepare(gpu, row)
     }
 
-    /// How fast we and cuDNN are by the length.
+    /// How fast we and cuDNN are by the length, forward and backward.
     fn draw(&self, outcomes: &[Outcome<Row>], gpu: &Gpu) -> Result<()> {
-        let groups = [('a', "D 128"), ('b', "D 128 causal"), ('c', "D 64"), ('d', "D 64 causal")];
-        let line = |group, case, contestant: &str| {
-            let points = outcomes.iter().filter_map(|o| {
-                let time: &Time = o.of(contestant)?;
-                Some((o.row.keys as f64, o.row.tflops(time.us)))
-                    .filter(|_| o.row.group == group && o.row.dtype == DType::BF16)
-            });
-            chart::Series { name: format!("{contestant}, {case}"), points: points.collect() }
-        };
-        let pairs = groups.map(|(group, case)| [OURS, CUDNN].map(|who| line(group, case, who)));
-        if pairs.iter().flatten().all(|line| line.points.len() < 2) {
-            return Ok(());
-        }
-        let path = directory().join("attention-cuda.png");
-        let title = format!("Flash attention, bf16, {}, {}", gpu.name, common::today());
-        chart::pair_chart(&path, &title, "S", "TFLOP/s", &pairs)?;
-        println!("wrote {}", path.display());
-        Ok(())
+        chart(outcomes, gpu, ['a', 'b', 'c', 'd'], "Flash attention", "attention-cuda.png")?;
+        let (title, file) = ("Flash attention, backward", "attention-backward-cuda.png");
+        chart(outcomes, gpu, ['l', 'm', 'n', 'o'], title, file)
     }
+}
+
+/// `groups`: of D 128, D 128 causal, D 64 and D 64 causal.
+fn chart(
+    outcomes: &[Outcome<Row>],
+    gpu: &Gpu,
+    groups: [char; 4],
+    title: &str,
+    file: &str,
+) -> Result<()> {
+    let line = |group, case, contestant: &str| {
+        let points = outcomes.iter().filter_map(|o| {
+            let time: &Time = o.of(contestant)?;
+            Some((o.row.keys as f64, o.row.tflops(time.us)))
+                .filter(|_| o.row.group == group && o.row.dtype == DType::BF16)
+        });
+        chart::Series { name: format!("{contestant}, {case}"), points: points.collect() }
+    };
+    let cases = ["D 128", "D 128 causal", "D 64", "D 64 causal"];
+    let pair = |i: usize| [OURS, CUDNN].map(|who| line(groups[i], cases[i], who));
+    let pairs = [0, 1, 2, 3].map(pair);
+    if pairs.iter().flatten().all(|line| line.points.len() < 2) {
+        return Ok(());
+    }
+    let path = directory().join(file);
+    let title = format!("{title}, bf16, {}, {}", gpu.name, common::today());
+    chart::pair_chart(&path, &title, "S", "TFLOP/s", &pairs)?;
+    println!("wrote {}", path.display());
+    Ok(())
 }

@@ -1,16 +1,24 @@
 //! A training run in a safetensors file: the weights, the state of the optimizer, and the losses so
-//! far.
+//! far; or, before it, the weights and all batches.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{Device, Result, Tensor, bail, safetensors};
 
+use crate::args::Args;
+use crate::data::Corpus;
 use crate::model::{Gpt, GptConfig};
+use crate::ops::Arithmetic;
 use crate::optim::Optimizer;
+use crate::train::batch_rng;
 
 const LOSSES: &str = "run.losses";
 const CONFIG: &str = "run.config";
+/// Each step's windows of text with the byte that follows: u8 `[steps, batch, seq + 1]`.
+const WINDOWS: &str = "run.windows";
+/// The peak learning rate.
+const RATE: &str = "run.rate";
 
 /// Writes the run to `path`, and lets it go on from what was written, as a resumed run would.
 pub fn save(
@@ -32,6 +40,24 @@ pub fn save(
     unfinished.push(".unfinished");
     safetensors::save(&tensors, &unfinished)?;
     Ok(std::fs::rename(unfinished, path)?)
+}
+
+/// Writes what a run begins with, and what it will see, so that another program can train the same model.
+pub fn export(path: &Path, args: &Args, corpus: &Corpus) -> Result<()> {
+    let model = Gpt::new(args.model, Arithmetic::Reference, args.seed, &args.device)?;
+    let parameters = model.parameters().iter();
+    let mut tensors: HashMap<_, _> =
+        parameters.map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+    let batches = (0..args.steps).map(|step| {
+        let mut rng = batch_rng(args.seed, step);
+        corpus.training_windows(&mut rng, args.batch).concat()
+    });
+    let windows = batches.collect::<Vec<_>>().concat();
+    let shape = (args.steps, args.batch, args.model.seq + 1);
+    tensors.insert(WINDOWS.into(), Tensor::from_vec(windows, shape, &Device::Cpu)?);
+    tensors.insert(CONFIG.into(), Tensor::new(&numbers(args.model), &Device::Cpu)?);
+    tensors.insert(RATE.into(), Tensor::new(&[args.rate], &Device::Cpu)?);
+    safetensors::save(&tensors, path)
 }
 
 /// Fills the model and the optimizer from `path` and returns the losses of the steps done.

@@ -80,9 +80,14 @@ impl Corpus {
         batch: usize,
         device: &Device,
     ) -> Result<(Tensor, Tensor)> {
+        inputs_and_targets(&self.training_windows(rng, batch), device)
+    }
+
+    /// Each with the byte that follows it.
+    pub fn training_windows(&self, rng: &mut Rng, batch: usize) -> Vec<&[u8]> {
         let starts = self.training.len() - self.seq;
         let window = |_| &self.training[rng.below(starts)..][..=self.seq];
-        inputs_and_targets(&(0..batch).map(window).collect::<Vec<_>>(), device)
+        (0..batch).map(window).collect()
     }
 
     /// The held-out text in windows that do not overlap, at most [`MAX_VALIDATION_WINDOWS`] of them

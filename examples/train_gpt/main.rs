@@ -12,9 +12,10 @@
 //! The text is this crate's own source and documentation. The run ends with the loss on text that it
 //! has not seen beside the entropy of single bytes, a sample, a picture of the loss, and a checkpoint.
 //! With `--reference` the same model (weights, batches, schedule) is trained on candle's own f32
-//! operations as well, and the two curves are compared.
+//! operations as well, and the two curves are compared. `--benchmark` times steps instead.
 
 mod args;
+mod benchmark;
 #[path = "../common/chart.rs"]
 mod chart;
 mod checkpoint;
@@ -56,25 +57,29 @@ fn run() -> Result<(), Box<dyn Error>> {
         Some(path) => Corpus::from_file(path, args.model.seq)?,
         None => Corpus::of_this_crate(args.model.seq)?,
     };
+    if args.benchmark {
+        return Ok(benchmark::run(&args, &corpus)?);
+    }
     // Now, so that a path that cannot be written does not cost a whole run.
     for directory in [Some(args.out.as_path()), args.checkpoint.parent()].into_iter().flatten() {
         fs::create_dir_all(directory)
             .map_err(|e| format!("cannot make the directory {}: {e}", directory.display()))?;
     }
 
-    let trained = train(&args, Arithmetic::Kaio, &corpus)?;
+    if let Some(path) = &args.export {
+        checkpoint::export(path, &args, &corpus)?;
+    }
+    let trained = train(&args, args.arithmetic, &corpus)?;
     let reference =
         args.reference.then(|| train(&args, Arithmetic::Reference, &corpus)).transpose()?;
 
     let entropy = corpus.unigram_entropy();
     println!("text: {} bytes; the entropy of single bytes is {entropy:.3} nats/byte", corpus.len());
-    for (arithmetic, run) in
-        [(Arithmetic::Kaio, Some(&trained)), (Arithmetic::Reference, reference.as_ref())]
-    {
-        if let Some(run) = run {
-            let loss = validation_loss(&run.model, &corpus, &args)?;
-            println!("validation loss, {}: {loss:.3} nats/byte", arithmetic.name());
-        }
+    let mut runs = vec![(args.arithmetic, &trained)];
+    runs.extend(reference.as_ref().map(|run| (Arithmetic::Reference, run)));
+    for (arithmetic, run) in &runs {
+        let loss = validation_loss(&run.model, &corpus, &args)?;
+        println!("validation loss, {}: {loss:.3} nats/byte", arithmetic.name());
     }
     if let Some(reference) = &reference {
         let (step, difference) = largest_difference(&trained, reference);
@@ -88,8 +93,12 @@ fn run() -> Result<(), Box<dyn Error>> {
         println!("\n{}\n", String::from_utf8_lossy(&text));
     }
 
+    if let Some(path) = &args.log {
+        write_log(path, &runs)?;
+        println!("losses: {}", path.display());
+    }
     let picture = args.out.join("train_gpt.png");
-    draw(&picture, &trained, reference.as_ref(), entropy)?;
+    draw(&picture, &runs, entropy)?;
     println!("loss curve: {}", picture.display());
     println!("checkpoint: {}", args.checkpoint.display());
     Ok(())
@@ -114,20 +123,26 @@ fn largest_difference(a: &Trained, b: &Trained) -> (usize, f64) {
     numbered.max_by(|(_, a), (_, b)| a.total_cmp(b)).unwrap_or_default()
 }
 
-fn draw(
-    path: &Path,
-    trained: &Trained,
-    reference: Option<&Trained>,
-    entropy: f64,
-) -> Result<(), Box<dyn Error>> {
+/// A line for each step: its number, and the loss of every run.
+fn write_log(path: &Path, runs: &[(Arithmetic, &Trained)]) -> Result<(), Box<dyn Error>> {
+    let names = runs.iter().map(|(arithmetic, _)| arithmetic.name());
+    let mut lines = vec![["step"].into_iter().chain(names).collect::<Vec<_>>().join(",")];
+    for step in 0..runs[0].1.losses.len() {
+        let losses = runs.iter().map(|(_, run)| run.losses[step].to_string());
+        let cells = std::iter::once((step + 1).to_string()).chain(losses);
+        lines.push(cells.collect::<Vec<_>>().join(","));
+    }
+    Ok(fs::write(path, lines.join("\n") + "\n")?)
+}
+
+fn draw(path: &Path, runs: &[(Arithmetic, &Trained)], entropy: f64) -> Result<(), Box<dyn Error>> {
     let line = |name: &str, losses: Vec<f64>| Series {
         name: name.to_owned(),
         points: (1..).map(f64::from).zip(losses).collect(),
     };
-    let steps = trained.losses.len();
-    let mut series = vec![line(Arithmetic::Kaio.name(), trained.smoothed())];
-    series.extend(reference.map(|run| line(Arithmetic::Reference.name(), run.smoothed())));
-    series.push(line("entropy of single bytes", vec![entropy; steps]));
+    let mut series: Vec<_> =
+        runs.iter().map(|(arithmetic, run)| line(arithmetic.name(), run.smoothed())).collect();
+    series.push(line("entropy of single bytes", vec![entropy; runs[0].1.losses.len()]));
     let title = format!("Training loss, mean of {SMOOTHING} steps");
     chart::line_chart(path, &title, "step", "nats per byte", &series)
 }

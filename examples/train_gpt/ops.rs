@@ -9,15 +9,26 @@ use kaio_candle::prelude::*;
 pub enum Arithmetic {
     /// This crate, in bf16. The weights stay f32: casting them is part of the graph, so their
     /// gradients are f32 too.
-    Kaio,
+    Kaio(Attention),
     /// candle's own operations, in f32.
     Reference,
+}
+
+/// Who attends where this crate multiplies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Attention {
+    /// This crate. Deterministic gradients are the same bits on every run.
+    Kaio { deterministic: bool },
+    /// candle's own operations, in f32.
+    Candle,
 }
 
 impl Arithmetic {
     pub fn name(self) -> &'static str {
         match self {
-            Self::Kaio => "kaio-candle bf16",
+            Self::Kaio(Attention::Kaio { deterministic: false }) => "kaio-candle bf16",
+            Self::Kaio(Attention::Kaio { deterministic: true }) => "kaio-candle bf16 deterministic",
+            Self::Kaio(Attention::Candle) => "kaio-candle bf16 with candle's attention",
             Self::Reference => "candle f32",
         }
     }
@@ -34,7 +45,7 @@ impl Arithmetic {
 
     fn product(self, x: &Tensor, weight: &Tensor, dtype: DType) -> Result<Tensor> {
         match self {
-            Self::Kaio => {
+            Self::Kaio(_) => {
                 let opts = MatmulOptions::default().out_dtype(dtype);
                 x.to_dtype(DType::BF16)?.kaio_matmul_with(&weight.to_dtype(DType::BF16)?, &opts)
             }
@@ -51,13 +62,14 @@ impl Arithmetic {
     /// Causal self-attention over `[B, S, H, D]`.
     pub fn attention(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Kaio => {
+            Self::Kaio(Attention::Kaio { deterministic }) => {
                 let opts = FlashAttnOptions::default().causal(true).layout(AttnLayout::Bshd);
-                q.kaio_flash_attn_with(k, v, &opts)
+                q.kaio_flash_attn_with(k, v, &opts.deterministic(deterministic))
             }
-            Self::Reference => {
-                let [q, k, v] = [q, k, v].map(|x| x.transpose(1, 2)?.contiguous());
-                let (q, k, v) = (q?, k?, v?);
+            Self::Kaio(Attention::Candle) | Self::Reference => {
+                let heads_first =
+                    |x: &Tensor| x.to_dtype(DType::F32)?.transpose(1, 2)?.contiguous();
+                let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
                 let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
                 let scores = (q.matmul(&k.t()?)? * scale)?;
                 let visible = Tensor::tril2(q.dim(2)?, DType::U8, q.device())?;

@@ -41,18 +41,13 @@ pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Tra
         None => Vec::new(),
     };
     let checkpoint = match arithmetic {
-        Arithmetic::Kaio => Some(&args.checkpoint),
+        Arithmetic::Kaio(_) => Some(&args.checkpoint),
         Arithmetic::Reference => None,
     };
 
     let progress = Progress::new(arithmetic, losses.len(), args);
     for step in losses.len()..args.steps {
-        // The batch follows from the seed and the step alone, so a resumed run sees the same ones.
-        let mut rng = Rng::new(args.seed, step as u64);
-        let (tokens, targets) = corpus.training_batch(&mut rng, args.batch, device)?;
-        let loss = model.loss(&tokens, &targets)?;
-        optimizer.backward_step(&loss, args.steps)?;
-        losses.push(loss.to_scalar()?);
+        losses.push(training_step(args, &model, &mut optimizer, corpus, step)?);
         progress.step(&losses);
 
         let due = args.checkpoint_every.is_some_and(|every| losses.len().is_multiple_of(every));
@@ -64,6 +59,26 @@ pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Tra
     }
     progress.finish();
     Ok(Trained { model, losses })
+}
+
+/// The loss, and the weights changed against it.
+pub fn training_step(
+    args: &Args,
+    model: &Gpt,
+    optimizer: &mut Optimizer,
+    corpus: &Corpus,
+    step: usize,
+) -> Result<f32> {
+    let mut rng = batch_rng(args.seed, step);
+    let (tokens, targets) = corpus.training_batch(&mut rng, args.batch, &args.device)?;
+    let loss = model.loss(&tokens, &targets)?;
+    optimizer.backward_step(&loss, args.steps)?;
+    loss.to_scalar()
+}
+
+/// A batch follows from the seed and the step alone, so a resumed run sees the same ones.
+pub fn batch_rng(seed: u64, step: usize) -> Rng {
+    Rng::new(seed, step as u64)
 }
 
 fn recent_mean(losses: &[f32]) -> f64 {

@@ -11,8 +11,7 @@ mod node;
 mod qkv;
 mod quantized;
 
-#[cfg(feature = "cuda")]
-pub(crate) use attention::flash_attn_gradients;
+pub use attention::FlashAttnBackward;
 pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
@@ -85,8 +84,13 @@ pub(crate) fn apply_constant<const N: usize>(
 
 /// Runs an op outside candle's graph, within a gradient.
 pub(crate) fn eval<const N: usize>(op: &impl Op, inputs: &[&Tensor]) -> Result<[Tensor; N]> {
-    let results: Vec<_> = compute(op, inputs)?.into_iter().map(tensor).collect();
+    let results = eval_all(op, inputs)?;
     results.try_into().map_err(|_| candle_core::Error::msg("an op with another number of results"))
+}
+
+/// The same, with what the op saves for its gradient.
+fn eval_all(op: &impl Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    Ok(compute(op, inputs)?.into_iter().map(tensor).collect())
 }
 
 /// What an op computes.

@@ -11,7 +11,8 @@ use super::{gpu, work};
 fn runs_are_identical() {
     let Some(gpu) = gpu() else { return };
     let mut tally = Tally::new("native run to run", &gpu);
-    for work in work::products("repeated", 200, 500, 500).chain(work::attentions()) {
+    let attentions = work::attentions().chain(work::gradients());
+    for work in work::products("repeated", 200, 500, 500).chain(attentions) {
         tally.case(&work.name, || {
             let first = bits(&work.call(&gpu)?()?);
             for run in 1..5 {

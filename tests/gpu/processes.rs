@@ -15,7 +15,7 @@ use kaio_candle::ptx::{Kernel, Target};
 
 use super::streams::bits;
 use super::suites::{Layout, Source, matmul};
-use super::{gpu, graphs, say};
+use super::{gpu, graphs, memory, say};
 
 const CHILD: &str = "KAIO_TEST_CHILD";
 
@@ -162,6 +162,14 @@ fn graphs_capture_and_replay() {
 }
 
 #[test]
+fn memory_of_attention() {
+    if gpu().is_some() {
+        child("attention_alone", &[]);
+        child("attention_alone", &[("KAIO_ARCH", OsStr::new("sm_80"))]);
+    }
+}
+
+#[test]
 fn an_unknown_architecture_is_an_error() {
     if gpu().is_none() {
         return;
@@ -267,6 +275,13 @@ fn tables_of_matmul() {
 fn graphs() {
     let (true, Some(_)) = (is_child(), gpu()) else { return };
     graphs::capture_and_replay().unwrap();
+}
+
+#[test]
+#[ignore = "run in a process of its own"]
+fn attention_alone() {
+    let (true, Some(_)) = (is_child(), gpu()) else { return };
+    memory::of_attention().unwrap();
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Order: kernels among candle's work, on its own stream, on several, and on two GPUs.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use kaio_candle::prelude::*;
+use kaio_candle::tune::FlashAttnBackward;
 
 use super::suites::{Layout, Source, attention, matmul, poison, quantized};
 use super::{gpu, say, second_gpu};
@@ -18,6 +19,7 @@ fn chain(device: &Device, seed: &str) -> Result<Vec<u32>> {
     let n = 768;
     let x = source.tensor(DType::F32, &[n, n], Layout::Plain)?;
     let y = source.tensor(DType::F32, &[n, n], Layout::Plain)?;
+    let opts = FlashAttnOptions::default().causal(true).deterministic(true);
     let mut state = x.clone();
     for _ in 0..4 {
         // candle writes `h`; kaio reads it at once.
@@ -28,6 +30,12 @@ fn chain(device: &Device, seed: &str) -> Result<Vec<u32>> {
         let heads = state.reshape((12, n, 64))?;
         let o = heads.kaio_flash_attn(&heads, &heads, true)?;
         state = (state + o.reshape((n, n))?)?;
+        // The backward pass reads what the forward pass is still writing, and candle its gradient.
+        let heads = Var::from_tensor(&state.tanh()?.reshape((12, n, 64))?.to_dtype(DType::BF16)?)?;
+        let o = heads.kaio_flash_attn_with(&heads, &heads, &opts)?;
+        let grads = o.sqr()?.backward()?;
+        let grad = grads.get(&heads).expect("it tracks a gradient").detach();
+        state = (state + grad.reshape((n, n))?.to_dtype(DType::F32)?.tanh()?)?;
     }
     Ok(bits(&state))
 }
@@ -55,6 +63,7 @@ fn tables_on_an_own_stream() -> Result<()> {
     quantized::int4(&own);
     quantized::qkv_int8(&own);
     attention::layouts(&own);
+    attention::gradient_kinds(&own);
     attention::attention_tc(&own);
     Ok(())
 }
@@ -106,6 +115,44 @@ fn streams_of_several_devices_are_ordered() -> Result<()> {
     for _ in 0..3 {
         for devices in [[&gpu, first, second], [first, second, &gpu], [first, &gpu, first]] {
             assert!(product(devices)? == want, "devices {devices:?}");
+        }
+    }
+    Ok(())
+}
+
+/// The same of attention and its gradients, whose kernels follow one another.
+#[test]
+fn gradients_on_streams_of_several_devices_are_ordered() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let own = [Device::new_cuda_with_stream(0)?, Device::new_cuda_with_stream(0)?];
+    let (heads, rows, dim) = (8, 512, 128);
+    // A long way to heads of attention, all of it on the device's stream.
+    let late = |device: &Device, seed: &str| {
+        let n = rows;
+        let mut x = Source::new(seed, device).tensor(DType::F32, &[n, n], Layout::Plain)?;
+        for _ in 0..20 {
+            x = (x.matmul(&x)? * (3.0 / (n as f64).sqrt()))?.tanh()?;
+        }
+        let wide = Tensor::cat(&[&x, &x.t()?], 1)?.reshape((rows, heads, dim))?;
+        wide.transpose(0, 1)?.to_dtype(DType::BF16)
+    };
+    let var = |t: Tensor| Ok::<_, candle_core::Error>(Var::from_tensor(&t)?.into_inner());
+    let gradients = |devices: [&Device; 3]| {
+        let (q, grad) = (var(late(devices[0], "q")?)?, late(devices[0], "grad")?);
+        let (k, v) = (var(late(devices[1], "k")?)?, var(late(devices[2], "v")?)?);
+        let opts = FlashAttnOptions::default().causal(true).deterministic(true);
+        let attention = FlashAttnBackward::new([&q, &k, &v], &opts)?;
+        let gradients = attention.run(&grad)?;
+        drop((q, k, v, grad, attention));
+        // What was just freed is taken and overwritten.
+        devices.iter().for_each(|device| poison(device, heads * rows * dim / 2));
+        Ok::<_, candle_core::Error>(gradients.iter().flatten().map(bits).collect::<Vec<_>>())
+    };
+    let want = gradients([&gpu; 3])?;
+    let [first, second] = &own;
+    for _ in 0..3 {
+        for devices in [[&gpu, first, second], [first, second, &gpu], [first, &gpu, first]] {
+            assert!(gradients(devices)? == want, "devices {devices:?}");
         }
     }
     Ok(())

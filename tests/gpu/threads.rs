@@ -50,7 +50,8 @@ fn many_threads() -> Result<()> {
 fn threads(device: &Device, what: &str, launches: usize) -> Result<()> {
     const THREADS: usize = 8;
     const AT_ONCE: usize = 25;
-    let all: Vec<_> = work::products("threads", 60, 300, 200).chain(work::attentions()).collect();
+    let attentions = work::attentions().chain(work::gradients());
+    let all: Vec<_> = work::products("threads", 60, 300, 200).chain(attentions).collect();
     let alone = all.iter().map(|work| Ok(bits(&work.call(device)?()?)));
     let alone = alone.collect::<Result<Vec<_>>>()?;
     let done = AtomicUsize::new(0);

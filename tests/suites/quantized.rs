@@ -139,7 +139,7 @@ pub fn int8_random(device: &Device) {
         prop::sample::select(Layout::ALL.as_slice()),
         prop::sample::select(Layout::ALL.as_slice()),
     );
-    property(&mut tally, strategy, |(rows, (k, n), x, weight)| {
+    property(&mut tally, 128, strategy, |(rows, (k, n), x, weight)| {
         let p = Problem { rows: &rows, k, n, x, weight: [weight; 2] };
         check_int8(&mut Source::new(&format!("{p:?}"), device), p, 0.25, RANDOM)
     });

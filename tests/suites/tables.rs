@@ -41,6 +41,7 @@ tables! {
     attention_empty: attention::empty;
     attention_layouts: attention::layouts;
     attention_upstream: attention::upstream;
+    attention_upstream_views: attention::upstream_views;
     attention_scales: attention::scales;
     attention_random: attention::random;
     attention_specials: attention::specials;
@@ -61,11 +62,13 @@ tables! {
     attention_random_options: attention::random_options;
     attention_log_sum_exp: attention::log_sum_exp;
     attention_log_sum_exp_gradients: attention::log_sum_exp_gradients;
+    attention_random_log_sum_exp_gradients: attention::random_log_sum_exp_gradients;
     attention_stand_ins: attention::stand_ins;
     attention_shared_graph: attention::shared_graph;
     attention_kinds: attention::kinds;
     attention_gradient_kinds: attention::gradient_kinds;
     attention_many_tiles: attention::many_tiles;
+    attention_gradients_of_many_tiles: attention::gradients_of_many_tiles;
     attention_accuracy: attention::accuracy;
     empty_products: empty::products;
     empty_attention: empty::attention;

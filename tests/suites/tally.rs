@@ -72,17 +72,24 @@ impl Tally {
     }
 }
 
-/// Checks 128 random problems as one case; a failure is shrunk to a small one.
+/// Checks so many random problems as one case; a failure is shrunk to a small one.
 pub fn property<S: Strategy>(
     tally: &mut Tally,
+    cases: usize,
     problems: S,
     check: impl Fn(S::Value) -> Result<()>,
 ) {
-    let config = Config { cases: 128, failure_persistence: None, ..Config::default() };
-    tally.case("128 random problems", || {
+    let config = Config { cases: cases as u32, failure_persistence: None, ..Config::default() };
+    tally.case(format!("{cases} random problems"), || {
         let check = |problem| check(problem).map_err(|e| TestCaseError::fail(e.to_string()));
         TestRunner::new(config).run(&problems, check).map_err(candle_core::Error::msg)
     });
+}
+
+/// How many random problems are checked: on a GPU `KAIO_RANDOM_CASES`, or as many as take about a minute.
+pub fn random_cases(device: &Device, on_cpu: usize, on_gpu: usize) -> usize {
+    let asked = || std::env::var("KAIO_RANDOM_CASES").ok().and_then(|n| n.parse().ok());
+    if device.is_cpu() { on_cpu } else { asked().unwrap_or(on_gpu) }
 }
 
 /// Every pair, the second member changing fastest.

@@ -1,5 +1,4 @@
-//! For benches and tests: products and attention by configurations that nobody chose, gradients without candle's
-//! graph.
+//! For the benches: products and attention by configurations that nobody chose.
 
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Result, Storage, Tensor, bail};
@@ -7,11 +6,10 @@ use candle_core::{DType, Result, Storage, Tensor, bail};
 use super::attention;
 use super::matmul::Call;
 use super::plan::Compiled;
-use crate::FlashAttnOptions;
 use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
 use crate::kernel::{Config, Plan};
-use crate::op::{self, AttentionInputs, AttentionProblem, AttentionWants, Epilogue, MatmulProblem};
+use crate::op::{AttentionInputs, AttentionProblem, AttentionWants, Epilogue, MatmulProblem};
 
 /// The product by `config`, or by the chooser's, of two matrices on one GPU; and the problem that the
 /// chooser sees.
@@ -34,16 +32,6 @@ pub fn matmul(
     let storage = Storage::Cuda(call.run(&Compiled::new("tune", &call.gpu, plan)?)?);
     let tensor = Tensor::from_storage(storage, problem.out.clone(), BackpropOp::none(), false);
     Ok((tensor, call.facts))
-}
-
-/// The gradients of q, k, v and a tracked bias, given those of the result and of the log-sum-exp: without any kernel
-/// but this crate's, and such as cast and copy.
-pub fn flash_attn_gradients(
-    qkv: [&Tensor; 3],
-    opts: &FlashAttnOptions,
-    grads: [Option<Tensor>; 2],
-) -> Result<Vec<Option<Tensor>>> {
-    op::flash_attn_gradients("tune", qkv, opts, grads)
 }
 
 /// Attention by `config`, or by the chooser's, of `[B, H, S, D]` with as many heads of keys, on one GPU;

@@ -1,5 +1,6 @@
 //! `softmax(q·kᵀ·scale + mask)·v`: flash attention with gradients, and the f32 output variant.
 
+mod alone;
 mod arguments;
 mod backward;
 mod broadcast;
@@ -9,6 +10,7 @@ mod problem;
 #[cfg(test)]
 mod tests;
 
+pub use alone::FlashAttnBackward;
 pub(crate) use problem::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Mask,
@@ -17,8 +19,6 @@ pub(crate) use problem::{
 use candle_core::{Result, Tensor};
 
 use super::apply;
-#[cfg(feature = "cuda")]
-use super::{Differentiable, compute, tensor};
 use crate::FlashAttnOptions;
 use broadcast::BroadcastAttention;
 use call::Call;
@@ -50,32 +50,27 @@ pub(crate) fn flash_attn_with_lse(
 
 fn flash<const N: usize>(
     op: &'static str,
-    qkv @ [q, k, v]: [&Tensor; 3],
+    qkv: [&Tensor; 3],
     opts: &FlashAttnOptions,
     wants_lse: bool,
 ) -> Result<[Tensor; N]> {
+    let (op, inputs) = prepare(op, qkv, opts, wants_lse)?;
+    apply(op, &inputs.iter().collect::<Vec<_>>())
+}
+
+/// The op of a checked call, and its inputs.
+fn prepare(
+    op: &'static str,
+    qkv @ [q, k, v]: [&Tensor; 3],
+    opts: &FlashAttnOptions,
+    wants_lse: bool,
+) -> Result<(FlashAttention, Vec<Tensor>)> {
     let extras = arguments::flash(op, [("q", q), ("k", k), ("v", v)], opts)?;
     let inputs = [qkv.as_slice(), &extras.list()].concat();
     let tracked = inputs.iter().any(|t| t.track_op());
     let call = Call::new(op, q.dtype(), opts, &extras);
-    apply(FlashAttention { call, wants_lse, tracked }, &inputs)
-}
-
-/// What an attention's backward pass gives for gradients of its result and of its log-sum-exp, without candle's
-/// graph: those of q, k, v and a tracked bias.
-#[cfg(feature = "cuda")]
-pub(crate) fn flash_attn_gradients(
-    op: &'static str,
-    qkv @ [q, k, v]: [&Tensor; 3],
-    opts: &FlashAttnOptions,
-    grads: [Option<Tensor>; 2],
-) -> Result<Vec<Option<Tensor>>> {
-    let extras = arguments::flash(op, [("q", q), ("k", k), ("v", v)], opts)?;
-    let inputs = [qkv.as_slice(), &extras.list()].concat();
-    let call = Call::new(op, q.dtype(), opts, &extras);
-    let flash = FlashAttention { call, wants_lse: true, tracked: true };
-    let results: Vec<_> = compute(&flash, &inputs)?.into_iter().map(tensor).collect();
-    flash.grad(&inputs, &results, &grads)
+    let inputs = inputs.into_iter().cloned().collect();
+    Ok((FlashAttention { call, wants_lse, tracked }, inputs))
 }
 
 /// Attention from f16 to f32 over any broadcast batch dimensions.

@@ -9,7 +9,7 @@ use std::ptr::null_mut;
 use crate::candle;
 use crate::copies::Map;
 use crate::grid::{Launch, Param};
-use crate::memory::{Memory, allocate, free};
+use crate::memory::{Memory, allocate, forget_most, free, used};
 use crate::program::Program;
 
 /// `CUresult`, and those of cuBLAS and cuRAND, whose 0 means the same.
@@ -208,6 +208,47 @@ pub extern "C" fn cuMemFree_v2(at: u64) -> Status {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFreeAsync(at: u64, _: *mut c_void) -> Status {
     cuMemFree_v2(at)
+}
+
+/// # Safety
+/// See [`cuDeviceGet`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetDefaultMemPool(pool: *mut *mut c_void, _: c_int) -> Status {
+    // SAFETY: the caller's promise.
+    unsafe { pool.write(HANDLE) };
+    SUCCESS
+}
+
+const USED_MEM_CURRENT: c_int = 7;
+const USED_MEM_HIGH: c_int = 8;
+
+/// # Safety
+/// See [`cuDeviceGet`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemPoolGetAttribute(
+    _: *mut c_void,
+    what: c_int,
+    value: *mut u64,
+) -> Status {
+    let [now, most] = used();
+    let bytes = match what {
+        USED_MEM_CURRENT => now,
+        USED_MEM_HIGH => most,
+        _ => return NOT_SUPPORTED,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { value.write(bytes as u64) };
+    SUCCESS
+}
+
+/// The one attribute that can be set here begins anew, whatever the value.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemPoolSetAttribute(_: *mut c_void, what: c_int, _: *const u64) -> Status {
+    match what {
+        USED_MEM_HIGH => forget_most(),
+        _ => return NOT_SUPPORTED,
+    }
+    SUCCESS
 }
 
 /// Copies between addresses of which those of the GPU were checked.

@@ -2,6 +2,7 @@
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 
 /// As `cudaMalloc` aligns.
@@ -12,6 +13,10 @@ type Regions = BTreeMap<u64, usize>;
 
 /// Copied when it changes, so that a grid reads it without a lock.
 static REGIONS: RwLock<Option<Arc<Regions>>> = RwLock::new(None);
+
+/// Bytes in use, and at most so far.
+static USED: AtomicUsize = AtomicUsize::new(0);
+static MOST: AtomicUsize = AtomicUsize::new(0);
 
 fn layout(bytes: usize) -> Layout {
     Layout::from_size_align(bytes.max(1), ALIGN).expect("a size that fits")
@@ -30,12 +35,24 @@ pub fn allocate(bytes: usize) -> u64 {
     // SAFETY: just allocated.
     unsafe { at.write_bytes(0xff, bytes) };
     change(|regions| _ = regions.insert(at as u64, bytes));
+    let used = USED.fetch_add(bytes, Ordering::Relaxed) + bytes;
+    MOST.fetch_max(used, Ordering::Relaxed);
     at as u64
+}
+
+/// Bytes in use now, and at most since the last [`forget_most`].
+pub fn used() -> [usize; 2] {
+    [&USED, &MOST].map(|bytes| bytes.load(Ordering::Relaxed))
+}
+
+pub fn forget_most() {
+    MOST.store(USED.load(Ordering::Relaxed), Ordering::Relaxed);
 }
 
 pub fn free(at: u64) {
     change(|regions| {
         let bytes = regions.remove(&at).expect("it was allocated");
+        USED.fetch_sub(bytes, Ordering::Relaxed);
         // SAFETY: allocated with this layout, and now forgotten.
         unsafe { dealloc(at as *mut u8, layout(bytes)) };
     });

@@ -1,6 +1,6 @@
 //! Biases and their gradients.
 
-use candle_core::DType::F32;
+use candle_core::DType::{BF16, F32};
 use candle_core::{Device, Error, Result, Tensor, Var};
 use kaio_candle::prelude::*;
 
@@ -53,35 +53,40 @@ pub fn biases(device: &Device) {
     run("flash_attn biases", device, problems);
 }
 
-/// One graph with a tracked bias serves several backward passes, in several threads.
+/// One graph with a tracked bias serves several backward passes, one after the other and in several threads.
 pub fn shared_graph(device: &Device) {
     let name = "flash_attn shared graph";
     let mut tally = Tally::new(name, device);
-    tally.case("four threads", || {
-        let mut source = Source::new(name, device);
-        let mut var = |dims: &[usize]| Var::from_tensor(&source.tensor(F32, dims, Plain)?);
-        let (q, k, v) = (var(&[2, 33, 8])?, var(&[2, 40, 8])?, var(&[2, 40, 8])?);
-        let bias = var(&[33, 40])?;
-        let opts = FlashAttnOptions::default().bias(bias.as_tensor().clone());
-        let out = q.kaio_flash_attn_with(&k, &v, &opts)?;
-        let gradients = |factor: f64| -> Result<Vec<Tensor>> {
-            let grads = (&out * factor)?.sqr()?.sum_all()?.backward()?;
-            let of = |var: &Var| grads.get(var).cloned().ok_or(Error::msg("no gradient"));
-            [&q, &k, &v, &bias].into_iter().map(of).collect()
-        };
-        let alone = (1..5).map(|i| gradients(f64::from(i))).collect::<Result<Vec<_>>>()?;
-        std::thread::scope(|scope| {
-            let check = |i: usize| {
-                for _ in 0..20 {
-                    for (got, want) in gradients(i as f64 + 1.0)?.iter().zip(&alone[i]) {
-                        identical("gradient", got, &Nd::of(want)?)?;
-                    }
-                }
-                Ok(())
+    let sizes = [(F32, [2, 2, 33, 40, 8]), (BF16, [4, 2, 200, 300, 64])];
+    for (dtype, [heads, kv_heads, sq, sk, d]) in sizes {
+        tally.case(format!("{dtype:?}, four threads"), || {
+            let mut source = Source::new(name, device);
+            let mut var = |dims: &[usize]| Var::from_tensor(&source.tensor(dtype, dims, Plain)?);
+            let q = var(&[heads, sq, d])?;
+            let (k, v) = (var(&[kv_heads, sk, d])?, var(&[kv_heads, sk, d])?);
+            let bias = var(&[sq, sk])?;
+            let opts =
+                FlashAttnOptions::default().bias(bias.as_tensor().clone()).deterministic(true);
+            let out = q.kaio_flash_attn_with(&k, &v, &opts)?;
+            let gradients = |factor: f64| -> Result<Vec<Tensor>> {
+                let grads = (&out * factor)?.sqr()?.sum_all()?.backward()?;
+                let of = |var: &Var| grads.get(var).cloned().ok_or(Error::msg("no gradient"));
+                [&q, &k, &v, &bias].into_iter().map(of).collect()
             };
-            let threads: Vec<_> = (0..4).map(|i| scope.spawn(move || check(i))).collect();
-            threads.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"))
-        })
-    });
+            let alone = (1..5).map(|i| gradients(f64::from(i))).collect::<Result<Vec<_>>>()?;
+            std::thread::scope(|scope| {
+                let check = |i: usize| {
+                    for _ in 0..20 {
+                        for (got, want) in gradients(i as f64 + 1.0)?.iter().zip(&alone[i]) {
+                            identical("gradient", got, &Nd::of(want)?)?;
+                        }
+                    }
+                    Ok(())
+                };
+                let threads: Vec<_> = (0..4).map(|i| scope.spawn(move || check(i))).collect();
+                threads.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"))
+            })
+        });
+    }
     tally.finish();
 }

@@ -8,7 +8,7 @@ use super::problem::{Leaves, Loss, Problem};
 use super::{Sizes, run};
 use crate::suites::Layout;
 
-fn every_kind(dtype: DType) -> Vec<Problem> {
+pub fn every_gradient_kind(dtype: DType) -> Vec<Problem> {
     let (plain, causal) = (Options::default, Options::causal);
     let padded = Lengths::Padded([Some(vec![150, 3]), Some(vec![0, 140])]);
     let packed = Lengths::Packed([vec![0, 5, 5, 90, 150], vec![0, 70, 78, 78, 140]]);
@@ -81,5 +81,12 @@ fn every_kind(dtype: DType) -> Vec<Problem> {
 /// What `compute-sanitizer` and the emulator are run on.
 pub fn gradient_kinds(device: &Device) {
     let dtypes = if device.is_cpu() { &[BF16] } else { [BF16, F16, F32].as_slice() };
-    run("flash_attn gradient kinds", device, dtypes.iter().flat_map(|&dtype| every_kind(dtype)));
+    let problems = dtypes.iter().flat_map(|&dtype| every_gradient_kind(dtype));
+    let problems = problems.flat_map(|problem| {
+        [false, true].map(|deterministic| {
+            let options = Options { deterministic, ..problem.options.clone() };
+            Problem { options, ..problem.clone() }
+        })
+    });
+    run("flash_attn gradient kinds", device, problems);
 }

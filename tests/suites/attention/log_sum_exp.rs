@@ -1,14 +1,16 @@
 //! The log-sum-exp that comes with a result.
 
 use candle_core::DType::{BF16, F16, F32};
-use candle_core::{Device, Result, Var, bail};
+use candle_core::{Device, Error, Result, Var, bail};
 use kaio_candle::prelude::*;
+use proptest::prelude::*;
 
 use super::loops::nds;
 use super::options::{Bias, Lengths, Options, Slopes};
-use super::problem::Problem;
+use super::problem::{Leaves, Problem};
+use super::random::problems;
 use crate::suites::Layout::Plain;
-use crate::suites::{Nd, Source, Tally, close, pairs, results_alone, ulp};
+use crate::suites::{Nd, Source, Tally, close, pairs, property, random_cases, results_alone, ulp};
 
 /// The log-sum-exp puts results over parts of the keys together.
 pub fn log_sum_exp(device: &Device) {
@@ -71,6 +73,28 @@ pub fn log_sum_exp_gradients(device: &Device) {
             tally.case(format!("alone {alone}, {problem:?}"), || both(&problem, alone, device));
         }
     }
+    tally.finish();
+}
+
+/// The same of random problems.
+pub fn random_log_sum_exp_gradients(device: &Device) {
+    let mut tally = Tally::new("flash_attn random log-sum-exp gradients", device);
+    if results_alone() {
+        return tally.inapplicable("results alone are computed");
+    }
+    let problems = problems(device).prop_filter("there is something", |problem| {
+        problem.dims.iter().flatten().all(|&len| len > 0)
+    });
+    // Gradients are those of q, k, v and the bias as the op has them.
+    let problems = problems.prop_map(|mut problem| {
+        problem.options.scale = Some(0.3);
+        problem.options.bias.iter_mut().for_each(|bias| bias.layout = Plain);
+        Problem { leaves: Leaves::Each([Plain; 3]), ..problem }
+    });
+    let cases = random_cases(device, 64, 1000);
+    property(&mut tally, cases, (any::<bool>(), problems), |(alone, problem)| {
+        both(&problem, alone, device).map_err(|e| Error::msg(format!("{problem:?}: {e}")))
+    });
     tally.finish();
 }
 

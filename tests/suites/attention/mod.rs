@@ -2,6 +2,7 @@
 
 mod accuracy;
 mod alibi;
+mod alone;
 mod bias;
 mod combined;
 mod differences;
@@ -27,18 +28,17 @@ mod tc;
 mod windows;
 
 pub use {
-    accuracy::*, alibi::*, bias::*, combined::*, differences::*, engines::*, gradient_kinds::*,
-    isolation::*, kinds::*, layouts::*, lengths::*, log_sum_exp::*, many_tiles::*, random::*,
-    scales::*, sizes::*, softcap::*, specials::*, stand_ins::*, tc::*, windows::*,
+    accuracy::*, alibi::*, alone::*, bias::*, combined::*, differences::*, engines::*,
+    gradient_kinds::*, isolation::*, kinds::*, layouts::*, lengths::*, log_sum_exp::*,
+    many_tiles::*, random::*, scales::*, sizes::*, softcap::*, specials::*, stand_ins::*, tc::*,
+    windows::*,
 };
+pub use {options::Options, problem::Problem};
 
 use candle_core::DType::{self, BF16, F16, F32};
-use candle_core::{Device, Result, Tensor};
-use kaio_candle::prelude::*;
+use candle_core::Device;
 
 use super::Tally;
-use options::Options;
-use problem::Problem;
 
 const DTYPES: [DType; 3] = [F32, F16, BF16];
 
@@ -58,27 +58,6 @@ const MIXED: [Sizes; 8] = [
     (&[1, 2], 2, [176, 175, 33, 5]),
     (&[2, 2], 1, [17, 1, 8, 8]),
 ];
-
-/// The gradients of q, k, v and a tracked bias, given those of the result and of the log-sum-exp, without candle's
-/// graph.
-#[cfg(feature = "cuda")]
-fn gradients(
-    qkv: [&Tensor; 3],
-    opts: &FlashAttnOptions,
-    grads: [Option<Tensor>; 2],
-) -> Result<Vec<Option<Tensor>>> {
-    kaio_candle::tune::flash_attn_gradients(qkv, opts, grads)
-}
-
-/// Without a GPU candle's graph has them.
-#[cfg(not(feature = "cuda"))]
-fn gradients(
-    _: [&Tensor; 3],
-    _: &FlashAttnOptions,
-    _: [Option<Tensor>; 2],
-) -> Result<Vec<Option<Tensor>>> {
-    candle_core::bail!("gradients without candle's graph are for an emulated GPU")
-}
 
 fn run(suite: &'static str, device: &Device, problems: impl IntoIterator<Item = Problem>) {
     let mut tally = Tally::new(suite, device);

@@ -20,6 +20,8 @@ pub struct Options {
     pub lengths: Lengths,
     /// An f32 result, whatever the inputs are.
     pub wide: bool,
+    /// Gradients that are the same bits on each run.
+    pub deterministic: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -104,6 +106,7 @@ impl Options {
         opts.softcap = self.softcap;
         opts.bias = bias.cloned();
         opts.out_dtype = self.wide.then_some(F32);
+        opts.deterministic = self.deterministic;
         if let Some(slopes) = self.slopes {
             let slopes = self.slopes(slopes, [batch, heads]).tensor(F32)?.to_device(device)?;
             // Every second element of a larger tensor.

@@ -4,10 +4,10 @@ use candle_core::DType::{self, F32, F64};
 use candle_core::{Device, Result, Tensor, Var, bail};
 use kaio_candle::prelude::*;
 
+use super::Sizes;
 use super::loops::{Loops, matrix, nds};
 use super::options::{Options, Rules};
 use super::plain::plain;
-use super::{Sizes, gradients};
 use crate::suites::Layout::{self, Expanded, Plain, Repeated};
 use crate::suites::{Nd, Source, close, identical, plain_on, results_alone, ulp};
 
@@ -29,12 +29,14 @@ pub enum Loss {
     Sum,
     Transposed,
     Cast(DType),
+    /// As `Weighted`, and the gradient is a view that no graph of candle's hands on, which adds each to zeros.
+    View(Layout),
 }
 
 impl Loss {
-    fn of(self, out: &Tensor, weights: &Tensor) -> Result<Tensor> {
+    pub fn of(self, out: &Tensor, weights: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Weighted => (out * weights)?.sum_all(),
+            Self::Weighted | Self::View(_) => (out * weights)?.sum_all(),
             Self::Sum => out.sum_all(),
             Self::Transposed => (out.t()? * weights.t()?)?.sum_all(),
             Self::Cast(dtype) => (out.to_dtype(dtype)? * weights.to_dtype(dtype)?)?.sum_all(),
@@ -43,7 +45,7 @@ impl Loss {
 }
 
 /// A cast, also of no elements, for which candle's CUDA kernels do not launch.
-fn cast(t: &Tensor, dtype: DType) -> Result<Tensor> {
+pub fn cast(t: &Tensor, dtype: DType) -> Result<Tensor> {
     match t.elem_count() {
         0 => Tensor::zeros(t.shape(), dtype, t.device()),
         _ => t.to_dtype(dtype),
@@ -59,7 +61,7 @@ pub struct Want {
 
 impl Want {
     /// What an ulp of each of its terms, and of the result itself, makes of element `i`.
-    fn rounding(&self, dtype: DType, i: usize) -> f64 {
+    pub fn rounding(&self, dtype: DType, i: usize) -> f64 {
         ulp(dtype, self.value.data[i]) + ulp(F32, 1.0) * self.size.data[i]
     }
 }
@@ -110,6 +112,9 @@ impl Problem {
                 _ => self.check_gradients(device),
             };
         }
+        if matches!(self.loss, Loss::View(_)) {
+            return self.check_gradients(device);
+        }
         let repeats =
             |layouts: [Layout; 3]| layouts.iter().any(|l| [Repeated, Expanded].contains(l));
         if let Leaves::Each(layouts) = self.leaves
@@ -122,79 +127,6 @@ impl Problem {
             return self.clone().untracked().check_by(engine, device);
         }
         self.check_beside(device, engine, device)
-    }
-
-    /// Checks the gradients alone, as the op makes them of an upstream gradient: no kernel of candle's runs on the
-    /// device.
-    fn check_gradients(&self, device: &Device) -> Result<()> {
-        let inputs = self.inputs(&mut Source::new(&format!("{self:?}"), device))?;
-        let (weights, leaves) = inputs.split_last().expect("the weights come last");
-        let tracked = self.tracked(leaves.len());
-        if !tracked.contains(&true) {
-            return Ok(());
-        }
-        let want = self.reference(&inputs)?;
-        let allowed = self.allowed_beside(&Device::Cpu, &inputs, &want)?;
-        let before = nds(leaves)?;
-        let grads = self.backward(leaves, &self.upstream(weights, device)?)?;
-        let got = self.pull(&before, &grads)?;
-        for (i, got) in got.iter().enumerate().filter(|&(i, _)| tracked[i]) {
-            let (want, dtype) = (&want[i + 1], leaves[i].dtype());
-            let tol = |at| allowed[i + 1] + want.rounding(dtype, at);
-            close(&format!("gradient {i}"), &got.tensor(F64)?, &want.value, tol)?;
-        }
-        for (leaf, before) in leaves.iter().zip(&before) {
-            identical("input", leaf, before)?;
-        }
-        Ok(())
-    }
-
-    /// The gradient of the loss by the result, heads before rows, as it lies when it arrives.
-    fn upstream(&self, weights: &Tensor, device: &Device) -> Result<Tensor> {
-        let (dtype, weights) =
-            (self.options.out_dtype(self.dtype), weights.to_device(&Device::Cpu)?);
-        let out = Var::zeros(weights.shape(), dtype, &Device::Cpu)?;
-        let grads = self.loss.of(&out, &cast(&weights, dtype)?)?.backward();
-        let grad = match self.is_empty() {
-            true => weights.zeros_like()?.to_dtype(dtype)?,
-            false => grads?.get(&out).expect("the loss depends on it").to_dtype(dtype)?,
-        };
-        match self.loss {
-            Loss::Sum if !self.is_empty() => {
-                let one = Tensor::ones(vec![1; grad.rank()], dtype, &Device::Cpu)?;
-                one.to_device(device)?.broadcast_as(grad.shape())
-            }
-            Loss::Transposed => grad.t()?.contiguous()?.to_device(device)?.t(),
-            _ => grad.contiguous()?.to_device(device),
-        }
-    }
-
-    /// The gradients of the views of leaves, given that of the result, heads before rows.
-    fn backward(&self, leaves: &[Tensor], grad: &Tensor) -> Result<Vec<Nd>> {
-        let turn = |t: &Tensor| match self.options.bshd && t.rank() > 2 {
-            true => t.transpose(t.rank() - 3, t.rank() - 2),
-            false => Ok(t.clone()),
-        };
-        let mut leaves = leaves.to_vec();
-        if let (Some(bias), Some(leaf)) = (&self.options.bias, leaves.last_mut())
-            && bias.tracked
-        {
-            *leaf = Var::from_tensor(leaf)?.into_inner();
-        }
-        let views = self.views(&leaves)?;
-        let [q, k, v] = [turn(&views[0])?, turn(&views[1])?, turn(&views[2])?];
-        let [batch, heads, ..] = self.sizes();
-        let opts = self.options.build([batch, heads], views.get(3), q.device())?;
-        let grads = gradients([&q, &k, &v], &opts, [Some(turn(grad)?), None])?;
-        let grad = |(i, view): (usize, &Tensor)| match grads.get(i) {
-            Some(Some(grad)) if grad.dtype() == view.dtype() => {
-                Nd::of(&if i < 3 { turn(grad)? } else { grad.clone() })
-            }
-            Some(Some(grad)) => bail!("gradient {i} is {:?}", grad.dtype()),
-            // Of a bias that tracks none.
-            _ => Ok(Nd::full(view.dims(), 0.0)),
-        };
-        views.iter().enumerate().map(grad).collect()
     }
 
     /// Checks the result alone, beside the plain formula on the CPU: what this crate's kernels store is
@@ -210,7 +142,7 @@ impl Problem {
     }
 
     /// Whether a dimension is zero: then all gradients are.
-    fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.dims.iter().flatten().any(|&len| len == 0)
     }
 
@@ -265,7 +197,11 @@ impl Problem {
         let leaves = leaves.into_iter().zip(shown).enumerate();
         let mut inputs = leaves.map(leaf).collect::<Result<Vec<_>>>()?;
         let out = [&q[..q.len() - 1], &v[v.len() - 1..]].concat();
-        inputs.push(source.tensor(self.dtype, &out, Plain)?);
+        let (dtype, layout) = match self.loss {
+            Loss::View(layout) => (self.options.out_dtype(self.dtype), layout),
+            _ => (self.dtype, Plain),
+        };
+        inputs.push(source.tensor(dtype, &out, layout)?);
         Ok(inputs)
     }
 
@@ -284,7 +220,7 @@ impl Problem {
     }
 
     /// Whether each leaf tracks a gradient.
-    fn tracked(&self, leaves: usize) -> Vec<bool> {
+    pub fn tracked(&self, leaves: usize) -> Vec<bool> {
         let bias = self.options.bias.as_ref().map(|bias| bias.tracked);
         let qkv = leaves - usize::from(bias.is_some());
         self.tracked[..qkv].iter().copied().chain(bias).collect()
@@ -354,7 +290,7 @@ impl Problem {
     }
 
     /// The leaves' gradients, given those of the views: sums over what these repeat.
-    fn pull(&self, leaves: &[Nd], grads: &[Nd]) -> Result<Vec<Nd>> {
+    pub fn pull(&self, leaves: &[Nd], grads: &[Nd]) -> Result<Vec<Nd>> {
         if self.is_empty() {
             return Ok(leaves.iter().map(|leaf| Nd::full(&leaf.dims, 0.0)).collect());
         }
@@ -376,7 +312,7 @@ impl Problem {
     }
 
     /// The same, with the plain formula on a device.
-    fn allowed_beside(
+    pub fn allowed_beside(
         &self,
         device: &Device,
         inputs: &[Tensor],
@@ -414,21 +350,35 @@ impl Problem {
     }
 
     fn call_by(&self, engine: Engine, views: &[Tensor]) -> Result<(Tensor, Option<Tensor>)> {
-        let turn = |t: &Tensor| match self.options.bshd && t.rank() > 2 {
-            true => t.transpose(t.rank() - 3, t.rank() - 2),
-            false => Ok(t.clone()),
-        };
-        let [q, k, v] = [turn(&views[0])?, turn(&views[1])?, turn(&views[2])?];
+        let [q, k, v] = self.turned(views)?;
         if self.options.is_plain() && engine == Engine::default() {
             return Ok((q.kaio_flash_attn(&k, &v, self.options.causal)?, None));
         }
-        let [batch, heads, ..] = self.sizes();
-        let opts = self.options.build([batch, heads], views.get(3), q.device())?.engine(engine);
+        let opts = self.opts(views)?.engine(engine);
         let (out, lse) = q.kaio_flash_attn_with_lse(&k, &v, &opts)?;
         if !out.is_contiguous() {
             bail!("the result is not contiguous");
         }
-        Ok((turn(&out)?, Some(lse)))
+        Ok((self.turn(&out)?, Some(lse)))
+    }
+
+    /// Heads before rows as the op takes them, or back.
+    pub fn turn(&self, t: &Tensor) -> Result<Tensor> {
+        match self.options.bshd && t.rank() > 2 {
+            true => t.transpose(t.rank() - 3, t.rank() - 2),
+            false => Ok(t.clone()),
+        }
+    }
+
+    /// q, k and v as the op takes them.
+    pub fn turned(&self, views: &[Tensor]) -> Result<[Tensor; 3]> {
+        Ok([self.turn(&views[0])?, self.turn(&views[1])?, self.turn(&views[2])?])
+    }
+
+    /// The options that go with q, k, v and the bias.
+    pub fn opts(&self, views: &[Tensor]) -> Result<FlashAttnOptions> {
+        let [batch, heads, ..] = self.sizes();
+        self.options.build([batch, heads], views.get(3), views[0].device())
     }
 
     pub fn compare(&self, inputs: &[Tensor], want: &[Want], allowed: &[f64]) -> Result<()> {

@@ -147,7 +147,7 @@ pub fn random(device: &Device) {
         (size.clone(), size.clone(), size),
         (layout.clone(), layout),
     );
-    property(&mut tally, strategy, |(dtype, batch, (m, k, n), layouts)| {
+    property(&mut tally, 128, strategy, |(dtype, batch, (m, k, n), layouts)| {
         // Each batch dimension is whole on both sides, or 1 on the left or on the right.
         let side =
             |one: usize| batch.iter().map(move |&(len, who)| if who == one { 1 } else { len });

@@ -4,15 +4,13 @@ use candle_core::{DType, Device, Result, Tensor, WithDType};
 use half::{bf16, f16};
 use kaio_candle::prelude::*;
 
-use crate::suites::{Layout, Nd, Source, Tally, close, plain_on, plain_product, poison, ulp};
+use crate::suites::{
+    Layout, Nd, Source, Tally, close, plain_on, plain_product, poison, random_cases, ulp,
+};
 
-/// On a GPU `KAIO_RANDOM_CASES`, or as many as take about a minute.
 pub fn random_products(device: &Device) {
-    let asked = std::env::var("KAIO_RANDOM_CASES").ok().and_then(|n| n.parse().ok());
-    match device.is_cpu() {
-        true => some_random_products(device, 60, 90),
-        false => some_random_products(device, asked.unwrap_or(3000), 700),
-    }
+    let most = if device.is_cpu() { 90 } else { 700 };
+    some_random_products(device, random_cases(device, 60, 3000), most);
 }
 
 /// So many, of sizes up to `most`.

@@ -1,0 +1,147 @@
+//! What attention keeps for its backward pass, and what that allocates: the driver's own count.
+#![allow(unsafe_code)] // The count.
+
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
+use cudarc::driver::sys::{self, CUmemPool_attribute};
+use kaio_candle::prelude::*;
+use kaio_candle::tune::FlashAttnBackward;
+
+use super::say;
+use super::suites::{Layout, Source, results_alone};
+
+/// The memory from which candle allocates: all of the process's on one device.
+struct Pool {
+    pool: sys::CUmemoryPool,
+    device: Device,
+}
+
+/// Bytes of a pool beyond those before something ran: at most while it ran, and after it.
+struct Taken {
+    most: u64,
+    kept: u64,
+}
+
+impl Pool {
+    fn new(device: &Device) -> Result<Self> {
+        let context = device.as_cuda_device()?.cuda_stream().context().clone();
+        let mut pool = std::ptr::null_mut();
+        // SAFETY: it writes to the local that it is given.
+        let got = unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()) };
+        match got {
+            sys::CUresult::CUDA_SUCCESS => Ok(Self { pool, device: device.clone() }),
+            error => bail!("no memory pool: {error:?}"),
+        }
+    }
+
+    fn count(&self, attribute: CUmemPool_attribute) -> Result<u64> {
+        let mut bytes = 0u64;
+        // SAFETY: these attributes are of 64 bits, written to the local.
+        let got =
+            unsafe { sys::cuMemPoolGetAttribute(self.pool, attribute, (&raw mut bytes).cast()) };
+        match got {
+            sys::CUresult::CUDA_SUCCESS => Ok(bytes),
+            error => bail!("{attribute:?}: {error:?}"),
+        }
+    }
+
+    /// The driver's count begins anew at what is in use.
+    fn forget(&self) -> Result<()> {
+        let mut zero = 0u64;
+        let high = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        // SAFETY: the attribute is of 64 bits, read from the local.
+        match unsafe { sys::cuMemPoolSetAttribute(self.pool, high, (&raw mut zero).cast()) } {
+            sys::CUresult::CUDA_SUCCESS => Ok(()),
+            error => bail!("{high:?}: {error:?}"),
+        }
+    }
+
+    fn measure<T>(&self, run: impl FnOnce() -> Result<T>) -> Result<(T, Taken)> {
+        // What was freed before is in use until the device has come to it.
+        self.device.synchronize()?;
+        self.forget()?;
+        let current = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT;
+        let before = self.count(current)?;
+        let result = run()?;
+        self.device.synchronize()?;
+        let most = self.count(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)? - before;
+        Ok((result, Taken { most, kept: self.count(current)? - before }))
+    }
+}
+
+fn bytes(t: &Tensor) -> u64 {
+    (t.elem_count() * t.dtype().size_in_bytes()) as u64
+}
+
+/// B, Hq, Hkv, Sq, Sk, D.
+type Sizes = [usize; 6];
+
+/// Beyond inputs, results and gradients: two f32 rows a query from the forward pass on, and during the backward
+/// pass a third one and an f32 accumulator of q's gradient.
+///
+/// In a process of its own, whose memory nobody else takes.
+pub fn of_attention() -> Result<()> {
+    let device = Device::new_cuda_with_stream(0)?;
+    let pool = Pool::new(&device)?;
+
+    // What is given back before the end counts, too.
+    let zeros = || Tensor::zeros(1 << 20, DType::F32, &device);
+    let (_, taken) = pool.measure(|| zeros()?.to_dtype(DType::BF16).map(drop))?;
+    assert!(taken.most >= 6 << 20 && taken.kept == 0, "{} and {}", taken.most, taken.kept);
+
+    // The emulator takes a while.
+    let shorter = if results_alone() { 8 } else { 1 };
+    let cases: [(DType, Sizes, bool); 8] = [
+        (DType::BF16, [1, 4, 4, 2048, 2048, 64], false),
+        (DType::BF16, [2, 4, 4, 2048, 2048, 128], true),
+        (DType::F16, [1, 8, 2, 2048, 2048, 128], true),
+        (DType::BF16, [1, 2, 2, 2048, 2048, 256], true),
+        (DType::BF16, [1, 4, 4, 512, 4096, 128], false),
+        (DType::BF16, [1, 4, 4, 4096, 512, 96], false),
+        (DType::F32, [1, 4, 4, 2048, 2048, 64], true),
+        (DType::F32, [1, 4, 2, 2048, 2048, 128], false),
+    ];
+    for (dtype, sizes @ [b, h, hkv, sq, sk, d], causal) in cases {
+        let (sq, sk) = (sq / shorter, sk / shorter);
+        for deterministic in [false, true] {
+            let case =
+                format!("{dtype:?} {sizes:?}, causal {causal}, deterministic {deterministic}");
+            let mut source = Source::new(&case, &device);
+            let mut input = |dims: [usize; 4]| source.tensor(dtype, &dims, Layout::Plain);
+            let grad = input([b, h, sq, d])?;
+            let mut var = |heads, rows| {
+                Ok::<_, candle_core::Error>(
+                    Var::from_tensor(&input([b, heads, rows, d])?)?.into_inner(),
+                )
+            };
+            let [q, k, v] = [var(h, sq)?, var(hkv, sk)?, var(hkv, sk)?];
+            let opts = FlashAttnOptions::default().causal(causal).deterministic(deterministic);
+            let forward = || FlashAttnBackward::new([&q, &k, &v], &opts);
+            // Compiles the kernels.
+            forward()?.run(&grad)?;
+
+            let row = (b * h * sq * 4) as u64;
+            let accumulator = row * d as u64;
+            // What does not grow with the problem, and what allocations are rounded up by.
+            let constant = 4 << 10;
+            let (attention, saved) = pool.measure(forward)?;
+            let saved = saved.kept - bytes(attention.out());
+            assert!(
+                saved <= 2 * row + constant,
+                "{case}: the forward pass saves {saved}, a row is {row}"
+            );
+            let (gradients, taken) = pool.measure(|| attention.run(&grad))?;
+            let results: u64 = gradients.iter().flatten().map(bytes).sum();
+            assert!(taken.kept >= results, "{case}: {} of gradients, {}", results, taken.kept);
+            let beyond = taken.most - results;
+            let allowed = accumulator + row + constant;
+            assert!(
+                beyond <= allowed,
+                "{case}: the backward pass takes {beyond} beyond its gradients, allowed {allowed}"
+            );
+            let kept = taken.kept - results;
+            assert!(kept <= constant, "{case}: {kept} are kept with the gradients");
+        }
+    }
+    say(&format!("suite attention memory: {} ran", 2 * cases.len()));
+    Ok(())
+}
