@@ -56,12 +56,13 @@ impl Launch {
         let tiles = heads.saturating_mul(columns);
         let room = multiprocessors * tile_shape.blocks_per_sm;
         // Under a causal mask the tiles of a head differ, so the tiles of several heads are sorted: of as many
-        // as L2 has room for, and of two rounds of blocks, which the order relies on.
+        // as L2 has room for, and of two rounds of blocks or about that, which the order relies on.
         let section = match tile_shape.mask {
             Mask::Right => {
                 let bytes = cols.max(1) * tile_shape.bytes_of_column.max(1);
-                let rounds = u64::from(2 * room).div_ceil(columns.max(1));
-                (tile_shape.section_bytes / bytes).max(rounds)
+                let fit = (tile_shape.section_bytes / bytes).max(1);
+                let rounds = (u64::from(2 * room) * 19 / 20).div_ceil(columns.max(1));
+                (1 << fit.ilog2()).max(rounds.next_power_of_two())
             }
             Mask::None | Mask::Window => 1,
         };
