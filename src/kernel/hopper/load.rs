@@ -81,12 +81,17 @@ impl<'k> TileBoxes<'k> {
 
     /// Fills the stage at `place` with the rows from `at` on: coordinates without that of the elements.
     pub fn fill(&self, place: Cursor<'k>, at: &[Reg<'k, u32>]) {
+        self.fill_stage(place, at);
+        place.advance();
+    }
+
+    /// The same, but stays at the stage: another ring has the same place.
+    pub fn fill_stage(&self, place: Cursor<'k>, at: &[Reg<'k, u32>]) {
         let full = place.fill(place.stage.kernel().var(self.bytes));
         let boxes = self
             .cols
             .iter()
             .map(|&col| TmaBox { at: [col].iter().chain(at).copied().collect(), inside: None });
         self.boxes.load(place.stage, full, boxes);
-        place.advance();
     }
 }

@@ -22,6 +22,7 @@ pub fn choose(problem: &Problem, device: &Device) -> (keys::Config, Option<queri
     let (form, rows) = match () {
         () if scores.bias.is_some() => (Form::Wide, if widest <= MIDDLE { 64 } else { 32 }),
         () if widest > MIDDLE || (scores.softcap && widest > NARROW) => (Form::Wide, 64),
+        () if problem.deterministic && scores.plain() && widest <= NARROW => (Form::Keys, 96),
         () if problem.deterministic => (Form::Keys, 64),
         () if scores.plain() && widest <= NARROW => (Form::Fused, 128),
         () => (Form::Fused, 64),
@@ -45,7 +46,8 @@ pub fn choose(problem: &Problem, device: &Device) -> (keys::Config, Option<queri
                 64
             }
         }
-        () if scores.plain() => 128,
+        () if scores.plain() && widest <= NARROW => 128,
+        () if scores.plain() => 96,
         () => 64,
     };
     let queries = (form != Form::Fused).then(|| queries::Config {

@@ -225,9 +225,13 @@ impl Config {
             (
                 match self.queries {
                     32 => self.form == Form::Wide,
+                    96 => self.form == Form::Keys && narrow,
                     queries => queries == 64 || (queries == 128 && narrow),
                 },
-                format!("blocks of {} queries (64, 128 of narrow heads, 32 of wide)", self.queries),
+                format!(
+                    "blocks of {} queries (64, 96 or 128 of narrow heads, 32 of wide)",
+                    self.queries
+                ),
             ),
             (self.stages >= 1, format!("{} stages", self.stages)),
             NamedBarriers::rule(smem.named_barriers),

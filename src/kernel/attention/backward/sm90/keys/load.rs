@@ -44,17 +44,19 @@ impl<'k> Backward<'k, '_> {
             let keys = boxes(1, c.head_slabs(), c.keys(), smem.keys);
             let values = boxes(2, c.value_slabs(), c.keys(), smem.values);
             let grads = boxes(3, c.value_slabs(), c.queries, smem.grads);
-            let [key_place, value_place, query_place, grad_place] =
-                [smem.key_ring, smem.value_ring, smem.query_ring, smem.grad_ring]
-                    .map(|ring| ring.producer(k, self.base));
+            // Registers are few: rings of as many stages share a place.
+            let place_of_keys = smem.key_ring.producer(k, self.base);
+            let place = smem.query_ring.producer(k, self.base);
             let fill = |work: &WorkTile<'k>| {
-                let at = work.keys.at(work.first);
-                keys.fill(key_place, &[at, work.head, work.batch]);
-                values.fill(value_place, &[at, work.head, work.batch]);
+                let at = [work.keys.at(work.first), work.head, work.batch];
+                keys.fill_stage(place_of_keys, &at);
+                values.fill_stage(place_of_keys.of(smem.value_ring), &at);
+                place_of_keys.advance();
                 self.blocks(work, |head, block| {
-                    let at = work.queries.at(block * c.queries as i32);
-                    queries.fill(query_place, &[at, head, work.batch]);
-                    grads.fill(grad_place, &[at, head, work.batch]);
+                    let at = [work.queries.at(block * c.queries as i32), head, work.batch];
+                    queries.fill_stage(place, &at);
+                    grads.fill_stage(place.of(smem.grad_ring), &at);
+                    place.advance();
                 });
             };
             self.tiles.for_each(|work| match c.lengths {
