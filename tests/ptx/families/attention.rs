@@ -92,7 +92,7 @@ impl Family for Attentions {
 }
 
 /// Sizes, each with one drawing of everything else.
-fn attentions(extent: Extent) -> Vec<attention::Problem> {
+pub fn attentions(extent: Extent) -> Vec<attention::Problem> {
     use attention::{Bias, ScoreMod};
     let (dims, queries, keys): (&[(u64, u64)], &[u64], &[u64]) = match extent {
         Extent::Few => (&[(64, 64), (128, 128), (72, 40)], &[1, 100, 4096], &[100, 4096]),

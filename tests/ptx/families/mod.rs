@@ -1,6 +1,7 @@
 //! The families of kernels, and what the tests ask of each: a new one is a file here and a line of [`FAMILIES`].
 
 mod attention;
+mod attention_backward;
 mod glu;
 mod products;
 
@@ -118,18 +119,22 @@ macro_rules! families {
             all
         }
 
-        /// The names of each family's parameters, by the family's name.
+        /// The names of parameters, by what [`Facts::names`] calls those that some families have together.
         pub fn params() -> Vec<(&'static str, Vec<&'static str>)> {
             vec![$((
-                stringify!($Name),
+                std::any::type_name::<<<$Family as Family>::Plan as Plan>::Name>(),
                 <<$Family as Family>::Plan as Plan>::Name::ALL.iter().map(|n| n.name()).collect(),
             ),)*]
         }
 
         impl Facts {
-            /// The family's name.
-            pub fn family(&self) -> &'static str {
-                match self { $(Self::$Name(_) => stringify!($Name),)* }
+            /// What the names of the family's parameters are called.
+            pub fn names(&self) -> &'static str {
+                match self { $(
+                    Self::$Name(_) => {
+                        std::any::type_name::<<<$Family as Family>::Plan as Plan>::Name>()
+                    }
+                )* }
             }
 
             /// What a launch takes.
@@ -179,6 +184,7 @@ macro_rules! families {
 families! {
     Matmul(products::Products): (&HOPPERS, 3), (&ALL, 2);
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
+    AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
 }
 

@@ -1,0 +1,196 @@
+//! The backward pass of attention.
+
+use kaio_candle::kernel::attention::backward::sm80::{self, KeySums, Pass};
+use kaio_candle::kernel::attention::backward::{
+    Arguments, BiasGrad, Gradient, Launch, Part, Plan, Problem, Variant, delta,
+};
+use kaio_candle::kernel::attention::{self, Bias, Lengths, Mask, ScoreMod};
+use kaio_candle::kernel::{Config, Device, Element};
+use kaio_candle::ptx::Target;
+
+use super::attention::attentions;
+use super::{BF16, Extent, F16, Family, Gpu, Used, addresses, another, hash, passes, rule};
+
+pub struct Backwards;
+
+impl Family for Backwards {
+    type Problem = Problem;
+    type Plan = Plan;
+
+    fn problems(extent: Extent) -> Vec<Problem> {
+        let attentions = attentions(extent).into_iter();
+        // One query has no kernel of its own, and few keys have none.
+        let large = attentions.filter(|attention| attention.queries > 1 && attention.keys > 1);
+        large.map(backward).collect()
+    }
+
+    /// On Hopper f32 takes the portable kernels, which are chosen for the last of the others.
+    fn applies(problem: &Problem, device: &Device) -> bool {
+        device.target != Target::Sm90a || problem.attention.element != Element::F32
+    }
+
+    fn fits(kernel: &Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
+        match kernel {
+            Config::FlashBackwardSm80(c) => {
+                c.check(gpu.device.shared_per_block)?;
+                rule(c.variant == Variant::new(problem), "another problem's facts")?;
+                rule(c.element == problem.attention.element, "another type")?;
+                let Part::Sm80(_, launch) = Part::sm80(*c, problem, &gpu.device) else {
+                    return another();
+                };
+                launch_fits(&launch)
+            }
+            Config::FlashDelta(c) => {
+                let dim = u64::from(c.value_dim);
+                rule(dim == problem.attention.value_dim, "another width")?;
+                rule(c.lse_grad == problem.lse_grad, "another gradient")
+            }
+            _ => another(),
+        }
+    }
+
+    fn blocks_per_sm(kernel: &Config) -> u32 {
+        match kernel {
+            Config::FlashBackwardSm80(config) => config.blocks_per_sm,
+            Config::FlashDelta(_) => 4,
+            _ => 1,
+        }
+    }
+
+    fn passes(
+        problem: &Problem,
+        plan: &Plan,
+        kernel: &Config,
+        used: &mut Used,
+    ) -> Result<(), String> {
+        let attention = &problem.attention;
+        let sequences = attention.rows() / attention.heads / attention.queries;
+        let mut address = addresses();
+        let mut operand = |rows: u64, heads: u64, cols: u64| {
+            let row = cols.next_multiple_of(8);
+            let strides = [row, rows * row, heads * rows * row];
+            attention::Operand { address: address(), cols, lens: [rows, heads, sequences], strides }
+        };
+        let (queries, keys) = (attention.queries, attention.keys);
+        let operands = [
+            operand(queries, attention.heads, attention.head_dim),
+            operand(keys, attention.kv_heads, attention.head_dim),
+            operand(keys, attention.kv_heads, attention.value_dim),
+        ];
+        let [out, grad] = [0; 2].map(|_| operand(queries, attention.heads, attention.value_dim));
+        let mut gradient =
+            |like: attention::Operand| Gradient { address: address(), strides: like.strides };
+        let grads = operands.map(&mut gradient);
+        let arguments = Arguments {
+            problem,
+            plan,
+            inputs: attention::Inputs {
+                operands,
+                scale: 0.125,
+                softcap: attention.score_mod.softcap.then_some(30.0),
+                bias: attention.score_mod.bias.map(|_| (address(), [0, 0, keys, 1])),
+                slopes: attention.score_mod.alibi.then(|| (address(), [0, 1])),
+                lengths: (attention.lengths != Lengths::Full).then(|| [address(), address()]),
+            },
+            out,
+            grad,
+            stats: [address(), address()],
+            lse_grad: problem.lse_grad.then(&mut address),
+            delta: address(),
+            grads,
+            bias_grad: problem.bias_grad.map(|_| address()),
+        };
+        passes(plan, &arguments, kernel, used)
+    }
+
+    fn goldens() -> Vec<(&'static str, Config)> {
+        goldens().into()
+    }
+}
+
+/// A backward pass of a problem, with one drawing of everything else.
+fn backward(attention: attention::Problem) -> Problem {
+    let draw = hash(&format!("{attention:?}")) >> 8;
+    let pick = |shift: u32, of: usize| (draw >> shift) as usize % of;
+    let repeated = |of: u64, shift: u32| if pick(shift, 2) == 0 { 1 } else { of };
+    let has_bias_grad = attention.score_mod.bias.is_some() && attention.lengths != Lengths::Packed;
+    let bias_grad = has_bias_grad.then(|| BiasGrad {
+        repeated: [
+            repeated(attention.batch, 0),
+            repeated(attention.heads, 4),
+            repeated(attention.queries, 8),
+        ],
+    });
+    Problem {
+        attention,
+        aligned: [8, 4, 1][pick(12, 3)],
+        lse_grad: pick(16, 2) == 0,
+        bias_grad,
+        deterministic: pick(20, 2) == 0,
+    }
+}
+
+fn launch_fits(launch: &Launch) -> Result<(), String> {
+    let tiles = launch.order.heads * launch.order.columns;
+    rule(launch.order.tiles == tiles && tiles > 0, "tiles that are not counted")?;
+    rule((1..=tiles).contains(&launch.blocks), "blocks without tiles")?;
+    rule((1..=launch.order.heads).contains(&launch.order.section), "sections without heads")
+}
+
+/// 64 wide, nothing hidden.
+const PLAIN: sm80::Config = sm80::Config {
+    variant: Variant {
+        head_dim: 64,
+        value_dim: 64,
+        mask: Mask::None,
+        score_mod: ScoreMod { scale_first: false, softcap: false, bias: None, alibi: false },
+        lengths: Lengths::Full,
+    },
+    element: BF16,
+    pass: Pass::Keys(KeySums::Both),
+    warps: 4,
+    m16_tiles: 2,
+    cols: 32,
+    stages: 2,
+    blocks_per_sm: 2,
+};
+
+fn goldens() -> [(&'static str, Config); 8] {
+    let small = sm80::Config { m16_tiles: 1, cols: 16, blocks_per_sm: 1, ..PLAIN };
+    let variant = Variant { head_dim: 16, value_dim: 8, ..PLAIN.variant };
+    let bias = Some(Bias { element: Element::F32, pairs: false });
+    let all = Variant {
+        mask: Mask::Window,
+        score_mod: ScoreMod { softcap: true, alibi: true, bias, ..PLAIN.variant.score_mod },
+        lengths: Lengths::Padded,
+        ..variant
+    };
+    let packed = Variant { head_dim: 20, mask: Mask::Right, lengths: Lengths::Packed, ..variant };
+    let sums = |sums| Pass::Keys(sums);
+    let of_bias = |pairs, shared| Pass::Bias { pairs, shared };
+    let passes = [
+        ("backward80_keys", PLAIN),
+        ("backward80_queries", sm80::Config { pass: Pass::Queries, ..PLAIN }),
+        ("backward80_window_all", sm80::Config { variant: all, ..small }),
+        (
+            "backward80_packed",
+            sm80::Config { variant: packed, element: F16, pass: sums(KeySums::Keys), ..small },
+        ),
+        (
+            "backward80_exact",
+            sm80::Config { variant, element: Element::F32, pass: sums(KeySums::Values), ..small },
+        ),
+        (
+            "backward80_bias",
+            sm80::Config { variant: all, pass: of_bias(true, false), stages: 1, ..small },
+        ),
+        (
+            "backward80_shared_bias",
+            sm80::Config { variant: all, pass: of_bias(false, true), stages: 1, ..small },
+        ),
+    ];
+    let delta = delta::Config::new(Element::F32, BF16, 40, 4, true);
+    let passes = passes.map(|(name, config)| (name, Config::FlashBackwardSm80(config)));
+    let [a, b, c, d, e, f, g] = passes;
+    [a, b, c, d, e, f, g, ("backward_delta", Config::FlashDelta(delta))]
+}
