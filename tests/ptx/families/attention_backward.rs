@@ -1,8 +1,10 @@
 //! The backward pass of attention.
 
 use kaio_candle::kernel::attention::backward::sm80::{self, KeySums, Pass};
+use kaio_candle::kernel::attention::backward::sm90::keys::{self, Form};
+use kaio_candle::kernel::attention::backward::sm90::queries;
 use kaio_candle::kernel::attention::backward::{
-    Arguments, BiasGrad, Gradient, Launch, Part, Plan, Problem, Variant, delta,
+    Arguments, BiasGrad, Gradient, Launch, Part, Plan, Problem, Variant, delta, dq,
 };
 use kaio_candle::kernel::attention::{self, Bias, Lengths, Mask, ScoreMod};
 use kaio_candle::kernel::{Config, Device, Element};
@@ -39,6 +41,21 @@ impl Family for Backwards {
                     return another();
                 };
                 launch_fits(&launch)
+            }
+            Config::FlashKeysSm90(c) => {
+                c.check(gpu.device.shared_per_block)?;
+                let widths = [c.head_dim, c.value_dim].map(u64::from);
+                hopper_fits(widths, (c.mask, c.score_mod, c.lengths), problem)
+            }
+            Config::FlashQueriesSm90(c) => {
+                c.check(gpu.device.shared_per_block)?;
+                let widths = [c.head_dim, c.value_dim].map(u64::from);
+                hopper_fits(widths, (c.mask, c.score_mod, c.lengths), problem)
+            }
+            Config::FlashDq(c) => {
+                let dim = problem.attention.head_dim.next_multiple_of(8);
+                rule(u64::from(c.head_dim) == dim, "another width")?;
+                rule(!problem.deterministic, "sums in whatever order")
             }
             Config::FlashDelta(c) => {
                 let dim = u64::from(c.value_dim);
@@ -99,12 +116,13 @@ impl Family for Backwards {
             delta: address(),
             grads,
             bias_grad: problem.bias_grad.map(|_| address()),
+            dq_sums: plan.dq_sums(problem).map(|_| address()),
         };
         passes(plan, &arguments, kernel, used)
     }
 
     fn goldens() -> Vec<(&'static str, Config)> {
-        goldens().into()
+        goldens().into_iter().chain(hopper_goldens()).collect()
     }
 }
 
@@ -128,6 +146,20 @@ fn backward(attention: attention::Problem) -> Problem {
         bias_grad,
         deterministic: pick(20, 2) == 0,
     }
+}
+
+/// Whether a kernel of Hopper's is of the problem: its widths, what hides keys, scores, lengths.
+fn hopper_fits(
+    widths: [u64; 2],
+    (mask, scores, lengths): (Mask, ScoreMod, Lengths),
+    problem: &Problem,
+) -> Result<(), String> {
+    let attention = &problem.attention;
+    let own = [attention.head_dim, attention.value_dim].map(|dim| dim.next_multiple_of(8));
+    rule(widths == own, "other widths")?;
+    rule(mask == attention.mask(), "another mask")?;
+    rule(scores == attention.score_mod, "other scores")?;
+    rule(lengths == attention.lengths, "other lengths")
 }
 
 fn launch_fits(launch: &Launch) -> Result<(), String> {
@@ -193,4 +225,65 @@ fn goldens() -> [(&'static str, Config); 8] {
     let passes = passes.map(|(name, config)| (name, Config::FlashBackwardSm80(config)));
     let [a, b, c, d, e, f, g] = passes;
     [a, b, c, d, e, f, g, ("backward_delta", Config::FlashDelta(delta))]
+}
+
+/// The forms of Hopper's kernels, with what the others have not.
+fn hopper_goldens() -> [(&'static str, Config); 6] {
+    let plain = keys::Config {
+        form: Form::Fused,
+        element: BF16,
+        head_dim: 128,
+        value_dim: 128,
+        mask: Mask::None,
+        score_mod: ScoreMod::default(),
+        lengths: Lengths::Full,
+        queries: 64,
+        stages: 2,
+    };
+    let narrow = keys::Config { head_dim: 64, value_dim: 64, queries: 128, ..plain };
+    let alone = keys::Config {
+        form: Form::Keys,
+        element: F16,
+        head_dim: 24,
+        value_dim: 16,
+        mask: Mask::Right,
+        lengths: Lengths::Packed,
+        ..plain
+    };
+    let bias = Some(Bias { element: Element::F32, pairs: false });
+    let all = ScoreMod { softcap: true, alibi: true, bias, ..ScoreMod::default() };
+    let wide = keys::Config {
+        form: Form::Wide,
+        mask: Mask::Window,
+        score_mod: all,
+        lengths: Lengths::Padded,
+        ..alone
+    };
+    let queries = queries::Config {
+        element: BF16,
+        head_dim: 24,
+        value_dim: 16,
+        mask: Mask::Right,
+        score_mod: all,
+        lengths: Lengths::Packed,
+        keys: 64,
+        query_stages: 1,
+        key_stages: 2,
+        value_stages: 2,
+    };
+    let dq = dq::Config {
+        element: BF16,
+        head_dim: 72,
+        columns: 64,
+        queries: 64,
+        lengths: Lengths::Padded,
+    };
+    [
+        ("backward90_fused", Config::FlashKeysSm90(plain)),
+        ("backward90_narrow", Config::FlashKeysSm90(narrow)),
+        ("backward90_keys_packed", Config::FlashKeysSm90(alone)),
+        ("backward90_wide_all", Config::FlashKeysSm90(wide)),
+        ("backward90_queries_packed", Config::FlashQueriesSm90(queries)),
+        ("backward90_dq", Config::FlashDq(dq)),
+    ]
 }
