@@ -36,6 +36,17 @@ impl Contest {
 /// Two results of the same sums in f32, each rounded once, are at most an ulp of a line's largest element
 /// apart, plus what another order of `terms` additions makes. Forgotten terms are far more.
 pub fn agree(name: &str, ours: &Tensor, peer: &Tensor, terms: usize) -> Result<()> {
+    agree_after(name, ours, peer, terms, 1)
+}
+
+/// The same of results that are rounded so many times on their way.
+pub fn agree_after(
+    name: &str,
+    ours: &Tensor,
+    peer: &Tensor,
+    terms: usize,
+    roundings: u32,
+) -> Result<()> {
     let ulp = match peer.dtype() {
         DType::BF16 => 2f64.powi(-7),
         DType::F16 => 2f64.powi(-10),
@@ -47,7 +58,7 @@ pub fn agree(name: &str, ours: &Tensor, peer: &Tensor, terms: usize) -> Result<(
     let largest = |t: &Tensor| t.abs()?.max(D::Minus1);
     let (ours, peer) = (ours.to_dtype(DType::F32)?, peer.to_dtype(DType::F32)?);
     let difference = (ours - &peer)?;
-    let explained = ulp + (terms as f64).sqrt() * 2f64.powi(-18);
+    let explained = f64::from(roundings) * ulp + (terms as f64).sqrt() * 2f64.powi(-18);
     let worst = (largest(&difference)? / largest(&peer)?)?.max_all()?.to_scalar::<f32>()?;
     // The maximum skips NaN, the sum does not.
     let sum = difference.abs()?.sum(D::Minus1)?.sum_all()?.to_scalar::<f32>()?;

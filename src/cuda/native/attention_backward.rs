@@ -1,6 +1,6 @@
 //! The gradients of attention.
 
-use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::backend::BackendStorage;
 use candle_core::scalar::Scalar;
 use candle_core::{CudaStorage, DType, Layout, Result, Shape};
 
@@ -15,6 +15,9 @@ use crate::op::{AttentionGrads, AttentionInputs, AttentionProblem, AttentionUpst
 use crate::stack::Stack;
 
 static PLANS: Plans<Plan> = Plans::new();
+
+/// Floats that begin at multiples of 16 bytes.
+const ALIGN: usize = 4;
 
 /// What columns of gradients are a multiple of where kernels store them.
 const UNIT: usize = 8;
@@ -96,14 +99,14 @@ fn gradients(
         (Some(dims), Some(like)) => Some(alloc(dims.iter().product(), like.dtype())?),
         _ => None,
     };
-    let sums = compiled.plan.dq_sums(&facts).map(|len| Shape::from(len as usize));
-    let mut sums = sums.map(|shape| device.zeros_impl(&shape, DType::F32)).transpose()?;
-    let mut delta = alloc(p.q.count() * p.seq_q(), DType::F32)?;
+    // Each query's delta, and after those the sums of dq, which begin at a multiple of 16 bytes.
+    let deltas = (p.q.count() * p.seq_q()).next_multiple_of(ALIGN);
+    let sums = compiled.plan.dq_sums(&facts).map(|len| len as usize);
+    let mut scratch = alloc(deltas + sums.unwrap_or(0), DType::F32)?;
     call.order.run(|| {
         let written: Vec<_> = grads.iter_mut().map(|grad| Memory::of_mut(grad, device)).collect();
         let bias_grad = bias_grad.as_mut().map(|grad| Memory::of_mut(grad, device));
-        let delta = Memory::of_mut(&mut delta, device);
-        let sums = sums.as_mut().map(|sums| Memory::of_mut(sums, device));
+        let scratch = Memory::of_mut(&mut scratch, device);
         let [out_memory, grad_memory] = [&out, &grad].map(|fitted| memory(fitted, device));
         let stats = stats.map(|storage| Memory::of(storage, device));
         let lse_grad = lse_grad.as_ref();
@@ -118,10 +121,10 @@ fn gradients(
                 grad: operand(&grad_memory, &grad),
                 stats: stats.each_ref().map(Memory::address),
                 lse_grad: lse_grad.as_ref().map(|(memory, offset)| memory.at(*offset)),
-                delta: delta.address(),
+                delta: scratch.address(),
                 grads: [0, 1, 2].map(|i| gradient(&written[i], places[i])),
                 bias_grad: bias_grad.as_ref().map(Memory::address),
-                dq_sums: sums.as_ref().map(Memory::address),
+                dq_sums: sums.map(|_| scratch.at(deltas)),
             };
             Ok(compiled.launch(op, device, &arguments)?)
         })

@@ -117,6 +117,8 @@ names! {
         /// The sums of the gradient of the queries: the address of f32, in the order of
         /// the kernel that adds to them.
         DqSums "dq_sums",
+        /// How many times 16 bytes they are.
+        DqSumsUnits "dq_sums_units",
         /// The scale, to base e.
         GradScale "grad_scale",
         /// The gradient of the bias: the address of its elements, of its own type, without gaps.

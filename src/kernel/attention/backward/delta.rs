@@ -10,6 +10,8 @@ use crate::ptx::{Kernel, Reg, Source, Target};
 const THREADS: u32 = 256;
 /// Rows of a thread, all of which are on their way at once.
 const ROWS: u32 = 4;
+/// Bytes of sums that a thread zeroes at once.
+pub const SUMS_UNIT: u32 = 16;
 /// The most elements that a lane loads together.
 const MOST: u32 = 8;
 
@@ -26,22 +28,25 @@ pub struct Config {
     pub unit: u32,
     /// Whether the log-sum-exp has a gradient.
     pub lse_grad: bool,
+    /// Whether it zeroes the sums of the gradient of the queries, for a kernel after it.
+    pub zeroes: bool,
 }
 
 impl Config {
-    /// For rows that begin at multiples of `aligned` elements.
+    /// For rows that begin at multiples of `aligned` elements. It zeroes nothing.
     pub fn new(out: Element, grad: Element, value_dim: u32, aligned: u32, lse_grad: bool) -> Self {
         let most = MOST.min(grad.per_chunk());
         let fits = |unit: &u32| aligned.is_multiple_of(*unit) && value_dim.is_multiple_of(*unit);
         let unit = [8, 4, 2].into_iter().find(|unit| *unit <= most && fits(unit)).unwrap_or(1);
-        Self { out, grad, value_dim, unit, lse_grad }
+        Self { out, grad, value_dim, unit, lse_grad, zeroes: false }
     }
 
-    /// `delta d128 by8, f32·bf16 lse`
+    /// `delta d128 by8, f32·bf16 lse zeroes`
     pub fn name(&self) -> String {
         let Self { value_dim, unit, .. } = self;
         let (out, grad) = (self.out.name(), self.grad.name());
-        format!("delta d{value_dim} by{unit}, {out}·{grad}{}", given(self.lse_grad, " lse"))
+        let words = [given(self.lse_grad, " lse"), given(self.zeroes, " zeroes")].concat();
+        format!("delta d{value_dim} by{unit}, {out}·{grad}{words}")
     }
 
     /// Lanes of a row.
@@ -76,6 +81,7 @@ pub fn emit(config: &Config) -> Source {
     let delta = k.pointer(Name::Delta);
     let (queries, heads) = (k.param::<u32>(Name::Queries), k.param(Name::Heads));
     let columns = k.param::<u32>(Name::Columns);
+    let sums = config.zeroes.then(|| (k.pointer(Name::DqSums), k.param(Name::DqSumsUnits)));
     let (thread, block) = (k.thread(), k.block_x());
     let head = block / columns;
     let batch = head / heads;
@@ -97,6 +103,13 @@ pub fn emit(config: &Config) -> Source {
             (out, grad, lse_grad)
         })
         .collect();
+    if let Some((sums, units)) = sums {
+        // While those are on their way.
+        let zero = k.var(0f32);
+        k.for_(block * THREADS + thread, units, k.blocks_x() * THREADS, |unit| {
+            k.st_global(sums.element(unit, SUMS_UNIT), [zero; 4]);
+        });
+    }
     for (&row, (out, grad, lse_grad)) in rows.iter().zip(loaded) {
         let chunks = out.into_iter().zip(grad).zip(0..);
         let parts = chunks.map(|((out, grad), chunk)| {

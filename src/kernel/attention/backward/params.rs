@@ -1,5 +1,6 @@
 //! The values of the parameters of a backward pass's kernels.
 
+use super::delta::SUMS_UNIT;
 use super::{Launch, Part, Plan, Problem};
 use crate::kernel::attention::{Inputs, Name, Operand};
 use crate::kernel::hopper::SLAB;
@@ -145,6 +146,9 @@ impl Arguments<'_> {
             Name::DvBatch => Argument::U64(dv.strides[2]),
             Name::GradScale => Argument::F32(self.inputs.scale),
             Name::DqSums => Argument::Pointer(self.dq_sums?),
+            Name::DqSumsUnits => {
+                number(self.plan.dq_sums(self.problem)? * 4 / u64::from(SUMS_UNIT))
+            }
             Name::DbiasAt => Argument::Pointer(self.bias_grad?),
             Name::BiasHeads => number(attention.heads / self.problem.bias_grad?.repeated[1]),
             Name::RepeatBatch => number(self.problem.bias_grad?.repeated[0]),

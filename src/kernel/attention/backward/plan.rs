@@ -34,28 +34,30 @@ impl kernel::Plan for Plan {
 
     fn new(problem: &Problem, device: &Device) -> Self {
         let attention = &problem.attention;
-        let config = delta::Config::new(
-            attention.out,
-            attention.element,
-            attention.value_dim as u32,
-            problem.aligned,
-            problem.lse_grad,
-        );
+        let mut passes = match by_tma(device, attention.element) {
+            true => Part::sm90(problem, device).to_vec(),
+            false => {
+                let passes = sm80::choose(problem, device).into_iter();
+                passes.map(|config| Part::sm80(config, problem, device)).collect()
+            }
+        };
+        passes.extend(problem.bias_grad.map(|grad| {
+            Part::sm80(sm80::bias(problem, device, grad.repeated[2]), problem, device)
+        }));
+        let config = delta::Config {
+            zeroes: passes.iter().any(|part| matches!(part, Part::Dq(..))),
+            ..delta::Config::new(
+                attention.out,
+                attention.element,
+                attention.value_dim as u32,
+                problem.aligned,
+                problem.lse_grad,
+            )
+        };
         let columns = config.columns(attention.queries);
         let heads = attention.rows() / attention.queries;
         let delta = Part::Delta(config, [columns, heads].map(count));
-        let mut parts = vec![delta];
-        match by_tma(device, attention.element) {
-            true => parts.extend(Part::sm90(problem, device)),
-            false => {
-                let passes = sm80::choose(problem, device).into_iter();
-                parts.extend(passes.map(|config| Part::sm80(config, problem, device)));
-            }
-        }
-        parts.extend(problem.bias_grad.map(|grad| {
-            Part::sm80(sm80::bias(problem, device, grad.repeated[2]), problem, device)
-        }));
-        Self { parts }
+        Self { parts: [delta].into_iter().chain(passes).collect() }
     }
 
     fn steps(&self) -> Vec<Step> {
@@ -79,7 +81,7 @@ impl kernel::Plan for Plan {
 }
 
 impl Plan {
-    /// Floats that shares of the queries' gradient are added up in, if they are: zeros at first.
+    /// Floats that shares of the queries' gradient are added up in, if they are. The first kernel zeroes them.
     pub fn dq_sums(&self, problem: &Problem) -> Option<u64> {
         self.parts.iter().find_map(|part| match part {
             Part::Dq(config, launch) => {
