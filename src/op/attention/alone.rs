@@ -18,7 +18,16 @@ impl FlashAttnBackward {
     /// Runs the forward pass, and saves what the backward pass needs. A bias whose gradient is wanted has to
     /// track it.
     pub fn new(qkv: [&Tensor; 3], opts: &FlashAttnOptions) -> Result<Self> {
-        let (op, inputs) = super::prepare("kaio_flash_attn_with", qkv, opts, false)?;
+        Self::prepared(qkv, opts, false)
+    }
+
+    /// The same with the log-sum-exp, whose gradient [`run_both`](Self::run_both) takes.
+    pub fn with_lse(qkv: [&Tensor; 3], opts: &FlashAttnOptions) -> Result<Self> {
+        Self::prepared(qkv, opts, true)
+    }
+
+    fn prepared(qkv: [&Tensor; 3], opts: &FlashAttnOptions, wants_lse: bool) -> Result<Self> {
+        let (op, inputs) = super::prepare("kaio_flash_attn_with", qkv, opts, wants_lse)?;
         let op = FlashAttention { tracked: true, ..op };
         let results = eval_all(&op, &inputs.iter().collect::<Vec<_>>())?;
         Ok(Self { op, inputs, results })
@@ -31,8 +40,16 @@ impl FlashAttnBackward {
 
     /// The gradients of q, k, v and the options' tensors, given that of the attention.
     pub fn run(&self, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let inputs: Vec<_> = self.inputs.iter().collect();
-        self.op.grad(&inputs, &self.results, &[Some(grad.clone())])
+        self.run_all(&[Some(grad.clone())])
+    }
+
+    /// The same, given those of the attention and of the log-sum-exp, or of one of them.
+    pub fn run_both(&self, grads: [Option<Tensor>; 2]) -> Result<Vec<Option<Tensor>>> {
+        self.run_all(&grads)
+    }
+
+    fn run_all(&self, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        self.op.grad(&self.inputs.iter().collect::<Vec<_>>(), &self.results, grads)
     }
 }
 
@@ -52,16 +69,22 @@ mod tests {
         let alone = FlashAttnBackward::new([&q, &k, &v], &opts)?;
         let grad = alone.out().randn_like(0., 1.)?;
 
-        let out = q.kaio_flash_attn_with(&k, &v, &opts)?;
-        let store = (out * &grad)?.sum_all()?.backward()?;
+        let (out, lse) = q.kaio_flash_attn_with_lse(&k, &v, &opts)?;
+        let lse_grad = lse.randn_like(0., 1.)?;
+        let of_out = (out * &grad)?.sum_all()?;
+        let of_both = (&of_out + (lse * &lse_grad)?.sum_all()?)?;
         let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-        for _ in 0..2 {
-            let got = alone.run(&grad)?;
+        let compare = |loss: &Tensor, got: Vec<Option<Tensor>>| -> Result<()> {
+            let store = loss.backward()?;
             for (var, got) in [&q, &k, &v, &bias].into_iter().zip(got) {
                 let want = store.get(var).expect("the loss depends on it");
                 assert_eq!(flat(&got.expect("it tracks a gradient"))?, flat(want)?);
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        compare(&of_out, alone.run(&grad)?)?;
+        compare(&of_out, alone.run(&grad)?)?;
+        let both = FlashAttnBackward::with_lse([&q, &k, &v], &opts)?;
+        compare(&of_both, both.run_both([Some(grad), Some(lse_grad)])?)
     }
 }

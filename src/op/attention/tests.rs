@@ -78,23 +78,6 @@ fn calls() -> Result<Vec<(&'static str, [Tensor; 3], FlashAttnOptions)>> {
     ])
 }
 
-/// The same twice, and how far it may be apart.
-fn compare(what: &str, a: &[Option<Tensor>], b: &[Option<Tensor>], tolerance: f64) -> Result<()> {
-    for (i, (a, b)) in a.iter().zip(b).enumerate() {
-        let (Some(a), Some(b)) = (a, b) else {
-            assert_eq!(a.is_some(), b.is_some(), "{what}: gradient {i}");
-            continue;
-        };
-        assert_eq!((a.shape(), a.dtype()), (b.shape(), b.dtype()), "{what}: gradient {i}");
-        let wide = |t: &Tensor| t.to_dtype(DType::F64);
-        let error = (wide(a)? - wide(b)?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
-        let peak = wide(b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
-        assert!(error <= tolerance * peak, "{what}: gradient {i} is {error:e} of {peak} off");
-        assert!(peak > 0.0, "{what}: gradient {i} is zero");
-    }
-    Ok(())
-}
-
 #[test]
 fn loops_do_not_depend_on_threads() -> Result<()> {
     let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");

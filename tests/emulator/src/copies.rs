@@ -146,10 +146,8 @@ impl Sum {
         let Self { to, from, bytes } = self;
         assert!(to.is_multiple_of(16) && from.is_multiple_of(16) && bytes.is_multiple_of(16));
         for at in (0..bytes).step_by(4) {
-            let float = |bits: u64| f32::from_bits(bits as u32);
-            let more = float(shared.get(from + at, 4));
-            let to = to + u64::from(at);
-            memory.put(to, &(float(memory.get(to, 4)) + more).to_le_bytes());
+            let more = f32::from_bits(shared.get(from + at, 4) as u32);
+            memory.add(to + u64::from(at), more);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 
 /// As `cudaMalloc` aligns.
@@ -97,6 +97,16 @@ impl Memory {
         let mut value = [0; 8];
         value[..bytes].copy_from_slice(self.slice(at, bytes));
         u64::from_le_bytes(value)
+    }
+
+    /// Adds to a float, as other blocks may do meanwhile.
+    pub fn add(&self, at: u64, more: f32) {
+        self.check(at, 4);
+        assert!(at.is_multiple_of(4));
+        // SAFETY: aligned, inside an allocation, which nobody frees while a grid runs.
+        let sum = unsafe { AtomicU32::from_ptr(at as *mut u32) };
+        let add = |bits| Some((f32::from_bits(bits) + more).to_bits());
+        _ = sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 
     pub fn set(&self, at: u64, bytes: usize, value: u64) {

@@ -362,8 +362,8 @@ impl Warp {
                     let from = self.address(block, &i.args[1], lane);
                     let size = self.get(block, &i.args[2], lane) as u32;
                     let bytes = i.args.get(3).map_or(size, |n| self.get(block, n, lane) as u32);
-                    let aligned = to.is_multiple_of(size)
-                        && (bytes == 0 || from.is_multiple_of(size.into()));
+                    let aligned =
+                        to.is_multiple_of(size) && (bytes == 0 || from.is_multiple_of(size.into()));
                     assert!(aligned && bytes <= size, "{to:#x}, {from:#x}, {bytes}: {}", i.text);
                     let copy = Copy { to, from, size, bytes };
                     copy.poison(&mut block.shared);

@@ -127,6 +127,7 @@ impl<'k> Backward<'k, '_> {
         }
         if c.form == Form::Fused {
             smem.dq_empty.of(g.warps.number).sync(k);
+            smem.dq_full.of(g.warps.number).arrive(k);
         }
         let staged = |offset: u32, pitch: u32| self.base + offset + g.warps.number * pitch;
         let gradients = [

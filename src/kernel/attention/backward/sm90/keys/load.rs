@@ -143,6 +143,9 @@ impl<'k> Backward<'k, '_> {
                     block.increase(-1);
                 });
             });
+            // Until a warpgroup was at its tile's end, where it waits for its last share, too: two arrivals in a row
+            // would count for a warp of it that is not there yet.
+            groups().for_each(|group| smem.dq_full.of(group).sync(k));
         });
         k.when(elected, || k.tma_wait(0));
     }
