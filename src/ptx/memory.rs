@@ -56,6 +56,19 @@ impl Kernel {
         self.load("global.nc", from.into())
     }
 
+    /// `ld.acquire.gpu`: a number that another block of threads [adds to](Self::red_release_add), and with it what
+    /// that block wrote before.
+    pub fn ld_acquire<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {
+        let (d, from) = (self.reg(), from.into());
+        self.emit(format_args!("ld.acquire.gpu.global.u32 {d}, {from}"));
+        d
+    }
+
+    /// `red.release.gpu.add`: adds 1 to a number, after all that this thread wrote before.
+    pub fn red_release_add<'k>(&'k self, to: impl Into<Address<'k, u64>>) {
+        self.emit(format_args!("red.release.gpu.global.add.u32 {}, 1", to.into()));
+    }
+
     /// `st.global`
     pub fn st_global<'k, T: Scalar, const N: usize>(
         &'k self,

@@ -225,7 +225,9 @@ fn hopper() -> Source {
                 k.bulk_reduce_add(out, tile, 256);
                 k.tma_commit();
                 k.tma_wait(0);
+                k.red_release_add(out);
             });
+            keep(k, out, &[k.ld_acquire(out.at(64))]);
             k.mbarrier_arrive(empty);
             let other = k.mapa(base, 1);
             k.mbarrier_arrive_cluster(other.at(8));

@@ -99,10 +99,11 @@ fn gradients(
         (Some(dims), Some(like)) => Some(alloc(dims.iter().product(), like.dtype())?),
         _ => None,
     };
-    // Each query's delta, and after those the sums of dq, which begin at a multiple of 16 bytes.
+    // Each query's delta, and after those, at a multiple of 16 bytes, the sums of dq and the turns.
     let deltas = (p.q.count() * p.seq_q()).next_multiple_of(ALIGN);
-    let sums = compiled.plan.dq_sums(&facts).map(|len| len as usize);
-    let mut scratch = alloc(deltas + sums.unwrap_or(0), DType::F32)?;
+    let sums = compiled.plan.dq_sums(&facts).map(|lens| lens.map(|len| len as usize));
+    let [summed, turns] = sums.unwrap_or_default();
+    let mut scratch = alloc(deltas + summed + turns, DType::F32)?;
     call.order.run(|| {
         let written: Vec<_> = grads.iter_mut().map(|grad| Memory::of_mut(grad, device)).collect();
         let bias_grad = bias_grad.as_mut().map(|grad| Memory::of_mut(grad, device));
@@ -124,7 +125,7 @@ fn gradients(
                 delta: scratch.address(),
                 grads: [0, 1, 2].map(|i| gradient(&written[i], places[i])),
                 bias_grad: bias_grad.as_ref().map(Memory::address),
-                dq_sums: sums.map(|_| scratch.at(deltas)),
+                dq_sums: sums.map(|_| [deltas, deltas + summed].map(|at| scratch.at(at))),
             };
             Ok(compiled.launch(op, device, &arguments)?)
         })

@@ -117,7 +117,9 @@ names! {
         /// The sums of the gradient of the queries: the address of f32, in the order of
         /// the kernel that adds to them.
         DqSums "dq_sums",
-        /// How many times 16 bytes they are.
+        /// Whose turn it is to add to a block of them: the address of u32, one for each block.
+        DqTurns "dq_turns",
+        /// How many times 16 bytes sums and turns are.
         DqSumsUnits "dq_sums_units",
         /// The scale, to base e.
         GradScale "grad_scale",

@@ -51,6 +51,8 @@ pub struct TileCoord<'k> {
     /// The head, counted through all sequences.
     pub head: Reg<'k, u32>,
     pub column: Reg<'k, u32>,
+    /// Whether columns that come later are greater.
+    pub upwards: Reg<'k, bool>,
 }
 
 /// Where a block is in the row of all tiles.
@@ -103,6 +105,13 @@ impl<'k> TileScheduler<'k> {
         TileWalk { scheduler: *self, i, twice, step: k.var(twice - 1 - i * 2) }
     }
 
+    /// The same, where each round begins with the same block: for tiles that wait for those before them.
+    pub fn walk_forwards(&self) -> TileWalk<'k> {
+        let k = self.tiles.kernel();
+        let (i, blocks) = (k.var(k.block_x()), k.blocks_x());
+        TileWalk { scheduler: *self, i, twice: blocks * 2, step: k.var(blocks) }
+    }
+
     fn coord(&self, i: Reg<'k, u32>) -> TileCoord<'k> {
         let each = self.section * self.columns;
         let section = i / each;
@@ -115,6 +124,7 @@ impl<'k> TileScheduler<'k> {
         let last = (self.heads - 1) / self.section;
         let upwards = ((last - section) % 2).eq(1);
         let k = upwards.kernel();
-        TileCoord { head, column: k.select(upwards, column, self.columns - 1 - column) }
+        let column = k.select(upwards, column, self.columns - 1 - column);
+        TileCoord { head, column, upwards }
     }
 }

@@ -149,7 +149,7 @@ impl<'k> Tiles<'k> {
     }
 
     /// Looks for a tile, and runs `body` if there is one.
-    fn find(&self, TileCoord { head, column }: TileCoord<'k>, body: impl FnOnce(Tile<'k>)) {
+    fn find(&self, TileCoord { head, column, .. }: TileCoord<'k>, body: impl FnOnce(Tile<'k>)) {
         let (k, c) = (head.kernel(), &self.tile_shape);
         let first_head =
             |pack: Reg<'k, u32>| if c.variant.pack == 1 { pack } else { pack * c.variant.pack };

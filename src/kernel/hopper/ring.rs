@@ -108,11 +108,6 @@ impl<'k> Cursor<'k> {
         Self { ring, ..*self }
     }
 
-    /// The place of another stage, to say that it is done with.
-    pub fn at(&self, stage: Reg<'k, u32>) -> Self {
-        Self { stage, ..*self }
-    }
-
     /// Waits until the stage is full.
     pub fn wait(&self) {
         self.ring.full.wait(self.barriers(), self.phase);

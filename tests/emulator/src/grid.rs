@@ -49,9 +49,11 @@ impl Launch<'_> {
             }
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        std::thread::scope(|scope| {
-            (0..cores.min(blocks as usize)).for_each(|_| _ = scope.spawn(work));
-        });
+        let threads = match self.program.waits_for_blocks() {
+            true => blocks as usize,
+            false => cores.min(blocks as usize),
+        };
+        std::thread::scope(|scope| (0..threads).for_each(|_| _ = scope.spawn(work)));
         failure.into_inner().expect("no thread is left").map_or(Ok(()), Err)
     }
 }

@@ -101,12 +101,16 @@ impl Memory {
 
     /// Adds to a float, as other blocks may do meanwhile.
     pub fn add(&self, at: u64, more: f32) {
+        let add = |bits| Some((f32::from_bits(bits) + more).to_bits());
+        _ = self.count(at).fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+    }
+
+    /// Four bytes that several blocks write.
+    pub fn count(&self, at: u64) -> &AtomicU32 {
         self.check(at, 4);
         assert!(at.is_multiple_of(4));
         // SAFETY: aligned, inside an allocation, which nobody frees while a grid runs.
-        let sum = unsafe { AtomicU32::from_ptr(at as *mut u32) };
-        let add = |bits| Some((f32::from_bits(bits) + more).to_bits());
-        _ = sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        unsafe { AtomicU32::from_ptr(at as *mut u32) }
     }
 
     pub fn set(&self, at: u64, bytes: usize, value: u64) {

@@ -50,6 +50,9 @@ pub enum Op {
     /// Nothing, for which all lanes must come.
     Together,
     LoadParam(usize),
+    /// Of what blocks count in the GPU's memory.
+    LoadCount,
+    AddCount,
     /// Of global memory or of shared memory, with the bytes of each register.
     Load(Space, usize),
     Store(Space, usize),
@@ -125,6 +128,8 @@ impl Op {
             ["fence" | "prefetch" | "griddepcontrol", ..] => Self::Nothing,
             ["setmaxnreg", ..] | ["bar", "warp", "sync"] => Self::Together,
             ["ld", "param", kind] => Self::LoadParam(size(kind)),
+            ["ld", "acquire", "gpu", "global", "u32"] => Self::LoadCount,
+            ["red", "release", "gpu", "global", "add", "u32"] => Self::AddCount,
             ["ld", "global", .., kind] => Self::Load(Space::Global, size(kind)),
             ["ld", "shared" | "shared::cluster", .., kind] => Self::Load(Space::Shared, size(kind)),
             ["st", "global", .., kind] => Self::Store(Space::Global, size(kind)),
@@ -189,6 +194,13 @@ pub struct Program {
     pub registers: Vec<u64>,
     /// Blocks of a cluster, in x.
     pub cluster: u32,
+}
+
+impl Program {
+    /// Whether blocks wait for one another, so that all of them have to run.
+    pub fn waits_for_blocks(&self) -> bool {
+        self.instructions.iter().any(|i| matches!(i.op, Op::LoadCount))
+    }
 }
 
 /// Registers by the letter of their class: bits that they have, and what they hold first.

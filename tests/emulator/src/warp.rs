@@ -1,5 +1,7 @@
 //! One instruction of a warp.
 
+use std::sync::atomic::Ordering;
+
 use crate::copies::{Begun, Copy, CountedBarrier, Groups, Map, Store, Sum, Transfer};
 use crate::grid::{Block, Cluster, Shared};
 use crate::program::{Instruction, Op, Operand, Program, Shuffle, Space, Special};
@@ -224,6 +226,21 @@ impl Warp {
                 let mut value = [0; 8];
                 value[..bytes].copy_from_slice(&launch.params[param].0[..bytes]);
                 lanes.iter().for_each(|lane| self.set(&i.args[0], lane, u64::from_le_bytes(value)));
+            }
+            Op::LoadCount => {
+                std::thread::yield_now();
+                for lane in lanes.iter() {
+                    let at = self.address(&cluster.blocks[self.block], &i.args[1], lane);
+                    self.set(&i.args[0], lane, memory.count(at).load(Ordering::Acquire).into());
+                }
+            }
+            Op::AddCount => {
+                for lane in lanes.iter() {
+                    let block = &cluster.blocks[self.block];
+                    let at = self.address(block, &i.args[0], lane);
+                    let more = self.get(block, &i.args[1], lane) as u32;
+                    memory.count(at).fetch_add(more, Ordering::Release);
+                }
             }
             Op::Load(space, bytes) => self.load(cluster, i, space, bytes, lanes),
             Op::Store(space, bytes) => self.store(cluster, i, space, bytes, lanes),

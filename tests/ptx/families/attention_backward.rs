@@ -45,6 +45,8 @@ impl Family for Backwards {
             Config::FlashKeysSm90(c) => {
                 c.check(gpu.device.shared_per_block)?;
                 let widths = [c.head_dim, c.value_dim].map(u64::from);
+                let sums = c.form == Form::Fused;
+                rule(!sums || c.ordered == problem.deterministic, "sums in whatever order")?;
                 hopper_fits(widths, (c.mask, c.score_mod, c.lengths), problem)
             }
             Config::FlashQueriesSm90(c) => {
@@ -55,7 +57,7 @@ impl Family for Backwards {
             Config::FlashDq(c) => {
                 let dim = problem.attention.head_dim.next_multiple_of(8);
                 rule(u64::from(c.head_dim) == dim, "another width")?;
-                rule(!problem.deterministic, "sums in whatever order")
+                rule(c.queries == 64 || c.queries == 128, "another block")
             }
             Config::FlashDelta(c) => {
                 let dim = u64::from(c.value_dim);
@@ -116,7 +118,7 @@ impl Family for Backwards {
             delta: address(),
             grads,
             bias_grad: problem.bias_grad.map(|_| address()),
-            dq_sums: plan.dq_sums(problem).map(|_| address()),
+            dq_sums: plan.dq_sums(problem).map(|_| [address(), address()]),
         };
         passes(plan, &arguments, kernel, used)
     }
@@ -240,10 +242,11 @@ fn hopper_goldens() -> [(&'static str, Config); 6] {
         lengths: Lengths::Full,
         queries: 64,
         stages: 2,
+        ordered: false,
     };
     let narrow = keys::Config { head_dim: 64, value_dim: 64, queries: 128, ..plain };
-    let alone = keys::Config {
-        form: Form::Keys,
+    let ordered = keys::Config {
+        ordered: true,
         element: F16,
         head_dim: 24,
         value_dim: 16,
@@ -255,10 +258,11 @@ fn hopper_goldens() -> [(&'static str, Config); 6] {
     let all = ScoreMod { softcap: true, alibi: true, bias, ..ScoreMod::default() };
     let wide = keys::Config {
         form: Form::Wide,
+        ordered: false,
         mask: Mask::Window,
         score_mod: all,
         lengths: Lengths::Padded,
-        ..alone
+        ..ordered
     };
     let queries = queries::Config {
         element: BF16,
@@ -282,7 +286,7 @@ fn hopper_goldens() -> [(&'static str, Config); 6] {
     [
         ("backward90_fused", Config::FlashKeysSm90(plain)),
         ("backward90_narrow", Config::FlashKeysSm90(narrow)),
-        ("backward90_keys_packed", Config::FlashKeysSm90(alone)),
+        ("backward90_ordered_packed", Config::FlashKeysSm90(ordered)),
         ("backward90_wide_all", Config::FlashKeysSm90(wide)),
         ("backward90_queries_packed", Config::FlashQueriesSm90(queries)),
         ("backward90_dq", Config::FlashDq(dq)),

@@ -39,9 +39,18 @@ impl Config {
         format!("flash dq {queries}x{head_dim} by {columns}, {}{lengths}", element.name())
     }
 
-    /// Bytes of a block of sums.
+    /// Bytes of a block of sums. Where warpgroups divide columns, the second one's end with the head's.
     pub fn bytes(&self) -> u32 {
-        GROUPS * SLAB * self.columns * 4
+        let columns = match self.by_rows() {
+            true => GROUPS * self.columns,
+            false => self.head_dim.next_multiple_of(16),
+        };
+        SLAB * columns * 4
+    }
+
+    /// Whether each warpgroup has half of the queries, and not of the columns.
+    fn by_rows(&self) -> bool {
+        self.queries > SLAB
     }
 
     /// The tiles of a launch.
@@ -54,6 +63,7 @@ impl Config {
             lengths: self.lengths,
             blocks_per_sm: 1,
             persistent: false,
+            forwards: false,
             bytes_of_column: 0,
             section_bytes: 0,
         }
@@ -89,18 +99,26 @@ fn round<'k>(
     let thread = k.thread();
     let (group, Lane { lane, warp }) = (thread / WARPGROUP, Lane::new(thread));
     let of_head = work.batch * tiles.heads[0] + work.head;
-    let from = sums.head(of_head, work.sequence, work.queries);
-    let from = sums.block(from, (work.first.cast::<u32>()) / c.queries);
+    let first = sums.first(of_head, work.sequence, work.queries);
+    let from = sums.block(first + work.first.cast::<u32>() / c.queries);
     let from = from + group.mul_wide(SLAB * c.columns * 4) + (thread % WARPGROUP).mul_wide(16);
-    let by_rows = c.queries > SLAB;
+    let by_rows = c.by_rows();
     let first = warp * 16 + lane / 4;
     let first = work.first + (if by_rows { group * SLAB + first } else { first }).cast();
     // Of 16 columns, in two parts of 8, a lane stores four of one row that lie side by side.
     let odd = (lane % 2).ne(0);
     let column = lane % 4 * 2 + lane % 2 * 6;
     let column = if by_rows { column } else { column + group * c.columns };
+    // The second warpgroup's columns may end before a block's, or it has none.
+    let all = by_rows || GROUPS * c.columns <= c.head_dim.next_multiple_of(16);
     let loaded: Vec<_> = (0..c.columns / 8)
-        .map(|i| k.ld_global::<f32, 4>(from.at((i * WARPGROUP * 16).into())))
+        .map(|i| {
+            let load = || k.ld_global::<f32, 4>(from.at((i * WARPGROUP * 16).into()));
+            match all {
+                true => load(),
+                false => k.when((group * c.columns + 8 * i).lt(c.head_dim), load),
+            }
+        })
         .collect();
     for h in 0..2 {
         let position = if h == 0 { first } else { first + 8 };

@@ -37,8 +37,8 @@ pub struct Arguments<'a> {
     pub grads: [Gradient; 3],
     /// The address of that of the bias.
     pub bias_grad: Option<u64>,
-    /// The address of the sums of [`Plan::dq_sums`].
-    pub dq_sums: Option<u64>,
+    /// The addresses of the sums and the turns of [`Plan::dq_sums`].
+    pub dq_sums: Option<[u64; 2]>,
 }
 
 impl params::Arguments for Arguments<'_> {
@@ -145,10 +145,12 @@ impl Arguments<'_> {
             Name::DvHead => Argument::U64(dv.strides[1]),
             Name::DvBatch => Argument::U64(dv.strides[2]),
             Name::GradScale => Argument::F32(self.inputs.scale),
-            Name::DqSums => Argument::Pointer(self.dq_sums?),
-            Name::DqSumsUnits => {
-                number(self.plan.dq_sums(self.problem)? * 4 / u64::from(SUMS_UNIT))
-            }
+            Name::DqSums => Argument::Pointer(self.dq_sums?[0]),
+            Name::DqTurns => Argument::Pointer(self.dq_sums?[1]),
+            Name::DqSumsUnits => number({
+                let [sums, turns] = self.plan.dq_sums(self.problem)?;
+                (sums + turns) * 4 / u64::from(SUMS_UNIT)
+            }),
             Name::DbiasAt => Argument::Pointer(self.bias_grad?),
             Name::BiasHeads => number(attention.heads / self.problem.bias_grad?.repeated[1]),
             Name::RepeatBatch => number(self.problem.bias_grad?.repeated[0]),

@@ -81,15 +81,23 @@ impl kernel::Plan for Plan {
 }
 
 impl Plan {
-    /// Floats that shares of the queries' gradient are added up in, if they are. The first kernel zeroes them.
-    pub fn dq_sums(&self, problem: &Problem) -> Option<u64> {
+    /// Floats that shares of the queries' gradient are added up in, and u32 that say whose turn it is, if they
+    /// are added up. The first kernel zeroes both.
+    pub fn dq_sums(&self, problem: &Problem) -> Option<[u64; 2]> {
+        let ordered = self.parts.iter().any(|part| match part {
+            Part::Keys(config, _) => config.ordered,
+            _ => false,
+        });
         self.parts.iter().find_map(|part| match part {
             Part::Dq(config, launch) => {
                 let attention = &problem.attention;
-                let (own, each) = (config.queries.into(), u64::from(config.bytes()) / 4);
+                let own = config.queries.into();
                 let blocks =
                     sums::blocks(attention.lengths, attention.queries, attention.batch, own);
-                Some(u64::from(launch.order.heads) * blocks * each)
+                let blocks = u64::from(launch.order.heads) * blocks;
+                // As many as begin at multiples of 16 bytes.
+                let turns = if ordered { blocks.next_multiple_of(4) } else { 0 };
+                Some([blocks * u64::from(config.bytes()) / 4, turns])
             }
             _ => None,
         })

@@ -37,19 +37,23 @@ impl<'k> DqSums<'k> {
         Self { address, blocks, queries, bytes, packed: lengths == Lengths::Packed }
     }
 
-    /// Where a head's blocks begin, of a sequence whose queries are `span`; `head` counts those of all
+    /// The number of a head's first block, of a sequence whose queries are `span`; `head` counts those of all
     /// batches.
-    pub fn head(&self, head: Reg<'k, u32>, sequence: Reg<'k, u32>, span: Span<'k>) -> Reg<'k, u64> {
+    pub fn first(
+        &self,
+        head: Reg<'k, u32>,
+        sequence: Reg<'k, u32>,
+        span: Span<'k>,
+    ) -> Reg<'k, u32> {
         let first = head * self.blocks;
-        let first = match span.begin.filter(|_| self.packed) {
+        match span.begin.filter(|_| self.packed) {
             None => first,
             Some(begin) => first + begin / self.queries + sequence,
-        };
-        self.address + first.mul_wide(self.bytes)
+        }
     }
 
-    /// The address of a block, given that of its head's first.
-    pub fn block(&self, head: Reg<'k, u64>, block: Reg<'k, u32>) -> Reg<'k, u64> {
-        head.element(block, self.bytes)
+    /// The address of a block.
+    pub fn block(&self, number: Reg<'k, u32>) -> Reg<'k, u64> {
+        self.address.element(number, self.bytes)
     }
 }

@@ -38,6 +38,8 @@ pub struct WorkTile<'k> {
     /// Rows are those of the tile's side.
     pub bounds: Bounds<Reg<'k, i32>>,
     pub blocks: BlockRange<Reg<'k, i32>>,
+    /// Of a head's tiles those that come later in the order have later rows if the predicate is that.
+    pub ascending: Option<(Reg<'k, bool>, bool)>,
 }
 
 impl<'k> WorkTile<'k> {
@@ -74,7 +76,10 @@ impl<'k> Tiles<'k> {
 
     /// Runs `body` for each place in the order, whatever it stands for.
     pub fn for_each_coord(&self, body: impl FnOnce(TileCoord<'k>)) {
-        let walk = self.scheduler.walk();
+        let walk = match self.tile_shape.forwards {
+            true => self.scheduler.walk_forwards(),
+            false => self.scheduler.walk(),
+        };
         walk.kernel().loop_(|exit| {
             exit.when(walk.over());
             body(walk.coord());
@@ -102,7 +107,11 @@ impl<'k> Tiles<'k> {
     }
 
     /// The tile of a place in the order, if there is one: those with the most columns first.
-    fn find(&self, TileCoord { head, column }: TileCoord<'k>, body: impl FnOnce(WorkTile<'k>)) {
+    fn find(
+        &self,
+        TileCoord { head, column, upwards }: TileCoord<'k>,
+        body: impl FnOnce(WorkTile<'k>),
+    ) {
         let (k, c) = (head.kernel(), &self.tile_shape);
         let first = |tile: Reg<'k, u32>| (tile * c.rows).cast::<i32>();
         // Of queries the last ones see the most keys, of keys the first ones are seen by the most queries.
@@ -117,7 +126,9 @@ impl<'k> Tiles<'k> {
                         Side::Queries => [found.span, other],
                         Side::Keys => [other, found.span],
                     };
-                    body(self.work(k.var(0), found.sequence, head, first(tile), [queries, keys]));
+                    let spans = [queries, keys];
+                    let work = self.work(k.var(0), found.sequence, head, first(tile), spans);
+                    body(WorkTile { ascending: Some((upwards, true)), ..work });
                 });
             }
             Lengths::Full | Lengths::Padded => {
@@ -130,7 +141,8 @@ impl<'k> Tiles<'k> {
                     Side::Keys => self.heads[0] / self.heads[1],
                 };
                 let batch = head / heads;
-                body(self.tile(batch, head - batch * heads, first(tile)));
+                let work = self.tile(batch, head - batch * heads, first(tile));
+                body(WorkTile { ascending: Some((upwards, false)), ..work });
             }
         }
     }
@@ -163,7 +175,8 @@ impl<'k> Tiles<'k> {
         if c.lengths == Lengths::Padded {
             blocks.end = k.select(first.lt(count), blocks.end, 0);
         }
-        WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks }
+        let ascending = None;
+        WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks, ascending }
     }
 
     /// Whether a row, or column, is one of the tensor's that its tile stores: `count` are its sequence's. In a

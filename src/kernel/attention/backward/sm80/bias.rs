@@ -59,7 +59,7 @@ impl<'k> Gradients<'k, '_> {
         let out = BiasGrad::params(k, bias.element);
         // As wide as a block.
         let t = self.thread([c.cols, 0]);
-        self.tiles.for_each_coord(|TileCoord { head: matrix, column }| {
+        self.tiles.for_each_coord(|TileCoord { head: matrix, column, .. }| {
             let [queries, keys] = self.tiles.size.map(|size| size.cast::<u32>());
             let key_blocks = keys.div_ceil(c.cols);
             let row = column / key_blocks;

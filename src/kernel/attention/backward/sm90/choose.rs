@@ -22,8 +22,6 @@ pub fn choose(problem: &Problem, device: &Device) -> (keys::Config, Option<queri
     let (form, rows) = match () {
         () if scores.bias.is_some() => (Form::Wide, if widest <= MIDDLE { 64 } else { 32 }),
         () if widest > MIDDLE || (scores.softcap && widest > NARROW) => (Form::Wide, 64),
-        () if problem.deterministic && scores.plain() && widest <= NARROW => (Form::Keys, 96),
-        () if problem.deterministic => (Form::Keys, 64),
         () if scores.plain() && widest <= NARROW => (Form::Fused, 128),
         () => (Form::Fused, 64),
     };
@@ -37,19 +35,11 @@ pub fn choose(problem: &Problem, device: &Device) -> (keys::Config, Option<queri
         lengths: attention.lengths,
         queries: rows,
         stages: 1,
+        ordered: problem.deterministic && form == Form::Fused,
     };
-    let blocks = match () {
-        () if widest > MIDDLE => {
-            if scores.bias.is_some() || scores.softcap {
-                32
-            } else {
-                64
-            }
-        }
-        () if scores.plain() && widest <= NARROW => 128,
-        () if scores.plain() => 96,
-        () => 64,
-    };
+    // The same of blocks of keys.
+    let modified = scores.bias.is_some() || (scores.softcap && widest > MIDDLE);
+    let blocks = if modified && widest > NARROW { 32 } else { 64 };
     let queries = (form != Form::Fused).then(|| queries::Config {
         element: attention.element,
         head_dim,

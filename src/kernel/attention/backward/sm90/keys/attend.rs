@@ -1,7 +1,7 @@
 //! Warpgroups with 64 keys of a tile each, against all blocks of queries.
 
 use super::Backward;
-use super::config::{EXCHANGE_STAGES, Form};
+use super::config::EXCHANGE_STAGES;
 use super::pointwise::{Block, Context};
 use super::store::Gradient;
 use crate::kernel::attention::Lengths;
@@ -117,18 +117,14 @@ impl<'k> Backward<'k, '_> {
         self.for_each_block(work, [key, key + 8], |context, masked| {
             self.step(g, context, masked);
         });
-        if c.form == Form::Fused {
-            // The other warpgroup is done with this one's dS, and dQ is on its way.
-            smem.everyone.only().sync(k);
-        }
+        // The other warpgroup is done with this one's dS, and dQ is on its way.
+        smem.everyone.only().sync(k);
         for place in [g.key_place, g.value_place] {
             self.release(g, place);
             place.advance();
         }
-        if c.form == Form::Fused {
-            smem.dq_empty.of(g.warps.number).sync(k);
-            smem.dq_full.of(g.warps.number).arrive(k);
-        }
+        smem.dq_empty.of(g.warps.number).sync(k);
+        smem.dq_full.of(g.warps.number).arrive(k);
         let staged = |offset: u32, pitch: u32| self.base + offset + g.warps.number * pitch;
         let gradients = [
             Gradient { which: 0, sums: &g.dk, memory: staged(smem.exchange, c.exchange_pitch()) },
@@ -161,27 +157,20 @@ impl<'k> Backward<'k, '_> {
             self.pack_probabilities(&g.p[2 * j..][..2], &g.scores[4 * j..][..4]);
         });
         self.release_rows(block);
-        if c.form == Form::Fused {
-            let own = self.base + smem.exchange + g.warps.number * c.exchange_pitch();
-            store::write_packed_columns(k, &g.ds, own + g.ds_stage, g.warps.lane);
-        }
+        let own = self.base + smem.exchange + g.warps.number * c.exchange_pitch();
+        store::write_packed_columns(k, &g.ds, own + g.ds_stage, g.warps.lane);
         let across = of.grads_across.stage(stage, c.grad_bytes());
         product(half, &g.dv, Left::Registers(&g.p), across, c.queries, true);
-        if c.form == Form::Fused {
-            k.fence_proxy_async();
-            smem.everyone.only().sync(k);
-            let ds = of.ds.further(g.ds_stage);
-            product(half, &g.dq, Left::Shared(ds), of.keys_across, c.keys(), false);
-            k.wgmma_wait(1);
-            self.release(g, grad_place);
-        }
+        k.fence_proxy_async();
+        smem.everyone.only().sync(k);
+        let ds = of.ds.further(g.ds_stage);
+        product(half, &g.dq, Left::Shared(ds), of.keys_across, c.keys(), false);
+        k.wgmma_wait(1);
+        self.release(g, grad_place);
         let across = of.queries_across.stage(stage, c.query_bytes());
         product(half, &g.dk, Left::Registers(&g.ds), across, c.queries, true);
         k.wgmma_wait(1);
-        match c.form {
-            Form::Fused => self.give_dq(g),
-            Form::Keys | Form::Wide => self.release(g, grad_place),
-        }
+        self.give_dq(g);
         k.wgmma_wait(0);
         self.release(g, g.place);
         g.place.advance();

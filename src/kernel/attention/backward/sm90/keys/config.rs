@@ -27,10 +27,8 @@ const MOST_STAGES: u32 = 3;
 /// How warpgroups share the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Form {
-    /// Each has 64 of 128 keys. They make dQ, too.
+    /// Each has 64 of 128 keys. They make dQ, too, whose shares are added up in memory.
     Fused,
-    /// Each has 64 of 128 keys.
-    Keys,
     /// Both have the same 64 keys, one their dV and the other their dK: for heads whose sums fill the
     /// registers. P goes from one to the other.
     Wide,
@@ -57,6 +55,8 @@ pub struct Config {
     pub queries: u32,
     /// Stages of queries and their gradients.
     pub stages: u32,
+    /// Shares of dQ are added up in the order of tiles, which wait for one another: the same bits in each run.
+    pub ordered: bool,
 }
 
 /// The offsets of everything in shared memory.
@@ -108,13 +108,13 @@ impl SharedMap {
 }
 
 impl Config {
-    /// `flash90 dkv 64x128 d128/64 x2 dq, bf16 causal packed`: queries of a block and keys of a tile, elements
-    /// of a query and of a value, stages, the form; type, mask, score modification and lengths.
+    /// `flash90 dkv 64x128 d128/64 x2 dq ordered, bf16 causal packed`: queries of a block and keys of a tile,
+    /// elements of a query and of a value, stages, the form; type, mask, score modification and lengths.
     pub fn name(&self) -> String {
         let Self { element, head_dim, value_dim, queries, stages, .. } = self;
         let form = match self.form {
+            Form::Fused if self.ordered => " dq ordered",
             Form::Fused => " dq",
-            Form::Keys => "",
             Form::Wide => " wide",
         };
         let words = scores(self.mask, &self.score_mod, self.lengths);
@@ -167,15 +167,24 @@ impl Config {
         if self.divides_queries() { self.depths()[0] } else { SLAB }
     }
 
-    /// Bytes of dQ of a warpgroup.
-    pub(super) fn dq_bytes(&self) -> u32 {
-        SLAB * self.dq_columns() * 4
+    /// Bytes of dQ of a warpgroup. Where they divide columns, the second one's end with the head's, or are none.
+    pub(super) fn dq_bytes(&self, group: u32) -> u32 {
+        let columns = match self.divides_queries() {
+            true => self.dq_columns(),
+            false => self.depths()[0].saturating_sub(group * SLAB).min(SLAB),
+        };
+        SLAB * columns * 4
+    }
+
+    /// Bytes of a block of dQ.
+    pub(super) fn dq_block_bytes(&self) -> u32 {
+        (0..GROUPS).map(|group| self.dq_bytes(group)).sum()
     }
 
     /// Bytes from one warpgroup's dQ in shared memory to the other's.
     pub(super) fn dq_pitch(&self) -> u32 {
         let values = self.value_slabs() * SLAB_BYTES;
-        if self.form == Form::Fused { values.max(self.dq_bytes()) } else { values }
+        values.max(SLAB * self.dq_columns() * 4)
     }
 
     pub(super) fn query_bytes(&self) -> u32 {
@@ -190,7 +199,7 @@ impl Config {
     pub(super) fn exchange_bytes(&self) -> u32 {
         match self.form {
             Form::Wide => self.queries * SLAB * 4,
-            Form::Fused | Form::Keys => self.queries * LINE,
+            Form::Fused => self.queries * LINE,
         }
     }
 
@@ -225,15 +234,12 @@ impl Config {
             (
                 match self.queries {
                     32 => self.form == Form::Wide,
-                    96 => self.form == Form::Keys && narrow,
                     queries => queries == 64 || (queries == 128 && narrow),
                 },
-                format!(
-                    "blocks of {} queries (64, 96 or 128 of narrow heads, 32 of wide)",
-                    self.queries
-                ),
+                format!("blocks of {} queries (64, 128 of narrow heads, 32 of wide)", self.queries),
             ),
             (self.stages >= 1, format!("{} stages", self.stages)),
+            (!self.ordered || self.form == Form::Fused, "an order of what is not added up".into()),
             NamedBarriers::rule(smem.named_barriers),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
@@ -256,8 +262,6 @@ impl Config {
         let exchange = match self.form {
             Form::Wide => EXCHANGE_STAGES * self.exchange_bytes(),
             Form::Fused => GROUPS * EXCHANGE_STAGES * self.exchange_bytes(),
-            // No dS, but dK at the end.
-            Form::Keys => GROUPS * self.head_slabs() * SLAB_BYTES,
         };
         let exchange = arena.region(exchange, ATOM);
         let dq = if wide { 0 } else { GROUPS * self.dq_pitch() };
@@ -297,12 +301,9 @@ impl Config {
         }
     }
 
-    /// Bytes between a warpgroup's dK, where it is staged, and the other's.
+    /// Bytes from one warpgroup's dS to the other's.
     pub(super) fn exchange_pitch(&self) -> u32 {
-        match self.form {
-            Form::Keys => self.head_slabs() * SLAB_BYTES,
-            Form::Fused | Form::Wide => EXCHANGE_STAGES * self.exchange_bytes(),
-        }
+        EXCHANGE_STAGES * self.exchange_bytes()
     }
 
     /// The tiles of a launch, where `group` heads share keys.
@@ -317,6 +318,8 @@ impl Config {
             lengths: self.lengths,
             blocks_per_sm: 1,
             persistent: true,
+            // Under a causal mask the order's balance is worth more than waiting less.
+            forwards: self.ordered && self.mask != Mask::Right,
             bytes_of_column: group * width,
             section_bytes: SECTION_BYTES,
         }

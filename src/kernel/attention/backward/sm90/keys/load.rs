@@ -7,7 +7,7 @@ use crate::kernel::attention::backward::sums::DqSums;
 use crate::kernel::attention::backward::work::WorkTile;
 use crate::kernel::hopper::load::{BoxLines, TileBoxes};
 use crate::kernel::multiprocessor::WARP;
-use crate::ptx::Reg;
+use crate::ptx::{Address, Reg};
 
 impl<'k> Backward<'k, '_> {
     /// Runs `body` for each block of queries of a tile, of all heads that share its keys: with the head and
@@ -121,24 +121,38 @@ impl<'k> Backward<'k, '_> {
             groups().for_each(|group| smem.dq_empty.of(group).arrive(k));
             let heads = self.tiles.heads[0];
             self.heads(&work, |head| {
-                let of_head = sums.head(work.batch * heads + head, work.sequence, work.queries);
+                let first = sums.first(work.batch * heads + head, work.sequence, work.queries);
                 let block = k.var(work.blocks.end - 1);
                 k.loop_(|exit| {
                     exit.when(block.lt(work.blocks.begin));
-                    let to = sums.block(of_head, block.cast());
+                    let number = first + block.cast();
+                    let mut to = Address::from(sums.block(number));
+                    let turn = self.dq_turns.map(|turns| turns.element(number, 4));
                     for (i, group) in (0..).zip(groups()) {
                         smem.dq_full.of(group).sync(k);
+                        if let Some(turn) = turn.filter(|_| i == 0) {
+                            k.if_(elected, || self.wait_for_turn(&work, block, turn));
+                        }
                         let from = self.base + smem.dq + i * c.dq_pitch();
-                        let to = to.at((i * c.dq_bytes()).into());
+                        let bytes = c.dq_bytes(i);
                         k.if_(elected, || {
-                            k.bulk_reduce_add(to, from, c.dq_bytes());
+                            if bytes > 0 {
+                                k.bulk_reduce_add(to, from, bytes);
+                            }
                             k.tma_commit();
                         });
+                        to = to.at(bytes.into());
                     }
                     for (i, group) in (0..).zip(groups()) {
                         k.when(elected, || k.tma_wait_read(GROUPS - 1 - i));
                         k.bar_warp_sync();
                         smem.dq_empty.of(group).arrive(k);
+                    }
+                    if let Some(turn) = turn {
+                        k.if_(elected, || {
+                            k.tma_wait(0);
+                            k.red_release_add(turn);
+                        });
                     }
                     block.increase(-1);
                 });
@@ -148,5 +162,24 @@ impl<'k> Backward<'k, '_> {
             groups().for_each(|group| smem.dq_full.of(group).sync(k));
         });
         k.when(elected, || k.tma_wait(0));
+    }
+
+    /// Waits until the tiles before this one in the order have added to a block of queries; `turn` is where how
+    /// many have is counted.
+    ///
+    /// Blocks of threads take tiles in their order, and all of them run: whoever is waited for is at work, or has
+    /// been.
+    fn wait_for_turn(&self, work: &WorkTile<'k>, block: Reg<'k, i32>, turn: Reg<'k, u64>) {
+        let (k, c) = (self.k, self.c);
+        let of_queries = work.bounds.transposed(work.keys.count);
+        let first = block * c.queries as i32;
+        let last = (first + c.queries as i32).min(work.queries.count);
+        let tiles = of_queries.blocks(first, last, c.keys());
+        let tile = (work.first.cast::<u32>() / c.keys()).cast::<i32>();
+        let (holds, ascending) = work.ascending.expect("tiles come in an order");
+        let (up, down) = (tile - tiles.begin, tiles.end - 1 - tile);
+        let (if_so, else_) = if ascending { (up, down) } else { (down, up) };
+        let mine = k.select(holds, if_so, else_).cast::<u32>();
+        k.loop_(|exit| exit.when(k.ld_acquire(turn).eq(mine)));
     }
 }

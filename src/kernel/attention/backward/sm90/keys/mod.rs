@@ -7,7 +7,7 @@
 //! dV += Pᵀ·dO    dK += dSᵀ·Q     left operands from registers
 //! ```
 //!
-//! Two warpgroups multiply. [`Form`] says how they share the work, and whether they make dQ, too:
+//! Two warpgroups multiply. [`Form`] says how they share the work. Of heads that are not wide they make dQ, too:
 //!
 //! ```text
 //! dQ  = dS·K                     dS by way of shared memory; a half each, to shared memory, from where it is
@@ -32,7 +32,7 @@ use crate::kernel::attention::scores::ScoreParams;
 use crate::kernel::attention::{Lengths, Name};
 use crate::kernel::hopper::WARPGROUP;
 use crate::ptx::{Kernel, Reg, Source, Target};
-use config::{GROUPS, REGISTERS, SharedMap};
+use config::{REGISTERS, SharedMap};
 use store::GradMemory;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
@@ -51,9 +51,10 @@ pub fn emit(config: &Config) -> Source {
     let score_params = ScoreParams::params(k, config.score_mod, config.element);
     let tiles = Tiles::params(k, config.tile_shape(1));
     let dq_sums = (config.form == Form::Fused).then(|| {
-        let bytes = [config.queries, GROUPS * config.dq_bytes()];
+        let bytes = [config.queries, config.dq_block_bytes()];
         DqSums::params(k, config.lengths, bytes, tiles.size[0], tiles.sequences())
     });
+    let dq_turns = config.ordered.then(|| k.pointer(Name::DqTurns));
     let base = k.shared(smem.bytes);
     let thread = k.thread();
     let warp = k.shfl_idx(thread / 32, 0);
@@ -83,6 +84,7 @@ pub fn emit(config: &Config) -> Source {
         score_params,
         tiles,
         dq_sums,
+        dq_turns,
         base,
     };
     let [give, take] = REGISTERS;
@@ -100,7 +102,7 @@ pub fn emit(config: &Config) -> Source {
             k.setmaxnreg_inc(take);
             let (thread, number) = (thread - WARPGROUP, group - 1);
             match config.form {
-                Form::Fused | Form::Keys => a.consume(thread, number),
+                Form::Fused => a.consume(thread, number),
                 Form::Wide => a.consume_wide(thread, number),
             }
         },
@@ -123,5 +125,7 @@ struct Backward<'k, 'c> {
     score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,
     dq_sums: Option<DqSums<'k>>,
+    /// Whose turn it is to add to each block of them, if that matters.
+    dq_turns: Option<Reg<'k, u64>>,
     base: Reg<'k, u32>,
 }

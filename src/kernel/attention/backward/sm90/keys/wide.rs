@@ -33,9 +33,6 @@ struct Group<'k> {
     place: Cursor<'k>,
     /// The stage of P.
     exchange: Reg<'k, u32>,
-    /// The stage of the block before, whose last product may still be under way; not 0 if there is one.
-    before: Reg<'k, u32>,
-    pending: Reg<'k, u32>,
 }
 
 impl<'k> Backward<'k, '_> {
@@ -82,8 +79,6 @@ impl<'k> Backward<'k, '_> {
             across: Descriptor::across_k(at(across), c.queries),
             place: smem.query_ring.consumer(k, self.base),
             exchange: k.var(0),
-            before: k.var(0),
-            pending: k.var(0),
         }
     }
 
@@ -106,9 +101,6 @@ impl<'k> Backward<'k, '_> {
         self.for_each_block(work, [key, key + 8], |context, masked| {
             self.step_wide(g, context, masked);
         });
-        k.wgmma_wait(0);
-        let summed = if g.of_values { smem.grad_ring } else { smem.query_ring };
-        self.release_wide_before(g, g.place.of(summed));
         // Over what this warpgroup alone has read.
         let gradient = Gradient { which: usize::from(g.of_values), sums: &g.sums, memory };
         self.store(g.warps, work, work.first, &[gradient]);
@@ -137,7 +129,6 @@ impl<'k> Backward<'k, '_> {
         if g.of_values {
             k.wgmma_wait(0);
             self.release_wide(g, first.0);
-            self.release_wide_before(g, second.0);
             self.probabilities(&g.products, &g.left, context, block);
             smem.p_empty.of(g.exchange).sync(k);
             for (i, p) in g.products.chunks(4).enumerate() {
@@ -151,7 +142,6 @@ impl<'k> Backward<'k, '_> {
                 (0..g.products.len() / 4).flat_map(|i| k.ld_shared::<f32, 4>(quad(i))).collect();
             k.wgmma_wait(0);
             self.release_wide(g, first.0);
-            self.release_wide_before(g, second.0);
             self.score_gradients(&g.left, [&p, &g.products], block, |_| ());
             smem.p_empty.of(g.exchange).arrive(k);
         }
@@ -160,18 +150,10 @@ impl<'k> Backward<'k, '_> {
         self.clear_block(g.warps, context, block, second.1);
         let across = g.across.stage(stage, second.1[2]);
         product(half, &g.sums, Left::Registers(&g.left), across, c.queries, true);
-        // It ends while the next block begins.
-        g.before.set(stage);
-        g.pending.set(1);
+        k.wgmma_wait(0);
+        self.release_wide(g, second.0);
         g.place.advance();
         g.exchange.set(g.exchange ^ 1);
-    }
-
-    /// The last product of the block before is complete, whose right operand is of the ring of `place`.
-    fn release_wide_before(&self, g: &Group<'k>, place: Cursor<'k>) {
-        let done = place.at(g.before).done();
-        self.k.when(g.warps.leader & g.pending.ne(0), || done.arrive());
-        g.pending.set(0);
     }
 
     /// This warpgroup has read a stage.

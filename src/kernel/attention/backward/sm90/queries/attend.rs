@@ -27,9 +27,6 @@ pub(super) struct Group<'k> {
     pub query_place: Cursor<'k>,
     key_place: Cursor<'k>,
     value_place: Cursor<'k>,
-    /// The stage of the keys before, whose last product may still be under way; not 0 if there are such.
-    before: Reg<'k, u32>,
-    pending: Reg<'k, u32>,
 }
 
 /// What the blocks of a tile have in common.
@@ -74,8 +71,6 @@ impl<'k> Backward<'k, '_> {
             query_place: smem.query_ring.consumer(k, self.base),
             key_place: smem.key_ring.consumer(k, self.base),
             value_place: smem.value_ring.consumer(k, self.base),
-            before: k.var(0),
-            pending: k.var(0),
         }
     }
 
@@ -99,8 +94,6 @@ impl<'k> Backward<'k, '_> {
             self.step(g, &context, masked);
             block.increase(-1);
         });
-        k.wgmma_wait(0);
-        self.release_before(g);
         self.store(g, work, positions);
         for place in [grad_place, g.query_place] {
             let done = place.done();
@@ -149,7 +142,6 @@ impl<'k> Backward<'k, '_> {
         product(half, &g.grads, Left::Shared(grads), values, c.depths()[1], false);
         // With a bias probabilities take branches, which products that are under way do not go through.
         k.wgmma_wait(if c.score_mod.bias.is_some() { 0 } else { 1 });
-        self.release_before(g);
         self.probabilities(g, context, masked);
         k.wgmma_wait(0);
         self.release(g, g.value_place);
@@ -161,17 +153,8 @@ impl<'k> Backward<'k, '_> {
         }
         let keys = g.keys_across.stage(key_stage, c.key_bytes());
         product(half, &g.dq, Left::Registers(&g.ds), keys, c.keys, true);
-        // It ends while the next block begins.
-        g.before.set(key_stage);
-        g.pending.set(1);
-        g.key_place.advance();
-    }
-
-    /// The products that read the keys before are complete.
-    fn release_before(&self, g: &Group<'k>) {
-        let done = g.key_place.at(g.before).done();
-        self.k.when(g.warps.leader & g.pending.ne(0), || done.arrive());
-        g.pending.set(0);
+        k.wgmma_wait(0);
+        self.release(g, g.key_place);
     }
 
     /// Turns scores into probabilities in place; under a soft cap times the slopes of the scores.

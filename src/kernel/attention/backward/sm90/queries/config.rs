@@ -198,6 +198,7 @@ impl Config {
             lengths: self.lengths,
             blocks_per_sm: 1,
             persistent: true,
+            forwards: false,
             bytes_of_column: u64::from(2 * (self.head_dim + self.value_dim)),
             section_bytes: SECTION_BYTES,
         }
