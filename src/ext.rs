@@ -197,12 +197,13 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// # Gradient
     ///
-    /// None: a tracked input is an error. [`kaio_flash_attn`](Self::kaio_flash_attn) has one.
+    /// q, k and v in f16, as of [`kaio_flash_attn`](Self::kaio_flash_attn), summed over what was broadcast. On
+    /// CUDA the gradient of the result is rounded to f16.
     ///
     /// # Errors
     ///
-    /// Other dtypes, rank under 2, unequal D or Sk, D = 0, batch dimensions that do not broadcast, a
-    /// tracked input, two devices; on CUDA, head dimensions over what the engine takes (256).
+    /// Other dtypes, rank under 2, unequal D or Sk, D = 0, batch dimensions that do not broadcast, two devices;
+    /// on CUDA, head dimensions over what the engine takes (256), and on GPUs before 8.0 a tracked input.
     ///
     /// # Example
     ///
@@ -232,8 +233,10 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// # Gradient
     ///
-    /// q, k and v, in O(S·D) memory: probabilities are rebuilt block by block (FlashAttention-2, Dao
-    /// 2023), on the CPU from what the forward pass kept of each row.
+    /// q, k and v, in O(S·D) memory: probabilities are rebuilt block by block (FlashAttention-2, Dao 2023) from
+    /// what the forward pass kept of each row. [`docs/training.md`] says what that is.
+    ///
+    /// [`docs/training.md`]: https://docs.rs/crate/kaio-candle/latest/source/docs/training.md
     ///
     /// # Errors
     ///

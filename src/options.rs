@@ -7,8 +7,8 @@ use candle_core::{DType, Tensor};
 /// A CPU tensor is computed by the CPU path under every engine: code written for a GPU
 /// runs unchanged on a laptop.
 ///
-/// On a GPU attention's backward pass is that of [`Auto`](Self::Auto), in candle's own ops: with another
-/// engine an input that tracks a gradient is an error.
+/// On a GPU kaio-ops has no backward pass of attention: with [`KaioOps`](Self::KaioOps) an input that tracks a
+/// gradient is an error.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Engine {
@@ -19,8 +19,8 @@ pub enum Engine {
     /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, for compute capability
     /// 8.0 or later (those of attention for older GPUs, too).
     KaioOps,
-    /// This crate's own kernels, for matmul and for attention's forward pass, on compute capability 8.0
-    /// or later: [`docs/kernels.md`] says how they work.
+    /// This crate's own kernels, for matmul and attention, on compute capability 8.0 or later:
+    /// [`docs/kernels.md`] says how they work.
     ///
     /// [`docs/kernels.md`]: https://docs.rs/crate/kaio-candle/latest/source/docs/kernels.md
     Native,
