@@ -35,8 +35,9 @@ pub struct Copies<'k> {
     line: Reg<'k, u32>,
     /// The elements before its chunks in a panel.
     along: Reg<'k, u32>,
-    /// The address of its first copy in the first stage.
+    /// The address of its first copy in the first stage, but for `region`.
     to: Reg<'k, u32>,
+    region: u32,
     /// For a last panel that is not whole: whether it has the thread's chunk, and how many of its bytes
     /// are in memory.
     last: Option<(Reg<'k, bool>, Reg<'k, u32>)>,
@@ -67,8 +68,14 @@ impl<'k> Copies<'k> {
             line,
             along,
             to: to + SwizzledTile::place(line, chunk),
+            region: 0,
             last,
         }
+    }
+
+    /// The same, to lines so many bytes further: copies whose places differ in them alone share registers.
+    pub fn at(self, region: u32) -> Self {
+        Self { region, ..self }
     }
 
     /// This thread's lines, from its first.
@@ -86,8 +93,8 @@ impl<'k> Copies<'k> {
     ) {
         let k = stage.kernel();
         for panel in 0..self.lines.panels() {
-            let to =
-                stage.at((panel * self.lines.panel_bytes() + further * SwizzledTile::BYTES).into());
+            let to = panel * self.lines.panel_bytes() + further * SwizzledTile::BYTES;
+            let to = stage.at((self.region + to).into());
             let from = Address::from(from).at((panel * SwizzledTile::BYTES).into());
             match self.last {
                 Some((mine, bytes)) if panel + 1 == self.lines.panels() => {

@@ -15,14 +15,22 @@ pub type Fragment<'k> = [Reg<'k, u32>; 4];
 #[derive(Clone, Copy)]
 pub struct Lines<'k> {
     pub tile: SwizzledTile,
-    /// Where a lane finds its part of the first 16 lines and two chunks.
+    /// Where a lane finds its part of the first 16 lines and two chunks, but for `region`.
     pub start: Reg<'k, u32>,
+    /// Bytes, a multiple of [`SwizzledTile::ALIGN`]: operands whose places differ in them alone share registers.
+    pub region: u32,
 }
 
 impl<'k> Lines<'k> {
-    /// Where a lane finds its parts of all of them.
+    /// Where a lane finds its parts of all of them, but for the region.
     pub fn fragments(&self) -> Fragments<'k> {
         Fragments::new(self.start, self.tile.steps().min(SwizzledTile::STEPS))
+    }
+
+    /// The offset of 16 lines and a step from there: see [`SwizzledTile::block`].
+    pub fn block(&self, block: u32, step: u32) -> (u32, u32) {
+        let (xor, add) = self.tile.block(block, step);
+        (xor, add + self.region)
     }
 }
 
@@ -40,7 +48,7 @@ pub fn multiply_lines<'k>(
     for step in 0..lines.tile.steps() {
         let left = left(step);
         for block in 0..lines.tile.count / 16 {
-            let right = k.ldmatrix(right.at(lines.tile.block(block, step)), false);
+            let right = k.ldmatrix(right.at(lines.block(block, step)), false);
             for (sums, &a) in sums.iter().zip(&left) {
                 multiply(k, half, sums, block, a, right);
             }
@@ -59,7 +67,7 @@ pub fn add_lines<'k>(
     let right = lines.fragments();
     for block in 0..lines.tile.count / 16 {
         for step in 0..lines.tile.steps() {
-            let right = k.ldmatrix(right.at(lines.tile.block(block, step)), true);
+            let right = k.ldmatrix(right.at(lines.block(block, step)), true);
             for (sums, left) in sums.iter().zip(left) {
                 multiply(k, half, sums, step, left[block as usize], right);
             }

@@ -86,7 +86,7 @@ impl<'k> Sum<'k> {
 /// ptxas loads more of them at once than there are registers for.
 pub fn multiply_lines<'k>(
     sums: &[&[Reg<'k, f32>]],
-    (left_tile, left_at): (SwizzledTile, Fragments<'k>),
+    (left, left_at): (Lines<'k>, Fragments<'k>),
     lines: Lines<'k>,
     serial: bool,
 ) {
@@ -99,10 +99,10 @@ pub fn multiply_lines<'k>(
             k.bar_warp_sync();
         }
         let left: Vec<_> = (0..sums.len() as u32)
-            .map(|block| Parts::of(k.ldmatrix(left_at.at(left_tile.block(block, step)), false)))
+            .map(|block| Parts::of(k.ldmatrix(left_at.at(left.block(block, step)), false)))
             .collect();
         for block in 0..lines.tile.count / 16 {
-            let right = k.ldmatrix(right_at.at(lines.tile.block(block, step)), false);
+            let right = k.ldmatrix(right_at.at(lines.block(block, step)), false);
             for (i, pair) in right.chunks(2).enumerate() {
                 let right = Parts::of([pair[0], pair[1]]);
                 for (sums, left) in all.iter_mut().zip(&left) {
@@ -142,7 +142,8 @@ pub fn add_lines<'k>(
             let parts = || (0..COLUMNS).map(|_| Sum::new(k)).collect::<Vec<_>>();
             let mut all: Vec<_> = sums.iter().map(|_| parts()).collect();
             for step in 0..tile.count / 8 {
-                let at = (panel * tile.panel_bytes() + step * 8 * SwizzledTile::BYTES).into();
+                let at = panel * tile.panel_bytes() + step * 8 * SwizzledTile::BYTES;
+                let at = (at + lines.region).into();
                 let rows = [even, odd].map(|row| k.ld_shared::<u32, COLUMNS>(row.at(at)));
                 for j in 0..COLUMNS {
                     let right = Parts::of(rows.map(|row| row[j]));

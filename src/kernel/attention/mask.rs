@@ -175,19 +175,26 @@ impl<'k> BlockRange<Reg<'k, i32>> {
     /// Runs `body` for the blocks from `block` down to the first. It makes `block` one less, and is told
     /// whether the mask may cut the block.
     pub fn walk(&self, block: Reg<'k, i32>, body: impl Fn(bool)) {
-        let down_to = |to: Reg<'k, i32>, masked: bool| {
-            let to = to.max(self.begin);
+        Self::walk_of(|| *self, block, body);
+    }
+
+    /// The same, of a range that is asked for when it is needed, so that it is not kept meanwhile.
+    pub fn walk_of(range: impl Fn() -> Self, block: Reg<'k, i32>, body: impl Fn(bool)) {
+        let down_to = |to: fn(&Self) -> Reg<'k, i32>, masked: bool| {
+            let range = range();
+            let to = to(&range).max(range.begin);
             block.kernel().loop_(|exit| {
                 exit.when(block.lt(to));
                 body(masked);
             });
         };
-        if self.cut {
-            down_to(self.whole_end, true);
+        let first = range();
+        if first.cut {
+            down_to(|range| range.whole_end, true);
         }
-        down_to(self.whole_begin.unwrap_or(self.begin), false);
-        if self.whole_begin.is_some() {
-            down_to(self.begin, true);
+        down_to(|range| range.whole_begin.unwrap_or(range.begin), false);
+        if first.whole_begin.is_some() {
+            down_to(|range| range.begin, true);
         }
     }
 }

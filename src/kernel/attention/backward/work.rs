@@ -42,6 +42,9 @@ pub struct WorkTile<'k> {
     pub ascending: Option<(Reg<'k, bool>, bool)>,
 }
 
+/// The most words of [`Tiles::keep`].
+pub const KEPT_WORDS: u32 = 12;
+
 impl<'k> WorkTile<'k> {
     /// The queries or keys of its sequence.
     pub fn span(&self, side: Side) -> Span<'k> {
@@ -96,6 +99,78 @@ impl<'k> Tiles<'k> {
     ) -> WorkTile<'k> {
         let spans = [0, 1].map(|side| self.sequences.span(side, batch));
         self.work(batch, batch, head, first, spans)
+    }
+
+    /// Puts a tile into shared memory, [`KEPT_WORDS`] words from `at` on, an address that is a multiple of 16: what
+    /// is seldom read takes no registers there. All threads do; who [reads](Self::kept) it has met one of them.
+    pub fn keep(&self, work: &WorkTile<'k>, at: Reg<'k, u32>) {
+        let k = at.kernel();
+        let words = self.words(work);
+        k.when(k.thread().eq(0), || {
+            for (quad, words) in (0..).zip(words.chunks(4)) {
+                let four = std::array::from_fn::<_, 4, _>(|i| *words.get(i).unwrap_or(&words[0]));
+                k.st_shared(at.at(16 * quad), four);
+            }
+        });
+    }
+
+    /// The tile that was put there.
+    pub fn kept(&self, at: Reg<'k, u32>) -> WorkTile<'k> {
+        let k = at.kernel();
+        let (full, packed) = match self.tile_shape.lengths {
+            Lengths::Full => (true, false),
+            Lengths::Padded => (false, false),
+            Lengths::Packed => (false, true),
+        };
+        let windowed = self.begins();
+        let count =
+            6 + usize::from(windowed) + if full { 0 } else { 2 } + if packed { 3 } else { 0 };
+        let words =
+            (0..count.div_ceil(4)).flat_map(|quad| k.ld_shared::<u32, 4>(at.at(16 * quad as i64)));
+        let mut words = words.collect::<Vec<_>>().into_iter();
+        let mut next = || words.next().expect("as many as were kept");
+        let [batch, head, first, begin, end, whole_end] = std::array::from_fn(|_| next());
+        let whole_begin = windowed.then(|| next().cast());
+        let [queries, keys] = match full {
+            true => self.size.map(|count| Span { begin: None, count }),
+            false => [0, 1].map(|_| Span { begin: packed.then(&mut next), count: next().cast() }),
+        };
+        let sequence = if packed { next() } else { batch };
+        let bounds = self.bounds([queries, keys]);
+        let blocks = BlockRange {
+            begin: begin.cast(),
+            end: end.cast(),
+            whole_begin,
+            whole_end: whole_end.cast(),
+            cut: true,
+        };
+        let (first, ascending) = (first.cast(), None);
+        WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks, ascending }
+    }
+
+    /// What [`kept`](Self::kept) reads, in its order.
+    fn words(&self, work: &WorkTile<'k>) -> Vec<Reg<'k, u32>> {
+        let WorkTile { batch, sequence, head, first, queries, keys, blocks, .. } = *work;
+        let mut words = vec![batch, head, first.cast()];
+        words.extend([blocks.begin, blocks.end, blocks.whole_end].map(Reg::cast::<u32>));
+        words.extend(blocks.whole_begin.map(Reg::cast::<u32>));
+        if self.tile_shape.lengths != Lengths::Full {
+            for span in [queries, keys] {
+                words.extend(span.begin);
+                words.push(span.count.cast());
+            }
+        }
+        words.extend((self.tile_shape.lengths == Lengths::Packed).then_some(sequence));
+        debug_assert!(words.len() <= KEPT_WORDS as usize);
+        words
+    }
+
+    /// Whether columns begin where the row says: keys under a window, queries under a causal mask, too.
+    fn begins(&self) -> bool {
+        match self.tile_shape.side {
+            Side::Queries => self.left.is_some(),
+            Side::Keys => self.right.is_some(),
+        }
     }
 
     /// The number of the tile's side, as [`Sequences`] counts.
@@ -156,16 +231,10 @@ impl<'k> Tiles<'k> {
         [queries, keys]: [Span<'k>; 2],
     ) -> WorkTile<'k> {
         let (k, c) = (first.kernel(), &self.tile_shape);
-        let offset = keys.count - queries.count;
-        let of_queries = Bounds {
-            cols: keys.count,
-            end: self.right.map(|right| offset + right + 1),
-            begin: self.left.map(|left| offset - left),
-            rows: Some(queries.count),
-        };
-        let (bounds, count) = match c.side {
-            Side::Queries => (of_queries, queries.count),
-            Side::Keys => (of_queries.transposed(queries.count), keys.count),
+        let bounds = self.bounds([queries, keys]);
+        let count = match c.side {
+            Side::Queries => queries.count,
+            Side::Keys => keys.count,
         };
         let end = first + c.rows as i32;
         let mut blocks = bounds.blocks(first, end.min(count), c.cols);
@@ -177,6 +246,21 @@ impl<'k> Tiles<'k> {
         }
         let ascending = None;
         WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks, ascending }
+    }
+
+    /// Which columns count for a row.
+    fn bounds(&self, [queries, keys]: [Span<'k>; 2]) -> Bounds<Reg<'k, i32>> {
+        let offset = keys.count - queries.count;
+        let of_queries = Bounds {
+            cols: keys.count,
+            end: self.right.map(|right| offset + right + 1),
+            begin: self.left.map(|left| offset - left),
+            rows: Some(queries.count),
+        };
+        match self.tile_shape.side {
+            Side::Queries => of_queries,
+            Side::Keys => of_queries.transposed(queries.count),
+        }
     }
 
     /// Whether a row, or column, is one of the tensor's that its tile stores: `count` are its sequence's. In a

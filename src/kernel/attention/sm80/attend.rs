@@ -200,7 +200,7 @@ impl<'k> Attention<'k, '_> {
             Element::Half(half) => self.multiply_keys(half, t),
             Element::F32 => {
                 let queries = self.queries(t);
-                let left = (queries.tile, queries.fragments());
+                let left = (queries, queries.fragments());
                 let wide = c.columns() > 192;
                 tf32x3::multiply_lines(&scores(t), left, self.keys(t), wide);
             }
@@ -219,7 +219,7 @@ impl<'k> Attention<'k, '_> {
             p.push(self.probabilities(m16, which));
         }
         let sums: Vec<_> = t.m16_tiles.iter().map(|m16| &m16.o[..]).collect();
-        let values = Lines { tile: c.value_tile(), start: t.places[2] + t.stage };
+        let values = Lines { tile: c.value_tile(), start: t.places[2] + t.stage, region: 0 };
         match c.element {
             Element::Half(half) => product::add_lines(half, &sums, &p, values),
             // A predicate that always holds.
@@ -233,7 +233,7 @@ impl<'k> Attention<'k, '_> {
 
     /// The warp's queries.
     fn queries(&self, t: &Thread<'k>) -> Lines<'k> {
-        Lines { tile: self.c.query_tile(), start: t.places[0] }
+        Lines { tile: self.c.query_tile(), start: t.places[0], region: 0 }
     }
 
     /// The products of the warp's queries and a block of keys.
@@ -253,7 +253,7 @@ impl<'k> Attention<'k, '_> {
     }
 
     fn keys(&self, t: &Thread<'k>) -> Lines<'k> {
-        Lines { tile: self.c.key_tile(), start: t.places[1] + t.stage }
+        Lines { tile: self.c.key_tile(), start: t.places[1] + t.stage, region: 0 }
     }
 
     /// The exponentials of an m16 tile's scores, as a left operand; its accumulators shrink.

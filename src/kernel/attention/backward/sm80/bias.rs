@@ -101,14 +101,13 @@ impl<'k> Gradients<'k, '_> {
             // All warps are done with what was there.
             k.sync_block();
             let stage = k.var(0u32);
-            self.copy_rows(&work);
-            self.copy_block(t, &work, head, number, stage);
+            self.copy_rows(&work, head);
+            self.copy_block(t, &work, (head, number), stage);
             k.cp_async_commit();
-            let rows = self.rows(&work, head);
             k.cp_async_wait(0);
             k.sync_block();
             let block = Block { number, stage, masked: true };
-            let grads = self.block(t, &work, &rows, block, |_| (), By::Scores);
+            let grads = self.block(t, (&work, head), block, |_| (), By::Scores);
             for (m16, grads) in t.m16_tiles.iter().zip(grads) {
                 m16.sums[0].iter().zip(grads).for_each(|(sum, grad)| sum.increase(grad));
             }

@@ -1,6 +1,7 @@
 //! The choices, and what follows from them.
 
 use super::super::variant::Variant;
+use super::super::work::KEPT_WORDS;
 use super::super::{Side, TileShape};
 use crate::kernel::ampere::product::M16;
 use crate::kernel::ampere::tile::SwizzledTile;
@@ -75,8 +76,11 @@ pub(super) struct SharedMap {
     pub left: [u32; 2],
     /// The columns of the first stage.
     pub right: [u32; 2],
-    /// Their numbers: what is subtracted from scores, the logarithms, the deltas.
+    /// The numbers of queries, be they rows, or columns of the first stage: what is subtracted from scores, the
+    /// logarithms, the deltas.
     pub numbers: u32,
+    /// The current tile.
+    pub kept: u32,
     /// Bytes from stage to stage.
     pub stage_bytes: u32,
     pub bytes: u32,
@@ -185,13 +189,17 @@ impl Config {
         self.sum_columns().iter().sum::<u32>() > 192
     }
 
-    /// Numbers of a column that are in shared memory.
-    pub(super) fn numbers(&self) -> u32 {
-        match (self.pass.side(), self.pass.has_score_grads()) {
-            (Side::Queries, _) => 0,
-            (Side::Keys, false) => 2,
-            (Side::Keys, true) => 3,
+    /// Queries in shared memory, of a stage if they are columns.
+    pub(super) fn queries(&self) -> u32 {
+        match self.pass.side() {
+            Side::Queries => self.rows(),
+            Side::Keys => self.cols,
         }
+    }
+
+    /// Numbers of each of them.
+    pub(super) fn numbers(&self) -> u32 {
+        if self.pass.has_score_grads() { 3 } else { 2 }
     }
 
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
@@ -276,13 +284,20 @@ impl Config {
         // Without the gradient of the scores the rows as wide as a value have no part.
         let [narrow, wide] = self.left_tiles();
         let left = [tile(narrow, true), tile(wide, self.pass.has_score_grads())];
-        let right = self.right_tiles().map(|each| tile(each, true));
-        let numbers = arena.region(self.numbers() * self.cols * 4, 16);
+        let kept = arena.region(KEPT_WORDS * 4, 16);
+        let numbers_bytes = self.numbers() * self.queries() * 4;
+        let of_rows = match self.pass.side() {
+            Side::Queries => Some(arena.region(numbers_bytes, 16)),
+            Side::Keys => None,
+        };
+        let tile = |tile: SwizzledTile| arena.region(tile.bytes(), SwizzledTile::ALIGN);
+        let right = self.right_tiles().map(tile);
+        let numbers = of_rows.unwrap_or_else(|| arena.region(numbers_bytes, 16));
         let stage_bytes = (arena.used - right[0]).next_multiple_of(SwizzledTile::ALIGN);
         for _ in 1..self.stages {
             arena.region(stage_bytes, SwizzledTile::ALIGN);
         }
-        SharedMap { left, right, numbers, stage_bytes, bytes: arena.used }
+        SharedMap { left, right, numbers, kept, stage_bytes, bytes: arena.used }
     }
 
     /// Which tiles there are, of a group of heads that share keys.

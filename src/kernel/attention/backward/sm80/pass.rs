@@ -2,13 +2,14 @@
 
 use super::Gradients;
 use super::config::{Config, KeySums, Pass};
-use super::scores::{Block, By, FragmentRows};
+use super::scores::{Block, By};
 use crate::kernel::Element;
 use crate::kernel::ampere::copies::Copies;
 use crate::kernel::ampere::swizzle::MatrixOrder;
 use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::attention::backward::Side;
 use crate::kernel::attention::backward::work::WorkTile;
+use crate::kernel::attention::mask::BlockRange;
 use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Kernel, Reg};
 
@@ -16,11 +17,11 @@ use crate::ptx::{Kernel, Reg};
 pub(super) struct Thread<'k> {
     pub m16_tiles: Vec<M16Tile<'k>>,
     copies: [Copies<'k>; 2],
-    /// Where this lane finds its part of the rows.
-    pub left: [Reg<'k, u32>; 2],
+    /// Where this lane finds its part of the rows, but for their region.
+    pub left: Reg<'k, u32>,
     /// The same of the columns of the first stage, as lines that are multiplied and as such that are added.
-    pub right: [Reg<'k, u32>; 2],
-    pub added: [Reg<'k, u32>; 2],
+    pub right: Reg<'k, u32>,
+    pub added: Reg<'k, u32>,
     /// Bytes from the first stage to the current one.
     stage: Reg<'k, u32>,
 }
@@ -55,12 +56,11 @@ pub(super) struct M16Tile<'k> {
     pub sums: [Vec<Reg<'k, f32>>; 2],
 }
 
-/// The blocks of a tile: those of each of some heads of the queries, from the last to the first.
-struct Walk<'k, 'w> {
-    work: &'w WorkTile<'k>,
-    /// The current head, and the last.
+/// Where a tile's walk is: it goes over the blocks of each of some heads of the queries, from the last to the
+/// first.
+struct Walk<'k> {
+    /// The current head.
     head: Reg<'k, u32>,
-    last_head: Reg<'k, u32>,
     /// The current block.
     block: Reg<'k, i32>,
 }
@@ -72,8 +72,13 @@ impl<'k> Gradients<'k, '_> {
         let t = self.thread(columns);
         self.tiles.for_each(|work| {
             self.tile(&t, &work);
-            self.store(&t, &work);
+            self.store(&t, &self.kept());
         });
+    }
+
+    /// The current tile, from shared memory.
+    fn kept(&self) -> WorkTile<'k> {
+        self.tiles.kept(self.base + self.smem.kept)
     }
 
     /// `columns`: of the sums.
@@ -87,9 +92,11 @@ impl<'k> Gradients<'k, '_> {
             grads: regs(grads),
             sums: columns.map(|columns| regs(columns / 2)),
         };
-        let right = smem.right.map(|region| self.base + region);
-        let tiles = c.right_tiles();
-        let copies = |i: usize| Copies::new(self.right[i], tiles[i], c.threads(), thread, right[i]);
+        let copies = |i: usize| {
+            let tile = c.right_tiles()[i];
+            let copies = Copies::new(self.right[i], tile, c.threads(), thread, self.base);
+            copies.at(smem.right[i])
+        };
         let rows = warp * (c.warp_rows() * SwizzledTile::BYTES)
             + SwizzledTile::fragment(MatrixOrder::Lines, lane);
         let chunks = SwizzledTile::fragment(MatrixOrder::Chunks, lane);
@@ -100,9 +107,9 @@ impl<'k> Gradients<'k, '_> {
         Thread {
             m16_tiles: (0..c.m16_tiles).map(|_| m16()).collect(),
             copies: [copies(0), copies(1)],
-            left: smem.left.map(|region| self.base + region + rows),
-            right: right.map(|region| region + chunks),
-            added: right.map(|region| region + lines),
+            left: self.base + rows,
+            right: self.base + chunks,
+            added: self.base + lines,
             stage: k.var(0u32),
         }
     }
@@ -115,54 +122,63 @@ impl<'k> Gradients<'k, '_> {
         }
         // All warps are done with the tile before.
         k.sync_block();
+        self.tiles.keep(work, self.base + self.smem.kept);
+        k.sync_block();
         k.if_(work.blocks.some(), || {
-            let (head, last_head) = match self.c.pass.side() {
-                Side::Queries => (k.var(work.head), work.head),
-                Side::Keys => {
-                    let group = self.tiles.heads[1];
-                    let head = k.var(work.head * group);
-                    (head, head + group - 1)
-                }
-            };
-            let block = k.var(work.blocks.end - 1);
-            let walk = Walk { work, head, last_head, block };
-            self.copy_rows(work);
-            self.copy_block(t, work, head, block, t.stage);
+            let walk = Walk { head: k.var(self.heads(work)[0]), block: k.var(work.blocks.end - 1) };
+            self.copy_rows(work, walk.head);
+            self.copy_block(t, work, (walk.head, walk.block), t.stage);
             k.cp_async_commit();
             k.loop_(|exit| {
-                let rows = self.rows(work, head);
-                work.blocks.walk(block, |masked| self.step(t, &walk, &rows, masked));
-                head.increase(1);
-                exit.when(head.gt(last_head));
-                block.set(work.blocks.end - 1);
+                let blocks = || self.kept().blocks;
+                walk.block.set(blocks().end - 1);
+                BlockRange::walk_of(blocks, walk.block, |masked| self.step(t, &walk, masked));
+                walk.head.increase(1);
+                exit.when(walk.head.ge(self.heads(&self.kept())[1]));
             });
         });
     }
 
-    /// Copies a tile's rows.
-    pub(super) fn copy_rows(&self, work: &WorkTile<'k>) {
-        let (k, c) = (self.k, self.c);
-        let span = work.span(c.pass.side());
-        let thread = k.thread();
-        for (i, operand) in self.left.iter().enumerate() {
-            let Some(operand) = *operand else { continue };
-            let to = self.base + self.smem.left[i];
-            let copies = Copies::new(operand, c.left_tiles()[i], c.threads(), thread, to);
-            let from = copies.begin(work.batch, work.head, span.at(work.first));
-            copies.lines(from, k.var(0), Some(span.count - work.first));
+    /// The heads of the queries whose blocks a tile walks over: the first, and the one after the last.
+    fn heads(&self, work: &WorkTile<'k>) -> [Reg<'k, u32>; 2] {
+        match self.c.pass.side() {
+            Side::Queries => [work.head, work.head + 1],
+            Side::Keys => {
+                let group = self.tiles.heads[1];
+                let first = work.head * group;
+                [first, first + group]
+            }
         }
     }
 
-    /// Copies a block of columns, with their numbers, to a stage. `head` is one of the queries.
+    /// Copies a tile's rows, with their numbers if they are queries, of this head.
+    pub(super) fn copy_rows(&self, work: &WorkTile<'k>, head: Reg<'k, u32>) {
+        let (k, c) = (self.k, self.c);
+        let span = work.span(c.pass.side());
+        let (position, left) = (span.at(work.first), span.count - work.first);
+        for (i, operand) in self.left.iter().enumerate() {
+            let Some(operand) = *operand else { continue };
+            let tile = c.left_tiles()[i];
+            let copies = Copies::new(operand, tile, c.threads(), k.thread(), self.base);
+            let copies = copies.at(self.smem.left[i]);
+            let from = copies.begin(work.batch, work.head, position);
+            copies.lines(from, k.var(0), Some(left));
+        }
+        if c.pass.side() == Side::Queries {
+            self.copy_numbers(work, head, (position, left), k.var(0));
+        }
+    }
+
+    /// Copies a block of columns, with their numbers if they are queries, to a stage. The head is one of the
+    /// queries.
     pub(super) fn copy_block(
         &self,
         t: &Thread<'k>,
         work: &WorkTile<'k>,
-        head: Reg<'k, u32>,
-        block: Reg<'k, i32>,
+        (head, block): (Reg<'k, u32>, Reg<'k, i32>),
         stage: Reg<'k, u32>,
     ) {
-        let (k, c) = (self.k, self.c);
+        let c = self.c;
         let (of_columns, head_of_columns) = match c.pass.side() {
             Side::Queries => (Side::Keys, head / self.tiles.heads[1]),
             Side::Keys => (Side::Queries, head),
@@ -174,30 +190,46 @@ impl<'k> Gradients<'k, '_> {
             let from = copies.begin(work.batch, head_of_columns, position);
             copies.lines(from, stage, Some(left));
         }
-        if c.numbers() > 0 {
-            let thread = k.thread();
-            let from = self.query_index(work, head, position + thread) * 4u64;
-            let to = self.base + stage + thread * 4;
-            let bytes = k.select(left.gt(thread.cast::<i32>()), k.var(4), 0);
-            for (i, &numbers) in (0..c.numbers()).zip(&self.numbers) {
-                let (to, from) =
-                    (to.at((self.smem.numbers + i * c.cols * 4).into()), numbers + from);
-                match c.cols == c.threads() {
-                    true => k.cp_async_4(to, from, bytes),
-                    false => k.when(thread.lt(c.cols), || k.cp_async_4(to, from, bytes)),
-                }
+        if of_columns == Side::Queries {
+            self.copy_numbers(work, head, (position, left), stage);
+        }
+    }
+
+    /// Copies the numbers of queries from a position on, of which `left` are left in their sequence: others' are
+    /// 0.
+    fn copy_numbers(
+        &self,
+        work: &WorkTile<'k>,
+        head: Reg<'k, u32>,
+        (position, left): (Reg<'k, u32>, Reg<'k, i32>),
+        stage: Reg<'k, u32>,
+    ) {
+        let (k, c) = (self.k, self.c);
+        let thread = k.thread();
+        let head = work.batch * self.tiles.heads[0] + head;
+        let index = head.mul_wide(self.tiles.size[0].cast::<u32>()) + (position + thread).wide();
+        let from = index * 4u64;
+        let to = self.base + stage + thread * 4;
+        let bytes = k.select(left.gt(thread.cast::<i32>()), k.var(4), 0);
+        for (i, &numbers) in (0..c.numbers()).zip(&self.numbers) {
+            let to = to.at((self.smem.numbers + i * c.queries() * 4).into());
+            let from = numbers + from;
+            match c.queries() == c.threads() {
+                true => k.cp_async_4(to, from, bytes),
+                false => k.when(thread.lt(c.queries()), || k.cp_async_4(to, from, bytes)),
             }
         }
     }
 
     /// One block of columns.
-    fn step(&self, t: &Thread<'k>, walk: &Walk<'k, '_>, rows: &[FragmentRows<'k>], masked: bool) {
-        let (k, c, work) = (self.k, self.c, walk.work);
+    fn step(&self, t: &Thread<'k>, walk: &Walk<'k>, masked: bool) {
+        let (k, c) = (self.k, self.c);
         // The block is there, and with two stages all warps are done with the one before.
         k.cp_async_wait(0);
         k.sync_block();
+        let work = self.kept();
         if c.stages > 1 {
-            self.copy_next(t, walk, t.stage ^ self.smem.stage_bytes);
+            self.copy_next(t, &work, walk, t.stage ^ self.smem.stage_bytes);
         }
         let block = Block { number: walk.block, stage: t.stage, masked };
         let values = |p: &[Vec<Reg<'k, f32>>]| {
@@ -205,14 +237,14 @@ impl<'k> Gradients<'k, '_> {
                 self.add(t, 1, p, t.stage);
             }
         };
-        let grads = self.block(t, work, rows, block, values, By::Products);
+        let grads = self.block(t, (&work, walk.head), block, values, By::Products);
         if c.pass != Pass::Keys(KeySums::Values) {
             self.add(t, 0, &grads, t.stage);
         }
         match c.stages {
             1 => {
                 k.sync_block();
-                self.copy_next(t, walk, t.stage);
+                self.copy_next(t, &self.kept(), walk, t.stage);
             }
             _ => t.stage.set(t.stage ^ self.smem.stage_bytes),
         }
@@ -220,18 +252,18 @@ impl<'k> Gradients<'k, '_> {
     }
 
     /// Copies the block after the current one, if there is one: the last of the next head after a head's first.
-    fn copy_next(&self, t: &Thread<'k>, walk: &Walk<'k, '_>, stage: Reg<'k, u32>) {
-        let (k, work) = (self.k, walk.work);
+    fn copy_next(&self, t: &Thread<'k>, work: &WorkTile<'k>, walk: &Walk<'k>, stage: Reg<'k, u32>) {
+        let k = self.k;
         let same = walk.block.gt(work.blocks.begin);
         let block = k.select(same, walk.block - 1, work.blocks.end - 1);
         let (head, more) = match self.c.pass.side() {
             Side::Queries => (walk.head, same),
             Side::Keys => {
-                let head = k.select(same, walk.head, walk.head + 1);
-                (head, head.le(walk.last_head))
+                let head = walk.head + k.select(same, k.var(0), 1);
+                (head, head.lt(self.heads(work)[1]))
             }
         };
-        k.if_(more, || self.copy_block(t, work, head, block, stage));
+        k.if_(more, || self.copy_block(t, work, (head, block), stage));
         k.cp_async_commit();
     }
 }
