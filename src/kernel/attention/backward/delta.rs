@@ -35,7 +35,8 @@ pub struct Config {
 impl Config {
     /// For rows that begin at multiples of `aligned` elements. It zeroes nothing.
     pub fn new(out: Element, grad: Element, value_dim: u32, aligned: u32, lse_grad: bool) -> Self {
-        let most = MOST.min(grad.per_chunk());
+        // Eight f32 of four rows would take too many registers.
+        let most = MOST.min(grad.per_chunk()).min(out.per_chunk());
         let fits = |unit: &u32| aligned.is_multiple_of(*unit) && value_dim.is_multiple_of(*unit);
         let unit = [8, 4, 2].into_iter().find(|unit| *unit <= most && fits(unit)).unwrap_or(1);
         Self { out, grad, value_dim, unit, lse_grad, zeroes: false }
