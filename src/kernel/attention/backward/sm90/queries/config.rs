@@ -14,7 +14,7 @@ pub(super) const GROUPS: u32 = 2;
 /// Queries of a tile.
 pub(super) const QUERIES: u32 = GROUPS * SLAB;
 /// Registers of a thread that loads, and of one that multiplies.
-pub(super) const REGISTERS: [u32; 2] = [24, 240];
+pub(super) const REGISTERS: [u32; 2] = [40, 232];
 /// Bytes of keys and values that stay in L2 together.
 const SECTION_BYTES: u64 = 32 << 20;
 
