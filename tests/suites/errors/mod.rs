@@ -276,7 +276,7 @@ fn attend(t: &[Tensor], ones: usize, opts: FlashAttnOptions) -> Result<()> {
     wide(&t[0])?.kaio_flash_attn_with(&wide(&t[1])?, &wide(&t[2])?, &opts).map(drop)
 }
 
-const WITH_GRADIENT: [Method; 10] = [
+const WITH_GRADIENT: [Method; 11] = [
     ("kaio_matmul_tc", MATMUL, |t| t[0].kaio_matmul_tc(&t[1]).map(drop)),
     ("kaio_matmul_tc_async", MATMUL, |t| t[0].kaio_matmul_tc_async(&t[1]).map(drop)),
     ("kaio_matmul_with", MATMUL, |t| {
@@ -286,6 +286,7 @@ const WITH_GRADIENT: [Method; 10] = [
         let opts = MatmulOptions::default().bias(t[2].squeeze(0)?);
         t[0].kaio_matmul_with(&t[1], &opts).map(drop)
     }),
+    ("kaio_attention_tc", ATTENTION, |t| t[0].kaio_attention_tc(&t[1], &t[2], false).map(drop)),
     ("kaio_flash_attn", ATTENTION, |t| t[0].kaio_flash_attn(&t[1], &t[2], false).map(drop)),
     ("kaio_flash_attn_with", ATTENTION, |t| attend(t, 0, FlashAttnOptions::default())),
     ("kaio_flash_attn_with", BIASED_SCORES, |t| {
@@ -304,8 +305,7 @@ const WITH_GRADIENT: [Method; 10] = [
     }),
 ];
 
-const WITHOUT_GRADIENT: [Method; 5] = [
-    ("kaio_attention_tc", ATTENTION, |t| t[0].kaio_attention_tc(&t[1], &t[2], false).map(drop)),
+const WITHOUT_GRADIENT: [Method; 4] = [
     ("kaio_matmul_int8", &[("lhs", U8, [4, 128]), ("rhs", U8, [128, 6])], |t| {
         t[0].kaio_matmul_int8(&t[1], 1.0).map(drop)
     }),
@@ -414,13 +414,14 @@ pub fn variants(device: &Device) {
     let mut tally = Tally::new("variants of candle errors", device);
     let one = on.f16([1, 1]);
     let wide = one.broadcast_as((1, 1usize << 60)).expect("a view");
-    let refused = |q: Tensor| q.kaio_attention_tc(&q, &q, false).map(drop);
+    let weight = on.u8([8, 1]);
+    let refused = |x: Tensor| x.kaio_matmul_int8(&weight, 1.0).map(drop);
     for (name, result, kind) in [
         ("a dtype", on.f32([1, 1]).kaio_matmul_tc(&one).map(drop), ErrorKind::InvalidInput),
         ("a shape", one.kaio_matmul_tc(&on.f16([2, 1])).map(drop), ErrorKind::InvalidInput),
         (
             "tracked",
-            refused(Var::zeros((1, 8), F16, device).expect("zeros").into_inner()),
+            refused(Var::zeros((1, 8), U8, device).expect("zeros").into_inner()),
             ErrorKind::InvalidInput,
         ),
         ("a size", one.kaio_matmul_tc(&wide).map(drop), ErrorKind::OutOfMemory),
