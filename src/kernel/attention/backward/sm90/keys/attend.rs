@@ -117,6 +117,8 @@ impl<'k> Backward<'k, '_> {
         self.for_each_block(work, [key, key + 8], |context, masked| {
             self.step(g, context, masked);
         });
+        // Also of a tile without blocks, before others come.
+        g.value_place.wait();
         // The other warpgroup is done with this one's dS, and dQ is on its way.
         smem.everyone.only().sync(k);
         for place in [g.key_place, g.value_place] {
