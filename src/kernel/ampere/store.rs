@@ -1,7 +1,7 @@
 //! Rows of accumulators, stored by the threads that have them.
 
 use crate::kernel::Element;
-use crate::ptx::Reg;
+use crate::ptx::{Reg, Value};
 
 /// Stores a row, of which this lane has the pairs from column `2 · (lane % 4)` of each 8 on, if it is `inside`.
 /// `at` gives the address of a column.
@@ -55,7 +55,7 @@ pub fn store_row<'k>(
 /// Stores a row of `dim` columns of [`add_lines`](super::tf32x3::add_lines): of each 32 this lane has eight that
 /// follow each other, the first four of them the first ones of four pairs.
 pub fn store_tf32x3_row<'k>(
-    dim: u32,
+    dim: Value<'k, u32>,
     pairs: &[[Reg<'k, f32>; 2]],
     lane: Reg<'k, u32>,
     inside: Reg<'k, bool>,
@@ -66,9 +66,10 @@ pub fn store_tf32x3_row<'k>(
     let at = at(col);
     for (panel, pairs) in (0..).zip(pairs.chunks(4)) {
         let first = panel * 32;
-        let inside = match first + 32 <= dim {
-            true => inside,
-            false => inside & col.lt(dim - first),
+        let inside = match dim {
+            Value::Literal(dim) if first + 32 <= dim => inside,
+            Value::Literal(dim) => inside & col.lt(dim - first),
+            Value::Reg(dim) => inside & (col + first).lt(dim),
         };
         k.if_(inside, || {
             for half in 0..2 {

@@ -9,6 +9,8 @@ use super::swizzle::{CHUNK, MatrixOrder, Word, swizzled};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SwizzledTile {
     pub count: u32,
+    /// Lines from panel to panel: more than there are in a part of a tile.
+    pub apart: u32,
     /// Elements of a line, which is filled up with zeros to a whole step.
     pub dim: u32,
     /// Bytes of an element.
@@ -23,6 +25,16 @@ impl SwizzledTile {
     pub const STEPS: u32 = Self::CHUNKS / 2;
     /// Where tiles begin: at multiples of so many bytes.
     pub const ALIGN: u32 = Self::BYTES * 8;
+
+    /// All of them.
+    pub fn new(count: u32, dim: u32, size: u32) -> Self {
+        Self { count, apart: count, dim, size }
+    }
+
+    /// Some lines and columns of them, from wherever a whole panel begins.
+    pub fn part(self, count: u32, dim: u32) -> Self {
+        Self { count, dim, ..self }
+    }
 
     /// Elements of a chunk.
     pub fn chunk(self) -> u32 {
@@ -44,7 +56,7 @@ impl SwizzledTile {
     }
 
     pub fn panel_bytes(self) -> u32 {
-        self.count * Self::BYTES
+        self.apart * Self::BYTES
     }
 
     pub fn bytes(self) -> u32 {
@@ -125,7 +137,7 @@ mod tests {
         let sizes = |dim| [2, 4].map(|size| (dim, size));
         dims.into_iter().flat_map(sizes).flat_map(|(dim, size)| {
             [(16, 128), (32, 256), (64, 128), (128, 256)]
-                .map(|(count, threads)| (SwizzledTile { count, dim, size }, threads))
+                .map(|(count, threads)| (SwizzledTile::new(count, dim, size), threads))
         })
     }
 

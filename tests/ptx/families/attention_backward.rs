@@ -183,6 +183,7 @@ const PLAIN: sm80::Config = sm80::Config {
     element: BF16,
     pass: Pass::Keys(KeySums::Both),
     warps: 4,
+    paired: false,
     m16_tiles: 2,
     cols: 32,
     stages: 2,

@@ -83,11 +83,16 @@ impl<'k> Tiles<'k> {
             true => self.scheduler.walk_forwards(),
             false => self.scheduler.walk(),
         };
-        walk.kernel().loop_(|exit| {
-            exit.when(walk.over());
-            body(walk.coord());
-            walk.advance();
-        });
+        let k = walk.kernel();
+        match self.tile_shape.persistent {
+            true => k.loop_(|exit| {
+                exit.when(walk.over());
+                body(walk.coord());
+                walk.advance();
+            }),
+            // A block for each.
+            false => body(walk.coord()),
+        }
     }
 
     /// The rows from `first` on of a head, of sequences that are not packed.

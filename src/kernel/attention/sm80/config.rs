@@ -92,7 +92,7 @@ impl Config {
     }
 
     fn lines(&self, count: u32, dim: u32) -> SwizzledTile {
-        SwizzledTile { count, dim, size: self.element.size() }
+        SwizzledTile::new(count, dim, self.element.size())
     }
 
     pub(super) fn query_tile(&self) -> SwizzledTile {

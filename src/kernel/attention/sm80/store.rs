@@ -31,7 +31,7 @@ impl<'k> Attention<'k, '_> {
                     store_row(variant.out, &pairs, lane.lane, row.inside, |col| at(start, col));
                 }
                 Element::F32 => {
-                    let dim = variant.value_dim;
+                    let dim = variant.value_dim.into();
                     store_tf32x3_row(dim, &pairs, lane.lane, row.inside, |col| {
                         at(out.start(tile), col)
                     });

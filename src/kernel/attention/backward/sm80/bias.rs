@@ -107,7 +107,7 @@ impl<'k> Gradients<'k, '_> {
             k.cp_async_wait(0);
             k.sync_block();
             let block = Block { number, stage, masked: true };
-            let grads = self.block(t, (&work, head), block, |_| (), By::Scores);
+            let [_, grads] = self.block(t, (&work, head), block, By::Scores);
             for (m16, grads) in t.m16_tiles.iter().zip(grads) {
                 m16.sums[0].iter().zip(grads).for_each(|(sum, grad)| sum.increase(grad));
             }

@@ -1,56 +1,73 @@
 //! Which configurations a problem gets.
 
-use super::super::Problem;
 use super::super::variant::Variant;
+use super::super::{Problem, Side};
 use super::{Config, KeySums, Pass};
 use crate::kernel::{Device, Element};
 
-/// Warps, m16 tiles of each, columns of a block, stages, blocks of a multiprocessor: the first that fits is
-/// taken. Two m16 tiles halve what is read from shared memory for each product, which is the bottleneck.
-type Tile = (u32, u32, u32, u32, u32);
+/// Warps, whether they are paired, m16 tiles of each, columns of a block, stages, blocks of a multiprocessor: the
+/// first that fits is taken. Two m16 tiles halve what is read from shared memory for each product, which is the
+/// bottleneck; 64 rows are for problems of few tiles, and for devices of little shared memory.
+type Tile = (u32, bool, u32, u32, u32, u32);
 
-const KEYS: [Tile; 9] = [
-    (4, 2, 32, 2, 2),
-    (8, 1, 64, 2, 1),
-    (8, 1, 32, 2, 1),
-    (4, 1, 64, 2, 1),
-    (4, 1, 32, 2, 1),
-    (4, 1, 16, 2, 1),
-    (4, 1, 16, 1, 1),
-    (2, 1, 16, 2, 1),
-    (2, 1, 16, 1, 1),
+const KEYS: [Tile; 14] = [
+    (4, false, 2, 32, 2, 2),
+    (8, true, 2, 64, 2, 1),
+    (8, false, 1, 64, 2, 1),
+    (8, false, 1, 32, 2, 1),
+    (4, false, 1, 64, 2, 2),
+    (4, false, 1, 64, 2, 1),
+    (8, true, 1, 64, 2, 1),
+    (8, true, 1, 32, 2, 1),
+    (4, false, 1, 32, 2, 1),
+    (4, true, 1, 32, 2, 1),
+    (4, true, 1, 32, 1, 1),
+    (4, false, 1, 16, 2, 1),
+    (4, false, 1, 16, 1, 1),
+    (2, false, 1, 16, 1, 1),
 ];
-const QUERIES: [Tile; 10] = [
-    (4, 2, 64, 2, 2),
-    (4, 2, 32, 2, 2),
-    (8, 1, 64, 2, 1),
-    (8, 1, 32, 2, 1),
-    (4, 1, 64, 2, 1),
-    (4, 1, 32, 2, 1),
-    (4, 1, 16, 2, 1),
-    (4, 1, 16, 1, 1),
-    (2, 1, 16, 2, 1),
-    (2, 1, 16, 1, 1),
+const QUERIES: [Tile; 15] = [
+    (4, false, 2, 64, 2, 2),
+    (4, false, 2, 32, 2, 2),
+    (8, true, 2, 64, 2, 1),
+    (8, false, 1, 64, 2, 1),
+    (8, true, 2, 32, 2, 1),
+    (8, false, 1, 32, 2, 1),
+    (4, false, 1, 64, 2, 2),
+    (4, false, 1, 64, 2, 1),
+    (8, true, 1, 64, 2, 1),
+    (4, false, 1, 32, 2, 1),
+    (4, true, 1, 32, 2, 1),
+    (4, true, 1, 32, 1, 1),
+    (4, false, 1, 16, 2, 1),
+    (4, false, 1, 16, 1, 1),
+    (2, false, 1, 16, 1, 1),
 ];
 const BIAS: [Tile; 6] = [
-    (4, 1, 64, 1, 2),
-    (4, 1, 64, 1, 1),
-    (4, 1, 32, 1, 2),
-    (4, 1, 32, 1, 1),
-    (4, 1, 16, 1, 1),
-    (2, 1, 16, 1, 1),
+    (4, false, 1, 64, 1, 2),
+    (4, false, 1, 64, 1, 1),
+    (4, false, 1, 32, 1, 2),
+    (4, false, 1, 32, 1, 1),
+    (4, false, 1, 16, 1, 1),
+    (2, false, 1, 16, 1, 1),
 ];
 
 /// The same for f32, whose products take six times as long as those of halves: reading is never the bottleneck,
 /// registers are.
-const F32: [Tile; 7] = [
-    (8, 1, 32, 2, 1),
-    (4, 1, 32, 2, 1),
-    (4, 1, 16, 2, 1),
-    (4, 1, 16, 1, 1),
-    (2, 1, 16, 2, 1),
-    (2, 1, 16, 1, 1),
-    (1, 1, 16, 1, 1),
+const F32: [Tile; 13] = [
+    (8, true, 1, 64, 2, 1),
+    (8, true, 1, 32, 2, 1),
+    (8, false, 1, 32, 2, 1),
+    (8, true, 1, 32, 1, 1),
+    (4, false, 1, 32, 2, 1),
+    (4, true, 1, 32, 2, 1),
+    (4, true, 1, 32, 1, 1),
+    (2, true, 1, 32, 1, 1),
+    (4, false, 1, 16, 2, 1),
+    (4, false, 1, 16, 1, 1),
+    (2, false, 1, 16, 2, 1),
+    (2, false, 1, 16, 1, 1),
+    (1, false, 1, 16, 1, 1),
 ];
 
 /// The passes for the gradients of queries, keys and values.
@@ -96,16 +113,32 @@ fn first(
     tiles: &[Tile],
     last: bool,
 ) -> Option<Config> {
-    let config = |&(warps, m16_tiles, cols, stages, blocks_per_sm): &Tile| Config {
+    let config = |&(warps, paired, m16_tiles, cols, stages, blocks_per_sm): &Tile| Config {
         variant: Variant::new(problem),
         element: problem.attention.element,
         pass,
         warps,
+        paired,
         m16_tiles,
         cols,
         stages,
         blocks_per_sm,
     };
+    let attention = &problem.attention;
+    let (heads, rows) = match pass.side() {
+        Side::Keys => (
+            attention.rows() / attention.queries / attention.heads * attention.kv_heads,
+            attention.keys,
+        ),
+        Side::Queries => (attention.rows() / attention.queries, attention.queries),
+    };
+    // Few tiles: smaller ones, so that more multiprocessors have one.
+    let few = heads * rows.div_ceil(LARGE) <= u64::from(device.multiprocessors);
     let fits = |config: &Config| config.check(device.shared_per_block).is_ok();
-    tiles.iter().map(config).filter(|config| last || config.cols > 16).find(fits)
+    let all = || tiles.iter().map(config).filter(|config| last || config.cols > 16).filter(fits);
+    let small = all().find(|config| !few || u64::from(config.rows()) < LARGE);
+    small.or_else(|| all().next())
 }
+
+/// Rows of large tiles.
+const LARGE: u64 = 128;

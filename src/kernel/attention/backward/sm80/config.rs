@@ -5,18 +5,16 @@ use super::super::work::KEPT_WORDS;
 use super::super::{Side, TileShape};
 use crate::kernel::ampere::product::M16;
 use crate::kernel::ampere::tile::SwizzledTile;
-use crate::kernel::attention::{Lengths, Mask};
 use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::{Arena, Element};
 
 /// Registers of a thread beside sums, scores and gradients: with fewer ptxas spills. More for each m16 tile.
-const SPARE_REGISTERS: u32 = 38;
-const M16_REGISTERS: u32 = 12;
+const SPARE_REGISTERS: u32 = 43;
+const M16_REGISTERS: u32 = 10;
 /// The same for f32, whose operands are in parts.
-const TF32X3_REGISTERS: u32 = 84;
-/// More of them for a window or lengths in memory, and for score modifications.
-const MASK_REGISTERS: u32 = 12;
+const TF32X3_REGISTERS: u32 = 114;
+/// More of them for score modifications.
 const SCORE_REGISTERS: u32 = 8;
 /// Bytes of what stays in L2 together: devices have 4 to 96 MB.
 const SECTION_BYTES: u64 = 16 << 20;
@@ -32,6 +30,10 @@ pub struct Config {
     pub pass: Pass,
     /// Warps of a block: 1, 2, 4 or 8.
     pub warps: u32,
+    /// Two warps have the same rows: each multiplies half of a block's columns, and has half of the sums' columns.
+    /// P and dS go from one to the other through shared memory. That halves the sums of a thread, and what is read
+    /// for them.
+    pub paired: bool,
     /// Tiles of 16 rows of a warp: 1 or 2. What it loads is multiplied with all of them.
     pub m16_tiles: u32,
     /// Columns of a block: a multiple of 16.
@@ -81,6 +83,8 @@ pub(super) struct SharedMap {
     pub numbers: u32,
     /// The current tile.
     pub kept: u32,
+    /// What paired warps give each other, to be multiplied with columns as wide as a key (dS) and as a value (P).
+    pub given: [u32; 2],
     /// Bytes from stage to stage.
     pub stage_bytes: u32,
     pub bytes: u32,
@@ -122,19 +126,20 @@ impl Pass {
 }
 
 impl Config {
-    /// `dkv80 128x64 d128/64 8warps 2stages 2/sm, bf16 causal +bf16 packed softcap alibi`: rows of a tile by
+    /// `dkv80 128x64 d128/64 8warps paired 2stages 2/sm, bf16 causal +bf16 packed softcap alibi`: rows of a tile by
     /// columns of a block, elements of a query by those of a value.
     pub fn name(&self) -> String {
         let Self { variant, pass, warps, cols, .. } = self;
         let stages = several(self.stages, |stages| format!(" {stages}stages"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
+        let paired = given(self.paired, " paired");
         let of_bias = match *pass {
             Pass::Bias { pairs, shared } => [given(pairs, " x2"), given(shared, " shared")],
             Pass::Keys(_) | Pass::Queries => [""; 2],
         };
         let (rows, widths) = (self.rows(), variant.widths());
         let (name, of_bias, end) = (pass.name(), of_bias.concat(), variant.describe(self.element));
-        format!("{name} {rows}x{cols} {widths} {warps}warps{stages}{blocks}{of_bias}{end}")
+        format!("{name} {rows}x{cols} {widths} {warps}warps{paired}{stages}{blocks}{of_bias}{end}")
     }
 
     /// Threads of a block.
@@ -144,7 +149,17 @@ impl Config {
 
     /// Rows of a tile.
     pub fn rows(&self) -> u32 {
-        self.warp_rows() * self.warps
+        self.warp_rows() * self.warps / self.sharers()
+    }
+
+    /// Warps that have the same rows.
+    pub(super) fn sharers(&self) -> u32 {
+        if self.paired { 2 } else { 1 }
+    }
+
+    /// Columns of a block that a warp multiplies.
+    pub(super) fn warp_cols(&self) -> u32 {
+        self.cols / self.sharers()
     }
 
     /// Rows of a warp.
@@ -158,7 +173,7 @@ impl Config {
     }
 
     fn lines(&self, count: u32) -> [SwizzledTile; 2] {
-        self.dims().map(|dim| SwizzledTile { count, dim, size: self.element.size() })
+        self.dims().map(|dim| SwizzledTile::new(count, dim, self.element.size()))
     }
 
     /// Rows, as wide as a key and as a value.
@@ -171,22 +186,30 @@ impl Config {
         self.lines(self.cols)
     }
 
-    /// Columns of a row of each of the sums: for f32 those of whole panels.
+    /// Columns of a row of each of a warp's sums: for f32, and of paired warps, those of whole panels.
     pub(super) fn sum_columns(&self) -> [u32; 2] {
         let columns = |i: usize| match (self.pass.sums()[i], self.element) {
             (false, _) => 0,
-            (true, Element::Half(_)) => self.dims()[i].next_multiple_of(8),
-            (true, Element::F32) => {
-                let tile = self.right_tiles()[i];
-                tile.panels() * tile.width()
-            }
+            (true, Element::Half(_)) if !self.paired => self.dims()[i].next_multiple_of(8),
+            (true, _) => self.panels(i) / self.sharers() * self.right_tiles()[i].width(),
         };
         [columns(0), columns(1)]
     }
 
-    /// Whether sums are so wide that ptxas has to be kept from loading ahead.
+    /// Bytes of the panels of the first of two paired warps.
+    pub(super) fn half_of_panels(&self) -> u32 {
+        let summed = if self.pass.sums()[0] { 0 } else { 1 };
+        self.panels(summed) / 2 * self.right_tiles()[summed].panel_bytes()
+    }
+
+    /// Panels of the columns of a block: as many for both of paired warps.
+    fn panels(&self, i: usize) -> u32 {
+        self.right_tiles()[i].panels().next_multiple_of(self.sharers())
+    }
+
+    /// Whether rows are so wide that ptxas has to be kept from loading ahead.
     pub(super) fn wide(&self) -> bool {
-        self.sum_columns().iter().sum::<u32>() > 192
+        self.dims().into_iter().max() > Some(192)
     }
 
     /// Queries in shared memory, of a stage if they are columns.
@@ -231,6 +254,10 @@ impl Config {
             ),
             (matches!(self.stages, 1 | 2), format!("{} stages (1 or 2)", self.stages)),
             (
+                !self.paired || self.can_be_paired(),
+                format!("pairs of {} warps by {} columns", self.warps, self.cols),
+            ),
+            (
                 registers <= most || smallest,
                 format!("{registers} registers of a thread (at most {most})"),
             ),
@@ -242,18 +269,33 @@ impl Config {
         }
     }
 
+    /// Whether both of two warps have panels to sum, as many of what is as wide as a key and as a value, and
+    /// fragments of a block's columns.
+    fn can_be_paired(&self) -> bool {
+        let sums = self.pass.sums();
+        let summed = (0..2).filter(|&i| sums[i]);
+        let halves: Vec<_> = summed.clone().map(|i| self.panels(i) / 2).collect();
+        // 16-bit results are stored by whole panels.
+        let whole = |i: usize| match self.element {
+            Element::Half(_) => self.dims()[i] == self.panels(i) * self.right_tiles()[i].width(),
+            Element::F32 => self.right_tiles()[i].panels() > 1,
+        };
+        let fits = summed.clone().all(whole) && halves.iter().all(|&half| half == halves[0]);
+        fits && !halves.is_empty() && self.warps > 1 && self.cols > 16
+    }
+
     fn most_registers(&self) -> u32 {
         (REGISTERS / (self.threads() * self.blocks_per_sm.max(1)) / 8 * 8).min(255)
     }
 
     fn needed_registers(&self) -> u32 {
-        let scores = self.cols / 2;
+        let scores = self.warp_cols() / 2;
         let grads = if self.pass.has_score_grads() { scores } else { 0 };
         let products = match self.element {
-            // With probabilities in pairs.
-            Element::Half(_) => scores + grads + scores / 2,
-            // With two parts of the sums.
-            Element::F32 => 3 * scores + grads,
+            // Pairs of them take the place of both.
+            Element::Half(_) => scores + grads,
+            // With two parts of the sums, and what another warp gives.
+            Element::F32 => 3 * scores + grads + if self.paired { 2 * scores } else { 0 },
         };
         let sums = match self.pass {
             Pass::Bias { .. } => scores,
@@ -261,14 +303,17 @@ impl Config {
         };
         let score_mod = &self.variant.score_mod;
         let slopes = if score_mod.softcap { grads } else { 0 };
-        let m16 = sums + products + slopes + score_mod.registers(scores);
+        let of_scores = slopes + score_mod.registers(scores);
+        let mut m16 = sums + products;
         let mut spare = match self.element {
             Element::Half(_) => SPARE_REGISTERS,
             Element::F32 => TF32X3_REGISTERS,
         };
-        if self.variant.mask == Mask::Window || self.variant.lengths != Lengths::Full {
-            spare += MASK_REGISTERS;
-        }
+        m16 += match self.element {
+            Element::Half(_) => of_scores,
+            // Operands in parts take more, later.
+            Element::F32 => score_mod.registers(scores) / 4,
+        };
         if !score_mod.plain() {
             spare += SCORE_REGISTERS;
         }
@@ -277,27 +322,36 @@ impl Config {
 
     pub(super) fn smem(&self) -> SharedMap {
         let mut arena = Arena::default();
-        let mut tile = |tile: SwizzledTile, wanted: bool| {
-            let bytes = if wanted { tile.bytes() } else { 0 };
-            arena.region(bytes, SwizzledTile::ALIGN)
+        let mut tile = |tile: SwizzledTile, panels: u32| {
+            arena.region(panels * tile.panel_bytes(), SwizzledTile::ALIGN)
         };
+        let ([narrow, wide], [narrow_block, wide_block]) = (self.left_tiles(), self.right_tiles());
         // Without the gradient of the scores the rows as wide as a value have no part.
-        let [narrow, wide] = self.left_tiles();
-        let left = [tile(narrow, true), tile(wide, self.pass.has_score_grads())];
-        let kept = arena.region(KEPT_WORDS * 4, 16);
-        let numbers_bytes = self.numbers() * self.queries() * 4;
-        let of_rows = match self.pass.side() {
-            Side::Queries => Some(arena.region(numbers_bytes, 16)),
-            Side::Keys => None,
-        };
-        let tile = |tile: SwizzledTile| arena.region(tile.bytes(), SwizzledTile::ALIGN);
-        let right = self.right_tiles().map(tile);
-        let numbers = of_rows.unwrap_or_else(|| arena.region(numbers_bytes, 16));
+        let wide_panels = if self.pass.has_score_grads() { wide.panels() } else { 0 };
+        let left = [tile(narrow, narrow.panels()), tile(wide, wide_panels)];
+        let right = [tile(narrow_block, self.panels(0)), tile(wide_block, self.panels(1))];
+        let numbers = arena.region(self.numbers() * self.queries() * 4, 16);
         let stage_bytes = (arena.used - right[0]).next_multiple_of(SwizzledTile::ALIGN);
         for _ in 1..self.stages {
             arena.region(stage_bytes, SwizzledTile::ALIGN);
         }
-        SharedMap { left, right, numbers, kept, stage_bytes, bytes: arena.used }
+        let kept = arena.region(KEPT_WORDS * 4, 16);
+        let given_bytes = self.given_bytes() * self.warps;
+        let given = self.pass.sums().map(|summed| {
+            let bytes = if summed { given_bytes } else { 0 };
+            arena.region(bytes, 16)
+        });
+        SharedMap { left, right, numbers, kept, given, stage_bytes, bytes: arena.used }
+    }
+
+    /// Bytes of the fragments that a warp gives the other of its pair.
+    pub(super) fn given_bytes(&self) -> u32 {
+        let packed = match self.element {
+            Element::Half(_) => 2,
+            Element::F32 => 1,
+        };
+        let registers = self.m16_tiles * self.warp_cols() / 2 / packed;
+        if self.paired { registers * 4 * WARP } else { 0 }
     }
 
     /// Which tiles there are, of a group of heads that share keys.

@@ -1,7 +1,7 @@
 //! Tiles of rows, each against all of its blocks of columns.
 
 use super::Gradients;
-use super::config::{Config, KeySums, Pass};
+use super::config::Config;
 use super::scores::{Block, By};
 use crate::kernel::Element;
 use crate::kernel::ampere::copies::Copies;
@@ -23,7 +23,7 @@ pub(super) struct Thread<'k> {
     pub right: Reg<'k, u32>,
     pub added: Reg<'k, u32>,
     /// Bytes from the first stage to the current one.
-    stage: Reg<'k, u32>,
+    pub stage: Reg<'k, u32>,
 }
 
 /// A thread's place. It is computed where it is needed: what is kept all the time takes registers.
@@ -42,7 +42,12 @@ impl<'k> Lane<'k> {
 
     /// The first of a lane's rows in a tile.
     pub fn row(&self, c: &Config) -> Reg<'k, u32> {
-        self.warp * c.warp_rows() + self.lane / 4
+        self.warp / c.sharers() * c.warp_rows() + self.lane / 4
+    }
+
+    /// `each` for the second of two paired warps, and otherwise nothing.
+    pub fn second(&self, c: &Config, each: u32) -> Option<Reg<'k, u32>> {
+        c.paired.then(|| self.warp % 2 * each)
     }
 }
 
@@ -84,11 +89,11 @@ impl<'k> Gradients<'k, '_> {
     /// `columns`: of the sums.
     pub(super) fn thread(&self, columns: [u32; 2]) -> Thread<'k> {
         let (k, c, smem) = (self.k, self.c, &self.smem);
-        let Lane { thread, lane, warp } = Lane::new(k);
+        let place @ Lane { thread, lane, warp } = Lane::new(k);
         let regs = |count: u32| (0..count).map(|_| k.reg()).collect::<Vec<Reg<f32>>>();
-        let grads = if c.pass.has_score_grads() { c.cols / 2 } else { 0 };
+        let grads = if c.pass.has_score_grads() { c.warp_cols() / 2 } else { 0 };
         let m16 = || M16Tile {
-            scores: regs(c.cols / 2),
+            scores: regs(c.warp_cols() / 2),
             grads: regs(grads),
             sums: columns.map(|columns| regs(columns / 2)),
         };
@@ -97,7 +102,7 @@ impl<'k> Gradients<'k, '_> {
             let copies = Copies::new(self.right[i], tile, c.threads(), thread, self.base);
             copies.at(smem.right[i])
         };
-        let rows = warp * (c.warp_rows() * SwizzledTile::BYTES)
+        let rows = warp / c.sharers() * (c.warp_rows() * SwizzledTile::BYTES)
             + SwizzledTile::fragment(MatrixOrder::Lines, lane);
         let chunks = SwizzledTile::fragment(MatrixOrder::Chunks, lane);
         let lines = match c.element {
@@ -108,8 +113,8 @@ impl<'k> Gradients<'k, '_> {
             m16_tiles: (0..c.m16_tiles).map(|_| m16()).collect(),
             copies: [copies(0), copies(1)],
             left: self.base + rows,
-            right: self.base + chunks,
-            added: self.base + lines,
+            right: plus(self.base + chunks, place.second(c, c.warp_cols() * SwizzledTile::BYTES)),
+            added: plus(self.base + lines, place.second(c, c.half_of_panels())),
             stage: k.var(0u32),
         }
     }
@@ -232,15 +237,8 @@ impl<'k> Gradients<'k, '_> {
             self.copy_next(t, &work, walk, t.stage ^ self.smem.stage_bytes);
         }
         let block = Block { number: walk.block, stage: t.stage, masked };
-        let values = |p: &[Vec<Reg<'k, f32>>]| {
-            if c.pass.sums()[1] {
-                self.add(t, 1, p, t.stage);
-            }
-        };
-        let grads = self.block(t, (&work, walk.head), block, values, By::Products);
-        if c.pass != Pass::Keys(KeySums::Values) {
-            self.add(t, 0, &grads, t.stage);
-        }
+        let both = self.block(t, (&work, walk.head), block, By::Products);
+        self.add(t, both);
         match c.stages {
             1 => {
                 k.sync_block();
@@ -266,4 +264,9 @@ impl<'k> Gradients<'k, '_> {
         k.if_(more, || self.copy_block(t, work, (head, block), stage));
         k.cp_async_commit();
     }
+}
+
+/// A sum, of which one term may be nothing.
+pub(super) fn plus<'k>(a: Reg<'k, u32>, b: Option<Reg<'k, u32>>) -> Reg<'k, u32> {
+    b.map_or(a, |b| a + b)
 }

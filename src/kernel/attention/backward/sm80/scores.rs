@@ -1,13 +1,16 @@
 //! From products to probabilities and to the gradients of scores.
 
 use super::Gradients;
-use super::pass::{Lane, M16Tile, Thread};
+use super::pass::{Lane, M16Tile, Thread, plus};
 use crate::kernel::Element;
 use crate::kernel::ampere::product::{self, Fragment, Lines, M16};
+use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::ampere::tf32x3;
+use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::attention::backward::Side;
 use crate::kernel::attention::backward::work::WorkTile;
 use crate::kernel::attention::scores::{FragmentScores, Query};
+use crate::kernel::multiprocessor::WARP;
 use crate::ptx::Reg;
 
 /// What is known of a query: what is subtracted from its scores, the logarithm of the sum of their exponentials,
@@ -72,9 +75,11 @@ impl<'k> Gradients<'k, '_> {
                 (rows.collect::<Vec<_>>(), vec![])
             }
             Side::Keys => {
-                let start = self.base + stage + k.lane() % 4 * 8;
+                let lane = Lane::new(k);
+                let start = self.base + stage + lane.lane % 4 * 8;
+                let start = plus(start, lane.second(c, c.warp_cols() * 4));
                 let pair = |quad: u32| k.ld_shared::<f32, 2>(start.at((first + quad * 32).into()));
-                (vec![], (0..c.cols / 8).map(pair).collect::<Vec<_>>())
+                (vec![], (0..c.warp_cols() / 8).map(pair).collect::<Vec<_>>())
             }
         };
         move |m16, score| match columns.get(score / 4) {
@@ -96,7 +101,8 @@ impl<'k> Gradients<'k, '_> {
         let left = Lines { tile: c.left_tiles()[which], start: t.left, region };
         let left_at = left.fragments();
         let (start, region) = (t.right + stage, self.smem.right[which]);
-        let right = Lines { tile: c.right_tiles()[which], start, region };
+        let tile = c.right_tiles()[which];
+        let right = Lines { tile: tile.part(c.warp_cols(), tile.dim), start, region };
         match c.element {
             Element::Half(half) => {
                 let fragment = |step, block| k.ldmatrix(left_at.at(left.block(block, step)), false);
@@ -107,21 +113,23 @@ impl<'k> Gradients<'k, '_> {
         }
     }
 
-    /// The probabilities of a block, and if the pass has any the gradients of its scores by themselves: both of
-    /// each m16 tile. The block is of a tile and a head of the queries; `between` is run between both.
+    /// The probabilities of a block and, if the pass has any, the gradients of its scores: both of each m16 tile.
+    /// The block is of a tile and a head of the queries.
     pub(super) fn block(
         &self,
         t: &Thread<'k>,
         (work, head): (&WorkTile<'k>, Reg<'k, u32>),
         block: Block<'k>,
-        between: impl FnOnce(&[Vec<Reg<'k, f32>>]),
         by: By,
-    ) -> Vec<Vec<Reg<'k, f32>>> {
+    ) -> [Vec<Vec<Reg<'k, f32>>>; 2] {
         let (k, c) = (self.k, self.c);
         let Block { number, stage, masked } = block;
-        let first = number * c.cols as i32 + (k.lane() % 4 * 2).cast::<i32>();
+        let lane = Lane::new(k);
+        let along = plus(lane.lane % 4 * 2, lane.second(c, c.warp_cols()));
+        let first = number * c.cols as i32 + along.cast::<i32>();
         let limit = masked.then_some(work.bounds.cols);
-        let load = |rows: &FragmentRows<'k>| rows.scores.load(c.cols as usize / 2, first, limit);
+        let load =
+            |rows: &FragmentRows<'k>| rows.scores.load(c.warp_cols() as usize / 2, first, limit);
         let rows = self.rows(work, head);
         let biases: Vec<_> = rows.iter().map(load).collect();
         self.multiply(t, 0, &each(t, |m16| &m16.scores), stage);
@@ -146,9 +154,8 @@ impl<'k> Gradients<'k, '_> {
             };
             p.push(scores.iter().enumerate().map(probability).collect::<Vec<_>>());
         }
-        between(&p);
         if !c.pass.has_score_grads() {
-            return vec![];
+            return [p, vec![]];
         }
         self.multiply(t, 1, &each(t, |m16| &m16.grads), stage);
         let delta = self.number(DELTA, stage);
@@ -165,35 +172,85 @@ impl<'k> Gradients<'k, '_> {
             all.push(grads);
         }
         slopes.iter().zip(&all).for_each(|(slopes, grads)| slopes.back(grads));
-        all
+        [p, all]
     }
 
-    /// Sums as left operands.
-    pub(super) fn left(&self, sums: &[Reg<'k, f32>]) -> Vec<Fragment<'k>> {
-        match self.c.element {
+    /// Adds products of a block's probabilities with the columns as wide as a value, and of the gradients of its
+    /// scores with those as wide as a key, as far as the pass sums them.
+    pub(super) fn add(&self, t: &Thread<'k>, [p, grads]: [Vec<Vec<Reg<'k, f32>>>; 2]) {
+        let c = self.c;
+        let fragments = |sums: &Vec<Reg<'k, f32>>| match c.element {
             Element::Half(half) => product::left(half, sums),
             Element::F32 => tf32x3::left(sums),
+        };
+        let summed = c.pass.sums();
+        let left = [(1, p), (0, grads)].into_iter().filter(|&(which, _)| summed[which]);
+        let left: Vec<(usize, Vec<_>)> =
+            left.map(|(which, sums)| (which, sums.iter().map(fragments).collect())).collect();
+        match c.paired {
+            false => {
+                for (which, left) in &left {
+                    self.add_lines(t, *which, left, self.added(t, *which));
+                }
+            }
+            true => self.add_paired(t, &left),
         }
     }
 
-    /// Adds products of probabilities or gradients and the columns as wide as a key (0) or as a value (1).
-    pub(super) fn add(
+    /// The columns of a block, as lines that are added.
+    fn added(&self, t: &Thread<'k>, which: usize) -> Lines<'k> {
+        let (tile, start) = (self.c.right_tiles()[which], t.added + t.stage);
+        Lines { tile, start, region: self.smem.right[which] }
+    }
+
+    /// The same where two warps have half of the columns each: products with its own ones, while the other's
+    /// fragments come.
+    fn add_paired(&self, t: &Thread<'k>, left: &[(usize, Vec<Vec<Fragment<'k>>>)]) {
+        let (k, c) = (self.k, self.c);
+        let lane = Lane::new(k);
+        let bytes = c.warp_cols() * SwizzledTile::BYTES;
+        let own = lane.warp % 2 * bytes;
+        let place = |warp: Reg<'k, u32>| self.base + warp * c.given_bytes() + lane.lane * CHUNK;
+        let at = |which: usize, i: usize| (self.smem.given[which] + i as u32 * CHUNK * WARP).into();
+        let to = place(lane.warp);
+        for (which, left) in left {
+            for (i, &fragment) in left.iter().flatten().enumerate() {
+                k.st_shared(to.at(at(*which, i)), fragment);
+            }
+        }
+        let half = |which: usize, before: Reg<'k, u32>| {
+            let lines = self.added(t, which);
+            let tile = lines.tile.part(c.warp_cols(), c.sum_columns()[which]);
+            Lines { tile, start: lines.start + before, ..lines }
+        };
+        for (which, left) in left {
+            self.add_lines(t, *which, left, half(*which, own));
+        }
+        // The other's are there.
+        k.bar_sync(lane.warp / 2 + 1, 2 * WARP);
+        let from = place(lane.warp ^ 1);
+        for (which, left) in left {
+            let each = left[0].len();
+            let fragment = |i: usize| k.ld_shared(from.at(at(*which, i)));
+            let others =
+                (0..left.len()).map(|m16| (0..each).map(|i| fragment(m16 * each + i)).collect());
+            self.add_lines(t, *which, &others.collect::<Vec<_>>(), half(*which, own ^ bytes));
+        }
+    }
+
+    fn add_lines(
         &self,
         t: &Thread<'k>,
         which: usize,
-        left: &[Vec<Reg<'k, f32>>],
-        stage: Reg<'k, u32>,
+        left: &[Vec<Fragment<'k>>],
+        lines: Lines<'k>,
     ) {
-        let c = self.c;
-        let left: Vec<_> = left.iter().map(|sums| self.left(sums)).collect();
         let sums = each(t, |m16| &m16.sums[which]);
-        let (start, region) = (t.added + stage, self.smem.right[which]);
-        let lines = Lines { tile: c.right_tiles()[which], start, region };
-        match c.element {
-            Element::Half(half) => product::add_lines(half, &sums, &left, lines),
+        match self.c.element {
+            Element::Half(half) => product::add_lines(half, &sums, left, lines),
             Element::F32 => {
                 // A predicate that always holds.
-                tf32x3::add_lines(&sums, &left, lines, || stage.lt(self.smem.bytes));
+                tf32x3::add_lines(&sums, left, lines, || self.tiles.size[0].ge(0));
             }
         }
     }

@@ -2,13 +2,13 @@
 
 use super::Gradients;
 use super::config::{KeySums, Pass};
-use super::pass::{Lane, Thread};
+use super::pass::{Lane, Thread, plus};
 use crate::kernel::Element;
 use crate::kernel::ampere::product::M16;
 use crate::kernel::ampere::store::{store_row, store_tf32x3_row};
 use crate::kernel::attention::Name;
 use crate::kernel::attention::backward::work::WorkTile;
-use crate::ptx::{Kernel, Reg};
+use crate::ptx::{Kernel, Reg, Value};
 
 /// A gradient, in elements.
 #[derive(Clone, Copy)]
@@ -65,7 +65,11 @@ impl<'k> Gradients<'k, '_> {
                     let of_row = m16.sums[i].chunks(4).map(|quad| &quad[2 * h as usize..][..2]);
                     let pairs: Vec<_> =
                         of_row.map(|pair| [value(&pair[0]), value(&pair[1])]).collect();
+                    // The second of paired warps has the second half of the columns.
+                    let columns = c.sum_columns()[i];
+                    let before = lane.second(c, columns);
                     let at = |col: Reg<'k, u32>| {
+                        let col = plus(col, before);
                         let at = work.batch.wide() * out.batch + work.head.wide() * out.head;
                         let at = at + span.at(row).wide() * out.row + col.wide();
                         out.address + at * u64::from(c.element.size())
@@ -74,6 +78,10 @@ impl<'k> Gradients<'k, '_> {
                         Element::Half(_) => store_row(c.element, &pairs, lane.lane, inside, at),
                         Element::F32 => {
                             let dim = c.dims()[i].next_multiple_of(8);
+                            let dim = match before {
+                                None => Value::Literal(dim),
+                                Some(before) => Value::Reg(self.k.var(dim) - before),
+                            };
                             store_tf32x3_row(dim, &pairs, lane.lane, inside, at);
                         }
                     }
