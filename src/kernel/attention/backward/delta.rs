@@ -8,8 +8,6 @@ use crate::kernel::name::given;
 use crate::ptx::{Kernel, Reg, Source, Target};
 
 const THREADS: u32 = 256;
-/// Rows of a thread, all of which are on their way at once.
-const ROWS: u32 = 4;
 /// Bytes of sums that a thread zeroes at once.
 pub const SUMS_UNIT: u32 = 16;
 /// The most elements that a lane loads together.
@@ -50,6 +48,12 @@ impl Config {
         format!("delta d{value_dim} by{unit}, {out}·{grad}{words}")
     }
 
+    /// Rows of a thread, all of which are on their way at once: fewer where elements come one by one, which takes
+    /// registers.
+    fn rows(&self) -> u32 {
+        if self.unit > 1 { 4 } else { 1 }
+    }
+
     /// Lanes of a row.
     fn lanes(&self) -> u32 {
         self.chunks().next_power_of_two().min(WARP)
@@ -67,7 +71,7 @@ impl Config {
 
     /// Blocks for each head.
     pub fn columns(&self, queries: u64) -> u64 {
-        queries.div_ceil((ROWS * self.rows_together()).into())
+        queries.div_ceil((self.rows() * self.rows_together()).into())
     }
 }
 
@@ -88,9 +92,10 @@ pub fn emit(config: &Config) -> Source {
     let batch = head / heads;
     let place = [batch, head - batch * heads];
     let lanes = config.lanes();
-    let first = (block - head * columns) * (ROWS * config.rows_together()) + thread / lanes;
+    let first =
+        (block - head * columns) * (config.rows() * config.rows_together()) + thread / lanes;
     let lane = thread % lanes;
-    let rows: Vec<_> = (0..ROWS).map(|i| first + i * config.rows_together()).collect();
+    let rows: Vec<_> = (0..config.rows()).map(|i| first + i * config.rows_together()).collect();
     let loaded: Vec<_> = rows
         .iter()
         .map(|&row| {

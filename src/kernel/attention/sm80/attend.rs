@@ -195,19 +195,27 @@ impl<'k> Attention<'k, '_> {
         // The block that ends past the last key is the first.
         let limit = (which == KeyBlock::First).then_some(work.tile.keys.count);
         let load = |rows: &FragmentRows<'k>| rows.scores.load(c.keys as usize / 2, first, limit);
-        let biases: Vec<_> = context.rows.iter().map(load).collect();
-        match c.element {
-            Element::Half(half) => self.multiply_keys(half, t),
+        // Products of f32 leave no registers for biases on their way.
+        let biases: Vec<_> = match c.element {
+            Element::Half(half) => {
+                let biases = context.rows.iter().map(load).collect();
+                self.multiply_keys(half, t);
+                biases
+            }
             Element::F32 => {
                 let queries = self.queries(t);
                 let left = (queries, queries.fragments());
                 let wide = c.columns() > 192;
                 tf32x3::multiply_lines(&scores(t), left, self.keys(t), wide);
+                vec![]
             }
-        }
+        };
         let mut p = Vec::new();
-        for ((m16, rows), bias) in t.m16_tiles.iter().zip(&context.rows).zip(&biases) {
-            rows.scores.apply(&m16.scores, bias, first);
+        for (i, (m16, rows)) in t.m16_tiles.iter().zip(&context.rows).enumerate() {
+            match biases.get(i) {
+                Some(bias) => rows.scores.apply(&m16.scores, bias, first),
+                None => self.apply_apart(t, rows, &m16.scores, first, limit),
+            }
             let hide = || work.bounds.hide(&m16.scores, rows.positions, first);
             match which {
                 KeyBlock::First if c.variant.mask == Mask::None => {
@@ -229,6 +237,29 @@ impl<'k> Attention<'k, '_> {
         }
         t.stage.set(t.stage ^ self.smem.stage_bytes);
         context.block.increase(-1);
+    }
+
+    /// Turns products into scores, four at a time: there are no registers for more biases at once.
+    fn apply_apart(
+        &self,
+        t: &Thread<'k>,
+        rows: &FragmentRows<'k>,
+        scores: &[Reg<'k, f32>],
+        first: Reg<'k, i32>,
+        limit: Option<Reg<'k, i32>>,
+    ) {
+        let apply = |quad: &[Reg<'k, f32>], first: Reg<'k, i32>| {
+            let bias = rows.scores.load(quad.len(), first, limit);
+            rows.scores.apply(quad, &bias, first);
+        };
+        if self.c.variant.score_mod.bias.is_none() {
+            return apply(scores, first);
+        }
+        for (j, quad) in (0..).zip(scores.chunks(4)) {
+            // A predicate that always holds.
+            let always = t.stage.lt(self.smem.bytes);
+            self.k.apart(always, || apply(quad, if j == 0 { first } else { first + 8 * j }));
+        }
     }
 
     /// The warp's queries.

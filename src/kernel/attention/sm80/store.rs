@@ -5,6 +5,7 @@ use super::attend::{Lane, M16Tile};
 use crate::kernel::Element;
 use crate::kernel::ampere::store::{store_row, store_tf32x3_row};
 use crate::kernel::attention::work::{Row, Tile};
+use crate::kernel::multiprocessor::WARP;
 use crate::ptx::Reg;
 
 impl<'k> Attention<'k, '_> {
@@ -17,6 +18,11 @@ impl<'k> Attention<'k, '_> {
         rows: [Row<'k>; 2],
     ) {
         let finished = m16.softmax.finish(self.c.variant.stats);
+        let store_rows = || self.rows_memory.store(&self.tiles, tile, rows, &finished, lane.lane);
+        if self.c.variant.stats {
+            // They would take registers until the result is stored.
+            lane.lane.kernel().apart(lane.lane.lt(WARP), store_rows);
+        }
         for (h, row) in rows.iter().enumerate() {
             let normalised =
                 |&sum: &Reg<'k, f32>| row.unless_padding(sum * finished.inverse[h], 0.0);
@@ -38,6 +44,8 @@ impl<'k> Attention<'k, '_> {
                 }
             }
         }
-        self.rows_memory.store(&self.tiles, tile, rows, &finished, lane.lane);
+        if !self.c.variant.stats {
+            store_rows();
+        }
     }
 }

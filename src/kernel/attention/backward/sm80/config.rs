@@ -5,6 +5,7 @@ use super::super::work::KEPT_WORDS;
 use super::super::{Side, TileShape};
 use crate::kernel::ampere::product::M16;
 use crate::kernel::ampere::tile::SwizzledTile;
+use crate::kernel::attention::{Lengths, Mask};
 use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::{Arena, Element};
@@ -16,6 +17,10 @@ const M16_REGISTERS: u32 = 10;
 const TF32X3_REGISTERS: u32 = 114;
 /// More of them for score modifications.
 const SCORE_REGISTERS: u32 = 8;
+/// More of them for a bias of 16-bit operands under a window in sequences of any length, and for the gradient of a
+/// bias of wide f32 heads.
+const BOUNDED_BIAS_REGISTERS: u32 = 24;
+const F32_BIAS_REGISTERS: u32 = 64;
 /// Bytes of what stays in L2 together: devices have 4 to 96 MB.
 const SECTION_BYTES: u64 = 16 << 20;
 
@@ -316,6 +321,14 @@ impl Config {
         };
         if !score_mod.plain() {
             spare += SCORE_REGISTERS;
+        }
+        let bounded = self.variant.mask == Mask::Window && self.variant.lengths != Lengths::Full;
+        if bounded && score_mod.bias.is_some() && self.element != Element::F32 {
+            spare += BOUNDED_BIAS_REGISTERS;
+        }
+        let of_bias = matches!(self.pass, Pass::Bias { .. });
+        if of_bias && self.element == Element::F32 && self.dims().into_iter().any(|dim| dim > 64) {
+            spare += F32_BIAS_REGISTERS;
         }
         spare + self.m16_tiles * (M16_REGISTERS + m16)
     }
