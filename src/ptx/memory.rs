@@ -64,6 +64,13 @@ impl Kernel {
         d
     }
 
+    /// `atom.relaxed.gpu.add`: adds 1 to a number, and gives what it was before.
+    pub fn atom_add<'k>(&'k self, to: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {
+        let (d, to) = (self.reg(), to.into());
+        self.emit(format_args!("atom.relaxed.gpu.global.add.u32 {d}, {to}, 1"));
+        d
+    }
+
     /// `red.release.gpu.add`: adds 1 to a number, after all that this thread wrote before.
     pub fn red_release_add<'k>(&'k self, to: impl Into<Address<'k, u64>>) {
         self.emit(format_args!("red.release.gpu.global.add.u32 {}, 1", to.into()));

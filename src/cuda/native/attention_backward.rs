@@ -99,11 +99,10 @@ fn gradients(
         (Some(dims), Some(like)) => Some(alloc(dims.iter().product(), like.dtype())?),
         _ => None,
     };
-    // Each query's delta, and after those, at a multiple of 16 bytes, the sums of dq and the turns.
+    // Each query's delta, and after those, at a multiple of 16 bytes, what kernels add to.
     let deltas = (p.q.count() * p.seq_q()).next_multiple_of(ALIGN);
-    let sums = compiled.plan.dq_sums(&facts).map(|lens| lens.map(|len| len as usize));
-    let [summed, turns] = sums.unwrap_or_default();
-    let mut scratch = alloc(deltas + summed + turns, DType::F32)?;
+    let zeroed = compiled.plan.zeroed(&facts).units() as usize * ALIGN;
+    let mut scratch = alloc(deltas + zeroed, DType::F32)?;
     call.order.run(|| {
         let written: Vec<_> = grads.iter_mut().map(|grad| Memory::of_mut(grad, device)).collect();
         let bias_grad = bias_grad.as_mut().map(|grad| Memory::of_mut(grad, device));
@@ -125,7 +124,7 @@ fn gradients(
                 delta: scratch.address(),
                 grads: [0, 1, 2].map(|i| gradient(&written[i], places[i])),
                 bias_grad: bias_grad.as_ref().map(Memory::address),
-                dq_sums: sums.map(|_| [deltas, deltas + summed].map(|at| scratch.at(at))),
+                zeroed: scratch.at(deltas),
             };
             Ok(compiled.launch(op, device, &arguments)?)
         })

@@ -119,8 +119,12 @@ names! {
         DqSums "dq_sums",
         /// Whose turn it is to add to a block of them: the address of u32, one for each block.
         DqTurns "dq_turns",
-        /// How many times 16 bytes sums and turns are.
-        DqSumsUnits "dq_sums_units",
+        /// How many tiles the blocks of a grid have taken, less the first one of each: the address of a u32.
+        TilesTaken "tiles_taken",
+        /// What the first kernel zeroes for the others: an address that is a multiple of 16 bytes.
+        Zeroed "zeroed",
+        /// How many times 16 bytes that is.
+        ZeroedUnits "zeroed_units",
         /// The scale, to base e.
         GradScale "grad_scale",
         /// The gradient of the bias: the address of its elements, of its own type, without gaps.

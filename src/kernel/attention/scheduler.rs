@@ -92,6 +92,11 @@ impl<'k> TileScheduler<'k> {
         Self { heads, columns, tiles: k.param(Name::Tiles), section: k.param(Name::TileOrder) }
     }
 
+    /// Tiles of all heads.
+    pub fn count(&self) -> Reg<'k, u32> {
+        self.tiles
+    }
+
     /// Tiles of each head.
     pub fn columns(&self) -> Reg<'k, u32> {
         self.columns
@@ -105,14 +110,8 @@ impl<'k> TileScheduler<'k> {
         TileWalk { scheduler: *self, i, twice, step: k.var(twice - 1 - i * 2) }
     }
 
-    /// The same, where each round begins with the same block: for tiles that wait for those before them.
-    pub fn walk_forwards(&self) -> TileWalk<'k> {
-        let k = self.tiles.kernel();
-        let (i, blocks) = (k.var(k.block_x()), k.blocks_x());
-        TileWalk { scheduler: *self, i, twice: blocks * 2, step: k.var(blocks) }
-    }
-
-    fn coord(&self, i: Reg<'k, u32>) -> TileCoord<'k> {
+    /// Which tile has a place in the row.
+    pub fn coord(&self, i: Reg<'k, u32>) -> TileCoord<'k> {
         let each = self.section * self.columns;
         let section = i / each;
         let within = i - section * each;

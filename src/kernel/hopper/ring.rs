@@ -129,6 +129,9 @@ impl<'k> Cursor<'k> {
     /// Goes to the next stage.
     pub fn advance(&self) {
         let k = self.stage.kernel();
+        if self.ring.stages == 1 {
+            return self.phase.advance();
+        }
         self.stage.increase(1);
         let wrapped = self.stage.eq(self.ring.stages);
         k.when(wrapped, || self.stage.set(0));

@@ -242,6 +242,15 @@ impl Warp {
                     memory.count(at).fetch_add(more, Ordering::Release);
                 }
             }
+            Op::TakeCount => {
+                for lane in lanes.iter() {
+                    let block = &cluster.blocks[self.block];
+                    let at = self.address(block, &i.args[1], lane);
+                    let more = self.get(block, &i.args[2], lane) as u32;
+                    let before = memory.count(at).fetch_add(more, Ordering::Relaxed);
+                    self.set(&i.args[0], lane, before.into());
+                }
+            }
             Op::Load(space, bytes) => self.load(cluster, i, space, bytes, lanes),
             Op::Store(space, bytes) => self.store(cluster, i, space, bytes, lanes),
             Op::Shuffle(how) => {

@@ -118,7 +118,7 @@ impl Family for Backwards {
             delta: address(),
             grads,
             bias_grad: problem.bias_grad.map(|_| address()),
-            dq_sums: plan.dq_sums(problem).map(|_| [address(), address()]),
+            zeroed: address(),
         };
         passes(plan, &arguments, kernel, used)
     }

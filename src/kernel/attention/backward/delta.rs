@@ -8,8 +8,8 @@ use crate::kernel::name::given;
 use crate::ptx::{Kernel, Reg, Source, Target};
 
 const THREADS: u32 = 256;
-/// Bytes of sums that a thread zeroes at once.
-pub const SUMS_UNIT: u32 = 16;
+/// Bytes that a thread zeroes at once.
+pub const ZEROED_UNIT: u32 = 16;
 /// The most elements that a lane loads together.
 const MOST: u32 = 8;
 
@@ -26,7 +26,7 @@ pub struct Config {
     pub unit: u32,
     /// Whether the log-sum-exp has a gradient.
     pub lse_grad: bool,
-    /// Whether it zeroes the sums of the gradient of the queries, for a kernel after it.
+    /// Whether it zeroes what the kernels after it add to.
     pub zeroes: bool,
 }
 
@@ -86,7 +86,7 @@ pub fn emit(config: &Config) -> Source {
     let delta = k.pointer(Name::Delta);
     let (queries, heads) = (k.param::<u32>(Name::Queries), k.param(Name::Heads));
     let columns = k.param::<u32>(Name::Columns);
-    let sums = config.zeroes.then(|| (k.pointer(Name::DqSums), k.param(Name::DqSumsUnits)));
+    let zeroed = config.zeroes.then(|| (k.pointer(Name::Zeroed), k.param(Name::ZeroedUnits)));
     let (thread, block) = (k.thread(), k.block_x());
     let head = block / columns;
     let batch = head / heads;
@@ -109,11 +109,11 @@ pub fn emit(config: &Config) -> Source {
             (out, grad, lse_grad)
         })
         .collect();
-    if let Some((sums, units)) = sums {
+    if let Some((zeroed, units)) = zeroed {
         // While those are on their way.
         let zero = k.var(0f32);
         k.for_(block * THREADS + thread, units, k.blocks_x() * THREADS, |unit| {
-            k.st_global(sums.element(unit, SUMS_UNIT), [zero; 4]);
+            k.st_global(zeroed.element(unit, ZEROED_UNIT), [zero; 4]);
         });
     }
     for (&row, (out, grad, lse_grad)) in rows.iter().zip(loaded) {

@@ -63,7 +63,7 @@ impl Config {
             lengths: self.lengths,
             blocks_per_sm: 1,
             persistent: false,
-            forwards: false,
+            ordered: false,
             bytes_of_column: 0,
             section_bytes: 0,
         }
@@ -81,7 +81,7 @@ pub fn emit(config: &Config) -> Source {
     let sums = DqSums::params(k, config.lengths, of_block, tiles.size[0], tiles.sequences());
     k.griddepcontrol_wait();
     k.griddepcontrol_launch_dependents();
-    tiles.for_each(|work| round(k, config, &tiles, sums, &work, (out, strides), scale));
+    tiles.with_own(|work| round(k, config, &tiles, sums, &work, (out, strides), scale));
     k.finish()
 }
 

@@ -21,8 +21,8 @@ pub struct TileShape {
     pub blocks_per_sm: u32,
     /// Whether they are persistent, and take tile after tile. Else each takes one.
     pub persistent: bool,
-    /// Whether each round of tiles begins with the same block of threads: tiles wait for those before them.
-    pub forwards: bool,
+    /// Whether tiles wait for those before them.
+    pub ordered: bool,
     /// Bytes of what tiles of a head read and add to, and that is meant to stay in L2, for each column.
     pub bytes_of_column: u64,
     /// How much of L2 they have.

@@ -23,7 +23,7 @@ mod work;
 
 pub use launch::{Launch, TileShape};
 pub use params::{Arguments, Gradient};
-pub use plan::{Part, Plan};
+pub use plan::{Part, Plan, Zeroed};
 pub use variant::Variant;
 
 use super::Problem as Attention;

@@ -1,7 +1,6 @@
 //! The values of the parameters of a backward pass's kernels.
 
-use super::delta::SUMS_UNIT;
-use super::{Launch, Part, Plan, Problem};
+use super::{Launch, Part, Plan, Problem, Zeroed};
 use crate::kernel::attention::{Inputs, Name, Operand};
 use crate::kernel::hopper::SLAB;
 use crate::kernel::params::{self, Argument};
@@ -37,14 +36,18 @@ pub struct Arguments<'a> {
     pub grads: [Gradient; 3],
     /// The address of that of the bias.
     pub bias_grad: Option<u64>,
-    /// The addresses of the sums and the turns of [`Plan::dq_sums`].
-    pub dq_sums: Option<[u64; 2]>,
+    /// The address of what [`Plan::zeroed`] counts, a multiple of 16.
+    pub zeroed: u64,
 }
 
 impl params::Arguments for Arguments<'_> {
     type Name = Name;
 
     fn argument(&self, step: usize, name: Name) -> Option<Argument> {
+        if name == Name::TilesTaken {
+            let Zeroed { dq_sums, dq_turns, .. } = self.plan.zeroed(self.problem);
+            return Some(Argument::Pointer(self.zeroed + 4 * (dq_sums + dq_turns + step as u64)));
+        }
         match self.plan.parts.get(step)? {
             Part::Delta(_, [columns, _]) => match name {
                 Name::Columns => Some(Argument::U32(*columns)),
@@ -119,6 +122,7 @@ impl Arguments<'_> {
         let attention = &self.problem.attention;
         let [dq, dk, dv] = &self.grads;
         let number = |n: u64| Argument::U32(n as u32);
+        let zeroed = || self.plan.zeroed(self.problem);
         Some(match name {
             Name::Out => Argument::Pointer(self.out.address),
             Name::OutRow => self.out.stride(0),
@@ -145,12 +149,9 @@ impl Arguments<'_> {
             Name::DvHead => Argument::U64(dv.strides[1]),
             Name::DvBatch => Argument::U64(dv.strides[2]),
             Name::GradScale => Argument::F32(self.inputs.scale),
-            Name::DqSums => Argument::Pointer(self.dq_sums?[0]),
-            Name::DqTurns => Argument::Pointer(self.dq_sums?[1]),
-            Name::DqSumsUnits => number({
-                let [sums, turns] = self.plan.dq_sums(self.problem)?;
-                (sums + turns) * 4 / u64::from(SUMS_UNIT)
-            }),
+            Name::DqSums | Name::Zeroed => Argument::Pointer(self.zeroed),
+            Name::DqTurns => Argument::Pointer(self.zeroed + 4 * zeroed().dq_sums),
+            Name::ZeroedUnits => number(zeroed().units()),
             Name::DbiasAt => Argument::Pointer(self.bias_grad?),
             Name::BiasHeads => number(attention.heads / self.problem.bias_grad?.repeated[1]),
             Name::RepeatBatch => number(self.problem.bias_grad?.repeated[0]),

@@ -1,5 +1,6 @@
 //! The plan of a backward pass.
 
+use super::delta::ZEROED_UNIT;
 use super::sm90::{self, keys, queries};
 use super::{Launch, Problem, delta, dq, sm80, sums};
 use crate::kernel::attention::{Name, TileOrder, by_tma};
@@ -45,7 +46,7 @@ impl kernel::Plan for Plan {
             Part::sm80(sm80::bias(problem, device, grad.repeated[2]), problem, device)
         }));
         let config = delta::Config {
-            zeroes: passes.iter().any(|part| matches!(part, Part::Dq(..))),
+            zeroes: passes.iter().any(|part| matches!(part, Part::Keys(..) | Part::Queries(..))),
             ..delta::Config::new(
                 attention.out,
                 attention.element,
@@ -81,26 +82,47 @@ impl kernel::Plan for Plan {
 }
 
 impl Plan {
-    /// Floats that shares of the queries' gradient are added up in, and u32 that say whose turn it is, if they
-    /// are added up. The first kernel zeroes both.
-    pub fn dq_sums(&self, problem: &Problem) -> Option<[u64; 2]> {
-        let ordered = self.parts.iter().any(|part| match part {
-            Part::Keys(config, _) => config.ordered,
-            _ => false,
-        });
-        self.parts.iter().find_map(|part| match part {
-            Part::Dq(config, launch) => {
-                let attention = &problem.attention;
-                let own = config.queries.into();
-                let blocks =
-                    sums::blocks(attention.lengths, attention.queries, attention.batch, own);
-                let blocks = u64::from(launch.order.heads) * blocks;
-                // As many as begin at multiples of 16 bytes.
-                let turns = if ordered { blocks.next_multiple_of(4) } else { 0 };
-                Some([blocks * u64::from(config.bytes()) / 4, turns])
+    /// What the first kernel zeroes for the others.
+    pub fn zeroed(&self, problem: &Problem) -> Zeroed {
+        let attention = &problem.attention;
+        let mut zeroed = Zeroed { dq_sums: 0, dq_turns: 0, tiles_taken: 0 };
+        for part in &self.parts {
+            match part {
+                Part::Keys(config, _) if config.form == keys::Form::Fused => {
+                    let blocks = sums::blocks(
+                        attention.lengths,
+                        attention.queries,
+                        attention.batch,
+                        config.queries.into(),
+                    );
+                    let blocks = attention.rows() / attention.queries * blocks;
+                    zeroed.dq_sums = blocks * u64::from(config.dq_block_bytes()) / 4;
+                    zeroed.dq_turns = if config.ordered { blocks } else { 0 };
+                }
+                Part::Keys(..) | Part::Queries(..) => {}
+                Part::Delta(..) | Part::Sm80(..) | Part::Dq(..) => continue,
             }
-            _ => None,
-        })
+            zeroed.tiles_taken = self.parts.len() as u64;
+        }
+        zeroed
+    }
+}
+
+/// Numbers of 4 bytes that kernels add to, one kind after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Zeroed {
+    /// Floats that shares of the queries' gradient are added up in.
+    pub dq_sums: u64,
+    /// Whose turn it is to add to each block of them.
+    pub dq_turns: u64,
+    /// How many tiles each kernel's blocks have taken.
+    pub tiles_taken: u64,
+}
+
+impl Zeroed {
+    /// How many times [`ZEROED_UNIT`] bytes they are together.
+    pub fn units(&self) -> u64 {
+        (4 * (self.dq_sums + self.dq_turns + self.tiles_taken)).div_ceil(ZEROED_UNIT.into())
     }
 }
 

@@ -42,8 +42,10 @@ pub struct WorkTile<'k> {
     pub ascending: Option<(Reg<'k, bool>, bool)>,
 }
 
-/// The most words of [`Tiles::keep`].
+/// The most words of [`Tiles::keep`], of tiles that do not wait for one another.
 pub const KEPT_WORDS: u32 = 12;
+/// The same of all tiles.
+pub const ALL_WORDS: u32 = KEPT_WORDS + 4;
 
 impl<'k> WorkTile<'k> {
     /// The queries or keys of its sequence.
@@ -72,27 +74,24 @@ impl<'k> Tiles<'k> {
         self.sequences.count()
     }
 
-    /// Runs `body` for each tile of this block.
-    pub fn for_each(&self, body: impl FnOnce(WorkTile<'k>)) {
-        self.for_each_coord(|coord| self.find(coord, body));
+    /// How many places the order has.
+    pub fn count(&self) -> Reg<'k, u32> {
+        self.scheduler.count()
     }
 
-    /// Runs `body` for each place in the order, whatever it stands for.
-    pub fn for_each_coord(&self, body: impl FnOnce(TileCoord<'k>)) {
-        let walk = match self.tile_shape.forwards {
-            true => self.scheduler.walk_forwards(),
-            false => self.scheduler.walk(),
-        };
-        let k = walk.kernel();
-        match self.tile_shape.persistent {
-            true => k.loop_(|exit| {
-                exit.when(walk.over());
-                body(walk.coord());
-                walk.advance();
-            }),
-            // A block for each.
-            false => body(walk.coord()),
-        }
+    /// The place of this block, of a grid with as many.
+    pub fn own(&self) -> TileCoord<'k> {
+        self.scheduler.coord(self.count().kernel().block_x())
+    }
+
+    /// Runs `body` for this block's tile, if its place in the order is one.
+    pub fn with_own(&self, body: impl FnOnce(WorkTile<'k>)) {
+        self.find(self.own(), body);
+    }
+
+    /// The same for a place in the order.
+    pub fn with(&self, place: Reg<'k, u32>, body: impl FnOnce(WorkTile<'k>)) {
+        self.find(self.scheduler.coord(place), body);
     }
 
     /// The rows from `first` on of a head, of sequences that are not packed.
@@ -111,12 +110,23 @@ impl<'k> Tiles<'k> {
     pub fn keep(&self, work: &WorkTile<'k>, at: Reg<'k, u32>) {
         let k = at.kernel();
         let words = self.words(work);
-        k.when(k.thread().eq(0), || {
-            for (quad, words) in (0..).zip(words.chunks(4)) {
-                let four = std::array::from_fn::<_, 4, _>(|i| *words.get(i).unwrap_or(&words[0]));
-                k.st_shared(at.at(16 * quad), four);
-            }
-        });
+        k.when(k.thread().eq(0), || put(at, &words));
+    }
+
+    /// The same by one thread, [`ALL_WORDS`] words.
+    pub fn write(&self, work: &WorkTile<'k>, at: Reg<'k, u32>) {
+        put(at, &self.words(work));
+    }
+
+    /// Puts there that no tile is left.
+    pub fn write_end(&self, at: Reg<'k, u32>) {
+        put(at, &[at.kernel().var(END)]);
+    }
+
+    /// Whether no tile is left.
+    pub fn ends(&self, at: Reg<'k, u32>) -> Reg<'k, bool> {
+        let [batch] = at.kernel().ld_shared::<u32, 1>(at);
+        batch.eq(END)
     }
 
     /// The tile that was put there.
@@ -128,8 +138,12 @@ impl<'k> Tiles<'k> {
             Lengths::Packed => (false, true),
         };
         let windowed = self.begins();
-        let count =
-            6 + usize::from(windowed) + if full { 0 } else { 2 } + if packed { 3 } else { 0 };
+        let ordered = self.tile_shape.ordered;
+        let count = 6
+            + usize::from(windowed)
+            + if full { 0 } else { 2 }
+            + if packed { 3 } else { 0 }
+            + usize::from(ordered);
         let words =
             (0..count.div_ceil(4)).flat_map(|quad| k.ld_shared::<u32, 4>(at.at(16 * quad as i64)));
         let mut words = words.collect::<Vec<_>>().into_iter();
@@ -149,7 +163,8 @@ impl<'k> Tiles<'k> {
             whole_end: whole_end.cast(),
             cut: true,
         };
-        let (first, ascending) = (first.cast(), None);
+        let ascending = ordered.then(|| (next().ne(0), packed));
+        let first = first.cast();
         WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks, ascending }
     }
 
@@ -167,6 +182,10 @@ impl<'k> Tiles<'k> {
         }
         words.extend((self.tile_shape.lengths == Lengths::Packed).then_some(sequence));
         debug_assert!(words.len() <= KEPT_WORDS as usize);
+        words.extend(work.ascending.filter(|_| self.tile_shape.ordered).map(|(holds, _)| {
+            let k = holds.kernel();
+            k.select(holds, k.var(1u32), 0u32)
+        }));
         words
     }
 
@@ -283,5 +302,16 @@ impl<'k> Tiles<'k> {
                 (position.lt(size), Some(position.lt(count)))
             }
         }
+    }
+}
+
+/// Instead of a batch: no tile.
+const END: u32 = u32::MAX;
+
+/// Stores words from an address on that is a multiple of 16, four at once.
+fn put<'k>(at: Reg<'k, u32>, words: &[Reg<'k, u32>]) {
+    for (quad, words) in (0..).zip(words.chunks(4)) {
+        let four = std::array::from_fn::<_, 4, _>(|i| *words.get(i).unwrap_or(&words[0]));
+        at.kernel().st_shared(at.at(16 * quad), four);
     }
 }

@@ -59,32 +59,29 @@ impl<'k> Gradients<'k, '_> {
         let out = BiasGrad::params(k, bias.element);
         // As wide as a block.
         let t = self.thread([c.cols, 0]);
-        self.tiles.for_each_coord(|TileCoord { head: matrix, column, .. }| {
-            let [queries, keys] = self.tiles.size.map(|size| size.cast::<u32>());
-            let key_blocks = keys.div_ceil(c.cols);
-            let row = column / key_blocks;
-            let block = column - row * key_blocks;
-            let (from, to) = match shared {
-                true => (k.var(0), queries.div_ceil(c.rows())),
-                false => (row, row + 1),
-            };
-            let first = [matrix / out.heads, matrix % out.heads];
-            t.m16_tiles.iter().flat_map(|m16| &m16.sums[0]).for_each(|sum| sum.set(0.0));
-            let [(batch, batches), (head, heads)] =
-                [0, 1].map(|i| (first[i], first[i] + out.repeat[i]));
-            k.for_(batch, batches, 1, |batch| {
-                k.for_(head, heads, 1, |head| {
-                    k.for_(from, to, 1, |row| {
-                        self.add_scores(&t, [batch, head, row], block.cast())
-                    });
-                });
+        let TileCoord { head: matrix, column, .. } = self.tiles.own();
+        let [queries, keys] = self.tiles.size.map(|size| size.cast::<u32>());
+        let key_blocks = keys.div_ceil(c.cols);
+        let row = column / key_blocks;
+        let block = column - row * key_blocks;
+        let (from, to) = match shared {
+            true => (k.var(0), queries.div_ceil(c.rows())),
+            false => (row, row + 1),
+        };
+        let first = [matrix / out.heads, matrix % out.heads];
+        t.m16_tiles.iter().flat_map(|m16| &m16.sums[0]).for_each(|sum| sum.set(0.0));
+        let [(batch, batches), (head, heads)] =
+            [0, 1].map(|i| (first[i], first[i] + out.repeat[i]));
+        k.for_(batch, batches, 1, |batch| {
+            k.for_(head, heads, 1, |head| {
+                k.for_(from, to, 1, |row| self.add_scores(&t, [batch, head, row], block.cast()));
             });
-            let col = block * c.cols + k.lane() % 4 * 2;
-            match shared {
-                false => self.store_bias_rows(&t, &out, pairs, [matrix, row, col]),
-                true => self.store_bias_row(&t, &out, [matrix, block]),
-            }
         });
+        let col = block * c.cols + k.lane() % 4 * 2;
+        match shared {
+            false => self.store_bias_rows(&t, &out, pairs, [matrix, row, col]),
+            true => self.store_bias_row(&t, &out, [matrix, block]),
+        }
     }
 
     /// Adds the gradients of scores of a tile of a sequence and head.

@@ -378,7 +378,7 @@ impl Config {
             lengths: self.variant.lengths,
             blocks_per_sm: self.blocks_per_sm,
             persistent: false,
-            forwards: false,
+            ordered: false,
             // Of keys a head has all its queries' heads, of queries its keys are shared by them.
             bytes_of_column: match self.pass.side() {
                 Side::Keys => bytes * group,

@@ -71,11 +71,11 @@ struct Walk<'k> {
 }
 
 impl<'k> Gradients<'k, '_> {
-    /// This block's tiles.
+    /// This block's tile.
     pub(super) fn run(&self) {
         let columns = self.c.sum_columns();
         let t = self.thread(columns);
-        self.tiles.for_each(|work| {
+        self.tiles.with_own(|work| {
             self.tile(&t, &work);
             self.store(&t, &self.kept());
         });

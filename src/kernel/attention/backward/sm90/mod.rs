@@ -4,6 +4,7 @@
 mod choose;
 pub mod keys;
 pub mod queries;
+mod schedule;
 mod store;
 
 pub use choose::choose;

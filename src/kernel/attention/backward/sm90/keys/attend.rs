@@ -5,7 +5,7 @@ use super::config::EXCHANGE_STAGES;
 use super::pointwise::{Block, Context};
 use super::store::Gradient;
 use crate::kernel::attention::Lengths;
-use crate::kernel::attention::backward::work::WorkTile;
+use crate::kernel::attention::backward::sm90::schedule::Tile;
 use crate::kernel::hopper::product::{Descriptor, Left, product};
 use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{
@@ -28,8 +28,8 @@ struct Group<'k> {
     operands: Operands<'k>,
     /// Of the rings of queries and of what belongs to them, which have as many stages.
     place: Cursor<'k>,
+    /// Of the ring of keys and of that of values.
     key_place: Cursor<'k>,
-    value_place: Cursor<'k>,
     /// Bytes from the first stage of dS to the current one.
     ds_stage: Reg<'k, u32>,
 }
@@ -53,7 +53,7 @@ impl<'k> Backward<'k, '_> {
     /// A warpgroup's keys of all tiles of this block.
     pub(super) fn consume(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) {
         let g = self.group(thread, number);
-        self.tiles.for_each(|work| self.attend(&g, &work));
+        self.schedule.for_each(&self.tiles, |tile| self.attend(&g, tile));
     }
 
     fn group(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) -> Group<'k> {
@@ -94,37 +94,36 @@ impl<'k> Backward<'k, '_> {
             },
             place: smem.query_ring.consumer(k, self.base),
             key_place: smem.key_ring.consumer(k, self.base),
-            value_place: smem.value_ring.consumer(k, self.base),
             ds_stage: k.var(0),
         }
     }
 
     /// The gradients of a tile of keys.
-    fn attend(&self, g: &Group<'k>, work: &WorkTile<'k>) {
+    fn attend(&self, g: &Group<'k>, tile: Tile<'k, '_>) {
         let (k, c, smem) = (self.k, self.c, &self.smem);
-        let first = work.first + (g.warps.number * SLAB).cast();
-        let key = first + (g.warps.lane.warp * 16 + g.warps.lane.lane / 4).cast();
+        let work = tile.read();
+        let first = || tile.read().first + (g.warps.number * SLAB).cast();
         g.dk.iter().chain(&g.dv).for_each(|sum| sum.set(0.0));
         g.key_place.wait();
         if c.lengths != Lengths::Full {
             let left = work.keys.count - work.first;
             k.if_(left.lt(c.keys() as i32), || {
                 clear_lines(g.warps, self.base + smem.keys, c.head_slabs(), c.keys(), left);
-                g.value_place.wait();
+                g.key_place.of(smem.value_ring).wait();
                 clear_lines(g.warps, self.base + smem.values, c.value_slabs(), c.keys(), left);
             });
         }
-        self.for_each_block(work, [key, key + 8], |context, masked| {
+        self.for_each_block(tile, (g.warps, &first), |context, masked| {
             self.step(g, context, masked);
         });
         // Also of a tile without blocks, before others come.
-        g.value_place.wait();
+        g.key_place.of(smem.value_ring).wait();
         // The other warpgroup is done with this one's dS, and dQ is on its way.
         smem.everyone.only().sync(k);
-        for place in [g.key_place, g.value_place] {
+        for place in [g.key_place, g.key_place.of(smem.value_ring)] {
             self.release(g, place);
-            place.advance();
         }
+        g.key_place.advance();
         smem.dq_empty.of(g.warps.number).sync(k);
         smem.dq_full.of(g.warps.number).arrive(k);
         let staged = |offset: u32, pitch: u32| self.base + offset + g.warps.number * pitch;
@@ -132,7 +131,7 @@ impl<'k> Backward<'k, '_> {
             Gradient { which: 0, sums: &g.dk, memory: staged(smem.exchange, c.exchange_pitch()) },
             Gradient { which: 1, sums: &g.dv, memory: staged(smem.dq, c.dq_pitch()) },
         ];
-        self.store(g.warps, work, first, &gradients);
+        self.store(g.warps, &tile.read(), first(), &gradients);
     }
 
     /// A block of queries of one head.
@@ -147,7 +146,7 @@ impl<'k> Backward<'k, '_> {
         let queries = of.queries.stage(stage, c.query_bytes());
         product(half, &g.scores, Left::Shared(of.keys), queries, c.depths()[0], false);
         grad_place.wait();
-        g.value_place.wait();
+        g.key_place.of(smem.value_ring).wait();
         self.clear_block(g.warps, context, block, [smem.grads, c.value_slabs(), c.grad_bytes()]);
         let grads = of.grads.stage(stage, c.grad_bytes());
         product(half, &g.grads, Left::Shared(of.values), grads, c.depths()[1], false);
@@ -196,7 +195,7 @@ impl<'k> Backward<'k, '_> {
         let (k, c) = (self.k, self.c);
         // Only masked blocks may end past the last query.
         if block.masked && c.lengths != Lengths::Full {
-            let left = context.work.queries.count - context.block * c.queries as i32;
+            let left = context.tile.read().queries.count - context.block * c.queries as i32;
             let to = self.base + offset + block.rows.stage * bytes;
             k.if_(left.lt(c.queries as i32), || {
                 clear_lines(warps, to, columns, c.queries, left);

@@ -1,6 +1,7 @@
 //! The choices, and what follows from them.
 
 use super::super::super::{Side, TileShape};
+use crate::kernel::attention::backward::sm90::schedule::TileSlots;
 use crate::kernel::attention::variant::scores;
 use crate::kernel::attention::{Lengths, Mask, ScoreMod};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
@@ -79,6 +80,7 @@ pub(super) struct SharedMap {
     pub query_ring: Ring,
     pub grad_ring: Ring,
     pub row_ring: Ring,
+    pub tile_slots: TileSlots,
     /// Where the threads of each multiplying warpgroup meet.
     pub meeting: Named,
     /// Where all that multiply meet.
@@ -94,15 +96,19 @@ pub(super) struct SharedMap {
 }
 
 impl SharedMap {
-    /// The rings, and who empties a stage: leaders of warpgroups, or of rows' floats of warps.
-    pub fn rings(&self, config: &Config) -> [(Ring, u32); 5] {
+    /// The rings, and who empties a stage: leaders of warpgroups, or of rows' floats and of tiles warps.
+    pub fn rings(&self, config: &Config) -> [(Ring, u32); 6] {
         let once = if config.form == Form::Wide { 1 } else { GROUPS };
+        let multiply = GROUPS * WARPGROUP / WARP;
+        // One fetches rows, and maybe one adds up dQ.
+        let others = if config.form == Form::Fused { 2 } else { 1 };
         [
             (self.key_ring, once),
             (self.value_ring, once),
             (self.query_ring, GROUPS),
             (self.grad_ring, GROUPS),
-            (self.row_ring, GROUPS * WARPGROUP / WARP),
+            (self.row_ring, multiply),
+            (self.tile_slots.ring(), multiply + others),
         ]
     }
 }
@@ -177,7 +183,7 @@ impl Config {
     }
 
     /// Bytes of a block of dQ.
-    pub(super) fn dq_block_bytes(&self) -> u32 {
+    pub fn dq_block_bytes(&self) -> u32 {
         (0..GROUPS).map(|group| self.dq_bytes(group)).sum()
     }
 
@@ -270,6 +276,7 @@ impl Config {
         let [key_ring, value_ring] = [(); 2].map(|()| Ring::new(&mut arena, 1));
         let [query_ring, grad_ring] = [(); 2].map(|()| Ring::new(&mut arena, self.stages));
         let row_ring = Ring::filled_by(&mut arena, self.stages, WARP);
+        let tile_slots = TileSlots::new(&mut arena);
         let mut barriers = NamedBarriers::new();
         let meeting = barriers.each(GROUPS, WARPGROUP);
         let everyone = barriers.each(1, GROUPS * WARPGROUP);
@@ -290,6 +297,7 @@ impl Config {
             query_ring,
             grad_ring,
             row_ring,
+            tile_slots,
             meeting,
             everyone,
             dq_full,
@@ -318,8 +326,7 @@ impl Config {
             lengths: self.lengths,
             blocks_per_sm: 1,
             persistent: true,
-            // Under a causal mask the order's balance is worth more than waiting less.
-            forwards: self.ordered && self.mask != Mask::Right,
+            ordered: self.ordered,
             bytes_of_column: group * width,
             section_bytes: SECTION_BYTES,
         }

@@ -2,7 +2,6 @@
 
 use super::Backward;
 use super::config::GROUPS;
-use crate::kernel::attention::Lengths;
 use crate::kernel::attention::backward::sums::DqSums;
 use crate::kernel::attention::backward::work::WorkTile;
 use crate::kernel::hopper::load::{BoxLines, TileBoxes};
@@ -11,16 +10,14 @@ use crate::ptx::{Address, Reg};
 
 impl<'k> Backward<'k, '_> {
     /// Runs `body` for each block of queries of a tile, of all heads that share its keys: with the head and
-    /// the block.
+    /// the block. Heads take turns, so that blocks of threads stay side by side, and what one has read is in L2.
     fn blocks(&self, work: &WorkTile<'k>, body: impl Fn(Reg<'k, u32>, Reg<'k, i32>)) {
         let k = self.k;
-        self.heads(work, |head| {
-            let block = k.var(work.blocks.end - 1);
-            k.loop_(|exit| {
-                exit.when(block.lt(work.blocks.begin));
-                body(head, block);
-                block.increase(-1);
-            });
+        let block = k.var(work.blocks.end - 1);
+        k.loop_(|exit| {
+            exit.when(block.lt(work.blocks.begin));
+            self.heads(work, |head| body(head, block));
+            block.increase(-1);
         });
     }
 
@@ -34,44 +31,30 @@ impl<'k> Backward<'k, '_> {
     /// Lets TMA fill the rings for all tiles of this block. A warp calls it, one of its threads does the work.
     pub(super) fn load(&self) {
         let (k, c, smem) = (self.k, self.c, &self.smem);
-        let elected = k.elect_sync();
-        let tiles = || {
-            let boxes = |i: usize, slabs: u32, lines: u32, at: u32| {
-                let lines = BoxLines { loaded: lines, pitch: lines };
-                TileBoxes::new(self.maps[i], slabs, lines, self.base + at)
-            };
-            let queries = boxes(0, c.head_slabs(), c.queries, smem.queries);
-            let keys = boxes(1, c.head_slabs(), c.keys(), smem.keys);
-            let values = boxes(2, c.value_slabs(), c.keys(), smem.values);
-            let grads = boxes(3, c.value_slabs(), c.queries, smem.grads);
-            // Registers are few: rings of as many stages share a place.
-            let place_of_keys = smem.key_ring.producer(k, self.base);
-            let place = smem.query_ring.producer(k, self.base);
-            let fill = |work: &WorkTile<'k>| {
-                let at = [work.keys.at(work.first), work.head, work.batch];
-                keys.fill_stage(place_of_keys, &at);
-                values.fill_stage(place_of_keys.of(smem.value_ring), &at);
-                place_of_keys.advance();
-                self.blocks(work, |head, block| {
-                    let at = [work.queries.at(block * c.queries as i32), head, work.batch];
-                    queries.fill_stage(place, &at);
-                    grads.fill_stage(place.of(smem.grad_ring), &at);
-                    place.advance();
-                });
-            };
-            self.tiles.for_each(|work| match c.lengths {
-                // The warp looks for the next tile together.
-                Lengths::Packed => {
-                    k.if_(elected, || fill(&work));
-                    k.bar_warp_sync();
-                }
-                Lengths::Full | Lengths::Padded => fill(&work),
+        let boxes = |i: usize, slabs: u32, lines: u32, at: u32| {
+            let lines = BoxLines { loaded: lines, pitch: lines };
+            TileBoxes::new(self.maps[i], slabs, lines, self.base + at)
+        };
+        let queries = boxes(0, c.head_slabs(), c.queries, smem.queries);
+        let keys = boxes(1, c.head_slabs(), c.keys(), smem.keys);
+        let values = boxes(2, c.value_slabs(), c.keys(), smem.values);
+        let grads = boxes(3, c.value_slabs(), c.queries, smem.grads);
+        // Registers are few: rings of as many stages share a place.
+        let place_of_keys = smem.key_ring.producer(k, self.base);
+        let place = smem.query_ring.producer(k, self.base);
+        let fill = |work: &WorkTile<'k>| {
+            let at = [work.keys.at(work.first), work.head, work.batch];
+            keys.fill_stage(place_of_keys, &at);
+            values.fill_stage(place_of_keys.of(smem.value_ring), &at);
+            place_of_keys.advance();
+            self.blocks(work, |head, block| {
+                let at = [work.queries.at(block * c.queries as i32), head, work.batch];
+                queries.fill_stage(place, &at);
+                grads.fill_stage(place.of(smem.grad_ring), &at);
+                place.advance();
             });
         };
-        match c.lengths {
-            Lengths::Packed => tiles(),
-            Lengths::Full | Lengths::Padded => k.if_(elected, tiles),
-        }
+        self.schedule.hand_out(&self.tiles, fill);
     }
 
     /// Fetches what is known of each block's queries.
@@ -80,7 +63,8 @@ impl<'k> Backward<'k, '_> {
         let place = smem.row_ring.producer(k, self.base);
         let lane = k.lane();
         let [max, log, delta] = self.row_memory;
-        self.tiles.for_each(|work| {
+        self.schedule.for_each(&self.tiles, |tile| {
+            let work = tile.read();
             self.blocks(&work, |head, block| {
                 let first = block * c.queries as i32;
                 let row = (work.batch * self.tiles.heads[0] + head)
@@ -117,45 +101,41 @@ impl<'k> Backward<'k, '_> {
         let (k, c, smem) = (self.k, self.c, &self.smem);
         let elected = k.elect_sync();
         let groups = || (0..GROUPS).map(|group| k.var(group));
-        self.tiles.for_each(|work| {
+        self.schedule.for_each(&self.tiles, |tile| {
+            let work = tile.read();
             groups().for_each(|group| smem.dq_empty.of(group).arrive(k));
             let heads = self.tiles.heads[0];
-            self.heads(&work, |head| {
+            self.blocks(&work, |head, block| {
                 let first = sums.first(work.batch * heads + head, work.sequence, work.queries);
-                let block = k.var(work.blocks.end - 1);
-                k.loop_(|exit| {
-                    exit.when(block.lt(work.blocks.begin));
-                    let number = first + block.cast();
-                    let mut to = Address::from(sums.block(number));
-                    let turn = self.dq_turns.map(|turns| turns.element(number, 4));
-                    for (i, group) in (0..).zip(groups()) {
-                        smem.dq_full.of(group).sync(k);
-                        if let Some(turn) = turn.filter(|_| i == 0) {
-                            k.if_(elected, || self.wait_for_turn(&work, block, turn));
+                let number = first + block.cast();
+                let mut to = Address::from(sums.block(number));
+                let turn = self.dq_turns.map(|turns| turns.element(number, 4));
+                for (i, group) in (0..).zip(groups()) {
+                    smem.dq_full.of(group).sync(k);
+                    if let Some(turn) = turn.filter(|_| i == 0) {
+                        k.if_(elected, || self.wait_for_turn(&work, block, turn));
+                    }
+                    let from = self.base + smem.dq + i * c.dq_pitch();
+                    let bytes = c.dq_bytes(i);
+                    k.if_(elected, || {
+                        if bytes > 0 {
+                            k.bulk_reduce_add(to, from, bytes);
                         }
-                        let from = self.base + smem.dq + i * c.dq_pitch();
-                        let bytes = c.dq_bytes(i);
-                        k.if_(elected, || {
-                            if bytes > 0 {
-                                k.bulk_reduce_add(to, from, bytes);
-                            }
-                            k.tma_commit();
-                        });
-                        to = to.at(bytes.into());
-                    }
-                    for (i, group) in (0..).zip(groups()) {
-                        k.when(elected, || k.tma_wait_read(GROUPS - 1 - i));
-                        k.bar_warp_sync();
-                        smem.dq_empty.of(group).arrive(k);
-                    }
-                    if let Some(turn) = turn {
-                        k.if_(elected, || {
-                            k.tma_wait(0);
-                            k.red_release_add(turn);
-                        });
-                    }
-                    block.increase(-1);
-                });
+                        k.tma_commit();
+                    });
+                    to = to.at(bytes.into());
+                }
+                for (i, group) in (0..).zip(groups()) {
+                    k.when(elected, || k.tma_wait_read(GROUPS - 1 - i));
+                    k.bar_warp_sync();
+                    smem.dq_empty.of(group).arrive(k);
+                }
+                if let Some(turn) = turn {
+                    k.if_(elected, || {
+                        k.tma_wait(0);
+                        k.red_release_add(turn);
+                    });
+                }
             });
             // Until a warpgroup was at its tile's end, where it waits for its last share, too: two arrivals in a row
             // would count for a warp of it that is not there yet.
@@ -167,8 +147,7 @@ impl<'k> Backward<'k, '_> {
     /// Waits until the tiles before this one in the order have added to a block of queries; `turn` is where how
     /// many have is counted.
     ///
-    /// Blocks of threads take tiles in their order, and all of them run: whoever is waited for is at work, or has
-    /// been.
+    /// Tiles are taken in their order, by blocks of threads that run: whoever is waited for is at work, or has been.
     fn wait_for_turn(&self, work: &WorkTile<'k>, block: Reg<'k, i32>, turn: Reg<'k, u64>) {
         let (k, c) = (self.k, self.c);
         let of_queries = work.bounds.transposed(work.keys.count);

@@ -28,6 +28,7 @@ pub use config::{Config, Form};
 
 use super::super::sums::DqSums;
 use super::super::work::Tiles;
+use super::schedule::TileSchedule;
 use crate::kernel::attention::scores::ScoreParams;
 use crate::kernel::attention::{Lengths, Name};
 use crate::kernel::hopper::WARPGROUP;
@@ -56,6 +57,7 @@ pub fn emit(config: &Config) -> Source {
     });
     let dq_turns = config.ordered.then(|| k.pointer(Name::DqTurns));
     let base = k.shared(smem.bytes);
+    let schedule = TileSchedule::params(k, config.lengths, smem.tile_slots, base);
     let thread = k.thread();
     let warp = k.shfl_idx(thread / 32, 0);
     let group = k.shfl_idx(thread / WARPGROUP, 0);
@@ -83,6 +85,7 @@ pub fn emit(config: &Config) -> Source {
         grad_scale,
         score_params,
         tiles,
+        schedule,
         dq_sums,
         dq_turns,
         base,
@@ -124,6 +127,7 @@ struct Backward<'k, 'c> {
     grad_scale: Reg<'k, f32>,
     score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,
+    schedule: TileSchedule<'k>,
     dq_sums: Option<DqSums<'k>>,
     /// Whose turn it is to add to each block of them, if that matters.
     dq_turns: Option<Reg<'k, u64>>,

@@ -1,15 +1,16 @@
 //! From products to P and dS: fragments whose rows are keys and whose columns are queries.
 
 use super::Backward;
-use crate::kernel::attention::backward::work::WorkTile;
+use crate::kernel::attention::backward::sm90::schedule::Tile;
+use crate::kernel::attention::mask::BlockRange;
 use crate::kernel::attention::scores::FragmentScores;
-use crate::kernel::hopper::Lane;
 use crate::kernel::hopper::ring::Cursor;
+use crate::kernel::hopper::{Lane, Warpgroup};
 use crate::ptx::Reg;
 
 /// What the blocks of a tile and a head have in common.
-pub(super) struct Context<'k, 'w> {
-    pub work: &'w WorkTile<'k>,
+pub(super) struct Context<'k, 't> {
+    pub tile: Tile<'k, 't>,
     pub scores: FragmentScores<'k>,
     /// The positions of the thread's keys in their sequence.
     pub positions: [Reg<'k, i32>; 2],
@@ -28,25 +29,36 @@ pub(super) struct Block<'k> {
 }
 
 impl<'k> Backward<'k, '_> {
-    /// Runs `body` for each block of queries of a tile, of all heads that share its keys. The tile's keys of
-    /// this thread are `positions`.
+    /// Runs `body` for each block of queries of a tile, of all heads that share its keys. The warpgroup's keys begin
+    /// at `first`.
     pub(super) fn for_each_block(
         &self,
-        work: &WorkTile<'k>,
-        positions: [Reg<'k, i32>; 2],
+        tile: Tile<'k, '_>,
+        (warps, first): (Warpgroup<'k>, &dyn Fn() -> Reg<'k, i32>),
         body: impl Fn(&Context<'k, '_>, bool),
     ) {
-        let offset = work.keys.count - work.queries.count;
-        self.heads(work, |head| {
-            let of = (work.sequence, head);
-            let scores = self.score_params.of_keys(positions, of, work.keys.count, offset);
-            let block = self.k.var(work.blocks.end - 1);
-            let context = Context { work, scores, positions, block };
-            work.blocks.walk(block, |masked| {
-                body(&context, masked);
+        let k = self.k;
+        let block = k.var(tile.read().blocks.end - 1);
+        let group = self.tiles.heads[1];
+        BlockRange::walk_of(
+            || tile.read().blocks,
+            block,
+            |masked| {
+                let head = k.var(tile.read().head * group);
+                k.loop_(|exit| {
+                    let work = tile.read();
+                    let key = first() + (warps.lane.warp * 16 + warps.lane.lane / 4).cast();
+                    let positions = [key, key + 8];
+                    let (keys, offset) = (work.keys.count, work.keys.count - work.queries.count);
+                    let scores =
+                        self.score_params.of_keys(positions, (work.sequence, head), keys, offset);
+                    body(&Context { tile, scores, positions, block }, masked);
+                    head.increase(1);
+                    exit.when(head.ge((tile.read().head + 1) * group));
+                });
                 block.increase(-1);
-            });
-        });
+            },
+        );
     }
 
     /// Whether P is packed before dS is made of it: a soft cap changes it in place.
@@ -67,7 +79,8 @@ impl<'k> Backward<'k, '_> {
         let first = context.block * c.queries as i32 + (block.lane.lane % 4 * 2).cast::<i32>();
         let rows = self.base + self.smem.rows + block.rows.stage * c.row_bytes();
         let rows = rows + block.lane.lane % 4 * 16;
-        let limit = block.masked.then_some(context.work.queries.count);
+        let work = context.tile.read();
+        let limit = block.masked.then_some(work.queries.count);
         let scale = self.score_params.scale_left();
         let quad = |j: i32, quad: &[Reg<'k, f32>]| {
             let at = if j == 0 { first } else { first + 8 * j };
@@ -76,7 +89,7 @@ impl<'k> Backward<'k, '_> {
                 context.scores.apply_with_slopes(quad, &bias, at)
             });
             if block.masked {
-                context.work.bounds.hide(quad, context.positions, at);
+                work.bounds.hide(quad, context.positions, at);
             }
             let [m0, l0, m1, l1] = k.ld_shared::<f32, 4>(rows.at((64 * j).into()));
             for (i, &score) in quad.iter().enumerate() {

@@ -5,7 +5,7 @@ use super::config::EXCHANGE_STAGES;
 use super::pointwise::{Block, Context};
 use super::store::Gradient;
 use crate::kernel::attention::Lengths;
-use crate::kernel::attention::backward::work::WorkTile;
+use crate::kernel::attention::backward::sm90::schedule::Tile;
 use crate::kernel::hopper::product::{Descriptor, Left, product};
 use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{Lane, WARPGROUP, Warpgroup, clear_lines};
@@ -43,7 +43,7 @@ impl<'k> Backward<'k, '_> {
             if !of_values {
                 (0..EXCHANGE_STAGES).for_each(|stage| self.p_empty(stage).arrive(self.k));
             }
-            self.tiles.for_each(|work| self.attend_wide(&g, &work));
+            self.schedule.for_each(&self.tiles, |tile| self.attend_wide(&g, tile));
             if of_values {
                 (0..EXCHANGE_STAGES).for_each(|stage| self.p_empty(stage).sync(self.k));
             }
@@ -83,13 +83,13 @@ impl<'k> Backward<'k, '_> {
     }
 
     /// A gradient of a tile of keys.
-    fn attend_wide(&self, g: &Group<'k>, work: &WorkTile<'k>) {
+    fn attend_wide(&self, g: &Group<'k>, tile: Tile<'k, '_>) {
         let (k, c, smem) = (self.k, self.c, &self.smem);
+        let work = tile.read();
         let (memory, slabs) = match g.of_values {
             true => (self.base + smem.keys, c.head_slabs()),
             false => (self.base + smem.values, c.value_slabs()),
         };
-        let key = work.first + (g.warps.lane.warp * 16 + g.warps.lane.lane / 4).cast();
         g.sums.iter().for_each(|sum| sum.set(0.0));
         g.row_place.wait();
         if c.lengths != Lengths::Full {
@@ -98,12 +98,13 @@ impl<'k> Backward<'k, '_> {
                 clear_lines(g.warps, memory, slabs, c.keys(), left);
             });
         }
-        self.for_each_block(work, [key, key + 8], |context, masked| {
+        self.for_each_block(tile, (g.warps, &|| tile.read().first), |context, masked| {
             self.step_wide(g, context, masked);
         });
         // Over what this warpgroup alone has read.
         let gradient = Gradient { which: usize::from(g.of_values), sums: &g.sums, memory };
-        self.store(g.warps, work, work.first, &[gradient]);
+        let work = tile.read();
+        self.store(g.warps, &work, work.first, &[gradient]);
         self.release_wide(g, g.row_place);
         g.row_place.advance();
     }

@@ -45,7 +45,7 @@ impl<'k> Backward<'k, '_> {
     /// A warpgroup's queries of all tiles of this block.
     pub(super) fn consume(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) {
         let g = self.group(thread, number);
-        self.tiles.for_each(|work| self.attend(&g, &work));
+        self.schedule.for_each(&self.tiles, |tile| self.attend(&g, &tile.read()));
     }
 
     fn group(&self, thread: Reg<'k, u32>, number: Reg<'k, u32>) -> Group<'k> {

@@ -1,6 +1,7 @@
 //! The choices, and what follows from them.
 
 use super::super::super::{Side, TileShape};
+use crate::kernel::attention::backward::sm90::schedule::TileSlots;
 use crate::kernel::attention::variant::scores;
 use crate::kernel::attention::{Lengths, Mask, ScoreMod};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
@@ -54,6 +55,7 @@ pub(super) struct SharedMap {
     pub grad_ring: Ring,
     pub key_ring: Ring,
     pub value_ring: Ring,
+    pub tile_slots: TileSlots,
     /// Where the threads of each multiplying warpgroup meet.
     pub meeting: Named,
     pub named_barriers: u32,
@@ -171,6 +173,7 @@ impl Config {
         let [query_ring, grad_ring] = [(); 2].map(|()| Ring::new(&mut arena, self.query_stages));
         let key_ring = Ring::new(&mut arena, self.key_stages);
         let value_ring = Ring::new(&mut arena, self.value_stages);
+        let tile_slots = TileSlots::new(&mut arena);
         let mut barriers = NamedBarriers::new();
         let meeting = barriers.each(GROUPS, WARPGROUP);
         SharedMap {
@@ -182,6 +185,7 @@ impl Config {
             grad_ring,
             key_ring,
             value_ring,
+            tile_slots,
             meeting,
             named_barriers: barriers.used(),
             bytes: arena.used,
@@ -198,7 +202,7 @@ impl Config {
             lengths: self.lengths,
             blocks_per_sm: 1,
             persistent: true,
-            forwards: false,
+            ordered: false,
             bytes_of_column: u64::from(2 * (self.head_dim + self.value_dim)),
             section_bytes: SECTION_BYTES,
         }

@@ -17,9 +17,11 @@ mod store;
 pub use config::Config;
 
 use super::super::work::Tiles;
+use super::schedule::TileSchedule;
 use crate::kernel::attention::scores::ScoreParams;
 use crate::kernel::attention::{Lengths, Name};
 use crate::kernel::hopper::WARPGROUP;
+use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Kernel, Reg, Source, Target};
 use config::{GROUPS, REGISTERS, SharedMap};
 
@@ -42,6 +44,7 @@ pub fn emit(config: &Config) -> Source {
     let score_params = ScoreParams::params(k, config.score_mod, config.element);
     let tiles = Tiles::params(k, config.tile_shape());
     let base = k.shared(smem.bytes);
+    let schedule = TileSchedule::params(k, config.lengths, smem.tile_slots, base);
     let thread = k.thread();
     let warp = k.shfl_idx(thread / 32, 0);
     let group = k.shfl_idx(thread / WARPGROUP, 0);
@@ -52,6 +55,7 @@ pub fn emit(config: &Config) -> Source {
             for ring in [smem.key_ring, smem.value_ring, smem.query_ring, smem.grad_ring] {
                 ring.init(k, base, GROUPS);
             }
+            smem.tile_slots.ring().init(k, base, GROUPS * WARPGROUP / WARP);
         })
     });
     k.sync_block();
@@ -69,6 +73,7 @@ pub fn emit(config: &Config) -> Source {
         grad_scale,
         score_params,
         tiles,
+        schedule,
         base,
     };
     let [give, take] = REGISTERS;
@@ -101,5 +106,6 @@ struct Backward<'k, 'c> {
     grad_scale: Reg<'k, f32>,
     score_params: ScoreParams<'k>,
     tiles: Tiles<'k>,
+    schedule: TileSchedule<'k>,
     base: Reg<'k, u32>,
 }
