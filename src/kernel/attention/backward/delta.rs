@@ -5,7 +5,7 @@ use crate::kernel::Element;
 use crate::kernel::attention::Name;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::name::given;
-use crate::ptx::{Kernel, Reg, Source, Target};
+use crate::ptx::{Address, Kernel, Reg, Source, Target};
 
 const THREADS: u32 = 256;
 /// Bytes that a thread zeroes at once.
@@ -177,21 +177,24 @@ impl<'k> Rows<'k> {
         let (size, lanes) = (self.element.size(), config.lanes());
         let start = batch.wide() * self.batch + head.wide() * self.head + row.wide() * self.row;
         let start = self.address + start * u64::from(size);
+        let bytes = config.unit * size;
+        let own = start.element(lane, bytes);
         let chunk = |i: u32| {
-            let chunk = lane + i * lanes;
-            let chunk = match (i + 1) * lanes <= config.chunks() {
-                true => chunk,
-                false => chunk.min(config.chunks() - 1),
+            let at = match (i + 1) * lanes <= config.chunks() {
+                true => own.at((i * lanes * bytes).into()),
+                false => {
+                    let chunk = (lane + i * lanes).min(config.chunks() - 1);
+                    start.element(chunk, bytes).into()
+                }
             };
-            load(start.element(chunk, config.unit * size), self.element, config.unit)
+            load(lane.kernel(), at, self.element, config.unit)
         };
         (0..config.chunks().div_ceil(lanes)).map(chunk).collect()
     }
 }
 
 /// `unit` elements side by side.
-fn load<'k>(at: Reg<'k, u64>, element: Element, unit: u32) -> Vec<Reg<'k, f32>> {
-    let k = at.kernel();
+fn load<'k>(k: &'k Kernel, at: Address<'k, u64>, element: Element, unit: u32) -> Vec<Reg<'k, f32>> {
     match (element, unit) {
         (Element::F32, 1) => k.ld_global_nc::<f32, 1>(at).to_vec(),
         (Element::F32, 2) => k.ld_global_nc::<f32, 2>(at).to_vec(),

@@ -99,7 +99,7 @@ impl<'k> Gradients<'k, '_> {
             k.sync_block();
             let stage = k.var(0u32);
             self.copy_rows(&work, head);
-            self.copy_block(t, &work, (head, number), stage);
+            self.copy_block(&work, (head, number), stage);
             k.cp_async_commit();
             k.cp_async_wait(0);
             k.sync_block();

@@ -70,16 +70,24 @@ const F32: [Tile; 13] = [
     (1, false, 1, 16, 1, 1),
 ];
 
+const F32_BIAS: [Tile; 5] = [
+    (4, false, 1, 32, 1, 2),
+    (4, false, 1, 32, 1, 1),
+    (4, false, 1, 16, 1, 1),
+    (2, false, 1, 16, 1, 1),
+    (1, false, 1, 16, 1, 1),
+];
+
 /// The passes for the gradients of queries, keys and values.
 pub fn choose(problem: &Problem, device: &Device) -> Vec<Config> {
     let [both, keys, values] = [KeySums::Both, KeySums::Keys, KeySums::Values].map(Pass::Keys);
-    let tiles = tiles(problem, &KEYS);
+    let tiles = tiles(problem, [&KEYS, &F32]);
     // Sums of both fit if there is a tile that is not the last resort.
     let of_keys = match first(problem, device, both, tiles, false) {
         Some(config) => vec![config],
         None => vec![least(problem, device, values, tiles), least(problem, device, keys, tiles)],
     };
-    let queries = least(problem, device, Pass::Queries, self::tiles(problem, &QUERIES));
+    let queries = least(problem, device, Pass::Queries, self::tiles(problem, [&QUERIES, &F32]));
     of_keys.into_iter().chain([queries]).collect()
 }
 
@@ -89,13 +97,14 @@ pub fn bias(problem: &Problem, device: &Device, repeated_queries: u64) -> Config
         pairs: problem.attention.keys.is_multiple_of(2),
         shared: repeated_queries > 1,
     };
-    least(problem, device, pass, tiles(problem, &BIAS))
+    least(problem, device, pass, tiles(problem, [&BIAS, &F32_BIAS]))
 }
 
-fn tiles(problem: &Problem, halves: &'static [Tile]) -> &'static [Tile] {
+/// Those for halves, or those for f32.
+fn tiles(problem: &Problem, [halves, floats]: [&'static [Tile]; 2]) -> &'static [Tile] {
     match problem.attention.element {
         Element::Half(_) => halves,
-        Element::F32 => &F32,
+        Element::F32 => floats,
     }
 }
 
@@ -142,3 +151,96 @@ fn first(
 
 /// Rows of large tiles.
 const LARGE: u64 = 128;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::attention::choose::tests::causal;
+    use crate::kernel::attention::{self, Bias, Lengths, ScoreMod};
+    use crate::ptx::{Half, Target};
+
+    const fn device(multiprocessors: u32, shared_per_block: u32) -> Device {
+        Device { target: Target::Sm80, multiprocessors, shared_per_block }
+    }
+    const A100: Device = device(108, 166_912);
+    const ADA: Device = device(128, 101_376);
+    const H200: Device = device(132, 232_448);
+
+    fn backward(attention: attention::Problem) -> Problem {
+        Problem { attention, aligned: 8, lse_grad: false, bias_grad: None, deterministic: false }
+    }
+
+    fn f32(attention: attention::Problem) -> attention::Problem {
+        attention::Problem { element: Element::F32, out: Element::F32, ..attention }
+    }
+
+    /// Of each pass what it sums, rows of a tile, columns of a block, and whether warps are paired.
+    fn passes(attention: attention::Problem, device: &Device) -> Vec<(Pass, u32, u32, bool)> {
+        let pass = |c: &Config| (c.pass, c.rows(), c.cols, c.paired);
+        choose(&backward(attention), device).iter().map(pass).collect()
+    }
+
+    const BOTH: Pass = Pass::Keys(KeySums::Both);
+
+    #[test]
+    fn long_sequences_take_large_tiles() {
+        let tiles = |dim, device: &Device| passes(causal(4096, 4096, dim), device);
+        // Two blocks have no room on an RTX 4090.
+        assert_eq!(tiles(64, &ADA)[0], (BOTH, 128, 64, false));
+        assert_eq!(tiles(64, &A100)[0], (BOTH, 128, 32, false));
+        let narrow = [(BOTH, 128, 32, false), (Pass::Queries, 128, 64, false)];
+        assert_eq!(tiles(64, &H200), narrow);
+        assert_eq!(tiles(128, &A100), [(BOTH, 128, 64, true), (Pass::Queries, 128, 64, true)]);
+        assert_eq!(tiles(128, &H200), [(BOTH, 128, 64, true), (Pass::Queries, 128, 32, false)]);
+        assert_eq!(tiles(256, &H200), [(BOTH, 64, 64, true), (Pass::Queries, 128, 32, true)]);
+    }
+
+    #[test]
+    fn f32_sums_are_of_two_warps() {
+        let tiles = |dim| passes(f32(causal(4096, 4096, dim)), &H200);
+        assert_eq!(tiles(64), [(BOTH, 64, 64, true), (Pass::Queries, 64, 64, true)]);
+        assert_eq!(tiles(128), [(BOTH, 64, 32, true), (Pass::Queries, 64, 64, true)]);
+        // Where registers hold one of them, keys and values have a pass each.
+        let [keys, values] = [KeySums::Keys, KeySums::Values].map(Pass::Keys);
+        let wide = [(values, 64, 32, true), (keys, 64, 32, true), (Pass::Queries, 64, 32, true)];
+        assert_eq!(tiles(256), wide);
+    }
+
+    #[test]
+    fn few_tiles_are_small() {
+        let few = attention::Problem { batch: 1, heads: 8, kv_heads: 8, ..causal(512, 512, 128) };
+        for (_, rows, ..) in passes(few, &H200) {
+            assert_eq!(rows, 64);
+        }
+    }
+
+    #[test]
+    fn every_choice_can_be_built() {
+        let bias = |element| Some(Bias { element, pairs: false });
+        let biases = [None, bias(Element::F32), bias(Element::Half(Half::F16))];
+        let lengths = [Lengths::Full, Lengths::Padded, Lengths::Packed];
+        for device in [A100, ADA, H200] {
+            for (head_dim, value_dim) in
+                (1..=256).flat_map(|dim| [1, 8, 64, 136, 256].map(|value| (dim, value)))
+            {
+                for (lengths, bias) in lengths.into_iter().zip(biases) {
+                    let score_mod = ScoreMod { bias, softcap: true, ..ScoreMod::default() };
+                    let p = attention::Problem {
+                        value_dim,
+                        lengths,
+                        score_mod,
+                        left: Some(9),
+                        ..causal(300, 4096, head_dim)
+                    };
+                    for p in [p, f32(p)].map(backward) {
+                        let passes = choose(&p, &device);
+                        let bias = [1, 300].map(|shared| super::bias(&p, &device, shared));
+                        for config in passes.iter().chain(&bias) {
+                            config.check(device.shared_per_block).unwrap();
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -5,7 +5,6 @@ use super::super::work::KEPT_WORDS;
 use super::super::{Side, TileShape};
 use crate::kernel::ampere::product::M16;
 use crate::kernel::ampere::tile::SwizzledTile;
-use crate::kernel::attention::{Lengths, Mask};
 use crate::kernel::multiprocessor::{REGISTERS, WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::{Arena, Element};
@@ -15,12 +14,8 @@ const SPARE_REGISTERS: u32 = 43;
 const M16_REGISTERS: u32 = 10;
 /// The same for f32, whose operands are in parts.
 const TF32X3_REGISTERS: u32 = 114;
-/// More of them for score modifications.
-const SCORE_REGISTERS: u32 = 8;
-/// More of them for a bias of 16-bit operands under a window in sequences of any length, and for the gradient of a
-/// bias of wide f32 heads.
-const BOUNDED_BIAS_REGISTERS: u32 = 24;
-const F32_BIAS_REGISTERS: u32 = 64;
+/// More of them for score modifications, or half of that for f32.
+const SCORE_REGISTERS: u32 = 16;
 /// Bytes of what stays in L2 together: devices have 4 to 96 MB.
 const SECTION_BYTES: u64 = 16 << 20;
 
@@ -212,9 +207,9 @@ impl Config {
         self.right_tiles()[i].panels().next_multiple_of(self.sharers())
     }
 
-    /// Whether rows are so wide that ptxas has to be kept from loading ahead.
+    /// Whether ptxas has to be kept from loading ahead, of wide rows, and of such as no other work is between.
     pub(super) fn wide(&self) -> bool {
-        self.dims().into_iter().max() > Some(192)
+        self.dims().into_iter().max() > Some(192) || matches!(self.pass, Pass::Bias { .. })
     }
 
     /// Queries in shared memory, of a stage if they are columns.
@@ -307,28 +302,18 @@ impl Config {
             Pass::Keys(_) | Pass::Queries => self.sum_columns().iter().sum::<u32>() / 2,
         };
         let score_mod = &self.variant.score_mod;
-        let slopes = if score_mod.softcap { grads } else { 0 };
+        let slopes = if score_mod.softcap && self.pass.sums()[1] { grads } else { 0 };
         let of_scores = slopes + score_mod.registers(scores);
-        let mut m16 = sums + products;
-        let mut spare = match self.element {
-            Element::Half(_) => SPARE_REGISTERS,
-            Element::F32 => TF32X3_REGISTERS,
-        };
-        m16 += match self.element {
-            Element::Half(_) => of_scores,
+        let modified = if score_mod.plain() { 0 } else { SCORE_REGISTERS };
+        let [mut spare, of_scores] = match self.element {
+            Element::Half(_) => [SPARE_REGISTERS + modified, of_scores],
             // Operands in parts take more, later.
-            Element::F32 => score_mod.registers(scores) / 4,
+            Element::F32 => [TF32X3_REGISTERS + modified / 2, score_mod.registers(scores) / 4],
         };
-        if !score_mod.plain() {
-            spare += SCORE_REGISTERS;
-        }
-        let bounded = self.variant.mask == Mask::Window && self.variant.lengths != Lengths::Full;
-        if bounded && score_mod.bias.is_some() && self.element != Element::F32 {
-            spare += BOUNDED_BIAS_REGISTERS;
-        }
-        let of_bias = matches!(self.pass, Pass::Bias { .. });
-        if of_bias && self.element == Element::F32 && self.dims().into_iter().any(|dim| dim > 64) {
-            spare += F32_BIAS_REGISTERS;
+        let m16 = sums + products + of_scores;
+        if matches!((self.pass, self.element), (Pass::Bias { .. }, Element::F32)) {
+            // They are loaded ahead, as far as rows are wide.
+            spare += self.dims().into_iter().max().unwrap_or(0) / 3;
         }
         spare + self.m16_tiles * (M16_REGISTERS + m16)
     }

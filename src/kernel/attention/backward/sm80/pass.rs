@@ -4,7 +4,7 @@ use super::Gradients;
 use super::config::Config;
 use super::scores::{Block, By};
 use crate::kernel::Element;
-use crate::kernel::ampere::copies::Copies;
+use crate::kernel::ampere::copies::{Copies, Operand};
 use crate::kernel::ampere::swizzle::MatrixOrder;
 use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::attention::backward::Side;
@@ -16,7 +16,6 @@ use crate::ptx::{Kernel, Reg};
 /// A thread, with the registers and addresses that it keeps.
 pub(super) struct Thread<'k> {
     pub m16_tiles: Vec<M16Tile<'k>>,
-    copies: [Copies<'k>; 2],
     /// Where this lane finds its part of the rows, but for their region.
     pub left: Reg<'k, u32>,
     /// The same of the columns of the first stage, as lines that are multiplied and as such that are added.
@@ -88,19 +87,14 @@ impl<'k> Gradients<'k, '_> {
 
     /// `columns`: of the sums.
     pub(super) fn thread(&self, columns: [u32; 2]) -> Thread<'k> {
-        let (k, c, smem) = (self.k, self.c, &self.smem);
-        let place @ Lane { thread, lane, warp } = Lane::new(k);
+        let (k, c) = (self.k, self.c);
+        let place @ Lane { lane, warp, .. } = Lane::new(k);
         let regs = |count: u32| (0..count).map(|_| k.reg()).collect::<Vec<Reg<f32>>>();
         let grads = if c.pass.has_score_grads() { c.warp_cols() / 2 } else { 0 };
         let m16 = || M16Tile {
             scores: regs(c.warp_cols() / 2),
             grads: regs(grads),
             sums: columns.map(|columns| regs(columns / 2)),
-        };
-        let copies = |i: usize| {
-            let tile = c.right_tiles()[i];
-            let copies = Copies::new(self.right[i], tile, c.threads(), thread, self.base);
-            copies.at(smem.right[i])
         };
         let rows = warp / c.sharers() * (c.warp_rows() * SwizzledTile::BYTES)
             + SwizzledTile::fragment(MatrixOrder::Lines, lane);
@@ -111,7 +105,6 @@ impl<'k> Gradients<'k, '_> {
         };
         Thread {
             m16_tiles: (0..c.m16_tiles).map(|_| m16()).collect(),
-            copies: [copies(0), copies(1)],
             left: self.base + rows,
             right: plus(self.base + chunks, place.second(c, c.warp_cols() * SwizzledTile::BYTES)),
             added: plus(self.base + lines, place.second(c, c.half_of_panels())),
@@ -132,7 +125,7 @@ impl<'k> Gradients<'k, '_> {
         k.if_(work.blocks.some(), || {
             let walk = Walk { head: k.var(self.heads(work)[0]), block: k.var(work.blocks.end - 1) };
             self.copy_rows(work, walk.head);
-            self.copy_block(t, work, (walk.head, walk.block), t.stage);
+            self.copy_block(work, (walk.head, walk.block), t.stage);
             k.cp_async_commit();
             k.loop_(|exit| {
                 let blocks = || self.kept().blocks;
@@ -156,6 +149,11 @@ impl<'k> Gradients<'k, '_> {
         }
     }
 
+    /// A thread's copies of an operand to a region of shared memory.
+    fn copies(&self, operand: Operand<'k>, tile: SwizzledTile, region: u32) -> Copies<'k> {
+        Copies::new(operand, tile, self.c.threads(), self.k.thread(), self.base).at(region)
+    }
+
     /// Copies a tile's rows, with their numbers if they are queries, of this head.
     pub(super) fn copy_rows(&self, work: &WorkTile<'k>, head: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
@@ -163,9 +161,7 @@ impl<'k> Gradients<'k, '_> {
         let (position, left) = (span.at(work.first), span.count - work.first);
         for (i, operand) in self.left.iter().enumerate() {
             let Some(operand) = *operand else { continue };
-            let tile = c.left_tiles()[i];
-            let copies = Copies::new(operand, tile, c.threads(), k.thread(), self.base);
-            let copies = copies.at(self.smem.left[i]);
+            let copies = self.copies(operand, c.left_tiles()[i], self.smem.left[i]);
             let from = copies.begin(work.batch, work.head, position);
             copies.lines(from, k.var(0), Some(left));
         }
@@ -178,7 +174,6 @@ impl<'k> Gradients<'k, '_> {
     /// queries.
     pub(super) fn copy_block(
         &self,
-        t: &Thread<'k>,
         work: &WorkTile<'k>,
         (head, block): (Reg<'k, u32>, Reg<'k, i32>),
         stage: Reg<'k, u32>,
@@ -191,7 +186,8 @@ impl<'k> Gradients<'k, '_> {
         let span = work.span(of_columns);
         let first = block * c.cols as i32;
         let (position, left) = (span.at(first), span.count - first);
-        for copies in &t.copies {
+        for (i, &operand) in self.right.iter().enumerate() {
+            let copies = self.copies(operand, c.right_tiles()[i], self.smem.right[i]);
             let from = copies.begin(work.batch, head_of_columns, position);
             copies.lines(from, stage, Some(left));
         }
@@ -234,7 +230,7 @@ impl<'k> Gradients<'k, '_> {
         k.sync_block();
         let work = self.kept();
         if c.stages > 1 {
-            self.copy_next(t, &work, walk, t.stage ^ self.smem.stage_bytes);
+            self.copy_next(&work, walk, t.stage ^ self.smem.stage_bytes);
         }
         let block = Block { number: walk.block, stage: t.stage, masked };
         let both = self.block(t, (&work, walk.head), block, By::Products);
@@ -242,7 +238,7 @@ impl<'k> Gradients<'k, '_> {
         match c.stages {
             1 => {
                 k.sync_block();
-                self.copy_next(t, &self.kept(), walk, t.stage);
+                self.copy_next(&self.kept(), walk, t.stage);
             }
             _ => t.stage.set(t.stage ^ self.smem.stage_bytes),
         }
@@ -250,7 +246,7 @@ impl<'k> Gradients<'k, '_> {
     }
 
     /// Copies the block after the current one, if there is one: the last of the next head after a head's first.
-    fn copy_next(&self, t: &Thread<'k>, work: &WorkTile<'k>, walk: &Walk<'k>, stage: Reg<'k, u32>) {
+    fn copy_next(&self, work: &WorkTile<'k>, walk: &Walk<'k>, stage: Reg<'k, u32>) {
         let k = self.k;
         let same = walk.block.gt(work.blocks.begin);
         let block = k.select(same, walk.block - 1, work.blocks.end - 1);
@@ -261,7 +257,7 @@ impl<'k> Gradients<'k, '_> {
                 (head, head.lt(self.heads(work)[1]))
             }
         };
-        k.if_(more, || self.copy_block(t, work, (head, block), stage));
+        k.if_(more, || self.copy_block(work, (head, block), stage));
         k.cp_async_commit();
     }
 }

@@ -157,6 +157,11 @@ impl<'k> Gradients<'k, '_> {
         if !c.pass.has_score_grads() {
             return [p, vec![]];
         }
+        // Nobody else needs the probabilities then, and slopes no registers while the next product is made.
+        let early = !c.pass.sums()[1];
+        if early {
+            slopes.iter().zip(&p).for_each(|(slopes, p)| slopes.back(p));
+        }
         self.multiply(t, 1, &each(t, |m16| &m16.grads), stage);
         let delta = self.number(DELTA, stage);
         let mut all = vec![];
@@ -171,7 +176,9 @@ impl<'k> Gradients<'k, '_> {
             }
             all.push(grads);
         }
-        slopes.iter().zip(&all).for_each(|(slopes, grads)| slopes.back(grads));
+        if !early {
+            slopes.iter().zip(&all).for_each(|(slopes, grads)| slopes.back(grads));
+        }
         [p, all]
     }
 
