@@ -227,7 +227,7 @@ fn hopper() -> Source {
                 k.tma_wait(0);
                 k.red_release_add(out);
             });
-            keep(k, out, &[k.ld_acquire(out.at(64))]);
+            keep(k, out, &[k.ld_acquire(out.at(64)), k.atom_add(out.at(64))]);
             k.mbarrier_arrive(empty);
             let other = k.mapa(base, 1);
             k.mbarrier_arrive_cluster(other.at(8));
