@@ -127,19 +127,22 @@ impl Pass {
 
 impl Config {
     /// `dkv80 128x64 d128/64 8warps paired 2stages 2/sm, bf16 causal +bf16 packed softcap alibi`: rows of a tile by
-    /// columns of a block, elements of a query by those of a value.
+    /// columns of a block, elements of a query by those of a value, and whether they are f32.
     pub fn name(&self) -> String {
         let Self { variant, pass, warps, cols, .. } = self;
         let stages = several(self.stages, |stages| format!(" {stages}stages"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let paired = given(self.paired, " paired");
+        let exact = given(self.element == Element::F32, " f32");
         let of_bias = match *pass {
             Pass::Bias { pairs, shared } => [given(pairs, " x2"), given(shared, " shared")],
             Pass::Keys(_) | Pass::Queries => [""; 2],
         };
         let (rows, widths) = (self.rows(), variant.widths());
         let (name, of_bias, end) = (pass.name(), of_bias.concat(), variant.describe(self.element));
-        format!("{name} {rows}x{cols} {widths} {warps}warps{paired}{stages}{blocks}{of_bias}{end}")
+        format!(
+            "{name} {rows}x{cols} {widths}{exact} {warps}warps{paired}{stages}{blocks}{of_bias}{end}"
+        )
     }
 
     /// Threads of a block.
