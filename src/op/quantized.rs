@@ -116,8 +116,8 @@ fn projections<const N: usize>(
     // Each has its own order of the columns of x.
     let one = |form: &Form| -> Result<Tensor> {
         let x = gather(x, form)?;
-        let [out] =
-            Call { forms: &[form.clone()], ..Call::new(op, &x) }.run(Lhs::Float, epilogue)?;
+        let [out] = Call { forms: std::slice::from_ref(form), ..Call::new(op, &x) }
+            .run(Lhs::Float, epilogue)?;
         Ok(out)
     };
     let all = forms.iter().map(one).collect::<Result<Vec<_>>>()?;

@@ -40,6 +40,7 @@ tables! {
     weights_products: weights::products;
     weights_dequantized: weights::dequantized;
     weights_projections: weights::projections;
+    weights_explained: weights::explained;
     weights_gradients: weights::gradients;
     weights_activations: weights::activations;
     weights_int8: weights::int8;

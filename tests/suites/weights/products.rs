@@ -165,6 +165,25 @@ pub fn projections(device: &Device) {
     tally.finish();
 }
 
+/// Which kernels are taken.
+pub fn explained(device: &Device) {
+    let mut tally = Tally::new("explained products", device);
+    for (scheme, m) in pairs(SCHEMES, [1, 70]) {
+        let case = format!("{scheme:?} {m}");
+        tally.case(&case, || {
+            let source = &mut Source::new(&case, device);
+            let w = weight(source, device, scheme, [128, 64], DType::F16, false)?;
+            let text = w.explain(m, DType::F16, &MatmulOptions::default())?;
+            let said = format!("f16 [{m}, 128] x {scheme:?} [128, 64]: ");
+            let how = text.strip_prefix(&said).unwrap_or_default();
+            // Names of kernels have their dtypes.
+            let wanted = if device.is_cpu() { "the CPU path" } else { "f16" };
+            if how.contains(wanted) { Ok(()) } else { bail!("it says {text:?}") }
+        });
+    }
+    tally.finish();
+}
+
 fn check_one(device: &Device, got: &Tensor, x: &Tensor, w: &QuantWeight) -> Result<()> {
     let (value, dtype) = (value_of(w)?, x.dtype());
     let (want, allowed) =
