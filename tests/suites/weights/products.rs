@@ -6,7 +6,7 @@ use kaio_candle::prelude::*;
 use super::{SCHEMES, as_multiplied, int4, value_of, weight};
 use crate::suites::Layout::{self, *};
 use crate::suites::{
-    Nd, Source, Tally, close, identical, pairs, plain_product, product_within, ulp,
+    Nd, Source, Tally, close, identical, pairs, plain_product, product_within, results_alone, ulp,
 };
 
 const HALVES: [DType; 2] = [DType::F16, DType::BF16];
@@ -82,6 +82,10 @@ pub fn products(device: &Device) {
                 bail!("the result is {:?}", got.dtype());
             }
             close("result", &got, &want, |i| allowed + ulp(p.dtype, want.data[i]))?;
+            if p.k == 0 && results_alone() {
+                // A sum over nothing and a bias are candle's kernels.
+                return Ok(());
+            }
             let bias = source.tensor(DType::F32, &[p.n], Plain)?;
             let with_bias = added(&want, &Nd::of(&bias)?);
             let opts = MatmulOptions::default().bias(bias).out_dtype(DType::F32);
