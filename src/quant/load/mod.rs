@@ -1,0 +1,97 @@
+//! Weights as checkpoints have them, brought into the plain form. All of this runs on the CPU.
+
+mod awq;
+mod checkpoint;
+mod compressed_tensors;
+mod gptq;
+mod groups;
+mod int4;
+mod nf4;
+
+pub use checkpoint::Checkpoint;
+pub use gptq::GptqFormat;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::check::{self, Arg};
+
+/// What all loaders ask of their tensors: one device, sizes that memory can have, and no gradient.
+fn tensors(op: &'static str, args: &[Arg]) -> Result<()> {
+    check::tensors(op, args)?;
+    check::untracked(op, args)?;
+    Ok(args
+        .iter()
+        .try_for_each(|(arg, t)| check::memory(op, format_args!("`{arg}`"), t.dims(), t.dtype()))?)
+}
+
+/// The words of a matrix, row by row. Packages write them as i32, some as u32; the bits are the same.
+fn words(op: &'static str, arg: Arg, want: &'static str, fix: &'static str) -> Result<Vec<u32>> {
+    check::dtype(op, arg, &[DType::I32, DType::U32])?;
+    check::rank(op, arg, 2..=2, want, fix)?;
+    let flat = host(arg.1)?;
+    match flat.dtype() {
+        DType::U32 => flat.to_vec1(),
+        _ => Ok(flat.to_vec1::<i32>()?.into_iter().map(i32::cast_unsigned).collect()),
+    }
+}
+
+/// Whole numbers of a vector, whose values are for the caller to check.
+fn integers(op: &'static str, arg: Arg, want: &'static str) -> Result<Vec<i64>> {
+    check::dtype(op, arg, &[DType::I32, DType::U32, DType::I64])?;
+    check::rank(op, arg, 1..=1, want, "take the tensor as it is in the file")?;
+    // Not by a cast: on a GPU, candle has none of i32.
+    let flat = host(arg.1)?;
+    match flat.dtype() {
+        DType::I64 => flat.to_vec1(),
+        DType::U32 => Ok(flat.to_vec1::<u32>()?.into_iter().map(i64::from).collect()),
+        _ => Ok(flat.to_vec1::<i32>()?.into_iter().map(i64::from).collect()),
+    }
+}
+
+/// All elements on the CPU.
+fn host(t: &Tensor) -> Result<Tensor> {
+    t.to_device(&Device::Cpu)?.flatten_all()
+}
+
+/// A matrix `[rows, cols]`, row by row, as `[cols, rows]`.
+fn transpose<T: Copy + Default>(from: &[T], [rows, cols]: [usize; 2]) -> Vec<T> {
+    /// Rows and columns that are copied together, so that what is read and written stays in the nearest cache.
+    const TILE: usize = 32;
+    let mut to = vec![T::default(); from.len()];
+    for top in (0..rows).step_by(TILE) {
+        for left in (0..cols).step_by(TILE) {
+            for row in top..rows.min(top + TILE) {
+                for col in left..cols.min(left + TILE) {
+                    to[col * rows + row] = from[row * cols + col];
+                }
+            }
+        }
+    }
+    to
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transposes() {
+        for [rows, cols] in [[0, 3], [1, 1], [2, 3], [33, 64], [70, 31]] {
+            let from: Vec<usize> = (0..rows * cols).collect();
+            let to = transpose(&from, [rows, cols]);
+            let want = (0..cols).flat_map(|col| (0..rows).map(move |row| row * cols + col));
+            assert!(to.into_iter().eq(want), "[{rows}, {cols}]");
+        }
+    }
+
+    #[test]
+    fn words_of_either_sign() -> Result<()> {
+        let signed = Tensor::new(&[[-1i32, 7], [i32::MIN, 0]], &Device::Cpu)?;
+        let unsigned = Tensor::new(&[[u32::MAX, 7], [1 << 31, 0]], &Device::Cpu)?;
+        for t in [signed, unsigned] {
+            assert_eq!(words("op", ("t", &t), "", "")?, [u32::MAX, 7, 1 << 31, 0]);
+            assert_eq!(words("op", ("t", &t.t()?), "", "")?, [u32::MAX, 1 << 31, 7, 0]);
+        }
+        Ok(())
+    }
+}
