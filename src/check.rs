@@ -62,7 +62,7 @@ pub(crate) fn dtype(op: &'static str, (arg, t): Arg, want: &[DType]) -> Result<(
 }
 
 /// `f16`, `f16 or bf16`, `f16, bf16 or f32`.
-fn one_of(dtypes: &[DType]) -> String {
+pub(crate) fn one_of(dtypes: &[DType]) -> String {
     let names: Vec<_> = dtypes.iter().map(DType::as_str).collect();
     match names.as_slice() {
         [first @ .., last] if !first.is_empty() => format!("{} or {last}", first.join(", ")),

@@ -96,7 +96,7 @@ pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
 pub use options::{Activation, AttnLayout, Engine, FlashAttnOptions, MatmulOptions};
 
-/// The code of README, of the recipes and of the chapter on training, run by `cargo test`.
+/// The code of README, of the recipes and of the chapters, run by `cargo test`.
 #[cfg(doctest)]
 mod documents {
     #[doc = include_str!("../README.md")]
@@ -105,4 +105,6 @@ mod documents {
     struct Recipes;
     #[doc = include_str!("../docs/training.md")]
     struct Training;
+    #[doc = include_str!("../docs/quantised.md")]
+    struct Quantised;
 }

@@ -41,7 +41,7 @@ impl QuantWeight {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn from_awq(qweight: &Tensor, qzeros: &Tensor, scales: &Tensor) -> Result<Self> {
-        const OP: &str = "from_awq";
+        const OP: &str = "QuantWeight::from_awq";
         const FIX: &str = "take all tensors from one layer, of four bits and the layout `gemm`";
         let args = [("qweight", qweight), ("qzeros", qzeros), ("scales", scales)];
         super::tensors(OP, &args)?;

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use crate::error::Error;
 use crate::quant::{QuantWeight, scheme::NF4};
 
-const OP: &str = "from_checkpoint";
+const OP: &str = "QuantWeight::from_checkpoint";
 
 /// Tensors by name, each in the dtype that the file has.
 ///
@@ -161,9 +161,11 @@ impl<T: Checkpoint> Layer<'_, T> {
             Some(scales) => scales,
             None => self.tensor("weight_scale")?,
         };
-        // [N, K] and scales of the same order.
-        let scales = if scales.rank() == 2 { scales.t()? } else { scales };
-        let weight = if weight.rank() == 2 { weight.t()? } else { weight };
-        QuantWeight::from_fp8(&weight, &scales)
+        // [N, K], and scales of the same order.
+        let turned = |t: &Tensor| -> Result<Tensor> {
+            let t = t.to_device(&Device::Cpu)?;
+            if t.rank() == 2 { t.t() } else { Ok(t) }
+        };
+        QuantWeight::from_fp8(&turned(&weight)?, &turned(&scales)?)?.to_device(weight.device())
     }
 }

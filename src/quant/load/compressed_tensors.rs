@@ -46,7 +46,7 @@ impl QuantWeight {
         weight_zero_point: Option<&Tensor>,
         weight_g_idx: Option<&Tensor>,
     ) -> Result<Self> {
-        const OP: &str = "from_compressed_tensors";
+        const OP: &str = "QuantWeight::from_compressed_tensors";
         const FIX: &str = "take all tensors from one layer, of four bits";
         let mut args = vec![
             ("weight_packed", weight_packed),

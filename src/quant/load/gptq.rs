@@ -63,7 +63,7 @@ impl QuantWeight {
         scales: &Tensor,
         g_idx: Option<&Tensor>,
     ) -> Result<Self> {
-        load("from_gptq", [qweight, qzeros, scales], g_idx, None)
+        load("QuantWeight::from_gptq", [qweight, qzeros, scales], g_idx, None)
     }
 
     /// [`from_gptq`](Self::from_gptq) of a format that you know.
@@ -78,7 +78,7 @@ impl QuantWeight {
         g_idx: Option<&Tensor>,
         format: GptqFormat,
     ) -> Result<Self> {
-        load("from_gptq_with", [qweight, qzeros, scales], g_idx, Some(format))
+        load("QuantWeight::from_gptq_with", [qweight, qzeros, scales], g_idx, Some(format))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which rows of a weight share a scale.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use crate::error::Error;
 
@@ -54,7 +54,7 @@ impl Groups {
         Ok(Self { group: group as i32, rows, order: None })
     }
 
-    /// The rows of scales that the groups have.
+    /// The rows of scales, on the CPU, that the groups have.
     pub fn scales(&self, scales: &Tensor) -> Result<Tensor> {
         if self.in_place(scales.dims()[0]) {
             return Ok(scales.clone());
@@ -63,10 +63,10 @@ impl Groups {
             return Tensor::zeros(
                 (self.rows.len(), scales.dims()[1]),
                 scales.dtype(),
-                scales.device(),
+                &Device::Cpu,
             );
         }
-        let rows = Tensor::new(self.rows.as_slice(), scales.device())?;
+        let rows = Tensor::new(self.rows.as_slice(), &Device::Cpu)?;
         scales.contiguous()?.index_select(&rows, 0)
     }
 
@@ -150,8 +150,6 @@ fn ordered(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     fn of(k: usize, count: usize) -> Result<(i32, Vec<u32>)> {
@@ -173,7 +171,8 @@ mod tests {
         // Groups of 64, 64 and 2 rows.
         assert_eq!(of(130, 3)?, (64, vec![0, 1, 2]));
         assert_eq!(of(0, 1)?, (-1, vec![]));
-        for (k, count) in [(96, 2), (96, 96), (100, 0), (129, 3), (129, 4), (8, 3), (0, 0)] {
+        assert_eq!(of(0, 0)?, (32, vec![]));
+        for (k, count) in [(96, 2), (96, 96), (100, 0), (129, 3), (129, 4), (8, 3)] {
             let error = of(k, count).unwrap_err();
             assert!(error.to_string().contains("`scales`"), "{k} rows, {count} groups: {error}");
         }

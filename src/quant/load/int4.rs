@@ -1,6 +1,6 @@
 //! What the formats of four-bit integers have in common.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::groups::Groups;
@@ -35,18 +35,23 @@ impl Int4<'_> {
         };
         fill(&mut words, dims, scheme.zero_code());
 
-        let scales = groups.scales(scales)?;
+        let scales = groups.scales(&scales.to_device(&Device::Cpu)?)?;
         let zeros = zeros.map(|zeros| groups.zeros(zeros, n));
         let rows = groups.rows.len();
         let planes = Planes {
             scheme,
             dims,
-            codes: Tensor::from_vec(words, (k.div_ceil(CODES), n), device)?,
+            codes: Tensor::from_vec(words, (k.div_ceil(CODES), n), &Device::Cpu)?,
             scales,
-            zeros: zeros.map(|zeros| Tensor::from_vec(zeros, (rows, n), device)).transpose()?,
-            order: groups.order.map(|order| Tensor::from_vec(order, k, device)).transpose()?,
+            zeros: zeros
+                .map(|zeros| Tensor::from_vec(zeros, (rows, n), &Device::Cpu))
+                .transpose()?,
+            order: groups
+                .order
+                .map(|order| Tensor::from_vec(order, k, &Device::Cpu))
+                .transpose()?,
         };
-        QuantWeight::from_planes(op, planes)
+        QuantWeight::from_planes(op, planes)?.to_device(device)
     }
 }
 

@@ -14,6 +14,8 @@ pub use gptq::GptqFormat;
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::check::{self, Arg};
+use crate::error::Error;
+use crate::op::cast;
 
 /// What all loaders ask of their tensors: one device, sizes that memory can have, and no gradient.
 fn tensors(op: &'static str, args: &[Arg]) -> Result<()> {
@@ -24,9 +26,19 @@ fn tensors(op: &'static str, args: &[Arg]) -> Result<()> {
         .try_for_each(|(arg, t)| check::memory(op, format_args!("`{arg}`"), t.dims(), t.dtype()))?)
 }
 
+/// A dtype that no cast brings about: what checkpoints hold are bits.
+fn dtype(op: &'static str, (arg, t): Arg, want: &[DType]) -> Result<()> {
+    let got = t.dtype();
+    if want.contains(&got) {
+        return Ok(());
+    }
+    let fix = "read it with `candle_core::safetensors`, which keeps the file's dtypes (a `VarBuilder` does not)";
+    Err(Error::DType { op, arg, got, want: check::one_of(want), fix: fix.into() }.into())
+}
+
 /// The words of a matrix, row by row. Packages write them as i32, some as u32; the bits are the same.
 fn words(op: &'static str, arg: Arg, want: &'static str, fix: &'static str) -> Result<Vec<u32>> {
-    check::dtype(op, arg, &[DType::I32, DType::U32])?;
+    dtype(op, arg, &[DType::I32, DType::U32])?;
     check::rank(op, arg, 2..=2, want, fix)?;
     let flat = host(arg.1)?;
     match flat.dtype() {
@@ -37,15 +49,9 @@ fn words(op: &'static str, arg: Arg, want: &'static str, fix: &'static str) -> R
 
 /// Whole numbers of a vector, whose values are for the caller to check.
 fn integers(op: &'static str, arg: Arg, want: &'static str) -> Result<Vec<i64>> {
-    check::dtype(op, arg, &[DType::I32, DType::U32, DType::I64])?;
+    dtype(op, arg, &[DType::I32, DType::U32, DType::I64])?;
     check::rank(op, arg, 1..=1, want, "take the tensor as it is in the file")?;
-    // Not by a cast: on a GPU, candle has none of i32.
-    let flat = host(arg.1)?;
-    match flat.dtype() {
-        DType::I64 => flat.to_vec1(),
-        DType::U32 => Ok(flat.to_vec1::<u32>()?.into_iter().map(i64::from).collect()),
-        _ => Ok(flat.to_vec1::<i32>()?.into_iter().map(i64::from).collect()),
-    }
+    cast(&host(arg.1)?, DType::I64)?.to_vec1()
 }
 
 /// All elements on the CPU.

@@ -1,6 +1,6 @@
 //! nf4 as bitsandbytes writes it.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use serde_json::{Map, Value};
 
 use super::groups::Groups;
@@ -9,7 +9,7 @@ use crate::check;
 use crate::error::Error;
 use crate::quant::{QuantScheme, QuantWeight, planes::Planes};
 
-const OP: &str = "from_nf4";
+const OP: &str = "QuantWeight::from_nf4";
 
 impl QuantWeight {
     /// From the tensors of a layer that bitsandbytes quantised to nf4: `W[k, n] = T[q[n, k]] · absmax[n, k / block]`,
@@ -55,8 +55,8 @@ impl QuantWeight {
             args.extend([("nested_absmax", absmax), ("nested_quant_map", map)]);
         }
         super::tensors(OP, &args)?;
-        check::dtype(OP, args[0], &[DType::U8])?;
-        check::dtype(OP, args[2], &[DType::U8])?;
+        super::dtype(OP, args[0], &[DType::U8])?;
+        super::dtype(OP, args[2], &[DType::U8])?;
         let state = State::of(&super::host(quant_state)?.to_vec1()?)?;
         let State { dims: [n, k], block, .. } = state;
 
@@ -71,15 +71,14 @@ impl QuantWeight {
         check::dim(OP, "absmax", ("elements", count), (n * per_row, why), FIX)?;
         let absmax = match nested {
             None => {
-                check::dtype(OP, args[1], &[DType::F32])?;
+                super::dtype(OP, args[1], &[DType::F32])?;
                 super::host(absmax)?.to_vec1::<f32>()?
             }
             Some(nested) => state.absmax(absmax, nested)?,
         };
 
-        let device = weight.device();
         let scales = super::transpose(&absmax, [n, per_row]);
-        let scales = groups.scales(&Tensor::from_vec(scales, (per_row, n), device)?)?;
+        let scales = groups.scales(&Tensor::from_vec(scales, (per_row, n), &Device::Cpu)?)?;
         let words: Vec<u32> = bytes
             .as_chunks::<{ CODES / 2 }>()
             .0
@@ -90,12 +89,12 @@ impl QuantWeight {
         let planes = Planes {
             scheme: QuantScheme::Nf4 { block: groups.group as usize },
             dims: [k, n],
-            codes: Tensor::from_vec(words, (k / CODES, n), device)?,
+            codes: Tensor::from_vec(words, (k / CODES, n), &Device::Cpu)?,
             scales,
             zeros: None,
             order: None,
         };
-        Self::from_planes(OP, planes)
+        Self::from_planes(OP, planes)?.to_device(weight.device())
     }
 }
 
@@ -170,9 +169,9 @@ impl State {
             }
             .into());
         };
-        check::dtype(OP, ("absmax", codes), &[DType::U8])?;
+        super::dtype(OP, ("absmax", codes), &[DType::U8])?;
         let floats = |arg, t: &Tensor, want: usize, why: String| -> Result<Vec<f32>> {
-            check::dtype(OP, (arg, t), &[DType::F32])?;
+            super::dtype(OP, (arg, t), &[DType::F32])?;
             let fix = "take all tensors from one layer";
             check::dim(OP, arg, ("elements", t.elem_count()), (want, why), fix)?;
             super::host(t)?.to_vec1()
