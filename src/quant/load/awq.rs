@@ -76,7 +76,7 @@ fn along_k(words: &[u32], [k, n]: [usize; 2]) -> Vec<u32> {
         for (place, row) in rows.chunks(n / CODES).enumerate() {
             for (to, word) in to.chunks_exact_mut(CODES).zip(row) {
                 for (to, from) in to.iter_mut().zip(PLACES) {
-                    *to |= (word >> (4 * from) & 15) << (4 * place);
+                    *to |= ((word >> (4 * from)) & 15) << (4 * place);
                 }
             }
         }
@@ -93,14 +93,14 @@ mod tests {
         // Row k has the codes k, k + 1, .. in its columns, modulo 16.
         let row = |k: u32| {
             let column = [0, 2, 4, 6, 1, 3, 5, 7].map(|col| (k + col) % 16);
-            column.into_iter().rev().fold(0, |word, code| word << 4 | code)
+            column.into_iter().rev().fold(0, |word, code| (word << 4) | code)
         };
         let words: Vec<u32> = (0..10).flat_map(|k| [row(k), row(k + 8)]).collect();
         let to = along_k(&words, [10, 16]);
         for (i, word) in to.into_iter().enumerate() {
             let (block, col) = (i as u32 / 16, i as u32 % 16);
             let rows = (8 * block..10).take(8);
-            let want = rows.rev().fold(0, |word, k| word << 4 | (k + col) % 16);
+            let want = rows.rev().fold(0, |word, k| (word << 4) | ((k + col) % 16));
             assert_eq!(word, want, "word {i}");
         }
     }

@@ -203,7 +203,7 @@ impl Stored<'_> {
 
 /// The sum of a word's nibbles.
 fn nibbles(word: u32) -> u32 {
-    let pairs = (word & 0x0F0F_0F0F) + (word >> 4 & 0x0F0F_0F0F);
+    let pairs = (word & 0x0F0F_0F0F) + ((word >> 4) & 0x0F0F_0F0F);
     pairs.wrapping_mul(0x0101_0101) >> 24
 }
 

@@ -66,7 +66,7 @@ fn gathered(words: &[u32], n: usize, order: &[u32]) -> Vec<u32> {
             let (from, shift) =
                 (&words[row as usize / CODES * n..][..n], 4 * (row as usize % CODES));
             for (to, from) in to.iter_mut().zip(from) {
-                *to |= (from >> shift & 15) << (4 * place);
+                *to |= ((from >> shift) & 15) << (4 * place);
             }
         }
     });
@@ -80,9 +80,9 @@ fn fill(words: &mut [u32], [k, n]: [usize; 2], code: u8) {
         return;
     }
     let kept = (1 << (4 * used)) - 1;
-    let rest = 0x1111_1111 * u32::from(code) & !kept;
+    let rest = (0x1111_1111 * u32::from(code)) & !kept;
     let last = words.len() - n;
-    words[last..].iter_mut().for_each(|word| *word = *word & kept | rest);
+    words[last..].iter_mut().for_each(|word| *word = (*word & kept) | rest);
 }
 
 /// Zero points `[rows, n]` of words `[rows, ⌈n/8⌉]`, `places[i]` being the place of column `i` of eight.
@@ -91,7 +91,7 @@ pub fn zeros(words: &[u32], n: usize, places: [u8; CODES]) -> Vec<u8> {
         return vec![];
     }
     let row = |words: &[u32]| -> Vec<u8> {
-        let code = |col: usize| words[col / CODES] >> (4 * places[col % CODES]) & 15;
+        let code = |col: usize| (words[col / CODES] >> (4 * places[col % CODES])) & 15;
         (0..n).map(|col| code(col) as u8).collect()
     };
     words.chunks(n.div_ceil(CODES)).flat_map(row).collect()

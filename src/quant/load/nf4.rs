@@ -100,10 +100,11 @@ impl QuantWeight {
 
 /// A word whose bytes have the first of two codes in their higher four bits, with it in the lower ones.
 fn in_order(word: u32) -> u32 {
-    (word & 0x0F0F_0F0F) << 4 | word >> 4 & 0x0F0F_0F0F
+    ((word & 0x0F0F_0F0F) << 4) | ((word >> 4) & 0x0F0F_0F0F)
 }
 
 /// What the JSON says.
+#[derive(Debug, PartialEq)]
 struct State {
     /// N and K, the latter a multiple of the block.
     dims: [usize; 2],
@@ -201,18 +202,19 @@ mod tests {
         assert_eq!(in_order(0x6745_2301), 0x7654_3210);
     }
 
-    fn state(json: &str) -> Result<([usize; 2], usize, Option<(usize, f32)>)> {
-        State::of(json.as_bytes()).map(|state| (state.dims, state.block, state.nested))
+    fn state(json: &str) -> Result<State> {
+        State::of(json.as_bytes())
     }
 
     #[test]
     fn json_is_read() -> Result<()> {
         let plain =
             r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [3, 128]}"#;
-        assert_eq!(state(plain)?, ([3, 128], 64, None));
+        assert_eq!(state(plain)?, State { dims: [3, 128], block: 64, nested: None });
         let nested = r#"{"quant_type": "nf4", "blocksize": 64, "shape": [3, 128], "nested_blocksize": 256,
             "nested_dtype": "float32", "nested_offset": 0.0625}"#;
-        assert_eq!(state(nested)?, ([3, 128], 64, Some((256, 0.0625))));
+        let nested_by = Some((256, 0.0625));
+        assert_eq!(state(nested)?, State { dims: [3, 128], block: 64, nested: nested_by });
         Ok(())
     }
 
