@@ -114,7 +114,7 @@ pub(crate) fn int4_words(op: &'static str, (arg, t): Arg) -> Result<()> {
         DType::I32 => {
             "a cast does not convert GPTQ's words (unsigned nibbles with zero points) nor AWQ's \
              (packed along N): here nibbles are two's complement, along K, the lowest first, with no \
-             zero points; see `quant::pack_int4`"
+             zero points; `QuantWeight::from_gptq` and `from_awq` take those"
         }
         _ => "quantise it with `quant::quantize_int4`",
     };

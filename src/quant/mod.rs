@@ -6,10 +6,10 @@
 //! one f16 scale for 128 rows of a column and no zero points. Nothing in a `u32` says so: words of
 //! another format are taken as they are and give wrong products.
 //!
-//! - GPTQ's are unsigned, with zero points, in i32. If all zero points mean 8 (a symmetric checkpoint),
-//!   groups are of 128 rows and rows are in order (no act-order), the top bit of each nibble is the
-//!   whole difference. Otherwise dequantise to float and quantise again.
-//! - AWQ's are packed along N in an order of their own.
+//! - GPTQ's are unsigned, with zero points, in i32. [`QuantWeight::from_gptq`] takes all of them. If all
+//!   zero points mean 8 (a symmetric checkpoint), groups are of 128 rows and rows are in order (no
+//!   act-order), the top bit of each nibble is the whole difference.
+//! - AWQ's are packed along N in an order of their own: [`QuantWeight::from_awq`].
 //!
 //! ```
 //! # use candle_core::{Device, Tensor};

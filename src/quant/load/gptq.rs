@@ -149,7 +149,7 @@ impl Stored<'_> {
         const NEAR: f64 = 0.35;
         let stored = self.zeros(GptqFormat::V2);
         for (zero, format) in [(7, GptqFormat::V1), (8, GptqFormat::V2)] {
-            if stored.iter().all(|&z| z == zero) {
+            if self.words.is_empty() || stored.iter().all(|&z| z == zero) {
                 return Ok(format);
             }
         }

@@ -9,8 +9,10 @@ use crate::error::Error;
 pub struct Groups {
     /// Rows of a group, −1 for all.
     pub group: i32,
-    /// The rows of the format's scales that the groups have: groups of 256 rows are two of 128, and so on.
-    pub rows: Vec<u32>,
+    /// How many groups there are.
+    pub count: usize,
+    /// How many of them share a row of the format's scales: groups of 256 rows are two of 128, and so on.
+    repeat: usize,
     /// The row of the weight that each row of the codes is to be; none if they are in order.
     pub order: Option<Vec<u32>>,
 }
@@ -29,7 +31,7 @@ impl Groups {
             None => (size(op, k, (scales, count))?, None),
         };
         if count == 1 {
-            return Ok(Self { group: -1, rows: (0..k.min(1) as u32).collect(), order });
+            return Ok(Self { group: -1, count: k.min(1), repeat: 1, order });
         }
         Ok(Self { order, ..Self::of_size(op, scales, k, size)? })
     }
@@ -50,36 +52,27 @@ impl Groups {
                 .into());
             }
         };
-        let rows = (0..k.div_ceil(group)).map(|i| (i * group / size) as u32).collect();
-        Ok(Self { group: group as i32, rows, order: None })
+        let (count, repeat) = (k.div_ceil(group), size / group);
+        Ok(Self { group: group as i32, count, repeat, order: None })
     }
 
-    /// The rows of scales, on the CPU, that the groups have.
+    /// The scales of the groups, from the format's, on the CPU.
     pub fn scales(&self, scales: &Tensor) -> Result<Tensor> {
-        if self.in_place(scales.dims()[0]) {
+        let (rows, n) = scales.dims2()?;
+        if self.repeat == 1 && rows == self.count {
             return Ok(scales.clone());
         }
-        if self.rows.is_empty() || scales.elem_count() == 0 {
-            return Tensor::zeros(
-                (self.rows.len(), scales.dims()[1]),
-                scales.dtype(),
-                &Device::Cpu,
-            );
+        if self.count == 0 || n == 0 {
+            return Tensor::zeros((self.count, n), scales.dtype(), &Device::Cpu);
         }
-        let rows = Tensor::new(self.rows.as_slice(), &Device::Cpu)?;
-        scales.contiguous()?.index_select(&rows, 0)
+        let rows = (0..self.count).map(|group| (group / self.repeat) as u32);
+        scales.contiguous()?.index_select(&Tensor::from_iter(rows, &Device::Cpu)?, 0)
     }
 
-    /// The same of zero points `[.., n]`.
+    /// The zero points of the groups, from the format's `[.., n]`.
     pub fn zeros(&self, zeros: Vec<u8>, n: usize) -> Vec<u8> {
-        if n == 0 || self.in_place(zeros.len() / n) {
-            return zeros;
-        }
-        self.rows.iter().flat_map(|&row| &zeros[row as usize * n..][..n]).copied().collect()
-    }
-
-    fn in_place(&self, rows: usize) -> bool {
-        self.rows.len() == rows && self.rows.iter().enumerate().all(|(i, &row)| i == row as usize)
+        let rows = zeros.chunks(n.max(1)).flat_map(|row| std::iter::repeat_n(row, self.repeat));
+        rows.take(self.count).flatten().copied().collect()
     }
 }
 
@@ -152,8 +145,9 @@ fn ordered(
 mod tests {
     use super::*;
 
-    fn of(k: usize, count: usize) -> Result<(i32, Vec<u32>)> {
-        Groups::new("op", k, ("scales", count), None).map(|groups| (groups.group, groups.rows))
+    fn of(k: usize, count: usize) -> Result<(i32, usize, usize)> {
+        let groups = Groups::new("op", k, ("scales", count), None)?;
+        Ok((groups.group, groups.count, groups.repeat))
     }
 
     fn by(g_idx: &[i64], count: usize) -> Result<Groups> {
@@ -162,16 +156,16 @@ mod tests {
 
     #[test]
     fn sizes_follow_from_counts() -> Result<()> {
-        assert_eq!(of(96, 3)?, (32, vec![0, 1, 2]));
-        assert_eq!(of(128, 2)?, (64, vec![0, 1]));
-        assert_eq!(of(384, 3)?, (128, vec![0, 1, 2]));
-        assert_eq!(of(512, 2)?, (128, vec![0, 0, 1, 1]));
-        assert_eq!(of(96, 1)?, (-1, vec![0]));
-        assert_eq!(of(128, 1)?, (-1, vec![0]));
+        assert_eq!(of(96, 3)?, (32, 3, 1));
+        assert_eq!(of(128, 2)?, (64, 2, 1));
+        assert_eq!(of(384, 3)?, (128, 3, 1));
+        assert_eq!(of(512, 2)?, (128, 4, 2));
+        assert_eq!(of(96, 1)?, (-1, 1, 1));
+        assert_eq!(of(128, 1)?, (-1, 1, 1));
         // Groups of 64, 64 and 2 rows.
-        assert_eq!(of(130, 3)?, (64, vec![0, 1, 2]));
-        assert_eq!(of(0, 1)?, (-1, vec![]));
-        assert_eq!(of(0, 0)?, (32, vec![]));
+        assert_eq!(of(130, 3)?, (64, 3, 1));
+        assert_eq!(of(0, 1)?, (-1, 0, 1));
+        assert_eq!(of(0, 0)?, (32, 0, 1));
         for (k, count) in [(96, 2), (96, 96), (100, 0), (129, 3), (129, 4), (8, 3)] {
             let error = of(k, count).unwrap_err();
             assert!(error.to_string().contains("`scales`"), "{k} rows, {count} groups: {error}");
@@ -187,8 +181,8 @@ mod tests {
         g_idx.extend([0; 32]);
         let groups = by(&g_idx, 3)?;
         let order = (38..70).chain(0..32).chain(32..38);
-        let (rows, order) = (vec![0, 1, 2], Some(order.collect()));
-        assert_eq!(groups, Groups { group: 32, rows, order });
+        let order = Some(order.collect());
+        assert_eq!(groups, Groups { group: 32, count: 3, repeat: 1, order });
         Ok(())
     }
 
@@ -196,7 +190,7 @@ mod tests {
     fn rows_in_order_need_none() -> Result<()> {
         let g_idx: Vec<i64> = (0..96).map(|row| row / 32).collect();
         assert_eq!(by(&g_idx, 3)?.order, None);
-        assert_eq!(by(&[0; 40], 1)?, Groups { group: -1, rows: vec![0], order: None });
+        assert_eq!(by(&[0; 40], 1)?, Groups { group: -1, count: 1, repeat: 1, order: None });
         Ok(())
     }
 

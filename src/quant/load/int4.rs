@@ -37,14 +37,13 @@ impl Int4<'_> {
 
         let scales = groups.scales(&scales.to_device(&Device::Cpu)?)?;
         let zeros = zeros.map(|zeros| groups.zeros(zeros, n));
-        let rows = groups.rows.len();
         let planes = Planes {
             scheme,
             dims,
             codes: Tensor::from_vec(words, (k.div_ceil(CODES), n), &Device::Cpu)?,
             scales,
             zeros: zeros
-                .map(|zeros| Tensor::from_vec(zeros, (rows, n), &Device::Cpu))
+                .map(|zeros| Tensor::from_vec(zeros, (groups.count, n), &Device::Cpu))
                 .transpose()?,
             order: groups
                 .order

@@ -12,6 +12,7 @@ pub use checkpoint::Checkpoint;
 pub use gptq::GptqFormat;
 
 use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
 
 use crate::check::{self, Arg};
 use crate::error::Error;
@@ -60,19 +61,25 @@ fn host(t: &Tensor) -> Result<Tensor> {
 }
 
 /// A matrix `[rows, cols]`, row by row, as `[cols, rows]`.
-fn transpose<T: Copy + Default>(from: &[T], [rows, cols]: [usize; 2]) -> Vec<T> {
+fn transpose<T: Copy + Default + Send + Sync>(from: &[T], [rows, cols]: [usize; 2]) -> Vec<T> {
     /// Rows and columns that are copied together, so that what is read and written stays in the nearest cache.
     const TILE: usize = 32;
     let mut to = vec![T::default(); from.len()];
-    for top in (0..rows).step_by(TILE) {
-        for left in (0..cols).step_by(TILE) {
-            for row in top..rows.min(top + TILE) {
-                for col in left..cols.min(left + TILE) {
-                    to[col * rows + row] = from[row * cols + col];
+    if from.is_empty() {
+        return to;
+    }
+    let parts = to.par_chunks_mut(TILE * rows).enumerate();
+    parts.for_each(|(part, to)| {
+        let left = part * TILE;
+        for top in (0..rows).step_by(TILE) {
+            for (col, to) in to.chunks_exact_mut(rows).enumerate() {
+                let end = rows.min(top + TILE);
+                for (row, to) in (top..end).zip(&mut to[top..end]) {
+                    *to = from[row * cols + left + col];
                 }
             }
         }
-    }
+    });
     to
 }
 
