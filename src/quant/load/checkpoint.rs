@@ -12,8 +12,8 @@ const OP: &str = "QuantWeight::from_checkpoint";
 
 /// Tensors by name, each in the dtype that the file has.
 ///
-/// A `VarBuilder` of candle-nn converts all tensors to one dtype, which destroys words; so read files with
-/// [`candle_core::safetensors`].
+/// A `VarBuilder` of candle-nn converts what it reads, which destroys words unless it is told each tensor's dtype; so read
+/// files with [`candle_core::safetensors`].
 pub trait Checkpoint {
     /// The tensor of that name, if there is one.
     fn tensor(&self, name: &str) -> Result<Option<Tensor>>;
