@@ -100,8 +100,8 @@ fn load(
     let (rows, n) = qweight.dims2()?;
     let (count, columns) = scales.dims2()?;
     let k = g_idx.as_ref().map_or(rows.saturating_mul(CODES), Vec::len);
-    let why = || format!("K/8 for the K = {k} of `g_idx`");
-    check::dim(op, "qweight", ("rows", rows), (k.div_ceil(CODES), why()), FIX)?;
+    let why = format!("K/8 for the K = {k} of `g_idx`");
+    check::dim(op, "qweight", ("rows", rows), (k.div_ceil(CODES), why), FIX)?;
     check::dim(op, "scales", ("N", columns), (n, "the N of `qweight`"), FIX)?;
     let [zero_rows, zero_columns] = [qzeros.dims()[0], qzeros.dims()[1]];
     check::dim(op, "qzeros", ("groups", zero_rows), (count, "those of `scales`"), FIX)?;
@@ -110,7 +110,8 @@ fn load(
 
     let by = g_idx.as_deref().map(|g_idx| ("g_idx", g_idx));
     let groups = Groups::new(op, k, ("scales", count), by)?;
-    let stored = Stored { op, dims: [k, n], words: &words, zero_words: &zero_words, count, by };
+    let size = groups.size;
+    let stored = Stored { op, dims: [k, n], words: &words, zero_words: &zero_words, size };
     let zeros = match format {
         Some(format) => stored.zeros(format),
         None => stored.zeros(stored.format()?),
@@ -124,9 +125,8 @@ struct Stored<'a> {
     dims: [usize; 2],
     words: &'a [u32],
     zero_words: &'a [u32],
-    /// Groups.
-    count: usize,
-    by: Option<(&'static str, &'a [i64])>,
+    /// Rows that share a zero point.
+    size: usize,
 }
 
 impl Stored<'_> {
@@ -187,17 +187,12 @@ impl Stored<'_> {
     /// The mean of all rows' zero points.
     fn mean_zero(&self, zeros: &[u8]) -> f64 {
         let [k, n] = self.dims;
-        let mut rows = vec![0usize; self.count];
-        match self.by {
-            Some((_, g_idx)) => g_idx.iter().for_each(|&group| rows[group as usize] += 1),
-            // The last of several groups may have fewer rows, which changes a mean by next to nothing.
-            None => rows.fill(k / self.count.max(1)),
-        }
-        let each = zeros.chunks(n.max(1)).zip(&rows);
-        let sum: usize = each
-            .map(|(zeros, rows)| rows * zeros.iter().map(|&z| usize::from(z)).sum::<usize>())
-            .sum();
-        sum as f64 / (rows.iter().sum::<usize>() * n) as f64
+        let sum = |(group, zeros): (usize, &[u8])| -> usize {
+            let rows = self.size.min(k - group * self.size);
+            rows * zeros.iter().map(|&zero| usize::from(zero)).sum::<usize>()
+        };
+        let sum: usize = zeros.chunks(n.max(1)).enumerate().map(sum).sum();
+        sum as f64 / (k * n) as f64
     }
 }
 

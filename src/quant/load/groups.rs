@@ -11,8 +11,9 @@ pub struct Groups {
     pub group: i32,
     /// How many groups there are.
     pub count: usize,
-    /// How many of them share a row of the format's scales: groups of 256 rows are two of 128, and so on.
-    repeat: usize,
+    /// Rows that share a scale in the format; there may be fewer for the last. Groups of 256 rows become two of 128
+    /// with the same scale, and so on.
+    pub size: usize,
     /// The row of the weight that each row of the codes is to be; none if they are in order.
     pub order: Option<Vec<u32>>,
 }
@@ -31,7 +32,7 @@ impl Groups {
             None => (size(op, k, (scales, count))?, None),
         };
         if count == 1 {
-            return Ok(Self { group: -1, count: k.min(1), repeat: 1, order });
+            return Ok(Self { group: -1, count: k.min(1), size, order });
         }
         Ok(Self { order, ..Self::of_size(op, scales, k, size)? })
     }
@@ -52,26 +53,30 @@ impl Groups {
                 .into());
             }
         };
-        let (count, repeat) = (k.div_ceil(group), size / group);
-        Ok(Self { group: group as i32, count, repeat, order: None })
+        Ok(Self { group: group as i32, count: k.div_ceil(group), size, order: None })
+    }
+
+    /// How many groups share a row of the format's scales.
+    fn repeat(&self) -> usize {
+        usize::try_from(self.group).map_or(1, |group| self.size / group)
     }
 
     /// The scales of the groups, from the format's, on the CPU.
     pub fn scales(&self, scales: &Tensor) -> Result<Tensor> {
         let (rows, n) = scales.dims2()?;
-        if self.repeat == 1 && rows == self.count {
+        if self.repeat() == 1 && rows == self.count {
             return Ok(scales.clone());
         }
         if self.count == 0 || n == 0 {
             return Tensor::zeros((self.count, n), scales.dtype(), &Device::Cpu);
         }
-        let rows = (0..self.count).map(|group| (group / self.repeat) as u32);
+        let rows = (0..self.count).map(|group| (group / self.repeat()) as u32);
         scales.contiguous()?.index_select(&Tensor::from_iter(rows, &Device::Cpu)?, 0)
     }
 
     /// The zero points of the groups, from the format's `[.., n]`.
     pub fn zeros(&self, zeros: Vec<u8>, n: usize) -> Vec<u8> {
-        let rows = zeros.chunks(n.max(1)).flat_map(|row| std::iter::repeat_n(row, self.repeat));
+        let rows = zeros.chunks(n.max(1)).flat_map(|row| std::iter::repeat_n(row, self.repeat()));
         rows.take(self.count).flatten().copied().collect()
     }
 }
@@ -103,7 +108,8 @@ fn ordered(
     (arg, g_idx): (&'static str, &[i64]),
     (scales, count): (&'static str, usize),
 ) -> Result<(usize, Option<Vec<u32>>)> {
-    let mut sizes = vec![0usize; count];
+    // No more than there are rows, so that what a file claims takes no memory; the next ones are without a row.
+    let mut sizes = vec![0usize; count.min(g_idx.len() + 1)];
     for (row, &group) in g_idx.iter().enumerate() {
         match usize::try_from(group).ok().and_then(|group| sizes.get_mut(group)) {
             Some(size) => *size += 1,
@@ -120,7 +126,7 @@ fn ordered(
         }
     }
     let size = sizes.first().copied().unwrap_or(0);
-    let whole = sizes.iter().take(count.saturating_sub(1)).all(|&rows| rows == size);
+    let whole = sizes.iter().take(sizes.len().saturating_sub(1)).all(|&rows| rows == size);
     if !whole || sizes.last().is_some_and(|&last| last > size || (last == 0 && size > 0)) {
         let odd = sizes.iter().position(|&rows| rows != size).unwrap_or(0);
         return Err(Error::Value {
@@ -147,7 +153,7 @@ mod tests {
 
     fn of(k: usize, count: usize) -> Result<(i32, usize, usize)> {
         let groups = Groups::new("op", k, ("scales", count), None)?;
-        Ok((groups.group, groups.count, groups.repeat))
+        Ok((groups.group, groups.count, groups.size))
     }
 
     fn by(g_idx: &[i64], count: usize) -> Result<Groups> {
@@ -156,16 +162,16 @@ mod tests {
 
     #[test]
     fn sizes_follow_from_counts() -> Result<()> {
-        assert_eq!(of(96, 3)?, (32, 3, 1));
-        assert_eq!(of(128, 2)?, (64, 2, 1));
-        assert_eq!(of(384, 3)?, (128, 3, 1));
-        assert_eq!(of(512, 2)?, (128, 4, 2));
-        assert_eq!(of(96, 1)?, (-1, 1, 1));
-        assert_eq!(of(128, 1)?, (-1, 1, 1));
+        assert_eq!(of(96, 3)?, (32, 3, 32));
+        assert_eq!(of(128, 2)?, (64, 2, 64));
+        assert_eq!(of(384, 3)?, (128, 3, 128));
+        assert_eq!(of(512, 2)?, (128, 4, 256));
+        assert_eq!(of(96, 1)?, (-1, 1, 96));
+        assert_eq!(of(128, 1)?, (-1, 1, 128));
         // Groups of 64, 64 and 2 rows.
-        assert_eq!(of(130, 3)?, (64, 3, 1));
-        assert_eq!(of(0, 1)?, (-1, 0, 1));
-        assert_eq!(of(0, 0)?, (32, 0, 1));
+        assert_eq!(of(130, 3)?, (64, 3, 64));
+        assert_eq!(of(0, 1)?, (-1, 0, 0));
+        assert_eq!(of(0, 0)?, (32, 0, 32));
         for (k, count) in [(96, 2), (96, 96), (100, 0), (129, 3), (129, 4), (8, 3)] {
             let error = of(k, count).unwrap_err();
             assert!(error.to_string().contains("`scales`"), "{k} rows, {count} groups: {error}");
@@ -182,7 +188,7 @@ mod tests {
         let groups = by(&g_idx, 3)?;
         let order = (38..70).chain(0..32).chain(32..38);
         let order = Some(order.collect());
-        assert_eq!(groups, Groups { group: 32, count: 3, repeat: 1, order });
+        assert_eq!(groups, Groups { group: 32, count: 3, size: 32, order });
         Ok(())
     }
 
@@ -190,18 +196,20 @@ mod tests {
     fn rows_in_order_need_none() -> Result<()> {
         let g_idx: Vec<i64> = (0..96).map(|row| row / 32).collect();
         assert_eq!(by(&g_idx, 3)?.order, None);
-        assert_eq!(by(&[0; 40], 1)?, Groups { group: -1, count: 1, repeat: 1, order: None });
+        assert_eq!(by(&[0; 40], 1)?, Groups { group: -1, count: 1, size: 40, order: None });
         Ok(())
     }
 
     #[test]
     fn bad_groups_are_refused() {
-        let cases: [(&[i64], usize, &str); 5] = [
+        let cases: [(&[i64], usize, &str); 7] = [
             (&[0, 1, 2], 2, "2 at row 2"),
             (&[0, -1], 2, "-1 at row 1"),
             (&[0, 0, 1, 2, 2], 3, "1 in 1 rows"),
             (&[0, 1, 1], 2, "1 in 2 rows"),
             (&[0, 0], 2, "1 in 0 rows"),
+            (&[0, 1], usize::MAX, "2 in 0 rows"),
+            (&[], usize::MAX, "one for 0 rows"),
         ];
         for (g_idx, count, message) in cases {
             let error = by(g_idx, count).unwrap_err().to_string();
