@@ -6,6 +6,7 @@
 
 mod ampere;
 pub mod attention;
+pub mod dequant;
 mod element;
 mod epilogue;
 pub mod gemm;
@@ -88,6 +89,8 @@ kernels! {
     FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
+    /// A quantised weight in floats, on any GPU.
+    Dequant(dequant::Config) by dequant::emit;
 }
 
 /// Hands out shared memory: each region has one owner and an offset that nobody types in.

@@ -44,7 +44,7 @@ impl Planes {
         shape(op, ("codes", &codes), &[words, n])?;
         check::dtype(op, ("scales", &scales), &[DType::F16, DType::BF16, DType::F32])?;
         shape(op, ("scales", &scales), &[rows, cols])?;
-        let zero_points = matches!(scheme, QuantScheme::Int4 { zero_points: true, .. });
+        let zero_points = scheme.has_zero_points();
         if zero_points != zeros.is_some() {
             return Err(Error::Value {
                 op,
@@ -121,6 +121,11 @@ impl Planes {
         all
     }
 
+    /// The same on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.map(|t| t.to_device(device))
+    }
+
     /// The same with all tensors changed.
     pub fn map(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         Ok(Self {
@@ -133,10 +138,69 @@ impl Planes {
     }
 }
 
-/// Rows and columns of the scales of a weight.
+/// How the tensors of a weight lie.
+#[derive(Clone)]
+pub(crate) enum Form {
+    /// As [`Planes`] says.
+    Plain(Planes),
+    /// Of the layout of [`quantize_int4`](super::quantize_int4), whose nibbles are two's complement; strides are any.
+    Signed(Planes),
+}
+
+impl Form {
+    pub fn planes(&self) -> &Planes {
+        match self {
+            Self::Plain(planes) | Self::Signed(planes) => planes,
+        }
+    }
+
+    pub fn facts(&self) -> Facts {
+        let &Planes { scheme, dims, .. } = self.planes();
+        Facts { scheme, dims, signed: matches!(self, Self::Signed(_)) }
+    }
+
+    /// What a product reads: all but the order of rows, which the columns of the other operand take on instead.
+    pub fn operands(&self) -> Vec<&Tensor> {
+        let Planes { codes, scales, zeros, .. } = self.planes();
+        [Some(codes), Some(scales), zeros.as_ref()].into_iter().flatten().collect()
+    }
+}
+
+/// What a weight is, without its tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Facts {
+    pub scheme: QuantScheme,
+    pub dims: [usize; 2],
+    /// [`Form::Signed`].
+    pub signed: bool,
+}
+
+impl Facts {
+    /// The weight, whose operands are the next of `inputs`.
+    pub fn read<T>(self, inputs: &mut impl Iterator<Item = T>) -> Weight<T> {
+        let mut next = || inputs.next().expect("the operands of a weight are inputs");
+        let (codes, scales) = (next(), next());
+        let zeros = self.scheme.has_zero_points().then(next);
+        Weight { facts: self, codes, scales, zeros }
+    }
+}
+
+/// A weight in some view of its tensors.
+#[derive(Clone, Copy)]
+pub(crate) struct Weight<T> {
+    pub facts: Facts,
+    pub codes: T,
+    pub scales: T,
+    pub zeros: Option<T>,
+}
+
+/// Rows and columns of the scales of a weight. What spans a whole side has one, even if that is empty.
 pub(crate) fn groups(scheme: QuantScheme, dims: [usize; 2]) -> [usize; 2] {
     let group = scheme.group(dims);
-    [0, 1].map(|i| dims[i].div_ceil(group[i]))
+    std::array::from_fn(|i| match scheme.spans()[i] {
+        true => 1,
+        false => dims[i].div_ceil(group[i]),
+    })
 }
 
 fn shape(op: &'static str, (arg, t): check::Arg, want: &[usize]) -> Result<()> {

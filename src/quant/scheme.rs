@@ -46,7 +46,7 @@ pub enum Per {
 }
 
 /// Rows and columns of [`Per::Block`].
-pub(super) const BLOCK: usize = 128;
+pub(crate) const BLOCK: usize = 128;
 
 impl QuantScheme {
     /// It is one that exists, or what is wrong with it.
@@ -88,6 +88,22 @@ impl QuantScheme {
             Self::Int8 { per: of } | Self::Fp8 { per: of } => per(of),
         };
         group.map(|len| len.max(1))
+    }
+
+    /// Whether all rows, and all columns, share a scale.
+    pub(crate) fn spans(self) -> [bool; 2] {
+        match self {
+            Self::Int4 { group, .. } => [group == -1, false],
+            Self::Nf4 { .. } => [false; 2],
+            Self::Int8 { per } | Self::Fp8 { per } => {
+                [matches!(per, Per::Tensor | Per::Channel), per == Per::Tensor]
+            }
+        }
+    }
+
+    /// Whether groups have zero points.
+    pub(crate) fn has_zero_points(self) -> bool {
+        matches!(self, Self::Int4 { zero_points: true, .. })
     }
 
     /// Whether a code has four bits.
