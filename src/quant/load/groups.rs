@@ -32,7 +32,7 @@ impl Groups {
             None => (size(op, k, (scales, count))?, None),
         };
         if count == 1 {
-            return Ok(Self { group: -1, count: k.min(1), size, order });
+            return Ok(Self { group: -1, count, size, order });
         }
         Ok(Self { order, ..Self::of_size(op, scales, k, size)? })
     }
@@ -170,7 +170,7 @@ mod tests {
         assert_eq!(of(128, 1)?, (-1, 1, 128));
         // Groups of 64, 64 and 2 rows.
         assert_eq!(of(130, 3)?, (64, 3, 64));
-        assert_eq!(of(0, 1)?, (-1, 0, 0));
+        assert_eq!(of(0, 1)?, (-1, 1, 0));
         assert_eq!(of(0, 0)?, (32, 0, 32));
         for (k, count) in [(96, 2), (96, 96), (100, 0), (129, 3), (129, 4), (8, 3)] {
             let error = of(k, count).unwrap_err();
