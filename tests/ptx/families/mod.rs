@@ -2,6 +2,7 @@
 
 mod attention;
 mod attention_backward;
+mod dequant;
 mod glu;
 mod products;
 
@@ -186,6 +187,7 @@ families! {
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
+    Dequant(dequant::Dequants): (&ALL, 4);
 }
 
 impl Chooser {
