@@ -156,6 +156,11 @@ pub fn packages(device: &Device) {
                 assert_eq!(weight.device().location(), device.location());
                 check(&weight, &columns, &expected)?;
             }
+            // And as this crate saves it.
+            let saved = QuantWeight::from_checkpoint(&tensors, "layer")?.to_tensors("layer.")?;
+            let weight = QuantWeight::from_checkpoint(&saved, "layer")?;
+            assert_eq!(weight.scheme(), scheme);
+            check(&weight.to_device(device)?, &columns, &expected)?;
             Ok(())
         });
     }

@@ -46,6 +46,7 @@ impl QuantWeight {
     /// | `qweight`, `qzeros`, `scales`, perhaps `g_idx` | [GPTQ](Self::from_gptq), or [AWQ](Self::from_awq) if eight columns are in a word |
     /// | `weight`, `weight.absmax`, `weight.quant_state.bitsandbytes__nf4`, perhaps `weight.nested_absmax` and `weight.nested_quant_map` | [bitsandbytes' nf4](Self::from_nf4) |
     /// | `weight` `[N, K]` in f8e4m3, `weight_scale_inv` or `weight_scale` | [fp8](Self::from_fp8): DeepSeek's blocks; compressed-tensors' `float-quantized` |
+    /// | `format`, `codes`, `scales`, perhaps `zeros` and `order` | [this crate's](Self::to_tensors), the prefix of whose tensors ended in a dot |
     ///
     /// Not read are scales of activations, and biases, which belong to
     /// [`MatmulOptions`](crate::MatmulOptions::bias).
@@ -97,6 +98,9 @@ impl QuantWeight {
         }
         if let Some(state) = layer.maybe("weight.quant_state.bitsandbytes__nf4")? {
             return layer.nf4(&state);
+        }
+        if layer.maybe("format")?.is_some() {
+            return layer.ours();
         }
         layer.fp8()
     }
@@ -150,11 +154,19 @@ impl<T: Checkpoint> Layer<'_, T> {
         QuantWeight::from_nf4(&weight, &absmax, state, nested)
     }
 
+    fn ours(&self) -> Result<QuantWeight> {
+        let mut tensors = HashMap::new();
+        for name in ["format", "codes", "scales", "zeros", "order"] {
+            tensors.extend(self.maybe(name)?.map(|t| (self.name(name), t)));
+        }
+        QuantWeight::from_tensors(&self.name(""), &tensors)
+    }
+
     fn fp8(&self) -> Result<QuantWeight> {
         let Some(weight) = self.maybe("weight")?.filter(|t| t.dtype() == DType::F8E4M3) else {
             let got = format!("`{}`, which is no layer of a known format", self.prefix);
             let want = "one with `weight_packed`, `qweight`, `weight.quant_state.bitsandbytes__nf4`, \
-                        or `weight` in f8e4m3";
+                        `format`, or `weight` in f8e4m3";
             return Err(self.error(got, want.into()));
         };
         let scales = match self.maybe("weight_scale_inv")? {

@@ -146,7 +146,7 @@ pub fn checkpoints(device: &Device) {
         QuantWeight::from_checkpoint(&tensors.collect::<HashMap<_, _>>(), "up")
     };
     let names = "look at the names in the checkpoint; a prefix ends before `.weight` or `.qweight`";
-    let formats = "one with `weight_packed`, `qweight`, `weight.quant_state.bitsandbytes__nf4`, or `weight` in f8e4m3";
+    let formats = "one with `weight_packed`, `qweight`, `weight.quant_state.bitsandbytes__nf4`, `format`, or `weight` in f8e4m3";
     let more = "a layer whose format has one tensor more than the checkpoint";
     let state = ("weight.quant_state.bitsandbytes__nf4", on.u8([9]));
     let (weight, absmax) = (("weight", on.u8([384])), ("weight.absmax", on.u8([12])));
