@@ -241,6 +241,7 @@ fn hopper_goldens() -> [(&'static str, Config); 6] {
         mask: Mask::None,
         score_mod: ScoreMod::default(),
         lengths: Lengths::Full,
+        grouped: false,
         queries: 64,
         stages: 2,
         ordered: false,
@@ -259,6 +260,7 @@ fn hopper_goldens() -> [(&'static str, Config); 6] {
     let all = ScoreMod { softcap: true, alibi: true, bias, ..ScoreMod::default() };
     let wide = keys::Config {
         form: Form::Wide,
+        grouped: true,
         ordered: false,
         mask: Mask::Window,
         score_mod: all,
