@@ -17,7 +17,7 @@ pub mod params;
 mod plan;
 mod raster;
 
-pub use element::Element;
+pub use element::{Copied, Element};
 pub use plan::{Plan, Step};
 
 use crate::ptx::{Source, Target};

@@ -243,16 +243,16 @@ mod tests {
     use super::*;
     use crate::kernel::Element;
     use crate::kernel::gemm::Epilogue;
-    use crate::ptx::{Half, Target};
+    use crate::ptx::{Factor, Half, Target};
 
     const H200: Device =
         Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
 
     fn problem(m: u64, n: u64, k: u64) -> Problem {
-        let element = Element::Half(Half::Bf16);
-        let epilogue = Epilogue { out: element, bias: None, activation: None };
+        let epilogue = Epilogue::round(Element::Half(Half::Bf16));
         let (lhs, rhs) = (Major::K, Major::Outer);
-        Problem { m, n, k, batch: 1, elements: [element; 2], lhs, rhs, epilogue }
+        let elements = [Factor::Half(Half::Bf16); 2];
+        Problem { m, n, k, batch: 1, elements, lhs, rhs, epilogue }
     }
 
     fn chosen(m: u64, n: u64, k: u64) -> Config {

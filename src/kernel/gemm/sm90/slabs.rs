@@ -2,6 +2,7 @@
 
 use super::Gemm;
 use super::config::Orient;
+use crate::kernel::gemm::terms::Sum;
 use crate::kernel::hopper::store::{Direction, SlabStore};
 use crate::kernel::hopper::{LINE, Lane, SLAB, Warpgroup};
 use crate::kernel::raster::Tile;
@@ -9,9 +10,9 @@ use crate::ptx::Reg;
 
 impl<'k> Gemm<'k, '_> {
     /// Stores slab after slab: from registers to shared memory, from there by TMA.
-    pub(super) fn store_slabs(
+    pub(super) fn store_slabs<S: Sum>(
         &self,
-        accumulators: &[Vec<Reg<'k, f32>>],
+        accumulators: &[Vec<Reg<'k, S>>],
         map: Reg<'k, u64>,
         tile: Tile<'k>,
         thread: Reg<'k, u32>,
@@ -54,7 +55,7 @@ impl<'k> Gemm<'k, '_> {
         store.run(
             &slabs,
             |&(accumulators, row, col)| {
-                self.finish(accumulators, first_row + row, first_col + col, lane)
+                self.finish(accumulators, tile, first_row + row, first_col + col, lane)
             },
             |&(_, row, col)| {
                 let [y, x] = c.orient.order([first_row + row, first_col + col]);
@@ -66,41 +67,48 @@ impl<'k> Gemm<'k, '_> {
         );
     }
 
-    /// Bias and activation on a slab's fragments.
-    fn finish(
+    /// Scale, bias and activation on a slab's fragments.
+    fn finish<S: Sum>(
         &self,
-        accumulators: &[Reg<'k, f32>],
+        accumulators: &[Reg<'k, S>],
+        tile: Tile<'k>,
         first_row: Reg<'k, u32>,
         first_col: Reg<'k, u32>,
         lane: Lane<'k>,
     ) -> Vec<Reg<'k, f32>> {
-        let (k, epilogue) = (self.k, &self.c.epilogue);
-        let load = |n: Reg<'k, u32>| {
-            self.bias.map(|address| {
-                let from = address.element(n, epilogue.bias_size());
-                (from, n.lt(self.size[1]))
+        let (terms, [rows, cols]) = (&self.terms, self.size);
+        // Rows and columns of `C`, which are the other ones of a tile of `Cᵀ`.
+        let of_row = |m: &dyn Fn() -> Reg<'k, u32>| {
+            terms.row(|| {
+                let m = m();
+                (tile.batch_row(self.c.batched, rows, m), m.lt(rows))
             })
         };
+        let below = |i: u32| first_row + (lane.warp * 16 + lane.lane / 4 + 8 * i);
+        let across = |block: u32| first_col + (lane.lane % 4 * 2 + 8 * block);
+        let mut out = Vec::with_capacity(accumulators.len());
         match self.c.orient {
             Orient::Plain => {
-                let mut out = Vec::with_capacity(accumulators.len());
-                for (block, quad) in accumulators.chunks(4).enumerate() {
-                    let col = first_col + (lane.lane % 4 * 2 + 8 * block as u32);
-                    let bias =
-                        load(col).map(|(from, inside)| epilogue.load_bias::<2>(k, from, inside));
-                    let bias = |i: usize| bias.map(|pair| pair[i % 2]);
-                    out.extend(quad.iter().enumerate().map(|(i, &s)| epilogue.finish(s, bias(i))));
+                let of_rows = [0, 1].map(|i| of_row(&|| below(i)));
+                for (block, quad) in (0..).zip(accumulators.chunks(4)) {
+                    let n = across(block);
+                    let of_cols = terms.columns::<2>(n, || n.lt(cols));
+                    let finish = |(i, &sum)| terms.finish(sum, of_rows[i / 2], of_cols[i % 2]);
+                    out.extend(quad.iter().enumerate().map(finish));
                 }
-                out
             }
             Orient::Swapped => {
-                let rows = [0, 8].map(|below| {
-                    let row = first_row + (lane.warp * 16 + lane.lane / 4 + below);
-                    load(row).map(|(from, inside)| epilogue.load_bias::<1>(k, from, inside)[0])
+                let of_cols = [0, 1].map(|i| {
+                    let n = below(i);
+                    terms.columns::<1>(n, || n.lt(cols))[0]
                 });
-                let finish = |(i, &sum)| epilogue.finish(sum, rows[i / 2 % 2]);
-                accumulators.iter().enumerate().map(finish).collect()
+                for (block, quad) in (0..).zip(accumulators.chunks(4)) {
+                    let of_rows = [0, 1].map(|i| of_row(&|| across(block) + i));
+                    let finish = |(i, &sum)| terms.finish(sum, of_rows[i % 2], of_cols[i / 2]);
+                    out.extend(quad.iter().enumerate().map(finish));
+                }
             }
         }
+        out
     }
 }
