@@ -33,6 +33,17 @@ pub enum Scale {
     ZeroPoint,
 }
 
+impl Scale {
+    /// Numbers that each line has.
+    pub(super) const fn words(self) -> u32 {
+        match self {
+            Self::None | Self::Exact | Self::One => 0,
+            Self::Lines => 1,
+            Self::ZeroPoint => 2,
+        }
+    }
+}
+
 impl Epilogue {
     /// The sum alone, rounded.
     pub const fn round(out: Element) -> Self {

@@ -33,10 +33,10 @@ impl<'k> TileOfResult<'k> {
             valid = valid & inside;
         }
         let cols = match sums.len() {
-            4 => self.terms.columns::<4>(col, || valid).to_vec(),
-            _ => self.terms.columns::<1>(col, || valid).to_vec(),
+            4 => self.terms.columns::<4>(col, valid).to_vec(),
+            _ => self.terms.columns::<1>(col, valid).to_vec(),
         };
-        let of_row = self.terms.row(|| (self.batch * self.rows + row, valid));
+        let of_row = self.terms.row(|| self.batch * self.rows + row, valid);
         let done: Vec<_> =
             sums.iter().zip(cols).map(|(&x, col)| self.terms.finish(x, of_row, col)).collect();
         // (batch · rows + row) · cols + col, in 64 bits.

@@ -2,7 +2,7 @@
 
 use super::{Epilogue, Name};
 use crate::kernel::epilogue::Scale;
-use crate::ptx::{Kernel, Number, Reg};
+use crate::ptx::{Address, Kernel, Number, Reg};
 
 /// What products are added up in.
 pub trait Sum: Number {
@@ -62,112 +62,199 @@ pub(super) struct Terms<'k> {
 enum Scales<'k> {
     None,
     One(Reg<'k, f32>),
-    Lines { rows: PerRow<'k>, cols: Reg<'k, u64>, zero: Option<(PerRow<'k>, Reg<'k, u64>)> },
+    Lines([Vectors<'k>; 2]),
 }
 
-/// A number for each row of all products, or one for all: the address, and 1 or 0.
+/// Lines of a result: its rows, of all products, or its columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lines {
+    Rows,
+    Columns,
+}
+
+/// The numbers of lines, of 32 bits: their scales, and the rows' zero points or the sums of the right operand's
+/// columns.
 #[derive(Clone, Copy)]
-struct PerRow<'k> {
-    address: Reg<'k, u64>,
-    step: Reg<'k, u32>,
+pub(super) struct Vectors<'k> {
+    scales: Vector<'k>,
+    zeros: Option<Vector<'k>>,
 }
 
-/// What a row adds to the terms of its sums.
+#[derive(Clone, Copy)]
+struct Vector<'k> {
+    address: Reg<'k, u64>,
+    /// 1, or 0 if there is one for all lines.
+    step: Option<Reg<'k, u32>>,
+}
+
+/// What a line adds to the terms of its sums.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Row<'k> {
+pub(super) struct Line<'k> {
     scale: Option<Reg<'k, f32>>,
     zero: Option<Reg<'k, i32>>,
-}
-
-/// What a column adds.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Column<'k> {
-    scale: Option<Reg<'k, f32>>,
-    /// The sum of the right operand's column.
-    sum: Option<Reg<'k, i32>>,
     bias: Option<Reg<'k, f32>>,
 }
 
-impl<'k> PerRow<'k> {
-    fn load<T: Number>(&self, row: Reg<'k, u32>, valid: Reg<'k, bool>) -> Reg<'k, T> {
-        let k = row.kernel();
-        let from = self.address.element(row * self.step, 4);
-        let [value] = k.when(valid, || k.ld_global::<T, 1>(from));
-        value
+impl<'k> Vector<'k> {
+    /// Where the number of a line is.
+    fn at(&self, line: Reg<'k, u32>) -> Reg<'k, u64> {
+        let line = self.step.map_or(line, |step| line * step);
+        self.address.element(line, WORD)
+    }
+}
+
+impl<'k> Vectors<'k> {
+    /// The vectors.
+    fn all(&self) -> impl Iterator<Item = Vector<'k>> {
+        [self.scales].into_iter().chain(self.zeros)
+    }
+
+    /// Adds those of lines side by side, where they are `valid`.
+    fn add<const N: usize>(
+        &self,
+        lines: &mut [Line<'k>; N],
+        first: Reg<'k, u32>,
+        valid: Reg<'k, bool>,
+    ) {
+        let k = first.kernel();
+        let load = |vector: Vector<'k>| {
+            let from = vector.at(first);
+            k.when(valid, || k.ld_global_nc::<u32, N>(from))
+        };
+        set(lines, load(self.scales), self.zeros.map(load));
+    }
+
+    /// Begins to copy the numbers of `count` lines to shared memory, of which a thread among `threads` takes
+    /// some: the scales from `to` on, the others after them. `line` gives a line's index in the vectors, and
+    /// whether there is one.
+    pub fn copy(
+        &self,
+        count: u32,
+        (thread, threads): (Reg<'k, u32>, u32),
+        to: Reg<'k, u32>,
+        line: impl Fn(Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, bool>),
+    ) {
+        let k = thread.kernel();
+        for start in (0..count).step_by(threads as usize) {
+            let at = thread + start;
+            let (index, valid) = line(at);
+            let valid = if start + threads > count { valid & at.lt(count) } else { valid };
+            for (i, vector) in (0..).zip(self.all()) {
+                let (from, to) = (vector.at(index), to + at * WORD);
+                let to = to.at((i * count * WORD).into());
+                k.when(valid, || k.cp_async_4(to, from, WORD));
+            }
+        }
+    }
+
+    /// Adds what [`copy`](Self::copy) brought of `N` lines, the first of which is at `from`, of `count`.
+    pub fn add_copied<const N: usize>(
+        &self,
+        lines: &mut [Line<'k>; N],
+        from: Address<'k, u32>,
+        count: u32,
+    ) {
+        let (k, after) = (self.scales.address.kernel(), from.at((count * WORD).into()));
+        set(lines, k.ld_shared(from), self.zeros.map(|_| k.ld_shared(after)));
+    }
+}
+
+/// Bytes of a number.
+pub(super) const WORD: u32 = 4;
+
+fn set<'k, const N: usize>(
+    lines: &mut [Line<'k>; N],
+    scales: [Reg<'k, u32>; N],
+    zeros: Option<[Reg<'k, u32>; N]>,
+) {
+    for (i, line) in lines.iter_mut().enumerate() {
+        line.scale = Some(scales[i].cast());
+        line.zero = zeros.map(|zeros| zeros[i].cast());
     }
 }
 
 impl<'k> Terms<'k> {
     /// Declares their parameters.
     pub fn params(k: &'k Kernel, epilogue: Epilogue) -> Self {
-        let per_row = |at, step| PerRow { address: k.pointer(at), step: k.param(step) };
+        let per_row = |at, step| Vector { address: k.pointer(at), step: Some(k.param(step)) };
+        let per_column = |at| Vector { address: k.pointer(at), step: None };
         let bias = epilogue.bias.map(|_| k.pointer(Name::Bias));
-        let lines = |zero: bool| Scales::Lines {
-            rows: per_row(Name::RowScales, Name::RowScaleStep),
-            cols: k.pointer(Name::ColScales),
-            zero: zero.then(|| (per_row(Name::Zeros, Name::ZeroStep), k.pointer(Name::ColSums))),
-        };
         let scales = match epilogue.scale {
             Scale::None | Scale::Exact => Scales::None,
             Scale::One => Scales::One(k.param(Name::Scale)),
-            Scale::Lines => lines(false),
-            Scale::ZeroPoint => lines(true),
+            Scale::Lines | Scale::ZeroPoint => {
+                let zero = epilogue.scale == Scale::ZeroPoint;
+                let rows = per_row(Name::RowScales, Name::RowScaleStep);
+                let cols = per_column(Name::ColScales);
+                let zeros = zero.then(|| per_row(Name::Zeros, Name::ZeroStep));
+                let sums = zero.then(|| per_column(Name::ColSums));
+                Scales::Lines([
+                    Vectors { scales: rows, zeros },
+                    Vectors { scales: cols, zeros: sums },
+                ])
+            }
         };
         Self { epilogue, bias, scales }
     }
 
-    /// The terms of a row. `place` gives its number, counted over all products, and whether it is valid: else
-    /// they are not loaded, and undefined.
-    pub fn row(&self, place: impl FnOnce() -> (Reg<'k, u32>, Reg<'k, bool>)) -> Row<'k> {
+    /// The vectors of rows or columns, if there are any.
+    pub fn vectors(&self, lines: Lines) -> Option<Vectors<'k>> {
         match self.scales {
-            Scales::None => Row::default(),
-            Scales::One(scale) => Row { scale: Some(scale), zero: None },
-            Scales::Lines { rows, zero, .. } => {
-                let (row, valid) = place();
-                Row {
-                    scale: Some(rows.load(row, valid)),
-                    zero: zero.map(|(zeros, _)| zeros.load(row, valid)),
-                }
-            }
+            Scales::Lines([rows, cols]) => Some(if lines == Lines::Rows { rows } else { cols }),
+            Scales::None | Scales::One(_) => None,
         }
     }
 
-    /// Those of `N` columns side by side, undefined and not loaded where they are not `valid`.
+    /// A row, but for what vectors have of it.
+    pub fn plain_row(&self) -> Line<'k> {
+        match self.scales {
+            Scales::One(scale) => Line { scale: Some(scale), ..Line::default() },
+            Scales::None | Scales::Lines(_) => Line::default(),
+        }
+    }
+
+    /// `N` columns side by side, but for what vectors have of them; undefined and not loaded where they are not
+    /// `valid`.
+    pub fn plain_columns<const N: usize>(
+        &self,
+        col: Reg<'k, u32>,
+        valid: impl FnOnce() -> Reg<'k, bool>,
+    ) -> [Line<'k>; N] {
+        let bias = self.bias.map(|address| {
+            let from = address.element(col, self.epilogue.bias_size());
+            self.epilogue.load_bias::<N>(col.kernel(), from, valid())
+        });
+        std::array::from_fn(|i| Line { bias: bias.map(|all| all[i]), ..Line::default() })
+    }
+
+    /// A row. `index` gives its number, counted over all products.
+    pub fn row(&self, index: impl FnOnce() -> Reg<'k, u32>, valid: Reg<'k, bool>) -> Line<'k> {
+        let mut row = [self.plain_row()];
+        if let Some(vectors) = self.vectors(Lines::Rows) {
+            vectors.add(&mut row, index(), valid);
+        }
+        row[0]
+    }
+
+    /// `N` columns side by side.
     pub fn columns<const N: usize>(
         &self,
         col: Reg<'k, u32>,
-        valid: impl Fn() -> Reg<'k, bool>,
-    ) -> [Column<'k>; N] {
-        let k = col.kernel();
-        let bias = self.bias.map(|address| {
-            let from = address.element(col, self.epilogue.bias_size());
-            self.epilogue.load_bias::<N>(k, from, valid())
-        });
-        // No `.nc`: those of a whole tile would be loaded ahead of all barriers, into more registers than there
-        // are.
-        let words = |address: Reg<'k, u64>| {
-            let from = address.element(col, 4);
-            k.when(valid(), || k.ld_global::<u32, N>(from))
-        };
-        let (scales, sums) = match self.scales {
-            Scales::Lines { cols, zero, .. } => {
-                (Some(words(cols)), zero.map(|(_, sums)| words(sums)))
-            }
-            Scales::None | Scales::One(_) => (None, None),
-        };
-        std::array::from_fn(|i| Column {
-            scale: scales.map(|all| all[i].cast()),
-            sum: sums.map(|all| all[i].cast()),
-            bias: bias.map(|all| all[i]),
-        })
+        valid: Reg<'k, bool>,
+    ) -> [Line<'k>; N] {
+        let mut columns = self.plain_columns(col, || valid);
+        if let Some(vectors) = self.vectors(Lines::Columns) {
+            vectors.add(&mut columns, col, valid);
+        }
+        columns
     }
 
     /// `act(scale · (sum - zero · column's sum) + bias)`; an exact sum as the float of the same bits.
-    pub fn finish<S: Sum>(&self, sum: Reg<'k, S>, row: Row<'k>, col: Column<'k>) -> Reg<'k, f32> {
+    pub fn finish<S: Sum>(&self, sum: Reg<'k, S>, row: Line<'k>, col: Line<'k>) -> Reg<'k, f32> {
         if self.epilogue.scale == Scale::Exact {
             return sum.cast();
         }
-        let sum = match (row.zero, col.sum) {
+        let sum = match (row.zero, col.zero) {
             (Some(zero), Some(of)) => S::less(sum, zero * of),
             _ => sum,
         };

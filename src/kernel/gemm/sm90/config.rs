@@ -1,6 +1,7 @@
 //! The choices, what follows from them, and the numbers of a launch.
 
 use crate::kernel::Arena;
+use crate::kernel::gemm::terms::WORD;
 use crate::kernel::gemm::{Epilogue, Major, Problem, lies_along_k, multiplied};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::pingpong::Pingpong;
@@ -100,6 +101,8 @@ pub(super) struct SharedMap {
     pub rhs: u32,
     /// The slabs of the result, or a staged tile.
     pub result: u32,
+    /// The scales of each warpgroup's tile, if slabs are multiplied with any.
+    pub scales: Option<u32>,
     pub ring: Ring,
     pub pingpong: Option<Pingpong>,
     /// Where threads meet that write a part of the result together: those of each warpgroup, or for a
@@ -188,6 +191,23 @@ impl Config {
         if self.pingpong { self.rows / SLAB } else { 1 }
     }
 
+    /// Rows and columns of what one warpgroup multiplies of a tile.
+    pub(super) fn warpgroup_tile(&self) -> [u32; 2] {
+        [self.m64_tiles() * SLAB, self.cols]
+    }
+
+    /// Bytes of the scales of a warpgroup's tile in shared memory, where TMA stores it: else the threads that
+    /// store it load them.
+    pub(super) fn scale_bytes(&self) -> u32 {
+        match self.store {
+            Store::Tma => {
+                let [rows, cols] = self.warpgroup_tile();
+                (rows + cols) * self.epilogue.scale.words() * WORD
+            }
+            Store::Staged { .. } => 0,
+        }
+    }
+
     /// Columns of a slab of the tile, which has 64 rows: a line of `C`, or a quarter of those that fit
     /// a tile of `Cᵀ`, whose columns are lines.
     pub fn slab_cols(&self) -> u32 {
@@ -242,8 +262,9 @@ impl Config {
         let result = if self.reuses_stages() { 0 } else { self.result_bytes() };
         // The barriers of up to 32 stages.
         let barriers = 512;
+        let scales = self.consumers() * self.scale_bytes();
         let share = shared_of_each(limit, self.blocks_per_sm);
-        (share.saturating_sub(result + barriers) / self.stage_bytes()).min(32)
+        (share.saturating_sub(result + scales + barriers) / self.stage_bytes()).min(32)
     }
 
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
@@ -313,6 +334,10 @@ impl Config {
                 lhs
             }
         };
+        let scales = match self.consumers() * self.scale_bytes() {
+            0 => None,
+            bytes => Some(arena.region(bytes, WORD)),
+        };
         let ring = Ring::new(&mut arena, self.stages);
         let pingpong = self.pingpong.then(|| Pingpong::new(&mut arena));
         let mut barriers = NamedBarriers::new();
@@ -321,7 +346,17 @@ impl Config {
             Store::Staged { .. } => barriers.each(1, WARPGROUP * self.consumers()),
         };
         let named_barriers = barriers.used();
-        SharedMap { lhs, rhs, result, ring, pingpong, meeting, named_barriers, bytes: arena.used }
+        SharedMap {
+            lhs,
+            rhs,
+            result,
+            scales,
+            ring,
+            pingpong,
+            meeting,
+            named_barriers,
+            bytes: arena.used,
+        }
     }
 }
 

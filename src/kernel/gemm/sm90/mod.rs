@@ -154,9 +154,13 @@ impl<'k> Gemm<'k, '_> {
         let tile = |_| (0..c.cols / 2).map(|_| k.reg::<S>()).collect();
         let accumulators: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
         self.tiles(turn.map(|_| group), |tile| {
+            let scales = self.copy_scales(tile, thread, group);
             self.multiply(&accumulators, place, group, turn, leader);
             match self.out {
-                Out::Map(map) => self.store_slabs(&accumulators, map, tile, thread, group, leader),
+                Out::Map(map) => {
+                    let at = (thread, group);
+                    self.store_slabs(&accumulators, map, tile, at, leader, scales);
+                }
                 Out::Memory { unit, address } => {
                     self.stage(&accumulators[0], thread);
                     self.store_staged::<S>(unit, address, tile, thread);
