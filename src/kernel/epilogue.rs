@@ -2,7 +2,7 @@
 
 use super::Element;
 use crate::Activation;
-use crate::ptx::{Factor, Kernel, Reg};
+use crate::ptx::{Factor, Reg};
 
 /// `round(act(scale · sum + bias))`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,17 +31,6 @@ pub enum Scale {
     Lines,
     /// Likewise, and left codes stand for their distance from a zero point, of each row or of all.
     ZeroPoint,
-}
-
-impl Scale {
-    /// Numbers that each line has.
-    pub(super) const fn words(self) -> u32 {
-        match self {
-            Self::None | Self::Exact | Self::One => 0,
-            Self::Lines => 1,
-            Self::ZeroPoint => 2,
-        }
-    }
 }
 
 impl Epilogue {
@@ -96,26 +85,6 @@ impl Epilogue {
             Some(Activation::Silu) => " silu",
         };
         format!("{scale}→{}{bias}{activation}", self.out.name())
-    }
-
-    /// Bytes of a bias element, 0 without one.
-    pub(super) fn bias_size(&self) -> u32 {
-        self.bias.map_or(0, Element::size)
-    }
-
-    /// `N` bias values side by side. Undefined where the address is not valid, and not loaded.
-    pub(super) fn load_bias<'k, const N: usize>(
-        &self,
-        k: &'k Kernel,
-        from: Reg<'k, u64>,
-        valid: Reg<'k, bool>,
-    ) -> [Reg<'k, f32>; N] {
-        match self.bias.expect("there is a bias") {
-            Element::F32 => k.when(valid, || k.ld_global_nc::<f32, N>(from)),
-            Element::Half(half) => {
-                k.when(valid, || k.ld_global_nc::<u16, N>(from)).map(|x| k.widen(half, x))
-            }
-        }
     }
 }
 

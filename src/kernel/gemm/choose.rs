@@ -130,8 +130,13 @@ impl Shape {
         if pingpong && rhs == Major::Outer && !cols.is_multiple_of(64) {
             return None;
         }
-        // ptxas loads a bias for each column of a tile at once, and spills.
-        if pingpong && problem.epilogue.bias.is_some() && (orient == Orient::Plain || cols > 176) {
+        // ptxas loads a bias for each column of a tile at once, and spills; of what comes through shared memory,
+        // all of 64 columns.
+        let crowded = match problem.epilogue.vector_bytes() {
+            None => problem.epilogue.bias.is_some() && (orient == Orient::Plain || cols > 176),
+            Some(_) => problem.epilogue.out.size() == 2 && orient == Orient::Plain && cols > 176,
+        };
+        if pingpong && crowded {
             return None;
         }
         // Parts that read nothing in common are for the few small tiles of a deep product: wider

@@ -26,9 +26,9 @@ names! {
         /// The columns' f32 scales.
         ColScales "col_scales",
         /// With zero points: the address of the rows', i32.
-        Zeros "zeros",
+        RowZeros "row_zeros",
         /// 1, or 0 if there is one for all rows.
-        ZeroStep "zero_step",
+        RowZeroStep "row_zero_step",
         /// The columns' i32 sums of the right operand.
         ColSums "col_sums",
         /// Rows of `C`.
@@ -118,10 +118,10 @@ impl Scales {
             (Self::Lines { rows, .. }, Name::RowScales) => Argument::Pointer(rows.address),
             (Self::Lines { rows, .. }, Name::RowScaleStep) => Argument::U32(rows.each.into()),
             (Self::Lines { cols, .. }, Name::ColScales) => Argument::Pointer(cols),
-            (Self::Lines { zero: Some((zeros, _)), .. }, Name::Zeros) => {
+            (Self::Lines { zero: Some((zeros, _)), .. }, Name::RowZeros) => {
                 Argument::Pointer(zeros.address)
             }
-            (Self::Lines { zero: Some((zeros, _)), .. }, Name::ZeroStep) => {
+            (Self::Lines { zero: Some((zeros, _)), .. }, Name::RowZeroStep) => {
                 Argument::U32(zeros.each.into())
             }
             (Self::Lines { zero: Some((_, sums)), .. }, Name::ColSums) => Argument::Pointer(sums),

@@ -1,6 +1,6 @@
 //! Stores by threads: bounds, scale, bias, activation, rounding.
 
-use super::terms::{Sum, Terms};
+use super::terms::{Lines, Sum, Terms};
 use crate::kernel::Element;
 use crate::ptx::Reg;
 
@@ -32,13 +32,16 @@ impl<'k> TileOfResult<'k> {
         if let Some(inside) = inside {
             valid = valid & inside;
         }
-        let cols = match sums.len() {
-            4 => self.terms.columns::<4>(col, valid).to_vec(),
-            _ => self.terms.columns::<1>(col, valid).to_vec(),
+        let of_cols = match sums.len() {
+            4 => self.terms.lines::<4>(Lines::Columns, col, || valid).to_vec(),
+            _ => self.terms.lines::<1>(Lines::Columns, col, || valid).to_vec(),
         };
-        let of_row = self.terms.row(|| self.batch * self.rows + row, valid);
+        let [of_row] = match self.terms.has_rows() {
+            true => self.terms.lines(Lines::Rows, self.batch * self.rows + row, || valid),
+            false => [self.terms.line(Lines::Rows)],
+        };
         let done: Vec<_> =
-            sums.iter().zip(cols).map(|(&x, col)| self.terms.finish(x, of_row, col)).collect();
+            sums.iter().zip(of_cols).map(|(&x, col)| self.terms.finish(x, of_row, col)).collect();
         // (batch · rows + row) · cols + col, in 64 bits.
         let line = self.batch.mul_wide(self.rows) + row.wide();
         let index = line * self.cols.wide() + col.wide();

@@ -1,8 +1,9 @@
 //! What is done to sums before they are stored, and what is read for it: scales, zero points, a bias.
 
 use super::{Epilogue, Name};
+use crate::kernel::Element;
 use crate::kernel::epilogue::Scale;
-use crate::ptx::{Address, Kernel, Number, Reg};
+use crate::ptx::{Address, Kernel, Number, Reg, Scalar};
 
 /// What products are added up in.
 pub trait Sum: Number {
@@ -53,16 +54,10 @@ pub(super) fn add<'k, S: Sum>(
 #[derive(Clone, Copy)]
 pub(super) struct Terms<'k> {
     pub epilogue: Epilogue,
-    bias: Option<Reg<'k, u64>>,
-    scales: Scales<'k>,
-}
-
-/// The parameters of a [`Scale`].
-#[derive(Clone, Copy)]
-enum Scales<'k> {
-    None,
-    One(Reg<'k, f32>),
-    Lines([Vectors<'k>; 2]),
+    /// A scale for all sums.
+    one: Option<Reg<'k, f32>>,
+    rows: Vectors<'k>,
+    cols: Vectors<'k>,
 }
 
 /// Lines of a result: its rows, of all products, or its columns.
@@ -72,19 +67,24 @@ pub(super) enum Lines {
     Columns,
 }
 
-/// The numbers of lines, of 32 bits: their scales, and the rows' zero points or the sums of the right operand's
-/// columns.
+/// What lines have each, as vectors in memory.
 #[derive(Clone, Copy)]
-pub(super) struct Vectors<'k> {
-    scales: Vector<'k>,
-    zeros: Option<Vector<'k>>,
-}
+pub(super) struct Vectors<'k>([Option<Vector<'k>>; 3]);
 
 #[derive(Clone, Copy)]
 struct Vector<'k> {
+    what: What,
     address: Reg<'k, u64>,
-    /// 1, or 0 if there is one for all lines.
+    /// 1, or 0 if there is one element for all lines.
     step: Option<Reg<'k, u32>>,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Scale,
+    /// Zero points of rows, sums of the right operand's columns.
+    Zero,
+    Bias(Element),
 }
 
 /// What a line adds to the terms of its sums.
@@ -95,38 +95,75 @@ pub(super) struct Line<'k> {
     bias: Option<Reg<'k, f32>>,
 }
 
-impl<'k> Vector<'k> {
-    /// Where the number of a line is.
-    fn at(&self, line: Reg<'k, u32>) -> Reg<'k, u64> {
-        let line = self.step.map_or(line, |step| line * step);
-        self.address.element(line, WORD)
+/// Where elements side by side are loaded from.
+#[derive(Clone, Copy)]
+enum From<'k> {
+    /// If it is valid.
+    Global(Reg<'k, u64>, Reg<'k, bool>),
+    Shared(Address<'k, u32>),
+}
+
+impl<'k> From<'k> {
+    fn load<T: Scalar, const N: usize>(self, k: &'k Kernel) -> [Reg<'k, T>; N] {
+        match self {
+            Self::Global(from, valid) => k.when(valid, || k.ld_global_nc::<T, N>(from)),
+            Self::Shared(from) => k.ld_shared::<T, N>(from),
+        }
+    }
+}
+
+impl What {
+    fn size(self) -> u32 {
+        match self {
+            Self::Scale | Self::Zero => WORD,
+            Self::Bias(element) => element.size(),
+        }
+    }
+
+    /// Adds those of `N` lines to what is known of them.
+    fn add<'k, const N: usize>(self, k: &'k Kernel, lines: &mut [Line<'k>; N], from: From<'k>) {
+        match self {
+            Self::Scale => {
+                let scales = from.load::<f32, N>(k);
+                lines.iter_mut().zip(scales).for_each(|(line, x)| line.scale = Some(x));
+            }
+            Self::Zero => {
+                let zeros = from.load::<i32, N>(k);
+                lines.iter_mut().zip(zeros).for_each(|(line, x)| line.zero = Some(x));
+            }
+            Self::Bias(element) => {
+                let bias = match element {
+                    Element::F32 => from.load::<f32, N>(k),
+                    Element::Half(half) => from.load::<u16, N>(k).map(|x| k.widen(half, x)),
+                };
+                lines.iter_mut().zip(bias).for_each(|(line, x)| line.bias = Some(x));
+            }
+        }
     }
 }
 
 impl<'k> Vectors<'k> {
-    /// The vectors.
     fn all(&self) -> impl Iterator<Item = Vector<'k>> {
-        [self.scales].into_iter().chain(self.zeros)
+        self.0.into_iter().flatten()
     }
 
-    /// Adds those of lines side by side, where they are `valid`.
+    /// Adds those of `N` lines side by side. Undefined and not loaded where they are not `valid`.
     fn add<const N: usize>(
         &self,
         lines: &mut [Line<'k>; N],
         first: Reg<'k, u32>,
-        valid: Reg<'k, bool>,
+        valid: impl Fn() -> Reg<'k, bool>,
     ) {
-        let k = first.kernel();
-        let load = |vector: Vector<'k>| {
-            let from = vector.at(first);
-            k.when(valid, || k.ld_global_nc::<u32, N>(from))
-        };
-        set(lines, load(self.scales), self.zeros.map(load));
+        for Vector { what, address, step } in self.all() {
+            let line = step.map_or(first, |step| first * step);
+            let from = From::Global(address.element(line, what.size()), valid());
+            what.add(first.kernel(), lines, from);
+        }
     }
 
-    /// Begins to copy the numbers of `count` lines to shared memory, of which a thread among `threads` takes
-    /// some: the scales from `to` on, the others after them. `line` gives a line's index in the vectors, and
-    /// whether there is one.
+    /// Begins to copy those of `count` lines to shared memory, one vector after the other from `to` on; a thread
+    /// of `threads` takes some. `line` gives a line's place in the vectors, and whether it has one. Where
+    /// elements have 16 bits there is an even number of lines.
     pub fn copy(
         &self,
         count: u32,
@@ -134,119 +171,112 @@ impl<'k> Vectors<'k> {
         to: Reg<'k, u32>,
         line: impl Fn(Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, bool>),
     ) {
-        let k = thread.kernel();
-        for start in (0..count).step_by(threads as usize) {
-            let at = thread + start;
-            let (index, valid) = line(at);
-            let valid = if start + threads > count { valid & at.lt(count) } else { valid };
-            for (i, vector) in (0..).zip(self.all()) {
-                let (from, to) = (vector.at(index), to + at * WORD);
-                let to = to.at((i * count * WORD).into());
-                k.when(valid, || k.cp_async_4(to, from, WORD));
+        let (k, mut before) = (thread.kernel(), 0);
+        for Vector { what, address, step } in self.all() {
+            let lines_of_word = WORD / what.size();
+            let words = count / lines_of_word;
+            for start in (0..words).step_by(threads as usize) {
+                let word = thread + start;
+                let (place, valid) = line(word * lines_of_word);
+                let place = step.map_or(place, |step| place * step);
+                let inside = start + threads <= words;
+                let valid = if inside { valid } else { valid & word.lt(words) };
+                let (from, to) = (address.element(place, what.size()), to + word * WORD);
+                k.when(valid, || k.cp_async_4(to.at(before.into()), from, WORD));
             }
+            before += words * WORD;
         }
     }
 
-    /// Adds what [`copy`](Self::copy) brought of `N` lines, the first of which is at `from`, of `count`.
+    /// Adds what [`copy`](Self::copy) brought of `N` lines: line number `first` of `count`, of those from `from`
+    /// on, and those after it.
     pub fn add_copied<const N: usize>(
         &self,
         lines: &mut [Line<'k>; N],
-        from: Address<'k, u32>,
+        from: Reg<'k, u32>,
+        (first, further): (Reg<'k, u32>, u32),
         count: u32,
     ) {
-        let (k, after) = (self.scales.address.kernel(), from.at((count * WORD).into()));
-        set(lines, k.ld_shared(from), self.zeros.map(|_| k.ld_shared(after)));
+        let mut before = 0;
+        for Vector { what, .. } in self.all() {
+            let size = what.size();
+            let at = (from + first * size).at((before + further * size).into());
+            what.add(from.kernel(), lines, From::Shared(at));
+            before += count * size;
+        }
     }
 }
 
-/// Bytes of a number.
-pub(super) const WORD: u32 = 4;
+/// Bytes of a scale, of a zero point, of the least that is copied.
+const WORD: u32 = 4;
 
-fn set<'k, const N: usize>(
-    lines: &mut [Line<'k>; N],
-    scales: [Reg<'k, u32>; N],
-    zeros: Option<[Reg<'k, u32>; N]>,
-) {
-    for (i, line) in lines.iter_mut().enumerate() {
-        line.scale = Some(scales[i].cast());
-        line.zero = zeros.map(|zeros| zeros[i].cast());
+impl Epilogue {
+    /// Bytes of the vectors of a row and of a column, if they have any but a bias.
+    pub(super) fn vector_bytes(&self) -> Option<[u32; 2]> {
+        let words = match self.scale {
+            Scale::None | Scale::Exact | Scale::One => return None,
+            Scale::Lines => WORD,
+            Scale::ZeroPoint => 2 * WORD,
+        };
+        Some([words, words + self.bias.map_or(0, Element::size)])
     }
 }
 
 impl<'k> Terms<'k> {
     /// Declares their parameters.
     pub fn params(k: &'k Kernel, epilogue: Epilogue) -> Self {
-        let per_row = |at, step| Vector { address: k.pointer(at), step: Some(k.param(step)) };
-        let per_column = |at| Vector { address: k.pointer(at), step: None };
-        let bias = epilogue.bias.map(|_| k.pointer(Name::Bias));
-        let scales = match epilogue.scale {
-            Scale::None | Scale::Exact => Scales::None,
-            Scale::One => Scales::One(k.param(Name::Scale)),
-            Scale::Lines | Scale::ZeroPoint => {
-                let zero = epilogue.scale == Scale::ZeroPoint;
-                let rows = per_row(Name::RowScales, Name::RowScaleStep);
-                let cols = per_column(Name::ColScales);
-                let zeros = zero.then(|| per_row(Name::Zeros, Name::ZeroStep));
-                let sums = zero.then(|| per_column(Name::ColSums));
-                Scales::Lines([
-                    Vectors { scales: rows, zeros },
-                    Vectors { scales: cols, zeros: sums },
-                ])
-            }
+        let of_row = |what, address, step| {
+            Some(Vector { what, address: k.pointer(address), step: Some(k.param(step)) })
         };
-        Self { epilogue, bias, scales }
+        let of_column =
+            |what, address| Some(Vector { what, address: k.pointer(address), step: None });
+        let bias = epilogue.bias.and_then(|bias| of_column(What::Bias(bias), Name::Bias));
+        let (mut rows, mut cols, mut one) = ([None; 3], [bias, None, None], None);
+        match epilogue.scale {
+            Scale::None | Scale::Exact => {}
+            Scale::One => one = Some(k.param(Name::Scale)),
+            Scale::Lines | Scale::ZeroPoint => {
+                rows[0] = of_row(What::Scale, Name::RowScales, Name::RowScaleStep);
+                cols[1] = of_column(What::Scale, Name::ColScales);
+            }
+        }
+        if epilogue.scale == Scale::ZeroPoint {
+            rows[1] = of_row(What::Zero, Name::RowZeros, Name::RowZeroStep);
+            cols[2] = of_column(What::Zero, Name::ColSums);
+        }
+        Self { epilogue, one, rows: Vectors(rows), cols: Vectors(cols) }
     }
 
-    /// The vectors of rows or columns, if there are any.
-    pub fn vectors(&self, lines: Lines) -> Option<Vectors<'k>> {
-        match self.scales {
-            Scales::Lines([rows, cols]) => Some(if lines == Lines::Rows { rows } else { cols }),
-            Scales::None | Scales::One(_) => None,
+    /// The vectors of rows or columns.
+    pub fn vectors(&self, lines: Lines) -> Vectors<'k> {
+        match lines {
+            Lines::Rows => self.rows,
+            Lines::Columns => self.cols,
         }
     }
 
-    /// A row, but for what vectors have of it.
-    pub fn plain_row(&self) -> Line<'k> {
-        match self.scales {
-            Scales::One(scale) => Line { scale: Some(scale), ..Line::default() },
-            Scales::None | Scales::Lines(_) => Line::default(),
-        }
+    /// Whether rows have any.
+    pub fn has_rows(&self) -> bool {
+        self.rows.all().next().is_some()
     }
 
-    /// `N` columns side by side, but for what vectors have of them; undefined and not loaded where they are not
+    /// A line, but for what vectors have of it. A scale for all is the rows'.
+    pub fn line(&self, lines: Lines) -> Line<'k> {
+        let scale = if lines == Lines::Rows { self.one } else { None };
+        Line { scale, ..Line::default() }
+    }
+
+    /// `N` lines side by side, columns or rows of all products. Undefined and not loaded where they are not
     /// `valid`.
-    pub fn plain_columns<const N: usize>(
+    pub fn lines<const N: usize>(
         &self,
-        col: Reg<'k, u32>,
-        valid: impl FnOnce() -> Reg<'k, bool>,
+        lines: Lines,
+        first: Reg<'k, u32>,
+        valid: impl Fn() -> Reg<'k, bool>,
     ) -> [Line<'k>; N] {
-        let bias = self.bias.map(|address| {
-            let from = address.element(col, self.epilogue.bias_size());
-            self.epilogue.load_bias::<N>(col.kernel(), from, valid())
-        });
-        std::array::from_fn(|i| Line { bias: bias.map(|all| all[i]), ..Line::default() })
-    }
-
-    /// A row. `index` gives its number, counted over all products.
-    pub fn row(&self, index: impl FnOnce() -> Reg<'k, u32>, valid: Reg<'k, bool>) -> Line<'k> {
-        let mut row = [self.plain_row()];
-        if let Some(vectors) = self.vectors(Lines::Rows) {
-            vectors.add(&mut row, index(), valid);
-        }
-        row[0]
-    }
-
-    /// `N` columns side by side.
-    pub fn columns<const N: usize>(
-        &self,
-        col: Reg<'k, u32>,
-        valid: Reg<'k, bool>,
-    ) -> [Line<'k>; N] {
-        let mut columns = self.plain_columns(col, || valid);
-        if let Some(vectors) = self.vectors(Lines::Columns) {
-            vectors.add(&mut columns, col, valid);
-        }
-        columns
+        let mut all = [self.line(lines); N];
+        self.vectors(lines).add(&mut all, first, valid);
+        all
     }
 
     /// `act(scale · (sum - zero · column's sum) + bias)`; an exact sum as the float of the same bits.

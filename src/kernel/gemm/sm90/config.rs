@@ -1,7 +1,6 @@
 //! The choices, what follows from them, and the numbers of a launch.
 
 use crate::kernel::Arena;
-use crate::kernel::gemm::terms::WORD;
 use crate::kernel::gemm::{Epilogue, Major, Problem, lies_along_k, multiplied};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::pingpong::Pingpong;
@@ -196,13 +195,15 @@ impl Config {
         [self.m64_tiles() * SLAB, self.cols]
     }
 
-    /// Bytes of the scales of a warpgroup's tile in shared memory, where TMA stores it: else the threads that
-    /// store it load them.
+    /// Bytes of what lines of a warpgroup's tile have, in shared memory, where TMA stores it: else the threads
+    /// that store it load them.
     pub(super) fn scale_bytes(&self) -> u32 {
         match self.store {
             Store::Tma => {
                 let [rows, cols] = self.warpgroup_tile();
-                (rows + cols) * self.epilogue.scale.words() * WORD
+                let bytes = self.epilogue.vector_bytes().unwrap_or_default();
+                let [of_row, of_col] = self.orient.order(bytes);
+                rows * of_row + cols * of_col
             }
             Store::Staged { .. } => 0,
         }
@@ -336,7 +337,7 @@ impl Config {
         };
         let scales = match self.consumers() * self.scale_bytes() {
             0 => None,
-            bytes => Some(arena.region(bytes, WORD)),
+            bytes => Some(arena.region(bytes, 16)),
         };
         let ring = Ring::new(&mut arena, self.stages);
         let pingpong = self.pingpong.then(|| Pingpong::new(&mut arena));

@@ -2,11 +2,11 @@
 
 use super::Gemm;
 use super::config::Orient;
-use crate::kernel::gemm::terms::{Line, Lines, Sum, Vectors, WORD};
+use crate::kernel::gemm::terms::{Line, Lines, Sum, Vectors};
 use crate::kernel::hopper::store::{Direction, SlabStore};
 use crate::kernel::hopper::{LINE, Lane, SLAB, WARPGROUP, Warpgroup};
 use crate::kernel::raster::Tile;
-use crate::ptx::{Address, Reg};
+use crate::ptx::Reg;
 
 /// The scales of a warpgroup's part of a tile, on their way through shared memory: those of the tile's rows, and
 /// of its columns.
@@ -47,9 +47,10 @@ impl<'k> Gemm<'k, '_> {
         let (k, c) = (self.k, self.c);
         let start = self.smem.scales?;
         let (first, counts) = (self.first(tile, group), c.warpgroup_tile());
+        let bytes = c.orient.order(c.epilogue.vector_bytes()?);
         let mut to = self.base + start + group * c.scale_bytes();
         let mut side = |side: usize, lines: Lines| {
-            let (vectors, at, count) = (self.terms.vectors(lines)?, to, counts[side]);
+            let (vectors, at, count) = (self.terms.vectors(lines), to, counts[side]);
             vectors.copy(count, (thread % WARPGROUP, WARPGROUP), at, |line| {
                 let line = first[side] + line;
                 let [rows, cols] = self.size;
@@ -58,11 +59,11 @@ impl<'k> Gemm<'k, '_> {
                     Lines::Columns => (line, line.lt(cols)),
                 }
             });
-            to = to + count * c.epilogue.scale.words() * WORD;
-            Some(TileLines { vectors, at, count })
+            to = to + count * bytes[side];
+            TileLines { vectors, at, count }
         };
         let [of_rows, of_columns] = c.orient.order([Lines::Rows, Lines::Columns]);
-        let sides = [side(0, of_rows)?, side(1, of_columns)?];
+        let sides = [side(0, of_rows), side(1, of_columns)];
         k.cp_async_commit();
         Some(TileScales { sides })
     }
@@ -113,7 +114,7 @@ impl<'k> Gemm<'k, '_> {
         store.run(
             &slabs,
             |&(accumulators, row, col)| {
-                let slab = Slab { row, col, lane, scales };
+                let slab = Slab { first: [row, col], lane, scales };
                 self.finish(accumulators, first_row + row, first_col + col, slab)
             },
             |&(_, row, col)| {
@@ -134,21 +135,15 @@ impl<'k> Gemm<'k, '_> {
         first_col: Reg<'k, u32>,
         slab: Slab<'k>,
     ) -> Vec<Reg<'k, f32>> {
-        let (terms, cols) = (&self.terms, self.size[1]);
-        let [rows_scales, cols_scales] = slab.scales();
+        let terms = &self.terms;
         let Lane { lane, warp } = slab.lane;
         let mut out = Vec::with_capacity(accumulators.len());
         match self.c.orient {
             Orient::Plain => {
-                let of_rows = [0, 8].map(|below| {
-                    let mut row = [terms.plain_row()];
-                    rows_scales.add(&mut row, below);
-                    row[0]
-                });
+                let of_rows = [0, 8].map(|below| self.rows::<1>(slab, 0, below)[0]);
                 for (block, quad) in (0..).zip(accumulators.chunks(4)) {
                     let n = first_col + (lane % 4 * 2 + 8 * block);
-                    let mut of_cols = terms.plain_columns::<2>(n, || n.lt(cols));
-                    cols_scales.add(&mut of_cols, 8 * block);
+                    let of_cols = self.columns::<2>(n, slab, 1, 8 * block);
                     let finish = |(i, &sum)| terms.finish(sum, of_rows[i / 2], of_cols[i % 2]);
                     out.extend(quad.iter().enumerate().map(finish));
                 }
@@ -156,13 +151,10 @@ impl<'k> Gemm<'k, '_> {
             Orient::Swapped => {
                 let of_cols = [0, 8].map(|below| {
                     let n = first_row + (warp * 16 + lane / 4 + below);
-                    let mut col = terms.plain_columns::<1>(n, || n.lt(cols));
-                    rows_scales.add(&mut col, below);
-                    col[0]
+                    self.columns::<1>(n, slab, 0, below)[0]
                 });
                 for (block, quad) in (0..).zip(accumulators.chunks(4)) {
-                    let mut of_rows = [terms.plain_row(); 2];
-                    cols_scales.add(&mut of_rows, 8 * block);
+                    let of_rows = self.rows::<2>(slab, 1, 8 * block);
                     let finish = |(i, &sum)| terms.finish(sum, of_rows[i % 2], of_cols[i / 2]);
                     out.extend(quad.iter().enumerate().map(finish));
                 }
@@ -170,40 +162,51 @@ impl<'k> Gemm<'k, '_> {
         }
         out
     }
+
+    /// `N` of the result's columns, the first of them `n`: those of the slab's side that are `further` lines
+    /// after the thread's first.
+    fn columns<const N: usize>(
+        &self,
+        n: Reg<'k, u32>,
+        slab: Slab<'k>,
+        side: usize,
+        further: u32,
+    ) -> [Line<'k>; N] {
+        let cols = self.size[1];
+        let copied = slab.lines(side, further, self.terms.line(Lines::Columns));
+        copied.unwrap_or_else(|| self.terms.lines(Lines::Columns, n, || n.lt(cols)))
+    }
+
+    /// `N` of its rows, likewise. They have nothing of their own that is not copied.
+    fn rows<const N: usize>(&self, slab: Slab<'k>, side: usize, further: u32) -> [Line<'k>; N] {
+        let row = self.terms.line(Lines::Rows);
+        slab.lines(side, further, row).unwrap_or([row; N])
+    }
 }
 
 /// A slab of a warpgroup's tile, as one of its threads sees it.
 #[derive(Clone, Copy)]
 struct Slab<'k> {
     /// Its first row and column in the tile.
-    row: u32,
-    col: u32,
+    first: [u32; 2],
     lane: Lane<'k>,
     scales: Option<TileScales<'k>>,
 }
 
 impl<'k> Slab<'k> {
-    /// Of the thread's rows and columns of the tile, from its first on.
-    fn scales(&self) -> [SlabScales<'k>; 2] {
+    /// `N` lines of a side of the tile, rows (0) or columns (1), that are `further` lines after the thread's
+    /// first in the slab: `line`, and what was copied of them, if the tile has that.
+    fn lines<const N: usize>(
+        &self,
+        side: usize,
+        further: u32,
+        line: Line<'k>,
+    ) -> Option<[Line<'k>; N]> {
+        let TileLines { vectors, at, count } = self.scales?.sides[side];
         let Lane { lane, warp } = self.lane;
-        let of = |side: usize, slab: u32, first: &dyn Fn() -> Reg<'k, u32>| {
-            SlabScales(self.scales.map(|TileScales { sides }| {
-                let TileLines { vectors, at, count } = sides[side];
-                (vectors, (at + first() * WORD).at((slab * WORD).into()), count)
-            }))
-        };
-        [of(0, self.row, &|| warp * 16 + lane / 4), of(1, self.col, &|| lane % 4 * 2)]
-    }
-}
-
-/// The scales of the tile's rows or columns from a thread's first on: where they are, and how many there are.
-struct SlabScales<'k>(Option<(Vectors<'k>, Address<'k, u32>, u32)>);
-
-impl<'k> SlabScales<'k> {
-    /// Adds those of the lines that follow `further` lines after the first.
-    fn add<const N: usize>(&self, lines: &mut [Line<'k>; N], further: u32) {
-        if let Some((vectors, from, count)) = self.0 {
-            vectors.add_copied(lines, from.at((further * WORD).into()), count);
-        }
+        let first = if side == 0 { warp * 16 + lane / 4 } else { lane % 4 * 2 };
+        let mut lines = [line; N];
+        vectors.add_copied(&mut lines, at, (first, self.first[side] + further), count);
+        Some(lines)
     }
 }
