@@ -70,7 +70,7 @@ pub(crate) fn matmul_int8(
     on_gpu!({
         match empty::product(x, w.1.cols, DType::F32)? {
             Some(zeros) => Ok(zeros),
-            None => kaio_ops::matmul_int8(op, x, w, scale),
+            None => native::matmul_int8(op, x, w, scale),
         }
     })
 }

@@ -16,6 +16,7 @@ mod name;
 pub mod params;
 mod plan;
 mod raster;
+pub mod transpose;
 
 pub use element::{Copied, Element};
 pub use plan::{Plan, Step};
@@ -88,6 +89,8 @@ kernels! {
     FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
+    /// The transposition of a matrix of bytes, on any GPU.
+    Transpose(transpose::Config) by transpose::emit;
 }
 
 /// Hands out shared memory: each region has one owner and an offset that nobody types in.

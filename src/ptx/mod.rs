@@ -31,6 +31,7 @@ mod copy;
 mod mbarrier;
 mod memory;
 mod mma;
+mod pairs;
 mod param;
 mod reg;
 mod sync;

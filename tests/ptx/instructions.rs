@@ -42,6 +42,7 @@ fn integers() -> Source {
     let signs =
         [signed + -1, signed / 4, signed % 4, signed >> 2, signed.max(0), signed.or_zero().cast()];
     keep(k, out, &signs.map(Reg::cast));
+    keep(k, out, &[k.prmt(a, b, 0x5140), k.prmt(a, 0, b)]);
     keep(k, out, &[a.min(b), a.max(7), a.bfe(4, 14), a.with_high(b).low(), a.with_high(7).low()]);
     k.note("comparisons");
     let tests = [a.eq(b), a.ne(b), a.lt(b), a.le(b), a.gt(b), a.ge(9)];
@@ -247,13 +248,14 @@ fn hopper() -> Source {
 /// Whoever adds a method adds a line above.
 #[test]
 fn every_method_is_used() {
-    const SOURCES: [&str; 9] = [
+    const SOURCES: [&str; 10] = [
         include_str!("../../src/ptx/control.rs"),
         include_str!("../../src/ptx/copy.rs"),
         include_str!("../../src/ptx/mbarrier.rs"),
         include_str!("../../src/ptx/memory.rs"),
         include_str!("../../src/ptx/mma.rs"),
         include_str!("../../src/ptx/mod.rs"),
+        include_str!("../../src/ptx/pairs.rs"),
         include_str!("../../src/ptx/reg.rs"),
         include_str!("../../src/ptx/sync.rs"),
         include_str!("../../src/ptx/tma.rs"),

@@ -7,7 +7,7 @@ mod quantized;
 
 pub(crate) use attention::flash_attn;
 pub(crate) use matmul::matmul;
-pub(crate) use quantized::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
+pub(crate) use quantized::{matmul_int4, qkv_int4, qkv_int8};
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Layout, Result};

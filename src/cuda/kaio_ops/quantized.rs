@@ -1,4 +1,4 @@
-//! int8 and int4 products and the three projections of an attention layer.
+//! int4 products and the three projections of an attention layer.
 
 use candle_core::cuda_backend::CudaDType;
 use candle_core::{CudaStorage, Result};
@@ -11,8 +11,6 @@ use super::session::{KaioResult, Pointer, Session};
 use super::{Fitted, Operand, crop, product_indexable, slabs};
 use crate::check::INT4_GROUP;
 
-/// The depth of one int8 `mma.sync`.
-const INT8_K_TILE: usize = 32;
 /// The depth of one f16 `mma.sync`.
 const F16_K_TILE: usize = 16;
 /// Columns of f16 scales that the int4 kernel reads with one access.
@@ -39,23 +37,6 @@ fn packed<'a>(op: &'static str, (storage, stack): Operand<'a>, n: usize) -> Resu
 /// The kernels read f16 scales `[K/128, N]` row-major, two at a time.
 fn scales<'a>(op: &'static str, steps: Operand<'a>, n: usize) -> Result<Fitted<'a>> {
     fit(op, steps, Want { cols: n, align: 4, ..Want::default() })
-}
-
-pub(crate) fn matmul_int8(
-    op: &'static str,
-    x: Operand,
-    w: Operand,
-    scale: f32,
-) -> Result<CudaStorage> {
-    let (m, n, k) = (x.1.count() * x.1.rows, w.1.cols, x.1.cols.next_multiple_of(INT8_K_TILE));
-    product_indexable(op, ("lhs", m), k, ("rhs", n))?;
-    let x = activations(op, x, m, k)?;
-    let w = fit(op, w, Want { rows: k, ..Want::default() })?;
-    let [out] = products(op, (m, n), k, &x, &[&w], |device, x, inputs, [c], rows| {
-        let w = inputs[0].view::<i8>(w.offset(0), k * n);
-        kaio_ops::matmul_int8(device, x, &w, c, scale, rows, n as u32, k as u32)
-    })?;
-    Ok(out)
 }
 
 pub(crate) fn matmul_int4(

@@ -1,4 +1,4 @@
-//! f16 and bf16 products.
+//! Products.
 
 use std::sync::Arc;
 
@@ -14,6 +14,7 @@ use super::plan::{Compiled, Plans};
 use crate::error::Error;
 use crate::kernel::gemm::{self, Plan, Problem};
 use crate::op::{Epilogue, MatmulProblem, View};
+use crate::ptx::Factor;
 
 static PLANS: Plans<Plan> = Plans::new();
 
@@ -26,8 +27,7 @@ pub(crate) fn matmul(
     b: &CudaStorage,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
-    let call = Call::new(op, problem, epilogue, a, b, bias)?;
-    call.run(&*PLANS.get(op, &call.gpu, &call.facts)?)
+    Call::new(op, problem, epilogue, a, b, bias)?.run_chosen()
 }
 
 fn countable(op: &'static str, facts: &Problem) -> Result<()> {
@@ -35,6 +35,13 @@ fn countable(op: &'static str, facts: &Problem) -> Result<()> {
     let (what, limit) = ("Engine::Native".into(), format!("cannot take {got} (at most {most})"));
     let fix = "split it and join the results with `Tensor::cat`".into();
     Err(Error::Unsupported { op, what, limit, fix }.into())
+}
+
+/// What the sums of 8-bit operands are multiplied with.
+pub(super) enum CallScales {
+    None,
+    /// A number.
+    One(f32),
 }
 
 /// One call: operands that fit, and the facts.
@@ -48,6 +55,7 @@ pub(super) struct Call<'a> {
     /// How A and B lie.
     pub lines: [Lines; 2],
     operands: [Fitted<'a>; 2],
+    scales: CallScales,
     bias: Option<Fitted<'a>>,
     out_dtype: DType,
     out_len: usize,
@@ -62,28 +70,45 @@ impl<'a> Call<'a> {
         b: &'a CudaStorage,
         bias: Option<View<'a, CudaStorage>>,
     ) -> Result<Self> {
-        let device = a.device().clone();
+        let gemm = gemm::Epilogue {
+            bias: bias.map(|(storage, _)| element(storage.dtype())),
+            activation: epilogue.activation,
+            ..gemm::Epilogue::round(element(epilogue.out_dtype))
+        };
+        let operands = [
+            (operand(op, a, &problem.lhs)?, factor(a.dtype())),
+            (operand(op, b, &problem.rhs.t())?, factor(b.dtype())),
+        ];
+        let out = (epilogue.out_dtype, problem.out.elem_count());
+        Self::of(op, operands, gemm, CallScales::None, bias, out)
+    }
+
+    /// Of operands that fit, with their types, and the result's dtype and length.
+    pub fn of(
+        op: &'static str,
+        [(a, lhs), (b, rhs)]: [((Fitted<'a>, Lines), Factor); 2],
+        epilogue: gemm::Epilogue,
+        scales: CallScales,
+        bias: Option<View<'a, CudaStorage>>,
+        (out_dtype, out_len): (DType, usize),
+    ) -> Result<Self> {
+        let elements = [lhs, rhs];
+        let ([a, b], [lhs, rhs]) = ([a.0, b.0], [a.1, b.1]);
+        let device = a.storage().device().clone();
         let gpu = Gpu::of(op, &device)?;
-        let inputs = [Some(a), Some(b), bias.map(|(storage, _)| storage)];
+        let inputs = [Some(a.storage()), Some(b.storage()), bias.map(|(storage, _)| storage)];
         let order = Order::new(op, device.cuda_stream(), inputs.into_iter().flatten());
-        let (fit_a, lhs) = operand(op, a, &problem.lhs)?;
-        let (fit_b, rhs) = operand(op, b, &problem.rhs.t())?;
         let bias = bias.map(|bias| row(op, bias)).transpose()?;
-        let batch = Batch::new(&fit_a.stack, &fit_b.stack);
+        let batch = Batch::new(&a.stack, &b.stack);
         let facts = Problem {
             m: lhs.outer as u64,
             n: rhs.outer as u64,
             k: lhs.depth as u64,
             batch: batch.count() as u64,
-            elements: [factor(a.dtype()), factor(b.dtype())],
+            elements,
             lhs: lhs.major,
             rhs: rhs.major,
-            epilogue: gemm::Epilogue {
-                out: element(epilogue.out_dtype),
-                scale: gemm::Scale::None,
-                bias: bias.as_ref().map(|bias| element(bias.storage().dtype())),
-                activation: epilogue.activation,
-            },
+            epilogue,
         };
         countable(op, &facts)?;
         Ok(Self {
@@ -94,11 +119,17 @@ impl<'a> Call<'a> {
             facts,
             batch,
             lines: [lhs, rhs],
-            operands: [fit_a, fit_b],
+            operands: [a, b],
+            scales,
             bias,
-            out_dtype: epilogue.out_dtype,
-            out_len: problem.out.elem_count(),
+            out_dtype,
+            out_len,
         })
+    }
+
+    /// By the kernels that are chosen for it.
+    pub fn run_chosen(&self) -> Result<CudaStorage> {
+        self.run(&*PLANS.get(self.op, &self.gpu, &self.facts)?)
     }
 
     pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
@@ -113,6 +144,10 @@ impl<'a> Call<'a> {
         let bias = bias.map(|row| (Memory::of(row.storage(), device), row.offset(0)));
         let result = Memory::of_mut(&mut out, device);
         let partial = partial.as_mut().map(|sums| Memory::of_mut(sums, device));
+        let scales = match self.scales {
+            CallScales::None => gemm::Scales::None,
+            CallScales::One(scale) => gemm::Scales::One(scale),
+        };
         let products = problem.m * problem.n * problem.batch;
         self.order.run(|| {
             for (i, skipped) in (0..).zip(self.batch.launches()) {
@@ -125,7 +160,7 @@ impl<'a> Call<'a> {
                     problem,
                     plan: &compiled.plan,
                     operands: [operand(0), operand(1)],
-                    scales: gemm::Scales::None,
+                    scales,
                     bias: bias.as_ref().map(|(memory, first)| memory.at(*first)),
                     out: result.at((i * products) as usize),
                     partial: partial.as_ref().map(Memory::address),

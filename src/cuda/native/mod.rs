@@ -2,6 +2,7 @@
 
 mod attention;
 mod attention_backward;
+mod bytes;
 mod glu;
 mod matmul;
 mod operand;
@@ -10,5 +11,6 @@ pub mod tune;
 
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
+pub(crate) use bytes::matmul_int8;
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;

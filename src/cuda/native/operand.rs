@@ -11,7 +11,7 @@ use crate::ptx::{Factor, Half};
 use crate::stack::Stack;
 
 /// Bytes that a kernel's strides are multiples of.
-const ALIGN: usize = 16;
+pub(super) const ALIGN: usize = 16;
 
 /// The matrices of an operand, `outer × depth`, as lines of contiguous elements.
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +142,7 @@ impl Batch {
 
 /// Elements of 16 bytes.
 pub(super) fn per_chunk(dtype: DType) -> usize {
-    element(dtype).per_chunk() as usize
+    ALIGN / dtype.size_in_bytes()
 }
 
 /// As what tensor cores multiply elements of a 16-bit dtype.

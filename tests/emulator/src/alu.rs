@@ -53,6 +53,17 @@ fn pair(high: u16, low: u16) -> u64 {
     u64::from(high) << 16 | u64::from(low)
 }
 
+/// Bytes of `b` and `a`, without the mode that copies signs.
+fn prmt(a: u64, b: u64, which: u64) -> u64 {
+    let both = u64::from(u(a)) | u64::from(u(b)) << 32;
+    let byte = |i: u32| {
+        let place = which >> (4 * i) & 0xf;
+        assert!(place < 8, "a sign that is copied: prmt by {which:#x}");
+        (both >> (8 * place) & 0xff) << (8 * i)
+    };
+    (0..4).fold(0, |all, i| all | byte(i))
+}
+
 /// The function of an instruction with one result that looks at nothing but its operands.
 pub fn function(name: &str) -> Option<Function> {
     Some(match name {
@@ -91,6 +102,7 @@ pub fn function(name: &str) -> Option<Function> {
         "shr.s32" => each!(|[a, b, ..]| ((s(a) >> u(b).min(31)) as u32).into()),
         "bfe.u32" => each!(|[a, b, c, _]| (a >> u(b)) & ((1 << u(c)) - 1)),
         "popc.b32" => each!(|[a, ..]| u(a).count_ones().into()),
+        "prmt.b32" => each!(|[a, b, which, _]| prmt(a, b, which)),
         "brev.b32" => each!(|[a, ..]| u(a).reverse_bits().into()),
         "add.u64" => each!(|[a, b, ..]| a.wrapping_add(b)),
         "sub.u64" => each!(|[a, b, ..]| a.wrapping_sub(b)),

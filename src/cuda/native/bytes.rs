@@ -1,0 +1,112 @@
+//! Products of 8-bit operands, which tensor cores take along K alone.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CudaStorage, DType, Result, Shape};
+
+use super::super::Operand;
+use super::super::driver::gpu::Gpu;
+use super::super::driver::memory::{Memory, uninit};
+use super::super::driver::order::Order;
+use super::super::fit::{Fitted, Want, fit};
+use super::matmul::{Call, CallScales};
+use super::operand::{ALIGN, Lines, per_chunk};
+use super::plan::Plans;
+use crate::error::Error;
+use crate::kernel::Element;
+use crate::kernel::gemm::{Epilogue, Major, Scale};
+use crate::kernel::transpose;
+use crate::ptx::Factor;
+use crate::stack::Stack;
+
+static TRANSPOSITIONS: Plans<transpose::Plan> = Plans::new();
+
+/// f32 `scale · x·w` of int8 bytes, exact before the scale. The operands are not empty.
+pub(crate) fn matmul_int8(
+    op: &'static str,
+    x: Operand,
+    w: Operand,
+    scale: f32,
+) -> Result<CudaStorage> {
+    let (m, n) = (x.1.count() * x.1.rows, w.1.cols);
+    let call = Call::of(
+        op,
+        [(activations(op, x)?, Factor::S8), (weight(op, w)?, Factor::S8)],
+        Epilogue { scale: Scale::One, ..Epilogue::round(Element::F32) },
+        CallScales::One(scale),
+        None,
+        (DType::F32, m * n),
+    )?;
+    call.run_chosen()
+}
+
+/// Activations as one matrix whose rows begin at multiples of 16 bytes: as they are, or a copy.
+fn activations<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<(Fitted<'a>, Lines)> {
+    let unit = per_chunk(storage.dtype());
+    let lines = |stack: &Stack| Lines::of(stack, unit).filter(|lines| lines.major == Major::K);
+    if let Some(folded) = stack.fold_rows()
+        && let Some(lines) = lines(&folded)
+    {
+        return Ok((Fitted::view(storage, folded), lines));
+    }
+    let cols = stack.cols.next_multiple_of(unit);
+    let want = Want { cols, align: ALIGN, folded: true, ..Want::default() };
+    let mut copy = fit(op, (storage, stack), want)?;
+    let rows = copy.stack.rows;
+    copy.stack = copy.stack.narrow(rows, stack.cols);
+    let lines = lines(&copy.stack).expect("a padded copy has lines");
+    Ok((copy, lines))
+}
+
+/// A weight `[K, N]` as lines along K.
+fn weight<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<(Fitted<'a>, Lines)> {
+    let unit = per_chunk(storage.dtype());
+    let (rows, cols) = (stack.rows, stack.cols);
+    let across = match Lines::of(&stack.t(), unit) {
+        Some(lines) if lines.major == Major::K => {
+            return Ok((Fitted::view(storage, stack.t()), lines));
+        }
+        Some(_) if cols.is_multiple_of(unit) => Fitted::view(storage, stack.clone()),
+        _ => {
+            let cols = cols.next_multiple_of(unit);
+            fit(op, (storage, stack), Want { cols, align: ALIGN, ..Want::default() })?
+        }
+    };
+    let place = (across.offset(0), across.stack.row_stride);
+    let (along, row) = transpose(op, across.storage(), place, [rows, cols])?;
+    let stack = Stack::row_major(cols, row).narrow(cols, rows);
+    let lines = Lines::of(&stack, unit).expect("rows are padded");
+    Ok((Fitted::copy(along, stack), lines))
+}
+
+/// The bytes of a matrix `[rows, cols]`, which begins at an element of a storage and whose rows lie so many bytes
+/// apart, as `[cols, rows]`; and the bytes of a row of that.
+fn transpose(
+    op: &'static str,
+    storage: &CudaStorage,
+    (first, stride): (usize, usize),
+    [rows, cols]: [usize; 2],
+) -> Result<(CudaStorage, usize)> {
+    let device = storage.device().clone();
+    let gpu = Gpu::of(op, &device)?;
+    let problem = transpose::Problem { rows: rows as u64, cols: cols as u64 };
+    if let Some((got, most)) = problem.limit() {
+        let (what, limit) = ("this crate".into(), format!("cannot take {got} (at most {most})"));
+        let fix = "split it and join the results with `Tensor::cat`".into();
+        return Err(Error::Unsupported { op, what, limit, fix }.into());
+    }
+    let order = Order::new(op, device.cuda_stream(), [storage]);
+    let compiled = TRANSPOSITIONS.get(op, &gpu, &problem)?;
+    let row = problem.out_row() as usize;
+    let mut out = uninit(&device, &Shape::from(cols * row), storage.dtype())?;
+    {
+        let (input, result) = (Memory::of(storage, &device), Memory::of_mut(&mut out, &device));
+        let arguments = transpose::Arguments {
+            problem: &problem,
+            plan: &compiled.plan,
+            input: (input.at(first), stride as u64),
+            out: result.address(),
+        };
+        order.run(|| Ok(compiled.launch(op, &device, &arguments)?))?;
+    }
+    Ok((out, row))
+}
