@@ -1,7 +1,8 @@
 //! Products of 8-bit operands, which tensor cores take along K alone.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, DType, Result, Shape};
+use candle_core::scalar::Scalar;
+use candle_core::{CudaStorage, DType, Layout, Result, Shape};
 
 use super::super::Operand;
 use super::super::driver::gpu::Gpu;
@@ -9,12 +10,13 @@ use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::{Fitted, Want, fit};
 use super::matmul::{Call, CallScales};
-use super::operand::{ALIGN, Lines, per_chunk};
+use super::operand::{ALIGN, Lines, element, per_chunk, row};
 use super::plan::Plans;
 use crate::error::Error;
 use crate::kernel::Element;
 use crate::kernel::gemm::{Epilogue, Major, Scale};
 use crate::kernel::transpose;
+use crate::op::{self, View};
 use crate::ptx::Factor;
 use crate::stack::Stack;
 
@@ -35,6 +37,72 @@ pub(crate) fn matmul_int8(
         CallScales::One(scale),
         None,
         (DType::F32, m * n),
+    )?;
+    call.run_chosen()
+}
+
+/// Scales of rows and columns, in f32.
+#[derive(Clone, Copy)]
+pub(crate) struct LineScales<'a> {
+    /// One, or one for each row.
+    pub rows: View<'a, CudaStorage>,
+    /// One for each column.
+    pub cols: View<'a, CudaStorage>,
+    /// i32: the zero point of x, one or one for each row, and the sums of the weight's columns.
+    pub zero: Option<[View<'a, CudaStorage>; 2]>,
+}
+
+/// `act(row · column · (x - zero)·w + bias)` of bytes, int8 or e4m3; `[.., M, K]` and `[K, N]`, which are not empty.
+pub(crate) fn matmul_bytes(
+    op: &'static str,
+    factor: Factor,
+    x: Operand,
+    w: Operand,
+    scales: LineScales,
+    bias: Option<View<CudaStorage>>,
+    epilogue: op::Epilogue,
+) -> Result<CudaStorage> {
+    bytes_call(op, factor, x, w, scales, bias, epilogue)?.run_chosen()
+}
+
+pub(super) fn bytes_call<'a>(
+    op: &'static str,
+    factor: Factor,
+    x: Operand<'a>,
+    w: Operand<'a>,
+    LineScales { rows, cols, zero }: LineScales<'a>,
+    bias: Option<View<'a, CudaStorage>>,
+    op::Epilogue { out_dtype, activation }: op::Epilogue,
+) -> Result<Call<'a>> {
+    let (m, n) = (x.1.count() * x.1.rows, w.1.cols);
+    let zero = match zero {
+        None => None,
+        Some([zeros, sums]) => Some([row(op, zeros)?, row(op, sums)?]),
+    };
+    let epilogue = Epilogue {
+        scale: if zero.is_some() { Scale::ZeroPoint } else { Scale::Lines },
+        bias: bias.map(|(storage, _)| element(storage.dtype())),
+        activation,
+        ..Epilogue::round(element(out_dtype))
+    };
+    let scales = CallScales::Lines { rows: row(op, rows)?, cols: row(op, cols)?, zero };
+    let operands = [(activations(op, x)?, factor), (weight(op, w)?, factor)];
+    Call::of(op, operands, epilogue, scales, bias, (out_dtype, m * n))
+}
+
+/// i32: the sums of the columns of an int8 weight `[K, N]`, which is not empty: a product with ones.
+pub(crate) fn column_sums(op: &'static str, w: Operand) -> Result<CudaStorage> {
+    let (k, n) = (w.1.rows, w.1.cols);
+    let mut ones = uninit(w.0.device(), &Shape::from(k), DType::U8)?;
+    ones.const_set(Scalar::U8(1), &Layout::contiguous(k))?;
+    let row = Stack::row_major(1, k);
+    let call = Call::of(
+        op,
+        [(activations(op, (&ones, &row))?, Factor::S8), (weight(op, w)?, Factor::S8)],
+        Epilogue { scale: Scale::Exact, ..Epilogue::round(Element::F32) },
+        CallScales::None,
+        None,
+        (DType::I32, n),
     )?;
     call.run_chosen()
 }

@@ -37,11 +37,60 @@ fn countable(op: &'static str, facts: &Problem) -> Result<()> {
     Err(Error::Unsupported { op, what, limit, fix }.into())
 }
 
-/// What the sums of 8-bit operands are multiplied with.
-pub(super) enum CallScales {
+/// What the sums of 8-bit operands are multiplied with: see [`Scale`](gemm::Scale).
+pub(super) enum CallScales<'a> {
     None,
     /// A number.
     One(f32),
+    /// f32 of rows, one or each, and of columns; and i32 zero points of rows, with the sums of the right operand's
+    /// columns.
+    Lines {
+        rows: Fitted<'a>,
+        cols: Fitted<'a>,
+        zero: Option<[Fitted<'a>; 2]>,
+    },
+}
+
+impl CallScales<'_> {
+    /// Calls `with` for what a launch on a device passes.
+    fn on<T>(&self, device: &CudaDevice, with: impl FnOnce(gemm::Scales) -> T) -> T {
+        fn memory<'m>(vector: &'m Fitted, device: &CudaDevice) -> Memory<'m> {
+            Memory::of(vector.storage(), device)
+        }
+        match self {
+            Self::None => with(gemm::Scales::None),
+            Self::One(scale) => with(gemm::Scales::One(*scale)),
+            Self::Lines { rows, cols, zero } => {
+                let per_row = |vector: &Fitted, memory: &Memory| gemm::PerRow {
+                    address: memory.at(vector.offset(0)),
+                    each: vector.stack.cols > 1,
+                };
+                let (of_rows, of_cols) = (memory(rows, device), memory(cols, device));
+                let of_zero = zero.as_ref().map(|both| both.each_ref().map(|v| memory(v, device)));
+                let zero = zero
+                    .as_ref()
+                    .zip(of_zero.as_ref())
+                    .map(|([zeros, sums], [z, s])| (per_row(zeros, z), s.at(sums.offset(0))));
+                with(gemm::Scales::Lines {
+                    rows: per_row(rows, &of_rows),
+                    cols: of_cols.at(cols.offset(0)),
+                    zero,
+                })
+            }
+        }
+    }
+
+    /// What is read.
+    fn inputs(&self) -> impl Iterator<Item = &CudaStorage> {
+        let all = match self {
+            Self::None | Self::One(_) => [None; 4],
+            Self::Lines { rows, cols, zero: None } => [Some(rows), Some(cols), None, None],
+            Self::Lines { rows, cols, zero: Some([zeros, sums]) } => {
+                [rows, cols, zeros, sums].map(Some)
+            }
+        };
+        all.into_iter().flatten().map(Fitted::storage)
+    }
 }
 
 /// One call: operands that fit, and the facts.
@@ -55,7 +104,7 @@ pub(super) struct Call<'a> {
     /// How A and B lie.
     pub lines: [Lines; 2],
     operands: [Fitted<'a>; 2],
-    scales: CallScales,
+    scales: CallScales<'a>,
     bias: Option<Fitted<'a>>,
     out_dtype: DType,
     out_len: usize,
@@ -88,7 +137,7 @@ impl<'a> Call<'a> {
         op: &'static str,
         [(a, lhs), (b, rhs)]: [((Fitted<'a>, Lines), Factor); 2],
         epilogue: gemm::Epilogue,
-        scales: CallScales,
+        scales: CallScales<'a>,
         bias: Option<View<'a, CudaStorage>>,
         (out_dtype, out_len): (DType, usize),
     ) -> Result<Self> {
@@ -97,7 +146,8 @@ impl<'a> Call<'a> {
         let device = a.storage().device().clone();
         let gpu = Gpu::of(op, &device)?;
         let inputs = [Some(a.storage()), Some(b.storage()), bias.map(|(storage, _)| storage)];
-        let order = Order::new(op, device.cuda_stream(), inputs.into_iter().flatten());
+        let inputs = inputs.into_iter().flatten().chain(scales.inputs());
+        let order = Order::new(op, device.cuda_stream(), inputs);
         let bias = bias.map(|bias| row(op, bias)).transpose()?;
         let batch = Batch::new(&a.stack, &b.stack);
         let facts = Problem {
@@ -144,12 +194,8 @@ impl<'a> Call<'a> {
         let bias = bias.map(|row| (Memory::of(row.storage(), device), row.offset(0)));
         let result = Memory::of_mut(&mut out, device);
         let partial = partial.as_mut().map(|sums| Memory::of_mut(sums, device));
-        let scales = match self.scales {
-            CallScales::None => gemm::Scales::None,
-            CallScales::One(scale) => gemm::Scales::One(scale),
-        };
         let products = problem.m * problem.n * problem.batch;
-        self.order.run(|| {
+        let launch = |scales: gemm::Scales| {
             for (i, skipped) in (0..).zip(self.batch.launches()) {
                 let operand = |side: usize| gemm::Operand {
                     address: inputs[side].at(self.operands[side].offset(0) + skipped[side]),
@@ -168,7 +214,8 @@ impl<'a> Call<'a> {
                 compiled.launch(self.op, device, &arguments)?;
             }
             Ok(())
-        })?;
+        };
+        self.order.run(|| self.scales.on(device, launch))?;
         drop(result);
         Ok(out)
     }

@@ -4,12 +4,15 @@ use candle_core::op::BackpropOp;
 use candle_core::{DType, Result, Storage, Tensor, bail};
 
 use super::attention;
+use super::bytes::{LineScales, bytes_call};
 use super::matmul::Call;
 use super::plan::Compiled;
 use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
 use crate::kernel::{Config, Plan};
 use crate::op::{AttentionInputs, AttentionProblem, AttentionWants, Epilogue, MatmulProblem};
+use crate::ptx::Factor;
+use crate::stack::Stack;
 
 /// The product by `config`, or by the chooser's, of two matrices on one GPU; and the problem that the
 /// chooser sees.
@@ -31,6 +34,40 @@ pub fn matmul(
     let Some(plan) = plan else { bail!("not a product") };
     let storage = Storage::Cuda(call.run(&Compiled::new("tune", &call.gpu, plan)?)?);
     let tensor = Tensor::from_storage(storage, problem.out.clone(), BackpropOp::none(), false);
+    Ok((tensor, call.facts))
+}
+
+/// bf16 `rows · cols · a·bᵀ` of bytes `[M, K]` and `[N, K]`, int8 or else e4m3, with f32 scales, by `config` or by the
+/// chooser's; and the problem that the chooser sees.
+pub fn matmul_bytes(
+    [a, b]: [&Tensor; 2],
+    [rows, cols]: [&Tensor; 2],
+    int8: bool,
+    config: Option<Config>,
+) -> Result<(Tensor, Problem)> {
+    let all = [a, b, rows, cols].map(|t| t.storage_and_layout());
+    let [
+        (Storage::Cuda(sa), la),
+        (Storage::Cuda(sb), lb),
+        (Storage::Cuda(sr), lr),
+        (Storage::Cuda(sc), lc),
+    ] = all.each_ref().map(|(storage, layout)| (&**storage, *layout))
+    else {
+        bail!("not on a GPU")
+    };
+    let (x, w) = (Stack::new(la), Stack::new(lb).t());
+    let scales = LineScales { rows: (sr, lr), cols: (sc, lc), zero: None };
+    let factor = if int8 { Factor::S8 } else { Factor::E4m3 };
+    let out = Epilogue::round(DType::BF16);
+    let call = bytes_call("tune", factor, (sa, &x), (sb, &w), scales, None, out)?;
+    let device = &call.gpu.device;
+    let plan = match config {
+        Some(config) => gemm::Plan::of(&config, &call.facts, device),
+        None => Some(gemm::Plan::new(&call.facts, device)),
+    };
+    let Some(plan) = plan else { bail!("not a product") };
+    let storage = Storage::Cuda(call.run(&Compiled::new("tune", &call.gpu, plan)?)?);
+    let tensor = Tensor::from_storage(storage, (x.rows, w.cols), BackpropOp::none(), false);
     Ok((tensor, call.facts))
 }
 
