@@ -51,11 +51,6 @@ macro_rules! counts {
             pub const fn per_chunk(self) -> u32 {
                 16 / self.size()
             }
-
-            /// Those along K of one instruction of tensor cores: 32 bytes.
-            pub const fn k_step(self) -> u32 {
-                32 / self.size()
-            }
         }
     )*};
 }

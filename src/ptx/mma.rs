@@ -67,7 +67,7 @@ impl Factor {
     }
 
     /// Elements along K of an instruction.
-    pub fn step(self) -> u32 {
+    pub(crate) fn step(self) -> u32 {
         match self {
             Self::Half(_) => 16,
             Self::S8 | Self::E4m3 => 32,

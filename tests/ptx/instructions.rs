@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use kaio_candle::ptx::{
-    Delivery, Half, Kernel, Mma, Operand, Reg, Source, Target, Wgmma, WgmmaRegs,
+    Delivery, Factor, Half, Kernel, Mma, Operand, Reg, Source, Target, Wgmma, WgmmaRegs,
 };
 
 /// With their names.
@@ -161,6 +161,9 @@ fn ampere() -> Source {
         keep(k, out, &sum.map(Reg::cast));
     }
     let sum = std::array::from_fn(|_| k.var(0f32));
+    let exact: [Reg<i32>; 4] = k.regs();
+    k.mma(Factor::S8, exact, Mma { a, b: [b, c] });
+    keep(k, out, &exact.map(Reg::cast));
     k.mma_tf32(sum, Mma { a, b: [b, c] });
     keep(k, out, &sum.map(Reg::cast));
     k.finish()
@@ -217,6 +220,11 @@ fn hopper() -> Source {
                 &sum,
                 WgmmaRegs { factor: Half::F16.into(), a, b, accumulate: true.into() },
             );
+            let exact: Vec<_> = (0..8).map(|_| k.reg::<i32>()).collect();
+            let (byte, accumulate) = (operand(false), true.into());
+            let of_bytes = |factor| Wgmma { factor, a: byte, b: byte, accumulate };
+            k.wgmma(&exact, of_bytes(Factor::S8));
+            k.wgmma(&sum, of_bytes(Factor::E4m3));
             k.wgmma_commit();
             k.wgmma_wait(1);
             k.wgmma_wait(0);

@@ -4,6 +4,7 @@ mod attention;
 mod attention_backward;
 mod glu;
 mod products;
+mod transpose;
 
 use std::collections::HashSet;
 use std::fmt::Debug;
@@ -186,6 +187,7 @@ families! {
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
+    Transpose(transpose::Transpositions): (&ALL, 1);
 }
 
 impl Chooser {

@@ -74,7 +74,7 @@ impl Config {
 
     /// Elements along K of one product of the tensor cores.
     pub(super) fn k_step(&self) -> u32 {
-        self.elements[0].k_step()
+        self.elements[0].step()
     }
 
     /// Products along K of a stage.
