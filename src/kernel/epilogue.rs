@@ -27,9 +27,9 @@ pub enum Scale {
     Exact,
     /// One number.
     One,
-    /// A number for each row, or one for all, times one for each column.
+    /// One number, times one for each row, or one for all, times one for each column.
     Lines,
-    /// Likewise, and left codes stand for their distance from a zero point, of each row or of all.
+    /// Likewise, and left codes stand for their distance from a zero point.
     ZeroPoint,
 }
 

@@ -41,18 +41,20 @@ pub(crate) fn matmul_int8(
     call.run_chosen()
 }
 
-/// Scales of rows and columns, in f32.
+/// A scale of all, and those of rows and columns, in f32.
 #[derive(Clone, Copy)]
 pub(crate) struct LineScales<'a> {
+    /// Of all.
+    pub one: f32,
     /// One, or one for each row.
     pub rows: View<'a, CudaStorage>,
     /// One for each column.
     pub cols: View<'a, CudaStorage>,
-    /// i32: the zero point of x, one or one for each row, and the sums of the weight's columns.
-    pub zero: Option<[View<'a, CudaStorage>; 2]>,
+    /// The zero point of x, and the i32 sums of the weight's columns.
+    pub zero: Option<(i32, View<'a, CudaStorage>)>,
 }
 
-/// `act(row · column · (x - zero)·w + bias)` of bytes, int8 or e4m3; `[.., M, K]` and `[K, N]`, which are not empty.
+/// `act(one · row · column · (x - zero)·w + bias)` of bytes, int8 or e4m3; `[.., M, K]` and `[K, N]`, which are not empty.
 pub(crate) fn matmul_bytes(
     op: &'static str,
     factor: Factor,
@@ -70,14 +72,14 @@ pub(super) fn bytes_call<'a>(
     factor: Factor,
     x: Operand<'a>,
     w: Operand<'a>,
-    LineScales { rows, cols, zero }: LineScales<'a>,
+    LineScales { one, rows, cols, zero }: LineScales<'a>,
     bias: Option<View<'a, CudaStorage>>,
     op::Epilogue { out_dtype, activation }: op::Epilogue,
 ) -> Result<Call<'a>> {
     let (m, n) = (x.1.count() * x.1.rows, w.1.cols);
     let zero = match zero {
         None => None,
-        Some([zeros, sums]) => Some([row(op, zeros)?, row(op, sums)?]),
+        Some((zero, sums)) => Some((zero, row(op, sums)?)),
     };
     let epilogue = Epilogue {
         scale: if zero.is_some() { Scale::ZeroPoint } else { Scale::Lines },
@@ -85,7 +87,8 @@ pub(super) fn bytes_call<'a>(
         activation,
         ..Epilogue::round(element(out_dtype))
     };
-    let scales = CallScales::Lines { rows: row(op, rows)?, cols: row(op, cols)?, zero };
+    let (rows, cols) = (row(op, rows)?, row(op, cols)?);
+    let scales = CallScales::Lines { one, rows, cols, zero };
     let operands = [(activations(op, x)?, factor), (weight(op, w)?, factor)];
     Call::of(op, operands, epilogue, scales, bias, (out_dtype, m * n))
 }

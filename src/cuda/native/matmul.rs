@@ -42,12 +42,13 @@ pub(super) enum CallScales<'a> {
     None,
     /// A number.
     One(f32),
-    /// f32 of rows, one or each, and of columns; and i32 zero points of rows, with the sums of the right operand's
-    /// columns.
+    /// A number, f32 of rows, one or each, and of columns; and a zero point of A with the i32 sums of the
+    /// columns of B.
     Lines {
+        one: f32,
         rows: Fitted<'a>,
         cols: Fitted<'a>,
-        zero: Option<[Fitted<'a>; 2]>,
+        zero: Option<(i32, Fitted<'a>)>,
     },
 }
 
@@ -60,21 +61,18 @@ impl CallScales<'_> {
         match self {
             Self::None => with(gemm::Scales::None),
             Self::One(scale) => with(gemm::Scales::One(*scale)),
-            Self::Lines { rows, cols, zero } => {
-                let per_row = |vector: &Fitted, memory: &Memory| gemm::PerRow {
-                    address: memory.at(vector.offset(0)),
-                    each: vector.stack.cols > 1,
-                };
+            Self::Lines { one, rows, cols, zero } => {
                 let (of_rows, of_cols) = (memory(rows, device), memory(cols, device));
-                let of_zero = zero.as_ref().map(|both| both.each_ref().map(|v| memory(v, device)));
-                let zero = zero
-                    .as_ref()
-                    .zip(of_zero.as_ref())
-                    .map(|([zeros, sums], [z, s])| (per_row(zeros, z), s.at(sums.offset(0))));
+                let of_sums = zero.as_ref().map(|(_, sums)| memory(sums, device));
+                let zero = zero.as_ref().zip(of_sums.as_ref());
                 with(gemm::Scales::Lines {
-                    rows: per_row(rows, &of_rows),
+                    one: *one,
+                    rows: gemm::PerRow {
+                        address: of_rows.at(rows.offset(0)),
+                        each: rows.stack.cols > 1,
+                    },
                     cols: of_cols.at(cols.offset(0)),
-                    zero,
+                    zero: zero.map(|((zero, sums), memory)| (*zero, memory.at(sums.offset(0)))),
                 })
             }
         }
@@ -83,10 +81,9 @@ impl CallScales<'_> {
     /// What is read.
     fn inputs(&self) -> impl Iterator<Item = &CudaStorage> {
         let all = match self {
-            Self::None | Self::One(_) => [None; 4],
-            Self::Lines { rows, cols, zero: None } => [Some(rows), Some(cols), None, None],
-            Self::Lines { rows, cols, zero: Some([zeros, sums]) } => {
-                [rows, cols, zeros, sums].map(Some)
+            Self::None | Self::One(_) => [None; 3],
+            Self::Lines { rows, cols, zero, .. } => {
+                [Some(rows), Some(cols), zero.as_ref().map(|(_, sums)| sums)]
             }
         };
         all.into_iter().flatten().map(Fitted::storage)

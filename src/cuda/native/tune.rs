@@ -56,7 +56,7 @@ pub fn matmul_bytes(
         bail!("not on a GPU")
     };
     let (x, w) = (Stack::new(la), Stack::new(lb).t());
-    let scales = LineScales { rows: (sr, lr), cols: (sc, lc), zero: None };
+    let scales = LineScales { one: 1.0, rows: (sr, lr), cols: (sc, lc), zero: None };
     let factor = if int8 { Factor::S8 } else { Factor::E4m3 };
     let out = Epilogue::round(DType::BF16);
     let call = bytes_call("tune", factor, (sa, &x), (sb, &w), scales, None, out)?;

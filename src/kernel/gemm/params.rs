@@ -17,7 +17,7 @@ names! {
         Out "out",
         /// With a bias: its address.
         Bias "bias",
-        /// With [`Scale::One`](super::Scale::One): it.
+        /// With any scale: a number for all sums.
         Scale "scale",
         /// With scales of lines: the address of the rows', f32, of all products.
         RowScales "row_scales",
@@ -25,10 +25,8 @@ names! {
         RowScaleStep "row_scale_step",
         /// The columns' f32 scales.
         ColScales "col_scales",
-        /// With zero points: the address of the rows', i32.
-        RowZeros "row_zeros",
-        /// 1, or 0 if there is one for all rows.
-        RowZeroStep "row_zero_step",
+        /// With a zero point: it, i32.
+        ZeroPoint "zero_point",
         /// The columns' i32 sums of the right operand.
         ColSums "col_sums",
         /// Rows of `C`.
@@ -100,29 +98,28 @@ pub enum Scales {
     None,
     /// One for all sums.
     One(f32),
-    /// Of rows and columns, perhaps with zero points.
+    /// Of rows and columns.
     Lines {
+        /// Of all sums.
+        one: f32,
         /// Of rows.
         rows: PerRow,
         /// The address of the columns'.
         cols: u64,
-        /// i32: the rows' zero points, and the address of the sums of the right operand's columns.
-        zero: Option<(PerRow, u64)>,
+        /// The left operand's zero point, and the address of the i32 sums of the right one's columns.
+        zero: Option<(i32, u64)>,
     },
 }
 
 impl Scales {
     fn argument(&self, name: Name) -> Option<Argument> {
         Some(match (*self, name) {
-            (Self::One(scale), Name::Scale) => Argument::F32(scale),
+            (Self::One(one) | Self::Lines { one, .. }, Name::Scale) => Argument::F32(one),
             (Self::Lines { rows, .. }, Name::RowScales) => Argument::Pointer(rows.address),
             (Self::Lines { rows, .. }, Name::RowScaleStep) => Argument::U32(rows.each.into()),
             (Self::Lines { cols, .. }, Name::ColScales) => Argument::Pointer(cols),
-            (Self::Lines { zero: Some((zeros, _)), .. }, Name::RowZeros) => {
-                Argument::Pointer(zeros.address)
-            }
-            (Self::Lines { zero: Some((zeros, _)), .. }, Name::RowZeroStep) => {
-                Argument::U32(zeros.each.into())
+            (Self::Lines { zero: Some((zero, _)), .. }, Name::ZeroPoint) => {
+                Argument::U32(zero.cast_unsigned())
             }
             (Self::Lines { zero: Some((_, sums)), .. }, Name::ColSums) => Argument::Pointer(sums),
             _ => return None,

@@ -56,6 +56,7 @@ pub(super) struct Terms<'k> {
     pub epilogue: Epilogue,
     /// A scale for all sums.
     one: Option<Reg<'k, f32>>,
+    zero_point: Option<Reg<'k, i32>>,
     rows: Vectors<'k>,
     cols: Vectors<'k>,
 }
@@ -82,8 +83,8 @@ struct Vector<'k> {
 #[derive(Clone, Copy)]
 enum What {
     Scale,
-    /// Zero points of rows, sums of the right operand's columns.
-    Zero,
+    /// The sum of the right operand's column.
+    Sum,
     Bias(Element),
 }
 
@@ -91,7 +92,7 @@ enum What {
 #[derive(Clone, Copy, Default)]
 pub(super) struct Line<'k> {
     scale: Option<Reg<'k, f32>>,
-    zero: Option<Reg<'k, i32>>,
+    sum: Option<Reg<'k, i32>>,
     bias: Option<Reg<'k, f32>>,
 }
 
@@ -115,7 +116,7 @@ impl<'k> From<'k> {
 impl What {
     fn size(self) -> u32 {
         match self {
-            Self::Scale | Self::Zero => WORD,
+            Self::Scale | Self::Sum => WORD,
             Self::Bias(element) => element.size(),
         }
     }
@@ -125,11 +126,12 @@ impl What {
         match self {
             Self::Scale => {
                 let scales = from.load::<f32, N>(k);
-                lines.iter_mut().zip(scales).for_each(|(line, x)| line.scale = Some(x));
+                let times = |scale: Option<Reg<'k, f32>>, x| Some(scale.map_or(x, |one| one * x));
+                lines.iter_mut().zip(scales).for_each(|(l, x)| l.scale = times(l.scale, x));
             }
-            Self::Zero => {
-                let zeros = from.load::<i32, N>(k);
-                lines.iter_mut().zip(zeros).for_each(|(line, x)| line.zero = Some(x));
+            Self::Sum => {
+                let sums = from.load::<i32, N>(k);
+                lines.iter_mut().zip(sums).for_each(|(line, x)| line.sum = Some(x));
             }
             Self::Bias(element) => {
                 let bias = match element {
@@ -207,18 +209,18 @@ impl<'k> Vectors<'k> {
     }
 }
 
-/// Bytes of a scale, of a zero point, of the least that is copied.
+/// Bytes of a scale, of a sum, of the least that is copied.
 const WORD: u32 = 4;
 
 impl Epilogue {
     /// Bytes of the vectors of a row and of a column, if they have any but a bias.
     pub(super) fn vector_bytes(&self) -> Option<[u32; 2]> {
-        let words = match self.scale {
+        let of_column = match self.scale {
             Scale::None | Scale::Exact | Scale::One => return None,
             Scale::Lines => WORD,
             Scale::ZeroPoint => 2 * WORD,
         };
-        Some([words, words + self.bias.map_or(0, Element::size)])
+        Some([WORD, of_column + self.bias.map_or(0, Element::size)])
     }
 }
 
@@ -231,20 +233,20 @@ impl<'k> Terms<'k> {
         let of_column =
             |what, address| Some(Vector { what, address: k.pointer(address), step: None });
         let bias = epilogue.bias.and_then(|bias| of_column(What::Bias(bias), Name::Bias));
-        let (mut rows, mut cols, mut one) = ([None; 3], [bias, None, None], None);
-        match epilogue.scale {
-            Scale::None | Scale::Exact => {}
-            Scale::One => one = Some(k.param(Name::Scale)),
-            Scale::Lines | Scale::ZeroPoint => {
-                rows[0] = of_row(What::Scale, Name::RowScales, Name::RowScaleStep);
-                cols[1] = of_column(What::Scale, Name::ColScales);
-            }
+        let lines = matches!(epilogue.scale, Scale::Lines | Scale::ZeroPoint);
+        let zero = epilogue.scale == Scale::ZeroPoint;
+        let one = (lines || epilogue.scale == Scale::One).then(|| k.param(Name::Scale));
+        let zero_point = zero.then(|| k.param(Name::ZeroPoint));
+        let mut rows = [None; 3];
+        let mut cols = [bias, None, None];
+        if lines {
+            rows[0] = of_row(What::Scale, Name::RowScales, Name::RowScaleStep);
+            cols[1] = of_column(What::Scale, Name::ColScales);
         }
-        if epilogue.scale == Scale::ZeroPoint {
-            rows[1] = of_row(What::Zero, Name::RowZeros, Name::RowZeroStep);
-            cols[2] = of_column(What::Zero, Name::ColSums);
+        if zero {
+            cols[2] = of_column(What::Sum, Name::ColSums);
         }
-        Self { epilogue, one, rows: Vectors(rows), cols: Vectors(cols) }
+        Self { epilogue, one, zero_point, rows: Vectors(rows), cols: Vectors(cols) }
     }
 
     /// The vectors of rows or columns.
@@ -260,7 +262,7 @@ impl<'k> Terms<'k> {
         self.rows.all().next().is_some()
     }
 
-    /// A line, but for what vectors have of it. A scale for all is the rows'.
+    /// A line, but for what vectors have of it. The scale of all is the rows'.
     pub fn line(&self, lines: Lines) -> Line<'k> {
         let scale = if lines == Lines::Rows { self.one } else { None };
         Line { scale, ..Line::default() }
@@ -279,16 +281,16 @@ impl<'k> Terms<'k> {
         all
     }
 
-    /// `act(scale · (sum - zero · column's sum) + bias)`; an exact sum as the float of the same bits.
+    /// `act(scale · (sum - zero point · column's sum) + bias)`; an exact sum as the float of the same bits.
     pub fn finish<S: Sum>(&self, sum: Reg<'k, S>, row: Line<'k>, col: Line<'k>) -> Reg<'k, f32> {
         if self.epilogue.scale == Scale::Exact {
             return sum.cast();
         }
-        let sum = match (row.zero, col.zero) {
-            (Some(zero), Some(of)) => S::less(sum, zero * of),
+        let sum = match (self.zero_point, col.sum) {
+            (Some(zero), Some(of)) => S::less(sum, of * zero),
             _ => sum,
         };
-        let scales = row.scale.into_iter().chain(col.scale);
+        let scales = [row.scale, col.scale].into_iter().flatten();
         let x = scales.fold(S::float(sum), |x, scale| x * scale);
         self.epilogue.finish(x, col.bias)
     }

@@ -87,10 +87,9 @@ impl Family for Products {
                 Scale::None | Scale::Exact => Scales::None,
                 Scale::One => Scales::One(0.5),
                 lines => {
-                    let mut each = || PerRow { address: address(), each: true };
-                    let (rows, zeros) = (each(), each());
-                    let zero = (lines == Scale::ZeroPoint).then(|| (zeros, address()));
-                    Scales::Lines { rows, cols: address(), zero }
+                    let rows = PerRow { address: address(), each: true };
+                    let zero = (lines == Scale::ZeroPoint).then(|| (-3, address()));
+                    Scales::Lines { one: 0.5, rows, cols: address(), zero }
                 }
             },
             bias: problem.epilogue.bias.map(|_| address()),
