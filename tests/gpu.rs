@@ -3,6 +3,8 @@
 //! Without a GPU it says so and passes; with `KAIO_REQUIRE_GPU=1` it fails.
 #![cfg(feature = "cuda")]
 
+#[path = "gpu/bytes.rs"]
+mod bytes;
 #[path = "../examples/custom_kernel.rs"]
 mod custom_kernel;
 #[path = "gpu/determinism.rs"]

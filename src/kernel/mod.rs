@@ -15,6 +15,7 @@ mod multiprocessor;
 mod name;
 pub mod params;
 mod plan;
+pub mod quantize;
 mod raster;
 pub mod transpose;
 
@@ -89,6 +90,8 @@ kernels! {
     FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
+    /// Activations rounded to eight bits.
+    Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.
     Transpose(transpose::Config) by transpose::emit;
 }

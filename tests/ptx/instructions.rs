@@ -43,6 +43,8 @@ fn integers() -> Source {
         [signed + -1, signed / 4, signed % 4, signed >> 2, signed.max(0), signed.or_zero().cast()];
     keep(k, out, &signs.map(Reg::cast));
     keep(k, out, &[k.prmt(a, b, 0x5140), k.prmt(a, 0, b)]);
+    let bytes = k.cvt_pack_s8(signed, signed, 0);
+    keep(k, out, &[bytes, k.cvt_pack_s8(signed, signed, bytes)]);
     keep(k, out, &[a.min(b), a.max(7), a.bfe(4, 14), a.with_high(b).low(), a.with_high(7).low()]);
     k.note("comparisons");
     let tests = [a.eq(b), a.ne(b), a.lt(b), a.le(b), a.gt(b), a.ge(9)];
@@ -78,6 +80,7 @@ fn floats() -> Source {
         x.copysign(y),
         Reg::<u32>::to_f32(n),
         Reg::<i32>::to_float(n.cast()),
+        x.nearest().cast(),
         k.select(x.lt(y), x, f32::NAN),
     ];
     let product = k.var(x);
@@ -208,6 +211,9 @@ fn hopper() -> Source {
             let sum: Vec<_> = (0..8).map(|_| k.reg::<f32>()).collect();
             let descriptor = tile.bfe(4, 14).with_high(0x4000_0040);
             let operand = |transposed| Operand { descriptor, transposed };
+            let [x, y] = [k.var(1f32), k.var(2f32)];
+            let pair = k.cvt_e4m3x2(x, y);
+            keep(k, out, &[k.pack(pair, pair)]);
             k.wgmma_fence();
             for (half, accumulate) in [(Half::Bf16, false.into()), (Half::Bf16, n.ne(0).into())] {
                 k.wgmma(

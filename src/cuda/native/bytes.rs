@@ -13,11 +13,11 @@ use super::matmul::{Call, CallScales};
 use super::operand::{ALIGN, Lines, element, per_chunk, row};
 use super::plan::Plans;
 use crate::error::Error;
-use crate::kernel::Element;
 use crate::kernel::gemm::{Epilogue, Major, Scale};
 use crate::kernel::transpose;
+use crate::kernel::{Device, Element};
 use crate::op::{self, View};
-use crate::ptx::Factor;
+use crate::ptx::{Factor, Target};
 use crate::stack::Stack;
 
 static TRANSPOSITIONS: Plans<transpose::Plan> = Plans::new();
@@ -67,6 +67,11 @@ pub(crate) fn matmul_bytes(
     bytes_call(op, factor, x, w, scales, bias, epilogue)?.run_chosen()
 }
 
+/// Whether the kernels multiply e4m3 on a GPU.
+pub(crate) fn takes_e4m3(device: &Device) -> bool {
+    device.target == Target::Sm90a
+}
+
 pub(super) fn bytes_call<'a>(
     op: &'static str,
     factor: Factor,
@@ -76,6 +81,12 @@ pub(super) fn bytes_call<'a>(
     bias: Option<View<'a, CudaStorage>>,
     op::Epilogue { out_dtype, activation }: op::Epilogue,
 ) -> Result<Call<'a>> {
+    let gpu = Gpu::of(op, x.0.device())?;
+    if factor == Factor::E4m3 && !takes_e4m3(&gpu.device) {
+        let (what, fix) = ("this crate".into(), "take one of compute capability 9.0".into());
+        let limit = "has no kernels for e4m3 on this GPU".into();
+        return Err(Error::Unsupported { op, what, limit, fix }.into());
+    }
     let (m, n) = (x.1.count() * x.1.rows, w.1.cols);
     let zero = match zero {
         None => None,
@@ -111,7 +122,10 @@ pub(crate) fn column_sums(op: &'static str, w: Operand) -> Result<CudaStorage> {
 }
 
 /// Activations as one matrix whose rows begin at multiples of 16 bytes: as they are, or a copy.
-fn activations<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<(Fitted<'a>, Lines)> {
+pub(super) fn activations<'a>(
+    op: &'static str,
+    (storage, stack): Operand<'a>,
+) -> Result<(Fitted<'a>, Lines)> {
     let unit = per_chunk(storage.dtype());
     let lines = |stack: &Stack| Lines::of(stack, unit).filter(|lines| lines.major == Major::K);
     if let Some(folded) = stack.fold_rows()

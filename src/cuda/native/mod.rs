@@ -7,6 +7,7 @@ mod glu;
 mod matmul;
 mod operand;
 mod plan;
+mod quantize;
 pub mod tune;
 
 pub(crate) use attention::{flash_attn, limit as flash_limit};

@@ -7,6 +7,7 @@ use super::attention;
 use super::bytes::{LineScales, bytes_call};
 use super::matmul::Call;
 use super::plan::Compiled;
+use super::quantize;
 use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
 use crate::kernel::{Config, Plan};
@@ -69,6 +70,20 @@ pub fn matmul_bytes(
     let storage = Storage::Cuda(call.run(&Compiled::new("tune", &call.gpu, plan)?)?);
     let tensor = Tensor::from_storage(storage, (x.rows, w.cols), BackpropOp::none(), false);
     Ok((tensor, call.facts))
+}
+
+/// A matrix rounded to int8 or e4m3, and the scales of each row's groups of `width` elements.
+pub fn quantize_rows(x: &Tensor, dtype: DType, width: usize) -> Result<[Tensor; 2]> {
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
+    let stack = Stack::new(layout);
+    let rounded = quantize::quantize_rows("tune", (storage, &stack), dtype, width)?;
+    let Some((codes, scales)) = rounded else { bail!("no kernel") };
+    let tensor = |storage, cols| {
+        let shape = (stack.rows, cols);
+        Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+    };
+    Ok([tensor(codes, stack.cols), tensor(scales, stack.cols.div_ceil(width))])
 }
 
 /// Attention by `config`, or by the chooser's, of `[B, H, S, D]` with as many heads of keys, on one GPU;

@@ -4,6 +4,7 @@ use std::array;
 
 use half::{bf16, f16};
 
+use crate::program::e4m3;
 use crate::warp::LANES;
 
 /// Of up to four operands, in 64 bits each.
@@ -51,6 +52,18 @@ fn flush(x: f32) -> f32 {
 
 fn pair(high: u16, low: u16) -> u64 {
     u64::from(high) << 16 | u64::from(low)
+}
+
+/// The nearest 8-bit float, the even one of two; what is too large becomes the largest.
+fn to_e4m3(x: f32) -> u8 {
+    const NAN: u8 = 0x7f;
+    let sign = if x.is_sign_negative() { 0x80 } else { 0 };
+    if x.is_nan() {
+        return sign | NAN;
+    }
+    let far = |code: &u8| (e4m3(*code) - x.abs()).abs();
+    let nearest = (0..NAN).min_by(|a, b| far(a).total_cmp(&far(b)).then((a & 1).cmp(&(b & 1))));
+    sign | nearest.expect("there are codes")
 }
 
 /// Bytes of `b` and `a`, without the mode that copies signs.
@@ -117,6 +130,14 @@ pub fn function(name: &str) -> Option<Function> {
 
         "cvt.u64.u32" | "cvt.u32.u64" | "cvta.param.u64" | "cvta.to.global.u64" => {
             each!(|[a, ..]| a)
+        }
+        "cvt.rni.s32.f32" => each!(|[a, ..]| (f(a).round_ties_even() as i32 as u32).into()),
+        "cvt.pack.sat.s8.s32.b32" => each!(|[a, b, c, _]| {
+            let byte = |x: u64| u64::from(s(x).clamp(-128, 127) as u8);
+            byte(b) | byte(a) << 8 | (c & 0xffff) << 16
+        }),
+        "cvt.rn.satfinite.e4m3x2.f32" => {
+            each!(|[a, b, ..]| u64::from(to_e4m3(f(b))) | u64::from(to_e4m3(f(a))) << 8)
         }
         "cvt.rn.f32.s32" => each!(|[a, ..]| bits(s(a) as f32)),
         "cvt.rn.f32.u32" => each!(|[a, ..]| bits(u(a) as f32)),

@@ -4,6 +4,7 @@ mod attention;
 mod attention_backward;
 mod glu;
 mod products;
+mod quantize;
 mod transpose;
 
 use std::collections::HashSet;
@@ -187,6 +188,7 @@ families! {
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
+    Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
     Transpose(transpose::Transpositions): (&ALL, 1);
 }
 
