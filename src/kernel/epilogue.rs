@@ -31,6 +31,9 @@ pub enum Scale {
     Lines,
     /// Likewise, and left codes stand for their distance from a zero point.
     ZeroPoint,
+    /// A number for each row and 128 elements along the depth, times one for 128×128 elements of the right operand:
+    /// sums are multiplied on their way.
+    Blocks,
 }
 
 impl Epilogue {
@@ -63,6 +66,7 @@ impl Epilogue {
             Scale::None | Scale::One | Scale::Lines => true,
             Scale::Exact => factor == Some(Factor::S8) && alone,
             Scale::ZeroPoint => factor == Some(Factor::S8),
+            Scale::Blocks => factor == Some(Factor::E4m3),
         };
         (holds, format!("a scale of {:?} for {factor:?} and {}", self.scale, self.name()))
     }
@@ -75,6 +79,7 @@ impl Epilogue {
             Scale::One => "·one",
             Scale::Lines => "·lines",
             Scale::ZeroPoint => "·lines-zero",
+            Scale::Blocks => "·blocks",
         };
         let bias = self.bias.map_or(String::new(), |bias| format!(" +{}", bias.name()));
         let activation = match self.activation {

@@ -89,6 +89,50 @@ fn bytes_products() {
     tally.finish();
 }
 
+/// Each stage's sums are multiplied with scales of their own: block scales that differ by orders of magnitude.
+#[test]
+fn bytes_blocks() {
+    let Some(device) = gpu() else { return };
+    let mut tally = Tally::new("products of blocks", &device);
+    let sizes = [
+        [1, 8, 16],
+        [16, 256, 300],
+        [33, 100, 128],
+        [65, 300, 1000],
+        [128, 256, 512],
+        [300, 130, 129],
+    ];
+    for (seed, [m, n, k]) in (1..).zip(sizes) {
+        tally.case(format!("{m}×{n}×{k}"), || {
+            let (a, x) = codes(seed, [m, k], false, &device)?;
+            let (b, w) = codes(seed + 100, [n, k], false, &device)?;
+            let mut noise = noise(seed + 200);
+            let [depth, blocks] = [k, n].map(|len: usize| len.div_ceil(128));
+            let mut scales =
+                |len: usize| (0..len).map(|_| (8.0 * noise()).exp2()).collect::<Vec<_>>();
+            let (of_x, of_w) = (scales(m * depth), scales(depth * blocks));
+            let rows = Tensor::from_slice(&of_x, (m, depth), &device)?;
+            let cols = Tensor::from_slice(&of_w, (depth, blocks), &device)?;
+            let (got, _) = tune::matmul_bytes([&a, &b], [&rows, &cols], false, None)?;
+            let got = got.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                let terms = (0..k).map(|t| {
+                    let scale = of_x[i * depth + t / 128] * of_w[t / 128 * blocks + j / 128];
+                    x[i * k + t] * w[j * k + t] * f64::from(scale)
+                });
+                let sum = terms.clone().sum::<f64>();
+                let size = terms.map(f64::abs).sum::<f64>();
+                let allowed = sum.abs() * 2f64.powi(-8) + size * 2f64.powi(-11);
+                if !((f64::from(got[i][j]) - sum).abs() <= allowed) {
+                    bail!("({i}, {j}) is {}, wanted {sum}", got[i][j]);
+                }
+            }
+            Ok(())
+        });
+    }
+    tally.finish();
+}
+
 /// No element is further from its code's value than from another's, by more than rounding.
 #[test]
 fn bytes_quantized() {

@@ -2,7 +2,7 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::scalar::Scalar;
-use candle_core::{CudaStorage, DType, Layout, Result, Shape};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::super::Operand;
 use super::super::driver::gpu::Gpu;
@@ -13,9 +13,9 @@ use super::matmul::{Call, CallScales};
 use super::operand::{ALIGN, Lines, element, per_chunk, row};
 use super::plan::Plans;
 use crate::error::Error;
+use crate::kernel::Element;
 use crate::kernel::gemm::{Epilogue, Major, Scale};
 use crate::kernel::transpose;
-use crate::kernel::{Device, Element};
 use crate::op::{self, View};
 use crate::ptx::{Factor, Target};
 use crate::stack::Stack;
@@ -41,65 +41,86 @@ pub(crate) fn matmul_int8(
     call.run_chosen()
 }
 
-/// A scale of all, and those of rows and columns, in f32.
+/// What products of codes are multiplied with, in f32.
 #[derive(Clone, Copy)]
-pub(crate) struct LineScales<'a> {
-    /// Of all.
-    pub one: f32,
-    /// One, or one for each row.
-    pub rows: View<'a, CudaStorage>,
-    /// One for each column.
-    pub cols: View<'a, CudaStorage>,
-    /// The zero point of x, and the i32 sums of the weight's columns.
-    pub zero: Option<(i32, View<'a, CudaStorage>)>,
+pub(crate) enum CodeScales<'a> {
+    /// A number for all, one or one for each row, and one for each column; and the zero point of x, with the i32
+    /// sums of the weight's columns.
+    Lines {
+        one: f32,
+        rows: View<'a, CudaStorage>,
+        cols: View<'a, CudaStorage>,
+        zero: Option<(i32, View<'a, CudaStorage>)>,
+    },
+    /// `[rows, ⌈K/128⌉]` of x and `[⌈K/128⌉, ⌈N/128⌉]` of the weight, both without gaps.
+    Blocks { rows: View<'a, CudaStorage>, cols: View<'a, CudaStorage> },
 }
 
-/// `act(one · row · column · (x - zero)·w + bias)` of bytes, int8 or e4m3; `[.., M, K]` and `[K, N]`, which are not empty.
-pub(crate) fn matmul_bytes(
+impl<'a> CodeScales<'a> {
+    /// As a launch takes them, and what the epilogue does with them.
+    fn fit(self, op: &'static str) -> Result<(Scale, CallScales<'a>)> {
+        Ok(match self {
+            Self::Blocks { rows, cols } => {
+                let flat = |(storage, layout): View<'a, CudaStorage>| {
+                    let len = layout.shape().elem_count();
+                    let layout = Layout::contiguous_with_offset(len, layout.start_offset());
+                    row(op, (storage, &layout))
+                };
+                (Scale::Blocks, CallScales::Blocks { rows: flat(rows)?, cols: flat(cols)? })
+            }
+            Self::Lines { one, rows, cols, zero } => {
+                let scale = if zero.is_some() { Scale::ZeroPoint } else { Scale::Lines };
+                let zero = match zero {
+                    None => None,
+                    Some((zero, sums)) => Some((zero, row(op, sums)?)),
+                };
+                let (rows, cols) = (row(op, rows)?, row(op, cols)?);
+                (scale, CallScales::Lines { one, rows, cols, zero })
+            }
+        })
+    }
+}
+
+/// Whether the kernels multiply e4m3 on a GPU.
+pub(crate) fn takes_e4m3(op: &'static str, device: &CudaDevice) -> Result<bool> {
+    Ok(Gpu::of(op, device)?.device.target == Target::Sm90a)
+}
+
+/// `act(scales · (x - zero)·w + bias)` of bytes, int8 or e4m3; `[.., M, K]` and `[K, N]`, which are not empty.
+pub(crate) fn matmul_codes(
     op: &'static str,
     factor: Factor,
     x: Operand,
     w: Operand,
-    scales: LineScales,
+    scales: CodeScales,
     bias: Option<View<CudaStorage>>,
     epilogue: op::Epilogue,
 ) -> Result<CudaStorage> {
-    bytes_call(op, factor, x, w, scales, bias, epilogue)?.run_chosen()
+    codes_call(op, factor, x, w, scales, bias, epilogue)?.run_chosen()
 }
 
-/// Whether the kernels multiply e4m3 on a GPU.
-pub(crate) fn takes_e4m3(device: &Device) -> bool {
-    device.target == Target::Sm90a
-}
-
-pub(super) fn bytes_call<'a>(
+pub(super) fn codes_call<'a>(
     op: &'static str,
     factor: Factor,
     x: Operand<'a>,
     w: Operand<'a>,
-    LineScales { one, rows, cols, zero }: LineScales<'a>,
+    scales: CodeScales<'a>,
     bias: Option<View<'a, CudaStorage>>,
     op::Epilogue { out_dtype, activation }: op::Epilogue,
 ) -> Result<Call<'a>> {
-    let gpu = Gpu::of(op, x.0.device())?;
-    if factor == Factor::E4m3 && !takes_e4m3(&gpu.device) {
+    if factor == Factor::E4m3 && !takes_e4m3(op, x.0.device())? {
         let (what, fix) = ("this crate".into(), "take one of compute capability 9.0".into());
         let limit = "has no kernels for e4m3 on this GPU".into();
         return Err(Error::Unsupported { op, what, limit, fix }.into());
     }
     let (m, n) = (x.1.count() * x.1.rows, w.1.cols);
-    let zero = match zero {
-        None => None,
-        Some((zero, sums)) => Some((zero, row(op, sums)?)),
-    };
+    let (scale, scales) = scales.fit(op)?;
     let epilogue = Epilogue {
-        scale: if zero.is_some() { Scale::ZeroPoint } else { Scale::Lines },
+        scale,
         bias: bias.map(|(storage, _)| element(storage.dtype())),
         activation,
         ..Epilogue::round(element(out_dtype))
     };
-    let (rows, cols) = (row(op, rows)?, row(op, cols)?);
-    let scales = CallScales::Lines { one, rows, cols, zero };
     let operands = [(activations(op, x)?, factor), (weight(op, w)?, factor)];
     Call::of(op, operands, epilogue, scales, bias, (out_dtype, m * n))
 }

@@ -42,6 +42,11 @@ pub(super) enum CallScales<'a> {
     None,
     /// A number.
     One(f32),
+    /// f32 of 1×128 blocks of A and of 128×128 of B.
+    Blocks {
+        rows: Fitted<'a>,
+        cols: Fitted<'a>,
+    },
     /// A number, f32 of rows, one or each, and of columns; and a zero point of A with the i32 sums of the
     /// columns of B.
     Lines {
@@ -61,6 +66,11 @@ impl CallScales<'_> {
         match self {
             Self::None => with(gemm::Scales::None),
             Self::One(scale) => with(gemm::Scales::One(*scale)),
+            Self::Blocks { rows, cols } => {
+                let (of_rows, of_cols) = (memory(rows, device), memory(cols, device));
+                let (rows, cols) = (of_rows.at(rows.offset(0)), of_cols.at(cols.offset(0)));
+                with(gemm::Scales::Blocks { rows, cols })
+            }
             Self::Lines { one, rows, cols, zero } => {
                 let (of_rows, of_cols) = (memory(rows, device), memory(cols, device));
                 let of_sums = zero.as_ref().map(|(_, sums)| memory(sums, device));
@@ -82,6 +92,7 @@ impl CallScales<'_> {
     fn inputs(&self) -> impl Iterator<Item = &CudaStorage> {
         let all = match self {
             Self::None | Self::One(_) => [None; 3],
+            Self::Blocks { rows, cols } => [Some(rows), Some(cols), None],
             Self::Lines { rows, cols, zero, .. } => {
                 [Some(rows), Some(cols), zero.as_ref().map(|(_, sums)| sums)]
             }

@@ -6,7 +6,6 @@ use candle_core::{CudaStorage, DType, Layout, Result};
 use super::super::fit::{Fitted, Want, fit};
 use crate::kernel::Element;
 use crate::kernel::gemm::Major;
-use crate::op::View;
 use crate::ptx::{Factor, Half};
 use crate::stack::Stack;
 
@@ -76,7 +75,7 @@ pub(super) fn operand<'a>(
 /// A vector without gaps that begins at a multiple of 16 bytes.
 pub(super) fn row<'a>(
     op: &'static str,
-    (storage, layout): View<'a, CudaStorage>,
+    (storage, layout): (&'a CudaStorage, &Layout),
 ) -> Result<Fitted<'a>> {
     let (len, stride, offset) = (layout.dims()[0], layout.stride()[0], layout.start_offset());
     let layout = Layout::new((1, len).into(), vec![len, stride], offset);

@@ -4,7 +4,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{DType, Result, Storage, Tensor, bail};
 
 use super::attention;
-use super::bytes::{LineScales, bytes_call};
+use super::bytes::{CodeScales, codes_call};
 use super::matmul::Call;
 use super::plan::Compiled;
 use super::quantize;
@@ -38,8 +38,9 @@ pub fn matmul(
     Ok((tensor, call.facts))
 }
 
-/// bf16 `rows · cols · a·bᵀ` of bytes `[M, K]` and `[N, K]`, int8 or else e4m3, with f32 scales, by `config` or by the
-/// chooser's; and the problem that the chooser sees.
+/// bf16 `rows · cols · a·bᵀ` of bytes `[M, K]` and `[N, K]`, int8 or else e4m3, with f32 scales `[M]` and `[N]`, or of
+/// blocks `[M, ⌈K/128⌉]` and `[⌈K/128⌉, ⌈N/128⌉]`, by `config` or by the chooser's; and the problem that the chooser
+/// sees.
 pub fn matmul_bytes(
     [a, b]: [&Tensor; 2],
     [rows, cols]: [&Tensor; 2],
@@ -57,10 +58,14 @@ pub fn matmul_bytes(
         bail!("not on a GPU")
     };
     let (x, w) = (Stack::new(la), Stack::new(lb).t());
-    let scales = LineScales { one: 1.0, rows: (sr, lr), cols: (sc, lc), zero: None };
+    let (rows, cols) = ((sr, lr), (sc, lc));
+    let scales = match lr.dims().len() {
+        1 => CodeScales::Lines { one: 1.0, rows, cols, zero: None },
+        _ => CodeScales::Blocks { rows, cols },
+    };
     let factor = if int8 { Factor::S8 } else { Factor::E4m3 };
     let out = Epilogue::round(DType::BF16);
-    let call = bytes_call("tune", factor, (sa, &x), (sb, &w), scales, None, out)?;
+    let call = codes_call("tune", factor, (sa, &x), (sb, &w), scales, None, out)?;
     let device = &call.gpu.device;
     let plan = match config {
         Some(config) => gemm::Plan::of(&config, &call.facts, device),

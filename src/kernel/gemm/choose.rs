@@ -6,7 +6,7 @@
 //! shapes are candidates. docs/notebook.md has what was learnt.
 
 use super::sm90::{Config, Launch, Order, Orient, Store};
-use super::{Major, Problem};
+use super::{Major, Problem, Scale};
 use crate::kernel::Device;
 
 /// The largest number of blocks along y and z of a grid.
@@ -142,6 +142,12 @@ impl Shape {
         // Parts that read nothing in common are for the few small tiles of a deep product: wider
         // tiles in eight parts were estimated at 35 µs for 64×4096×14336, and took 41.
         if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
+            return None;
+        }
+        // Each column of a tile of `Cᵀ` has scales of its own, and two sums.
+        let wide = if rows == 64 { 64 } else { 32 };
+        let blocks = problem.epilogue.scale == Scale::Blocks;
+        if blocks && orient == Orient::Swapped && cols > wide {
             return None;
         }
         let beyond = launch.grid[1..].iter().any(|&blocks| blocks > GRID_LIMIT);

@@ -15,6 +15,10 @@ pub use plan::Plan;
 
 use crate::ptx::Factor;
 
+/// Elements along the depth, and columns of the right operand, of blocks that share a scale: those of a stage of
+/// bytes.
+pub const BLOCK: u32 = 128;
+
 /// Which dimension of an operand is contiguous in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Major {

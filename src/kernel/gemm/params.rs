@@ -19,11 +19,12 @@ names! {
         Bias "bias",
         /// With any scale: a number for all sums.
         Scale "scale",
-        /// With scales of lines: the address of the rows', f32, of all products.
+        /// With scales of lines: the address of the rows', f32, of all products. With those of blocks: of `[rows,
+        /// blocks along the depth]`.
         RowScales "row_scales",
         /// 1, or 0 if there is one for all rows.
         RowScaleStep "row_scale_step",
-        /// The columns' f32 scales.
+        /// The columns' f32 scales, or those of `[blocks along the depth, blocks of columns]`.
         ColScales "col_scales",
         /// With a zero point: it, i32.
         ZeroPoint "zero_point",
@@ -98,6 +99,13 @@ pub enum Scales {
     None,
     /// One for all sums.
     One(f32),
+    /// Of blocks: the addresses of the left operand's and the right one's.
+    Blocks {
+        /// `[rows, blocks along the depth]`.
+        rows: u64,
+        /// `[blocks along the depth, blocks of columns]`.
+        cols: u64,
+    },
     /// Of rows and columns.
     Lines {
         /// Of all sums.
@@ -117,7 +125,10 @@ impl Scales {
             (Self::One(one) | Self::Lines { one, .. }, Name::Scale) => Argument::F32(one),
             (Self::Lines { rows, .. }, Name::RowScales) => Argument::Pointer(rows.address),
             (Self::Lines { rows, .. }, Name::RowScaleStep) => Argument::U32(rows.each.into()),
-            (Self::Lines { cols, .. }, Name::ColScales) => Argument::Pointer(cols),
+            (Self::Blocks { rows, .. }, Name::RowScales) => Argument::Pointer(rows),
+            (Self::Lines { cols, .. } | Self::Blocks { cols, .. }, Name::ColScales) => {
+                Argument::Pointer(cols)
+            }
             (Self::Lines { zero: Some((zero, _)), .. }, Name::ZeroPoint) => {
                 Argument::U32(zero.cast_unsigned())
             }

@@ -216,7 +216,7 @@ impl Epilogue {
     /// Bytes of the vectors of a row and of a column, if they have any but a bias.
     pub(super) fn vector_bytes(&self) -> Option<[u32; 2]> {
         let of_column = match self.scale {
-            Scale::None | Scale::Exact | Scale::One => return None,
+            Scale::None | Scale::Exact | Scale::One | Scale::Blocks => return None,
             Scale::Lines => WORD,
             Scale::ZeroPoint => 2 * WORD,
         };

@@ -86,6 +86,7 @@ impl Family for Products {
             scales: match problem.epilogue.scale {
                 Scale::None | Scale::Exact => Scales::None,
                 Scale::One => Scales::One(0.5),
+                Scale::Blocks => Scales::Blocks { rows: address(), cols: address() },
                 lines => {
                     let rows = PerRow { address: address(), each: true };
                     let zero = (lines == Scale::ZeroPoint).then(|| (-3, address()));
@@ -164,6 +165,16 @@ impl Family for Products {
                     pingpong: true,
                     rows: 128,
                     order: Order::Raster,
+                    ..bytes
+                },
+            ),
+            (
+                "sm90_blocks",
+                sm90::Config {
+                    elements: [Factor::E4m3; 2],
+                    epilogue: Epilogue { scale: Scale::Blocks, ..PLAIN },
+                    rows: 128,
+                    cols: 128,
                     ..bytes
                 },
             ),
@@ -266,18 +277,23 @@ fn byte_products(extent: Extent) -> impl Iterator<Item = Problem> {
         .flat_map(move |(m, n)| cross(depths, &[1, 3]).map(move |(k, batch)| [m, n, k, batch]))
         .filter(|[m, n, k, batch]| (m * k + k * n + 4 * m * n) * batch < 192_000_000_000)
         .flat_map(|[m, n, k, batch]| {
-            [(Factor::S8, BF16), (Factor::S8, Element::F32), (Factor::E4m3, BF16)].map(
-                |(factor, out)| Problem {
-                    m,
-                    n,
-                    k,
-                    batch,
-                    elements: [factor; 2],
-                    lhs: Major::K,
-                    rhs: Major::K,
-                    epilogue: Epilogue { scale: Scale::Lines, ..Epilogue::round(out) },
-                },
-            )
+            let lines = Scale::Lines;
+            [
+                (Factor::S8, BF16, lines),
+                (Factor::S8, Element::F32, lines),
+                (Factor::E4m3, BF16, lines),
+                (Factor::E4m3, BF16, Scale::Blocks),
+            ]
+            .map(|(factor, out, scale)| Problem {
+                m,
+                n,
+                k,
+                batch,
+                elements: [factor; 2],
+                lhs: Major::K,
+                rhs: Major::K,
+                epilogue: Epilogue { scale, ..Epilogue::round(out) },
+            })
         })
 }
 
@@ -285,6 +301,10 @@ fn byte_products(extent: Extent) -> impl Iterator<Item = Problem> {
 fn byte_variants(problem: &Problem) -> Vec<Problem> {
     let Epilogue { out, .. } = problem.epilogue;
     let round = Epilogue::round(out);
+    if problem.epilogue.scale == Scale::Blocks {
+        let epilogue = Epilogue { bias: Some(Element::F32), ..problem.epilogue };
+        return vec![Problem { epilogue, ..*problem }];
+    }
     let biases = [None, Some(Element::F32), Some(F16), Some(BF16)];
     let mut all = vec![Epilogue { scale: Scale::One, ..round }];
     for scale in [Scale::Lines, Scale::ZeroPoint] {

@@ -1,7 +1,7 @@
 //! The choices, what follows from them, and the numbers of a launch.
 
 use crate::kernel::Arena;
-use crate::kernel::gemm::{Epilogue, Major, Problem, lies_along_k, multiplied};
+use crate::kernel::gemm::{BLOCK, Epilogue, Major, Problem, Scale, lies_along_k, multiplied};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::pingpong::Pingpong;
 use crate::kernel::hopper::ring::Ring;
@@ -314,6 +314,12 @@ impl Config {
                         && self.order == Order::Raster
                         && self.blocks_per_sm == 1),
                 "warpgroups that take turns on small, staged or single tiles".into(),
+            ),
+            (
+                self.epilogue.scale != Scale::Blocks
+                    || (!self.pingpong
+                        && BLOCK.is_multiple_of(self.orient.order([self.rows, self.cols])[1])),
+                "tiles of more than one block".into(),
             ),
             NamedBarriers::rule(smem.named_barriers),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),

@@ -5,6 +5,7 @@
 //! `Cᵀ = Bᵀ·Aᵀ` ([`Orient::Swapped`]): then the large dimension fills wgmma's 64 rows and N shrinks to
 //! the tokens.
 
+mod blocks;
 mod config;
 mod load;
 mod slabs;
@@ -14,7 +15,7 @@ pub use config::{Boxes, Config, Launch, Order, Orient, Store};
 
 use super::share::Share;
 use super::terms::{Sum, Terms};
-use super::{Major, Name};
+use super::{Major, Name, Scale};
 use crate::kernel::hopper::barriers::Mbarrier;
 use crate::kernel::hopper::pingpong::PingpongTurn;
 use crate::kernel::hopper::product::{Descriptor, LeftStep, products};
@@ -22,6 +23,7 @@ use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::raster::{Raster, Tile};
 use crate::ptx::{Factor, Kernel, Reg, Source, Target};
+use blocks::BlockScales;
 use config::SharedMap;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
@@ -39,6 +41,10 @@ pub fn emit(config: &Config) -> Source {
     };
     let size = [k.param(Name::M), k.param(Name::N)];
     let terms = Terms::params(k, config.epilogue);
+    let blocks = (config.epilogue.scale == Scale::Blocks).then(|| BlockScales {
+        rows: k.pointer(Name::RowScales),
+        cols: k.pointer(Name::ColScales),
+    });
     let depth = k.param(Name::Depth);
     let raster = (config.order == Order::Raster).then(|| Raster::params(k));
     let inner_batch = config.batched.then(|| k.param(Name::InnerBatch));
@@ -64,8 +70,21 @@ pub fn emit(config: &Config) -> Source {
     k.griddepcontrol_wait();
     k.griddepcontrol_launch_dependents();
 
-    let g =
-        Gemm { k, c: config, smem, lhs, rhs, out, size, terms, depth, raster, inner_batch, base };
+    let g = Gemm {
+        k,
+        c: config,
+        smem,
+        lhs,
+        rhs,
+        out,
+        size,
+        terms,
+        blocks,
+        depth,
+        raster,
+        inner_batch,
+        base,
+    };
     k.if_else(
         group.eq(0),
         || {
@@ -114,6 +133,7 @@ struct Gemm<'k, 'c> {
     /// Rows and columns of `C`.
     size: [Reg<'k, u32>; 2],
     terms: Terms<'k>,
+    blocks: Option<BlockScales<'k>>,
     /// Stages of the whole depth.
     depth: Reg<'k, u32>,
     raster: Option<Raster<'k>>,
@@ -155,7 +175,13 @@ impl<'k> Gemm<'k, '_> {
         let accumulators: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
         self.tiles(turn.map(|_| group), |tile| {
             let scales = self.copy_scales(tile, thread, group);
-            self.multiply(&accumulators, place, group, turn, leader);
+            match self.blocks {
+                None => self.multiply(&accumulators, place, group, turn, leader),
+                Some(blocks) => {
+                    let sums: Vec<_> = accumulators[0].iter().map(|sum| sum.cast()).collect();
+                    self.multiply_blocks(&sums, place, blocks, tile, (thread, group, leader));
+                }
+            }
             match self.out {
                 Out::Map(map) => {
                     let at = (thread, group);
