@@ -25,8 +25,6 @@ pub enum Scale {
     None,
     /// Nothing: i32 sums are stored as they are, in place of f32.
     Exact,
-    /// One number.
-    One,
     /// One number, times one for each row, or one for all, times one for each column.
     Lines,
     /// Likewise, and left codes stand for their distance from a zero point.
@@ -63,7 +61,7 @@ impl Epilogue {
     pub(super) fn rule(&self, factor: Option<Factor>) -> (bool, String) {
         let alone = self.bias.is_none() && self.activation.is_none() && self.out == Element::F32;
         let holds = match self.scale {
-            Scale::None | Scale::One | Scale::Lines => true,
+            Scale::None | Scale::Lines => true,
             Scale::Exact => factor == Some(Factor::S8) && alone,
             Scale::ZeroPoint => factor == Some(Factor::S8),
             Scale::Blocks => factor == Some(Factor::E4m3),
@@ -76,7 +74,6 @@ impl Epilogue {
         let scale = match self.scale {
             Scale::None => "",
             Scale::Exact => "·exact",
-            Scale::One => "·one",
             Scale::Lines => "·lines",
             Scale::ZeroPoint => "·lines-zero",
             Scale::Blocks => "·blocks",

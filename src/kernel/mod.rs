@@ -6,6 +6,7 @@
 
 mod ampere;
 pub mod attention;
+pub mod dequant;
 mod element;
 mod epilogue;
 pub mod gemm;
@@ -94,6 +95,8 @@ kernels! {
     Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.
     Transpose(transpose::Config) by transpose::emit;
+    /// A quantised weight in floats, on any GPU.
+    Dequant(dequant::Config) by dequant::emit;
 }
 
 /// Hands out shared memory: each region has one owner and an offset that nobody types in.

@@ -40,8 +40,6 @@ fn countable(op: &'static str, facts: &Problem) -> Result<()> {
 /// What the sums of 8-bit operands are multiplied with: see [`Scale`](gemm::Scale).
 pub(super) enum CallScales<'a> {
     None,
-    /// A number.
-    One(f32),
     /// f32 of 1×128 blocks of A and of 128×128 of B.
     Blocks {
         rows: Fitted<'a>,
@@ -65,7 +63,6 @@ impl CallScales<'_> {
         }
         match self {
             Self::None => with(gemm::Scales::None),
-            Self::One(scale) => with(gemm::Scales::One(*scale)),
             Self::Blocks { rows, cols } => {
                 let (of_rows, of_cols) = (memory(rows, device), memory(cols, device));
                 let (rows, cols) = (of_rows.at(rows.offset(0)), of_cols.at(cols.offset(0)));
@@ -91,7 +88,7 @@ impl CallScales<'_> {
     /// What is read.
     fn inputs(&self) -> impl Iterator<Item = &CudaStorage> {
         let all = match self {
-            Self::None | Self::One(_) => [None; 3],
+            Self::None => [None; 3],
             Self::Blocks { rows, cols } => [Some(rows), Some(cols), None],
             Self::Lines { rows, cols, zero, .. } => {
                 [Some(rows), Some(cols), zero.as_ref().map(|(_, sums)| sums)]

@@ -17,7 +17,7 @@ names! {
         Out "out",
         /// With a bias: its address.
         Bias "bias",
-        /// With any scale: a number for all sums.
+        /// With scales of lines: a number for all sums.
         Scale "scale",
         /// With scales of lines: the address of the rows', f32, of all products. With those of blocks: of `[rows,
         /// blocks along the depth]`.
@@ -97,8 +97,6 @@ pub enum Scales {
     /// None.
     #[default]
     None,
-    /// One for all sums.
-    One(f32),
     /// Of blocks: the addresses of the left operand's and the right one's.
     Blocks {
         /// `[rows, blocks along the depth]`.
@@ -122,7 +120,7 @@ pub enum Scales {
 impl Scales {
     fn argument(&self, name: Name) -> Option<Argument> {
         Some(match (*self, name) {
-            (Self::One(one) | Self::Lines { one, .. }, Name::Scale) => Argument::F32(one),
+            (Self::Lines { one, .. }, Name::Scale) => Argument::F32(one),
             (Self::Lines { rows, .. }, Name::RowScales) => Argument::Pointer(rows.address),
             (Self::Lines { rows, .. }, Name::RowScaleStep) => Argument::U32(rows.each.into()),
             (Self::Blocks { rows, .. }, Name::RowScales) => Argument::Pointer(rows),

@@ -216,7 +216,7 @@ impl Epilogue {
     /// Bytes of the vectors of a row and of a column, if they have any but a bias.
     pub(super) fn vector_bytes(&self) -> Option<[u32; 2]> {
         let of_column = match self.scale {
-            Scale::None | Scale::Exact | Scale::One | Scale::Blocks => return None,
+            Scale::None | Scale::Exact | Scale::Blocks => return None,
             Scale::Lines => WORD,
             Scale::ZeroPoint => 2 * WORD,
         };
@@ -235,7 +235,7 @@ impl<'k> Terms<'k> {
         let bias = epilogue.bias.and_then(|bias| of_column(What::Bias(bias), Name::Bias));
         let lines = matches!(epilogue.scale, Scale::Lines | Scale::ZeroPoint);
         let zero = epilogue.scale == Scale::ZeroPoint;
-        let one = (lines || epilogue.scale == Scale::One).then(|| k.param(Name::Scale));
+        let one = lines.then(|| k.param(Name::Scale));
         let zero_point = zero.then(|| k.param(Name::ZeroPoint));
         let mut rows = [None; 3];
         let mut cols = [bias, None, None];

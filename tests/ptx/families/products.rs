@@ -85,7 +85,6 @@ impl Family for Products {
             operands,
             scales: match problem.epilogue.scale {
                 Scale::None | Scale::Exact => Scales::None,
-                Scale::One => Scales::One(0.5),
                 Scale::Blocks => Scales::Blocks { rows: address(), cols: address() },
                 lines => {
                     let rows = PerRow { address: address(), each: true };
@@ -306,7 +305,7 @@ fn byte_variants(problem: &Problem) -> Vec<Problem> {
         return vec![Problem { epilogue, ..*problem }];
     }
     let biases = [None, Some(Element::F32), Some(F16), Some(BF16)];
-    let mut all = vec![Epilogue { scale: Scale::One, ..round }];
+    let mut all = vec![];
     for scale in [Scale::Lines, Scale::ZeroPoint] {
         all.extend(biases.map(|bias| Epilogue { scale, bias, ..round }));
         let activation = Some(Activation::GeluErf);
