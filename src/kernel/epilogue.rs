@@ -16,6 +16,9 @@ pub struct Epilogue {
 }
 
 impl Epilogue {
+    /// Of sums that are parts of others.
+    pub(super) const PARTIAL: Self = Self { out: Element::F32, bias: None, activation: None };
+
     /// `act(sum + bias)`.
     pub(super) fn finish<'k>(&self, sum: Reg<'k, f32>, bias: Option<Reg<'k, f32>>) -> Reg<'k, f32> {
         let x = match bias {

@@ -16,6 +16,7 @@ mod name;
 pub mod params;
 mod plan;
 mod raster;
+pub mod w4;
 
 pub use element::Element;
 pub use plan::{Plan, Step};
@@ -88,6 +89,10 @@ kernels! {
     FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
+    /// A product of a few rows with a weight of four bits, on any GPU from Ampere on.
+    W4Stream(w4::stream::Config) by w4::stream::emit;
+    /// Codes of four bits in another form, or elements, on any GPU.
+    W4Layout(w4::layout::Config) by w4::layout::emit;
 }
 
 /// Hands out shared memory: each region has one owner and an offset that nobody types in.

@@ -56,6 +56,20 @@ impl Kernel {
         self.load("global.nc", from.into())
     }
 
+    /// `ld.global.nc.u8`: a byte, zero-extended.
+    pub fn ld_global_nc_byte<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {
+        let (d, from) = (self.reg(), from.into());
+        self.emit(format_args!("ld.global.nc.u8 {d}, {from}"));
+        d
+    }
+
+    /// `ld.shared.u8`: a byte, zero-extended.
+    pub fn ld_shared_byte<'k>(&'k self, from: impl Into<Address<'k, u32>>) -> Reg<'k, u32> {
+        let (d, from) = (self.reg(), from.into());
+        self.emit(format_args!("ld.shared.u8 {d}, {from}"));
+        d
+    }
+
     /// `ld.acquire.gpu`: a number that another block of threads [adds to](Self::red_release_add), and with it what
     /// that block wrote before.
     pub fn ld_acquire<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {

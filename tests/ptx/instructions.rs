@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use kaio_candle::ptx::{
-    Delivery, Half, Kernel, Mma, Operand, Reg, Source, Target, Wgmma, WgmmaRegs,
+    Delivery, Half, Kernel, Logic3, Mma, Operand, Reg, Source, Target, Wgmma, WgmmaRegs,
 };
 
 /// With their names.
@@ -42,6 +42,8 @@ fn integers() -> Source {
     let signs =
         [signed + -1, signed / 4, signed % 4, signed >> 2, signed.max(0), signed.or_zero().cast()];
     keep(k, out, &signs.map(Reg::cast));
+    keep(k, out, &[k.lop3(Logic3::AND_OR, a, 15, b), k.lop3(Logic3::SELECT, a, b, 0xf0f0)]);
+    keep(k, out, &[k.prmt(a, b, 0x5140), k.prmt(a, 0, b)]);
     keep(k, out, &[a.min(b), a.max(7), a.bfe(4, 14), a.with_high(b).low(), a.with_high(7).low()]);
     k.note("comparisons");
     let tests = [a.eq(b), a.ne(b), a.lt(b), a.le(b), a.gt(b), a.ge(9)];
@@ -88,6 +90,7 @@ fn floats() -> Source {
         let packed = k.reg();
         k.cvt_rn_x2_to(packed, half, x, y);
         keep(k, out, &k.unpack(half, packed).map(Reg::cast));
+        keep(k, out, &[k.fma_x2(half, packed, packed, packed)]);
         keep(k, out, &[packed, k.cvt_rn_x2(half, x, y), k.widen(half, narrow).cast()]);
     }
     k.finish()
@@ -128,6 +131,7 @@ fn memory() -> Source {
     let two = k.ld_global::<u32, 2>(input.at(16));
     let four = k.ld_global_nc::<u32, 4>(input);
     let [half] = k.ld_global_nc::<u16, 1>(input.at(-2));
+    keep(k, out, &[k.ld_global_nc_byte(input.at(3)), k.ld_shared_byte(slot.at(5))]);
     k.st_shared(slot, four);
     k.st_shared(slot.at(4), [one]);
     let back = k.ld_shared::<u32, 4>(slot);
@@ -241,13 +245,14 @@ fn hopper() -> Source {
 /// Whoever adds a method adds a line above.
 #[test]
 fn every_method_is_used() {
-    const SOURCES: [&str; 9] = [
+    const SOURCES: [&str; 10] = [
         include_str!("../../src/ptx/control.rs"),
         include_str!("../../src/ptx/copy.rs"),
         include_str!("../../src/ptx/mbarrier.rs"),
         include_str!("../../src/ptx/memory.rs"),
         include_str!("../../src/ptx/mma.rs"),
         include_str!("../../src/ptx/mod.rs"),
+        include_str!("../../src/ptx/pairs.rs"),
         include_str!("../../src/ptx/reg.rs"),
         include_str!("../../src/ptx/sync.rs"),
         include_str!("../../src/ptx/tma.rs"),

@@ -7,6 +7,7 @@ mod matmul;
 mod operand;
 mod plan;
 pub mod tune;
+pub(crate) mod w4;
 
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;

@@ -3,8 +3,8 @@
 pub mod choose;
 mod params;
 mod plan;
-mod result;
-mod share;
+pub(super) mod result;
+pub(super) mod share;
 pub mod sm80;
 pub mod sm90;
 

@@ -82,7 +82,7 @@ impl Config {
     pub(super) fn first_epilogue(&self) -> Epilogue {
         match self.split {
             1 => self.epilogue,
-            _ => Epilogue { out: Element::F32, bias: None, activation: None },
+            _ => Epilogue::PARTIAL,
         }
     }
 }

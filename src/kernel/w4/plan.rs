@@ -1,0 +1,97 @@
+//! The plan of a product.
+
+use super::{Scheme, stream};
+use crate::kernel::gemm::{Epilogue, Name, sm80};
+use crate::kernel::plan::{self, count};
+use crate::kernel::{self, Device, Step};
+use crate::ptx::Half;
+
+/// `act(x·W + bias)`, as facts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Problem {
+    /// Rows of `x`.
+    pub m: u64,
+    /// Columns of `W`.
+    pub n: u64,
+    /// Rows of `W`.
+    pub k: u64,
+    /// The type of `x`.
+    pub half: Half,
+    /// How the weight is quantised.
+    pub scheme: Scheme,
+    /// What happens to a sum.
+    pub epilogue: Epilogue,
+}
+
+/// The kernels of a product, and the numbers of their launches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// For a few rows.
+    Stream(stream::Config, stream::Launch),
+    /// The same, and the kernel that adds the sums of its parts.
+    Split(stream::Config, stream::Launch, sm80::Reduce),
+}
+
+impl plan::Plan for Plan {
+    type Problem = Problem;
+    type Name = Name;
+
+    fn new(problem: &Problem, device: &Device) -> Self {
+        Self::stream(stream::choose(problem, device), problem)
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        match *self {
+            Self::Stream(config, launch) => vec![Step { kernel: config.into(), grid: launch.grid }],
+            Self::Split(config, launch, reduce) => vec![
+                Step { kernel: config.into(), grid: launch.grid },
+                Step { kernel: reduce.into(), grid: launch.sum_grid(&reduce) },
+            ],
+        }
+    }
+}
+
+impl Plan {
+    /// With a configuration that nobody chose; `None` for a kernel of another family.
+    pub fn of(config: &kernel::Config, problem: &Problem) -> Option<Self> {
+        match *config {
+            kernel::Config::W4Stream(config) => Some(Self::stream(config, problem)),
+            _ => None,
+        }
+    }
+
+    fn stream(config: stream::Config, problem: &Problem) -> Self {
+        let launch = stream::Launch::new(&config, problem);
+        match config.reduce() {
+            None => Self::Stream(config, launch),
+            Some(reduce) => {
+                // The epilogue is the second kernel's: the first one serves all of them.
+                let config = stream::Config { epilogue: Epilogue::PARTIAL, ..config };
+                Self::Split(config, launch, reduce)
+            }
+        }
+    }
+
+    /// The f32 sums that parts of the depth leave for the second kernel, if there are parts.
+    pub fn partial_sums(&self, problem: &Problem) -> Option<u64> {
+        match self {
+            Self::Split(config, ..) => Some(u64::from(config.split) * problem.m * problem.n),
+            Self::Stream(..) => None,
+        }
+    }
+}
+
+impl Problem {
+    /// What is beyond what kernels can count, and the most that they can.
+    pub fn limit(&self) -> Option<(String, u64)> {
+        /// Sizes, and 16-bit elements of a row.
+        const MOST: u64 = 1 << 30;
+        let sizes = [("M", self.m), ("N", self.n), ("K", self.k)];
+        let over = sizes.into_iter().find(|&(_, size)| size > MOST);
+        over.map(|(name, size)| (format!("{name} of {size}"), MOST))
+    }
+
+    pub(super) fn columns(&self) -> u32 {
+        count(self.n.div_ceil(super::BLOCK.into()))
+    }
+}
