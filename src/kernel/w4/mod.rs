@@ -25,7 +25,7 @@ mod plan;
 pub mod stream;
 
 pub use params::Arguments;
-pub use plan::{Plan, Problem};
+pub use plan::{Plan, Problem, candidates};
 
 use super::Element;
 use super::name::given;

@@ -51,6 +51,11 @@ impl plan::Plan for Plan {
     }
 }
 
+/// The kernels worth a try for a problem.
+pub fn candidates(problem: &Problem, device: &Device) -> Vec<kernel::Config> {
+    stream::candidates(problem, device).into_iter().map(kernel::Config::from).collect()
+}
+
 impl Plan {
     /// With a configuration that nobody chose; `None` for a kernel of another family.
     pub fn of(config: &kernel::Config, problem: &Problem) -> Option<Self> {

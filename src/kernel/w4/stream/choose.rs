@@ -32,7 +32,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
 }
 
 /// Those worth an estimate, the simplest first.
-fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
+pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     let tokens = count_of_tokens(problem.m);
     // Of more tokens a warp has so many sums that half as many warps have the registers for them.
     let resident = if tokens > 8 { 8 } else { 16 };

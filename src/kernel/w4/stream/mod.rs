@@ -19,7 +19,7 @@ mod copies;
 mod launch;
 mod store;
 
-pub use choose::{MOST, choose};
+pub use choose::{MOST, candidates, choose};
 pub use config::Config;
 pub use launch::Launch;
 
