@@ -37,7 +37,7 @@ pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
                     continue;
                 }
                 let half = Element::Half(Half::Bf16);
-                let epilogue = Epilogue { out: half, bias: None, activation: None };
+                let epilogue = Epilogue::round(half);
                 let [m64, n64, k64] = [m, n, k].map(|size| size as u64);
                 let (half, scheme) = (Half::Bf16, w4.scheme);
                 let problem = Problem { m: m64, n: n64, k: k64, half, scheme, epilogue };

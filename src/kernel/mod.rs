@@ -18,7 +18,7 @@ mod plan;
 mod raster;
 pub mod w4;
 
-pub use element::Element;
+pub use element::{Copied, Element};
 pub use plan::{Plan, Step};
 
 use crate::ptx::{Source, Target};

@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use kaio_candle::kernel::Element;
+use kaio_candle::kernel::gemm::Epilogue;
 use kaio_candle::kernel::w4::{Codes, Scheme, stream};
 use kaio_candle::ptx::{Half, Target};
 use kaio_candle::tune::{self, W4};
@@ -224,11 +225,7 @@ fn w4_stream_shapes() -> Result<()> {
                 split,
                 blocks_per_sm: 1,
                 unit: if case.weight.size[1] % 4 == 0 { 4 } else { 1 },
-                epilogue: kaio_candle::kernel::gemm::Epilogue {
-                    out: Element::Half(half),
-                    bias: None,
-                    activation: None,
-                },
+                epilogue: Epilogue::round(Element::Half(half)),
             };
             let slots = config.slots.min(config.max_slots(232_448));
             let config = stream::Config { slots, ..config };

@@ -210,10 +210,16 @@ fn hopper() -> Source {
             let operand = |transposed| Operand { descriptor, transposed };
             k.wgmma_fence();
             for (half, accumulate) in [(Half::Bf16, false.into()), (Half::Bf16, n.ne(0).into())] {
-                k.wgmma(&sum, Wgmma { half, a: operand(false), b: operand(true), accumulate });
+                k.wgmma(
+                    &sum,
+                    Wgmma { factor: half.into(), a: operand(false), b: operand(true), accumulate },
+                );
             }
             let (a, b) = ([n, place, n, place], operand(true));
-            k.wgmma_regs(&sum, WgmmaRegs { half: Half::F16, a, b, accumulate: true.into() });
+            k.wgmma_regs(
+                &sum,
+                WgmmaRegs { factor: Half::F16.into(), a, b, accumulate: true.into() },
+            );
             k.wgmma_commit();
             k.wgmma_wait(1);
             k.wgmma_wait(0);

@@ -9,7 +9,7 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::Fitted;
-use super::operand::{Batch, Lines, element, operand, row};
+use super::operand::{Batch, Lines, element, factor, operand, row};
 use super::plan::{Compiled, Plans};
 use crate::error::Error;
 use crate::kernel::gemm::{self, Plan, Problem};
@@ -75,11 +75,12 @@ impl<'a> Call<'a> {
             n: rhs.outer as u64,
             k: lhs.depth as u64,
             batch: batch.count() as u64,
-            elements: [element(a.dtype()), element(b.dtype())],
+            elements: [factor(a.dtype()), factor(b.dtype())],
             lhs: lhs.major,
             rhs: rhs.major,
             epilogue: gemm::Epilogue {
                 out: element(epilogue.out_dtype),
+                scale: gemm::Scale::None,
                 bias: bias.as_ref().map(|bias| element(bias.storage().dtype())),
                 activation: epilogue.activation,
             },
@@ -124,6 +125,7 @@ impl<'a> Call<'a> {
                     problem,
                     plan: &compiled.plan,
                     operands: [operand(0), operand(1)],
+                    scales: gemm::Scales::None,
                     bias: bias.as_ref().map(|(memory, first)| memory.at(*first)),
                     out: result.at((i * products) as usize),
                     partial: partial.as_ref().map(Memory::address),

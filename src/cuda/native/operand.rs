@@ -7,7 +7,7 @@ use super::super::fit::{Fitted, Want, fit};
 use crate::kernel::Element;
 use crate::kernel::gemm::Major;
 use crate::op::View;
-use crate::ptx::Half;
+use crate::ptx::{Factor, Half};
 use crate::stack::Stack;
 
 /// Bytes that a kernel's strides are multiples of.
@@ -143,6 +143,14 @@ impl Batch {
 /// Elements of 16 bytes.
 pub(super) fn per_chunk(dtype: DType) -> usize {
     element(dtype).per_chunk() as usize
+}
+
+/// As what tensor cores multiply elements of a 16-bit dtype.
+pub(super) fn factor(dtype: DType) -> Factor {
+    match dtype {
+        DType::BF16 => Factor::Half(Half::Bf16),
+        _ => Factor::Half(Half::F16),
+    }
 }
 
 pub(super) fn element(dtype: DType) -> Element {

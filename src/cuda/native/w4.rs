@@ -231,6 +231,7 @@ impl<'a> Call<'a> {
             scheme,
             epilogue: gemm::Epilogue {
                 out: element(epilogue.out_dtype),
+                scale: gemm::Scale::None,
                 bias: bias.as_ref().map(|bias| element(bias.storage().dtype())),
                 activation: epilogue.activation,
             },

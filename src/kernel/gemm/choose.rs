@@ -130,8 +130,13 @@ impl Shape {
         if pingpong && rhs == Major::Outer && !cols.is_multiple_of(64) {
             return None;
         }
-        // ptxas loads a bias for each column of a tile at once, and spills.
-        if pingpong && problem.epilogue.bias.is_some() && (orient == Orient::Plain || cols > 176) {
+        // ptxas loads a bias for each column of a tile at once, and spills; of what comes through shared memory,
+        // all of 64 columns.
+        let crowded = match problem.epilogue.vector_bytes() {
+            None => problem.epilogue.bias.is_some() && (orient == Orient::Plain || cols > 176),
+            Some(_) => problem.epilogue.out.size() == 2 && orient == Orient::Plain && cols > 176,
+        };
+        if pingpong && crowded {
             return None;
         }
         // Parts that read nothing in common are for the few small tiles of a deep product: wider
@@ -243,16 +248,16 @@ mod tests {
     use super::*;
     use crate::kernel::Element;
     use crate::kernel::gemm::Epilogue;
-    use crate::ptx::{Half, Target};
+    use crate::ptx::{Factor, Half, Target};
 
     const H200: Device =
         Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
 
     fn problem(m: u64, n: u64, k: u64) -> Problem {
-        let element = Element::Half(Half::Bf16);
-        let epilogue = Epilogue { out: element, bias: None, activation: None };
+        let epilogue = Epilogue::round(Element::Half(Half::Bf16));
         let (lhs, rhs) = (Major::K, Major::Outer);
-        Problem { m, n, k, batch: 1, elements: [element; 2], lhs, rhs, epilogue }
+        let elements = [Factor::Half(Half::Bf16); 2];
+        Problem { m, n, k, batch: 1, elements, lhs, rhs, epilogue }
     }
 
     fn chosen(m: u64, n: u64, k: u64) -> Config {

@@ -17,6 +17,20 @@ names! {
         Out "out",
         /// With a bias: its address.
         Bias "bias",
+        /// With [`Scale::One`](super::Scale::One): it.
+        Scale "scale",
+        /// With scales of lines: the address of the rows', f32, of all products.
+        RowScales "row_scales",
+        /// 1, or 0 if there is one for all rows.
+        RowScaleStep "row_scale_step",
+        /// The columns' f32 scales.
+        ColScales "col_scales",
+        /// With zero points: the address of the rows', i32.
+        RowZeros "row_zeros",
+        /// 1, or 0 if there is one for all rows.
+        RowZeroStep "row_zero_step",
+        /// The columns' i32 sums of the right operand.
+        ColSums "col_sums",
         /// Rows of `C`.
         M "m",
         /// Columns of `C`.
@@ -49,7 +63,7 @@ names! {
         RhsOuter "rhs_outer",
         /// If batched and split: products.
         Batch "batch",
-        /// The parts of the sums: the address of f32 `[split, rows, cols]`.
+        /// The parts of the sums: the address of f32 or i32 `[split, rows, cols]`.
         Partial "partial",
         /// Rows of all products.
         Rows "rows",
@@ -79,6 +93,53 @@ pub struct Operand {
     pub batch: [(u64, u64); 2],
 }
 
+/// A number for each row of all products, or one for all of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PerRow {
+    /// The address of the first.
+    pub address: u64,
+    /// Whether there is one for each.
+    pub each: bool,
+}
+
+/// The numbers of a [`Scale`](super::Scale), in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Scales {
+    /// None.
+    #[default]
+    None,
+    /// One for all sums.
+    One(f32),
+    /// Of rows and columns, perhaps with zero points.
+    Lines {
+        /// Of rows.
+        rows: PerRow,
+        /// The address of the columns'.
+        cols: u64,
+        /// i32: the rows' zero points, and the address of the sums of the right operand's columns.
+        zero: Option<(PerRow, u64)>,
+    },
+}
+
+impl Scales {
+    fn argument(&self, name: Name) -> Option<Argument> {
+        Some(match (*self, name) {
+            (Self::One(scale), Name::Scale) => Argument::F32(scale),
+            (Self::Lines { rows, .. }, Name::RowScales) => Argument::Pointer(rows.address),
+            (Self::Lines { rows, .. }, Name::RowScaleStep) => Argument::U32(rows.each.into()),
+            (Self::Lines { cols, .. }, Name::ColScales) => Argument::Pointer(cols),
+            (Self::Lines { zero: Some((zeros, _)), .. }, Name::RowZeros) => {
+                Argument::Pointer(zeros.address)
+            }
+            (Self::Lines { zero: Some((zeros, _)), .. }, Name::RowZeroStep) => {
+                Argument::U32(zeros.each.into())
+            }
+            (Self::Lines { zero: Some((_, sums)), .. }, Name::ColSums) => Argument::Pointer(sums),
+            _ => return None,
+        })
+    }
+}
+
 /// One launch of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Arguments<'a> {
@@ -88,6 +149,8 @@ pub struct Arguments<'a> {
     pub plan: &'a Plan,
     /// `A` and `B`.
     pub operands: [Operand; 2],
+    /// What the epilogue's scale needs.
+    pub scales: Scales,
     /// The address of the bias.
     pub bias: Option<u64>,
     /// The address of `C`.
@@ -144,6 +207,9 @@ impl Arguments<'_> {
             Name::Out => Argument::Pointer(out),
             // The epilogue is the second kernel's.
             Name::Bias if config.split > 1 => return None,
+            of_scale if config.split > 1 && self.scales.argument(of_scale).is_some() => {
+                return None;
+            }
             Name::LhsLine => Argument::U64(lhs.line),
             Name::RhsLine => Argument::U64(rhs.line),
             Name::TileRows => Argument::U32(launch.tile_rows),
@@ -166,7 +232,7 @@ impl Arguments<'_> {
             Name::Rows => Argument::U32((batch * m) as u32),
             Name::Cols => Argument::U32(n as u32),
             Name::Bias => Argument::Pointer(self.bias?),
-            _ => return None,
+            other => return self.scales.argument(other),
         })
     }
 
@@ -180,7 +246,7 @@ impl Arguments<'_> {
             Name::Bias => Argument::Pointer(self.bias?),
             Name::InnerBatch => Argument::U32(self.operands[0].batch[0].0 as u32),
             Name::Batch => Argument::U32(batch as u32),
-            _ => return None,
+            other => return self.scales.argument(other),
         })
     }
 

@@ -3,7 +3,7 @@
 use super::{Scheme, stream};
 use crate::kernel::gemm::{Epilogue, Name, sm80};
 use crate::kernel::plan::{self, count};
-use crate::kernel::{self, Device, Step};
+use crate::kernel::{self, Device, Element, Step};
 use crate::ptx::Half;
 
 /// `act(x·W + bias)`, as facts.
@@ -71,7 +71,8 @@ impl Plan {
             None => Self::Stream(config, launch),
             Some(reduce) => {
                 // The epilogue is the second kernel's: the first one serves all of them.
-                let config = stream::Config { epilogue: Epilogue::PARTIAL, ..config };
+                let epilogue = Epilogue::round(Element::F32);
+                let config = stream::Config { epilogue, ..config };
                 Self::Split(config, launch, reduce)
             }
         }

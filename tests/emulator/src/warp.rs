@@ -412,9 +412,9 @@ impl Warp {
                 together();
                 self.stmatrix(&mut cluster.blocks[self.block], i, transposed);
             }
-            Op::Multiply(widen) => {
+            Op::Multiply(factor) => {
                 together();
-                self.mma(&cluster.blocks[self.block], i, widen);
+                self.mma(&cluster.blocks[self.block], i, factor);
             }
             Op::MultiplyTf32 => {
                 together();

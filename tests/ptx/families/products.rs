@@ -3,9 +3,9 @@
 use kaio_candle::Activation;
 use kaio_candle::kernel::gemm::{self, Epilogue, Major, Plan, Problem, sm80, sm90};
 use kaio_candle::kernel::{Config, Element};
-use kaio_candle::ptx::Half;
+use kaio_candle::ptx::{Factor, Half};
 
-use super::{BF16, Extent, F16, Family, Gpu, Used, addresses, another, cross, hash, passes, rule};
+use super::{BF16, Extent, Family, Gpu, Used, addresses, another, cross, hash, passes, rule};
 
 pub struct Products;
 
@@ -69,6 +69,7 @@ impl Family for Products {
             problem,
             plan,
             operands,
+            scales: gemm::Scales::None,
             bias: problem.epilogue.bias.map(|_| address()),
             out: address(),
             partial: plan.partial_sums(problem).map(|_| address()),
@@ -94,7 +95,7 @@ impl Family for Products {
             ..HOPPER
         };
         let odd = sm90::Config {
-            elements: [F16; 2],
+            elements: [Factor::Half(Half::F16); 2],
             cols: 16,
             rhs_lines: 16,
             batched: true,
@@ -142,7 +143,7 @@ impl Family for Products {
             ..PORTABLE
         };
         let split = sm80::Config {
-            elements: [F16; 2],
+            elements: [Factor::Half(Half::F16); 2],
             lhs: Major::Outer,
             rhs: Major::K,
             rows: 16,
@@ -186,8 +187,8 @@ fn products(extent: Extent) -> impl Iterator<Item = Problem> {
         .flat_map(move |(size, lhs)| majors.map(|rhs| (size, lhs, rhs)))
         .flat_map(|([m, n, k, batch], lhs, rhs)| {
             [BF16, Element::F32].map(|out| {
-                let epilogue = Epilogue { out, bias: None, activation: None };
-                Problem { m, n, k, batch, elements: [BF16; 2], lhs, rhs, epilogue }
+                let epilogue = Epilogue::round(out);
+                Problem { m, n, k, batch, elements: [BF16_FACTOR; 2], lhs, rhs, epilogue }
             })
         })
 }
@@ -214,8 +215,8 @@ impl Variant {
             Bias::F32 => Element::F32,
             Bias::Same => same,
         });
-        let epilogue = Epilogue { out, bias, activation: self.activation };
-        Problem { elements: [same; 2], epilogue, ..problem }
+        let epilogue = Epilogue { bias, activation: self.activation, ..Epilogue::round(out) };
+        Problem { elements: [Factor::Half(self.half); 2], epilogue, ..problem }
     }
 }
 
@@ -283,11 +284,12 @@ fn divides(unit: u32, problem: &Problem) -> Result<(), String> {
     rule(problem.n.is_multiple_of(unit.into()), "units that do not divide a row")
 }
 
-const PLAIN: Epilogue = Epilogue { out: BF16, bias: None, activation: None };
+const BF16_FACTOR: Factor = Factor::Half(Half::Bf16);
+const PLAIN: Epilogue = Epilogue::round(BF16);
 
 /// Hopper: `nn`, 64×64.
 const HOPPER: sm90::Config = sm90::Config {
-    elements: [BF16; 2],
+    elements: [BF16_FACTOR; 2],
     lhs: Major::K,
     rhs: Major::Outer,
     orient: sm90::Orient::Plain,
@@ -308,7 +310,7 @@ const HOPPER: sm90::Config = sm90::Config {
 
 /// Everywhere: `nn`, 64×64.
 const PORTABLE: sm80::Config = sm80::Config {
-    elements: [BF16; 2],
+    elements: [BF16_FACTOR; 2],
     lhs: Major::K,
     rhs: Major::Outer,
     rows: 64,

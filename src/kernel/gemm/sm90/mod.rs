@@ -13,6 +13,7 @@ mod store;
 pub use config::{Boxes, Config, Launch, Order, Orient, Store};
 
 use super::share::Share;
+use super::terms::{Sum, Terms};
 use super::{Major, Name};
 use crate::kernel::hopper::barriers::Mbarrier;
 use crate::kernel::hopper::pingpong::PingpongTurn;
@@ -20,7 +21,7 @@ use crate::kernel::hopper::product::{Descriptor, LeftStep, products};
 use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::raster::{Raster, Tile};
-use crate::ptx::{Kernel, Reg, Source, Target};
+use crate::ptx::{Factor, Kernel, Reg, Source, Target};
 use config::SharedMap;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
@@ -37,7 +38,7 @@ pub fn emit(config: &Config) -> Source {
         Store::Staged { unit } => Out::Memory { unit, address: k.pointer(Name::Out) },
     };
     let size = [k.param(Name::M), k.param(Name::N)];
-    let bias = config.epilogue.bias.map(|_| k.pointer(Name::Bias));
+    let terms = Terms::params(k, config.epilogue);
     let depth = k.param(Name::Depth);
     let raster = (config.order == Order::Raster).then(|| Raster::params(k));
     let inner_batch = config.batched.then(|| k.param(Name::InnerBatch));
@@ -64,7 +65,7 @@ pub fn emit(config: &Config) -> Source {
     k.griddepcontrol_launch_dependents();
 
     let g =
-        Gemm { k, c: config, smem, lhs, rhs, out, size, bias, depth, raster, inner_batch, base };
+        Gemm { k, c: config, smem, lhs, rhs, out, size, terms, depth, raster, inner_batch, base };
     k.if_else(
         group.eq(0),
         || {
@@ -83,7 +84,11 @@ pub fn emit(config: &Config) -> Source {
             if config.moves_registers() {
                 k.setmaxnreg_inc(232);
             }
-            g.consume(thread - WARPGROUP, group - 1);
+            let (thread, group) = (thread - WARPGROUP, group - 1);
+            match config.factor() {
+                Factor::Half(_) | Factor::E4m3 => g.consume::<f32>(thread, group),
+                Factor::S8 => g.consume::<i32>(thread, group),
+            }
             if config.split > 1 {
                 // Nobody leaves while others read its memory.
                 k.sync_cluster();
@@ -108,7 +113,7 @@ struct Gemm<'k, 'c> {
     out: Out<'k>,
     /// Rows and columns of `C`.
     size: [Reg<'k, u32>; 2],
-    bias: Option<Reg<'k, u64>>,
+    terms: Terms<'k>,
     /// Stages of the whole depth.
     depth: Reg<'k, u32>,
     raster: Option<Raster<'k>>,
@@ -138,7 +143,7 @@ impl<'k> Gemm<'k, '_> {
     }
 
     /// A warpgroup multiplies 64 rows of each tile, or all rows of each second one, and stores them.
-    fn consume(&self, thread: Reg<'k, u32>, group: Reg<'k, u32>) {
+    fn consume<S: Sum>(&self, thread: Reg<'k, u32>, group: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
         let place = self.smem.ring.consumer(k, self.base);
         let leader = (thread % WARPGROUP).eq(0);
@@ -146,15 +151,19 @@ impl<'k> Gemm<'k, '_> {
         if turn.is_some() {
             k.if_(group.ne(0), || place.skip(self.depth));
         }
-        let tile = |_| (0..c.cols / 2).map(|_| k.reg::<f32>()).collect();
+        let tile = |_| (0..c.cols / 2).map(|_| k.reg::<S>()).collect();
         let accumulators: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
         self.tiles(turn.map(|_| group), |tile| {
+            let scales = self.copy_scales(tile, thread, group);
             self.multiply(&accumulators, place, group, turn, leader);
             match self.out {
-                Out::Map(map) => self.store_slabs(&accumulators, map, tile, thread, group, leader),
+                Out::Map(map) => {
+                    let at = (thread, group);
+                    self.store_slabs(&accumulators, map, tile, at, leader, scales);
+                }
                 Out::Memory { unit, address } => {
                     self.stage(&accumulators[0], thread);
-                    self.store_staged(unit, address, tile, thread);
+                    self.store_staged::<S>(unit, address, tile, thread);
                 }
             }
         });
@@ -165,9 +174,9 @@ impl<'k> Gemm<'k, '_> {
 
     /// Accumulates over this block's share of the depth, with one wgmma group under way while the next
     /// stage is waited for.
-    fn multiply(
+    fn multiply<S: Sum>(
         &self,
-        accumulators: &[Vec<Reg<'k, f32>>],
+        accumulators: &[Vec<Reg<'k, S>>],
         place: Cursor<'k>,
         group: Reg<'k, u32>,
         turn: Option<PingpongTurn<'k>>,
@@ -192,7 +201,7 @@ impl<'k> Gemm<'k, '_> {
             let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             let later = i.ne(0);
-            products(c.half(), accumulators, c.depth(), later, |step| {
+            products(c.factor(), accumulators, c.depth(), later, |step| {
                 let b = b.operand(step);
                 ((0..).map(move |i| LeftStep::Shared(a.rows(i).operand(step))), b)
             });

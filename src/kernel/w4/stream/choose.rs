@@ -140,7 +140,7 @@ mod tests {
     fn problem(m: u64, n: u64, k: u64, codes: Codes, group: Option<u32>) -> Problem {
         let element = Element::Half(Half::Bf16);
         let scheme = Scheme { codes, zeros: false, scale: element, group };
-        let epilogue = Epilogue { out: element, bias: None, activation: None };
+        let epilogue = Epilogue::round(element);
         Problem { m, n, k, half: Half::Bf16, scheme, epilogue }
     }
 

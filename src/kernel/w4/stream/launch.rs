@@ -31,6 +31,7 @@ impl Config {
     /// The kernel that follows one whose parts no cluster adds.
     pub fn reduce(&self) -> Option<Reduce> {
         let Self { split, unit, epilogue, .. } = *self;
-        (split > 1 && !self.clustered()).then_some(Reduce { split, unit, epilogue })
+        let reduce = Reduce { split, unit, integers: false, epilogue };
+        (split > 1 && !self.clustered()).then_some(reduce)
     }
 }

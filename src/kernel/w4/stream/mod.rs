@@ -28,6 +28,7 @@ use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::gemm::Name;
 use crate::kernel::gemm::share::Share;
+use crate::kernel::gemm::terms::Terms;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::w4::BLOCK;
 use crate::kernel::w4::nibbles::{Decoder, Offset};
@@ -52,7 +53,7 @@ pub fn emit(config: &Config) -> Source {
     }
     let operands = Operands::params(k, &config.scheme);
     let out = k.pointer(Name::Out);
-    let bias = config.epilogue.bias.map(|_| k.pointer(Name::Bias));
+    let terms = Terms::params(k, config.epilogue);
     let base = k.shared(config.shared_bytes());
     let (thread, lane) = (k.thread(), k.lane());
     let warp = k.shfl_idx(thread / WARP, 0);
@@ -78,7 +79,7 @@ pub fn emit(config: &Config) -> Source {
     let decoder = s.begin(base);
     let sums = s.run(&decoder, operands, column);
     let tile = Tile { k, c: config, base, warp, lane, thread, part, column };
-    tile.store(&sums, operands, out, bias);
+    tile.store(&sums, operands, out, terms);
     k.finish()
 }
 

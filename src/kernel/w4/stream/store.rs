@@ -4,8 +4,8 @@ use super::config::Config;
 use super::copies::Operands;
 use super::{Sums, by_tile};
 use crate::kernel::Element;
-use crate::kernel::gemm::Epilogue;
 use crate::kernel::gemm::result::TileOfResult;
+use crate::kernel::gemm::terms::{Terms, add};
 use crate::kernel::w4::BLOCK;
 use crate::kernel::w4::nibbles::{Decoder, Offset};
 use crate::ptx::{Kernel, Reg};
@@ -77,7 +77,7 @@ impl<'k> Tile<'k, '_> {
         sums: &Sums<'k>,
         operands: Operands<'k>,
         out: Reg<'k, u64>,
-        bias: Option<Reg<'k, u64>>,
+        terms: Terms<'k>,
     ) {
         let (k, c) = (self.k, self.c);
         // All warps are done with their rings.
@@ -85,30 +85,25 @@ impl<'k> Tile<'k, '_> {
         self.stage(sums);
         k.sync_block();
         let partial = c.split > 1 && !c.clustered();
-        let epilogue = match partial {
-            true => Epilogue::PARTIAL,
-            false => c.epilogue,
-        };
         let zero = k.var(0u32);
         let result = TileOfResult {
-            epilogue,
+            terms,
             out,
             rows: operands.m,
             cols: operands.n,
-            bias: if partial { None } else { bias },
             first: (zero, self.column * BLOCK),
             batch: if partial { self.part } else { zero },
         };
         let warps: Vec<_> = (0..c.warps).map(|warp| warp * c.sums_bytes()).collect();
         if !c.clustered() {
             return self.units(self.thread, c.threads(), |at, token, col, inside| {
-                let sums = self.add(warps.iter().map(|&warp| self.load(self.base + warp + at)));
+                let sums = self.whole(&warps, at);
                 result.store(&sums, token, col, inside);
             });
         }
         let whole = self.base + c.warps * c.sums_bytes();
         self.units(self.thread, c.threads(), |at, _, _, inside| {
-            let sums = self.add(warps.iter().map(|&warp| self.load(self.base + warp + at)));
+            let sums = self.whole(&warps, at);
             let store = || match *sums {
                 [a, b, c, d] => k.st_shared(whole + at, [a, b, c, d]),
                 _ => k.st_shared(whole + at, [sums[0]]),
@@ -126,7 +121,8 @@ impl<'k> Tile<'k, '_> {
                 4 => k.ld_cluster::<f32, 4>(*part + at).to_vec(),
                 _ => k.ld_cluster::<f32, 1>(*part + at).to_vec(),
             };
-            result.store(&self.add(parts.iter().map(load)), token, col, inside);
+            let sums = add(parts.iter().map(load)).expect("there is a part");
+            result.store(&sums, token, col, inside);
         });
         // Nobody leaves while others read its memory.
         k.sync_cluster();
@@ -172,16 +168,16 @@ impl<'k> Tile<'k, '_> {
         }
     }
 
+    /// The sums of all warps, whose parts begin at these places.
+    fn whole(&self, warps: &[u32], at: Reg<'k, u32>) -> Vec<Reg<'k, f32>> {
+        let parts = warps.iter().map(|&warp| self.load(self.base + warp + at));
+        add(parts).expect("there is a warp")
+    }
+
     fn load(&self, at: Reg<'k, u32>) -> Vec<Reg<'k, f32>> {
         match self.c.unit {
             4 => self.k.ld_shared::<f32, 4>(at).to_vec(),
             _ => self.k.ld_shared::<f32, 1>(at).to_vec(),
         }
-    }
-
-    fn add(&self, parts: impl Iterator<Item = Vec<Reg<'k, f32>>>) -> Vec<Reg<'k, f32>> {
-        parts
-            .reduce(|sum, part| sum.into_iter().zip(part).map(|(a, b)| a + b).collect())
-            .expect("there is a part")
     }
 }
