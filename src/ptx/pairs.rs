@@ -45,6 +45,13 @@ impl Kernel {
         d
     }
 
+    /// Two 16-bit values as one register.
+    pub fn pack<'k>(&'k self, low: Reg<'k, u16>, high: Reg<'k, u16>) -> Reg<'k, u32> {
+        let d = self.reg();
+        self.emit(format_args!("mov.b32 {d}, {{{low}, {high}}}"));
+        d
+    }
+
     /// `fma.rn.f16x2` or `.bf16x2`: `a·b + c` of both floats, each rounded once.
     pub fn fma_x2<'k>(
         &'k self,

@@ -88,6 +88,7 @@ fn floats() -> Source {
     for half in [Half::F16, Half::Bf16] {
         let narrow = k.cvt_rn(half, x);
         let packed = k.reg();
+        keep(k, out, &[k.pack(narrow, narrow)]);
         k.cvt_rn_x2_to(packed, half, x, y);
         keep(k, out, &k.unpack(half, packed).map(Reg::cast));
         keep(k, out, &[k.fma_x2(half, packed, packed, packed)]);
@@ -200,6 +201,8 @@ fn hopper() -> Source {
                 k.tma_load(tile.at(8192), map, &[place, n, n], full, Delivery::Once);
                 k.tma_load(tile.at(16_384), map, &[place, n, n, n], full, both);
                 k.mbarrier_arrive_expect_tx(empty, n);
+                k.bulk_load(tile, out, 2048, full, Delivery::Once);
+                k.bulk_load(tile.at(2048), out.at(16), n, full, Delivery::Plain);
             });
         },
         || {

@@ -100,6 +100,7 @@ impl Shape {
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {
             elements,
+            weight: None,
             lhs,
             rhs,
             orient,

@@ -19,7 +19,7 @@
 //! [`layout`] has the way from one to the other, and to elements.
 
 pub mod layout;
-mod nibbles;
+pub(super) mod nibbles;
 mod params;
 mod plan;
 pub mod stream;

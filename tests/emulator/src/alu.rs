@@ -90,8 +90,16 @@ pub fn function(name: &str) -> Option<Function> {
         "mul.f32" => each!(|[a, b, ..]| bits(f(a) * f(b))),
         "div.rn.f32" => each!(|[a, b, ..]| bits(f(a) / f(b))),
         "fma.rn.f32" => each!(|[a, b, c, _]| bits(f(a).mul_add(f(b), f(c)))),
-        "fma.rn.f16x2" => each!(|[a, b, c, _]| halves([a, b, c], |x| f16::from_bits(x).to_f64(), |x| f16::from_f64(x).to_bits())),
-        "fma.rn.bf16x2" => each!(|[a, b, c, _]| halves([a, b, c], |x| bf16::from_bits(x).to_f64(), |x| bf16::from_f64(x).to_bits())),
+        "fma.rn.f16x2" => each!(|[a, b, c, _]| halves(
+            [a, b, c],
+            |x| f16::from_bits(x).to_f64(),
+            |x| f16::from_f64(x).to_bits()
+        )),
+        "fma.rn.bf16x2" => each!(|[a, b, c, _]| halves(
+            [a, b, c],
+            |x| bf16::from_bits(x).to_f64(),
+            |x| bf16::from_f64(x).to_bits()
+        )),
         "min.f32" => each!(|[a, b, ..]| bits(f(a).min(f(b)))),
         "max.f32" => each!(|[a, b, ..]| bits(f(a).max(f(b)))),
         "neg.f32" => each!(|[a, ..]| bits(-f(a))),

@@ -290,6 +290,7 @@ const PLAIN: Epilogue = Epilogue::round(BF16);
 /// Hopper: `nn`, 64×64.
 const HOPPER: sm90::Config = sm90::Config {
     elements: [BF16_FACTOR; 2],
+    weight: None,
     lhs: Major::K,
     rhs: Major::Outer,
     orient: sm90::Orient::Plain,

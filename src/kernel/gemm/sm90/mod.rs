@@ -7,6 +7,7 @@
 
 mod config;
 mod load;
+mod packed;
 mod slabs;
 mod store;
 
@@ -23,6 +24,7 @@ use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::raster::{Raster, Tile};
 use crate::ptx::{Factor, Kernel, Reg, Source, Target};
 use config::SharedMap;
+use packed::Packed;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
@@ -32,7 +34,11 @@ pub fn emit(config: &Config) -> Source {
     k.blocks_per_sm(config.blocks_per_sm);
     k.cluster(config.split);
     let smem = config.smem();
-    let (lhs, rhs) = (k.tensor_map(Name::Lhs), k.tensor_map(Name::Rhs));
+    let (lhs, packed) = match config.weight {
+        None => (Some(k.tensor_map(Name::Lhs)), None),
+        Some(scheme) => (None, Some(Packed::params(k, config, scheme))),
+    };
+    let rhs = k.tensor_map(Name::Rhs);
     let out = match config.store {
         Store::Tma => Out::Map(k.tensor_map(Name::Out)),
         Store::Staged { unit } => Out::Memory { unit, address: k.pointer(Name::Out) },
@@ -49,8 +55,9 @@ pub fn emit(config: &Config) -> Source {
 
     k.if_(warp.eq(0), || {
         k.if_(k.elect_sync(), || {
-            k.prefetch_tensor_map(lhs);
-            k.prefetch_tensor_map(rhs);
+            for map in lhs.into_iter().chain([rhs]) {
+                k.prefetch_tensor_map(map);
+            }
             if let Out::Map(map) = out {
                 k.prefetch_tensor_map(map);
             }
@@ -60,6 +67,13 @@ pub fn emit(config: &Config) -> Source {
             smem.ring.init(k, base, config.readers());
         })
     });
+    let lhs = match (lhs, packed) {
+        (Some(map), _) => Left::Matrix(map),
+        (None, packed) => {
+            let with_table = packed.expect("one of both");
+            Left::Packed(with_table(base + smem.table))
+        }
+    };
     k.sync_block();
     k.griddepcontrol_wait();
     k.griddepcontrol_launch_dependents();
@@ -104,11 +118,19 @@ enum Out<'k> {
     Memory { unit: u32, address: Reg<'k, u64> },
 }
 
+/// The left operand.
+#[derive(Clone, Copy)]
+enum Left<'k> {
+    /// By its descriptor.
+    Matrix(Reg<'k, u64>),
+    Packed(Packed<'k>),
+}
+
 struct Gemm<'k, 'c> {
     k: &'k Kernel,
     c: &'c Config,
     smem: SharedMap,
-    lhs: Reg<'k, u64>,
+    lhs: Left<'k>,
     rhs: Reg<'k, u64>,
     out: Out<'k>,
     /// Rows and columns of `C`.
@@ -155,7 +177,14 @@ impl<'k> Gemm<'k, '_> {
         let accumulators: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
         self.tiles(turn.map(|_| group), |tile| {
             let scales = self.copy_scales(tile, thread, group);
-            self.multiply(&accumulators, place, group, turn, leader);
+            match &self.lhs {
+                Left::Matrix(_) => self.multiply(&accumulators, place, group, turn, leader),
+                Left::Packed(packed) => {
+                    // These are floats: see `Config::check`.
+                    let sums: Vec<_> = accumulators[0].iter().map(|sum| sum.cast()).collect();
+                    self.multiply_packed(packed, &sums, place, tile, (thread, group));
+                }
+            }
             match self.out {
                 Out::Map(map) => {
                     let at = (thread, group);
