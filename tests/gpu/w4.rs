@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use kaio_candle::kernel::Element;
 use kaio_candle::kernel::gemm::Epilogue;
-use kaio_candle::kernel::w4::{Codes, Scheme, stream};
+use kaio_candle::kernel::w4::{self, Codes, Scheme, stream, tiles};
 use kaio_candle::ptx::{Half, Target};
 use kaio_candle::tune::{self, W4};
 use kaio_candle::{Activation, MatmulOptions};
@@ -181,7 +181,7 @@ fn w4_products() -> Result<()> {
     for (i, scheme) in schemes().into_iter().enumerate() {
         for size in SIZES {
             let case = Case::new(&gpu, scheme, size)?;
-            for m in [1, 3, 8, 13] {
+            for m in [1, 3, 8, 13, 17, 70, 140] {
                 let half = [DType::F16, DType::BF16][(i + m) % 2];
                 let out = [half, DType::F32][i / 2 % 2];
                 let x = case.x(&gpu, m, half)?;
@@ -245,19 +245,62 @@ fn w4_stream_shapes() -> Result<()> {
     Ok(())
 }
 
+/// All candidates for Hopper, with depths that leave some parts little.
+#[test]
+fn w4_tile_shapes() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    if std::env::var("KAIO_ARCH").as_deref() == Ok("sm_80") {
+        return Ok(());
+    }
+    let device = kaio_candle::kernel::Device {
+        target: Target::Sm90a,
+        multiprocessors: 132,
+        shared_per_block: 232_448,
+    };
+    let mut shapes = std::collections::HashSet::new();
+    for (i, scheme) in schemes().into_iter().enumerate() {
+        for (j, m) in [18, 33, 64, 100, 200, 300].into_iter().enumerate() {
+            let size @ [k, n] = [[600, 200], [136, 67], [1100, 136], [64, 64]][(i + j) % 4];
+            let case = Case::new(&gpu, scheme, size)?;
+            let half = [Half::F16, Half::Bf16][(i / 2 + j) % 2];
+            let out = [Element::Half(half), Element::F32][(i + j / 2) % 2];
+            let x = case.x(&gpu, m, dtype(Element::Half(half)))?;
+            let options = MatmulOptions::default().out_dtype(dtype(out));
+            let epilogue = Epilogue::round(out);
+            let [m, n, k] = [m, n, k].map(|size| size as u64);
+            let problem = w4::Problem { m, n, k, half, scheme, epilogue };
+            for (number, config) in tiles::candidates(&problem, &device).into_iter().enumerate() {
+                // A third of them for each case, other ones each time.
+                if (number + i + j) % 3 != 0 {
+                    continue;
+                }
+                let got = tune::w4_matmul(&x, &case.weight, &options, Some(config.into()))?;
+                case.check(&format!("{} {m}x{n}x{k}", config.name()), &x, &got, |_, x| x)?;
+                let again = tune::w4_matmul(&x, &case.weight, &options, Some(config.into()))?;
+                identical(&config.name(), &again, &Nd::of(&got)?)?;
+                shapes.insert((config.rows, config.cols, config.split, config.store));
+            }
+        }
+    }
+    assert!(shapes.len() > 30, "{} shapes", shapes.len());
+    Ok(())
+}
+
 #[test]
 fn w4_bias_and_activation() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
     for (n, bias_dtype) in [(72, DType::F16), (65, DType::F32)] {
         let case = Case::new(&gpu, INT4, [384, n])?;
-        let x = case.x(&gpu, 5, DType::F16)?;
         let bias =
             Source::new("bias", &gpu).tensor(bias_dtype, &[n], super::suites::Layout::Plain)?;
         let steps = Nd::of(&bias)?;
         let options = MatmulOptions::default().bias(bias).activation(Activation::Relu);
         let options = options.out_dtype(DType::F32);
-        let got = tune::w4_matmul(&x, &case.weight, &options, None)?;
-        case.check("bias", &x, &got, |col, sum| (sum + steps.data[col]).max(0.0))?;
+        for m in [5, 70] {
+            let x = case.x(&gpu, m, DType::F16)?;
+            let got = tune::w4_matmul(&x, &case.weight, &options, None)?;
+            case.check("bias", &x, &got, |col, sum| (sum + steps.data[col]).max(0.0))?;
+        }
     }
     Ok(())
 }
@@ -275,9 +318,9 @@ fn w4_views() -> Result<()> {
         let apart = apart.slice_assign(&[0..rows, before..before + cols], &host)?;
         apart.to_device(&gpu)?.narrow(1, before, cols)
     };
-    let x = case.x(&gpu, 4, DType::F16)?;
     let options = MatmulOptions::default().out_dtype(DType::F32);
-    for (before, after) in [(8, 8), (1, 3)] {
+    for (m, (before, after)) in [(4, (8, 8)), (4, (1, 3)), (70, (8, 8)), (70, (1, 3))] {
+        let x = case.x(&gpu, m, DType::F16)?;
         let weight = W4 {
             scales: wide(&case.weight.scales, before, after)?,
             zeros: case.weight.zeros.as_ref().map(|t| wide(t, 2 * before, after)).transpose()?,

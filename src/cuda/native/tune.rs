@@ -151,7 +151,7 @@ pub fn w4_matmul(
     let out = with_w4(weight, |weight| {
         let call = w4::Call::new("tune", (storage, &stack), weight, epilogue, bias)?;
         let Some(config) = config else { return call.run_chosen() };
-        let Some(plan) = kernel::w4::Plan::of(&config, &call.facts) else {
+        let Some(plan) = kernel::w4::Plan::of(&config, &call.facts, &call.gpu.device) else {
             bail!("not a product with such a weight")
         };
         call.run(&Compiled::new("tune", &call.gpu, plan)?)

@@ -150,7 +150,11 @@ fn lines<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<Fitted<'
     let unit = LINE / storage.dtype().size_in_bytes();
     let fits = |folded: &Stack| {
         (folded.cols <= 1 || folded.col_stride == 1)
-            && (folded.rows <= 1 || folded.row_stride.is_multiple_of(unit))
+            // Copies are of 16 bytes: the last one of a row ends where the next row begins, if there is one.
+            && match folded.rows {
+                0 | 1 => folded.cols.is_multiple_of(unit),
+                _ => folded.row_stride.is_multiple_of(unit),
+            }
             && folded.matrix_offset(0).is_multiple_of(unit)
     };
     match stack.fold_rows().filter(fits) {

@@ -23,6 +23,7 @@ pub(super) mod nibbles;
 mod params;
 mod plan;
 pub mod stream;
+pub mod tiles;
 
 pub use params::Arguments;
 pub use plan::{Plan, Problem, candidates};

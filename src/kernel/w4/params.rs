@@ -1,8 +1,8 @@
 //! The values of the parameters of the products' kernels.
 
 use super::{Plan, Problem};
-use crate::kernel::gemm::Name;
-use crate::kernel::params::{self, Argument};
+use crate::kernel::gemm::{self, Name};
+use crate::kernel::params::{self, Argument, Arguments as _};
 use crate::kernel::plan::count;
 
 /// One launch of a plan.
@@ -37,6 +37,7 @@ impl params::Arguments for Arguments<'_> {
             (Plan::Split(..), 0) if name == Name::Bias => None,
             (Plan::Split(..), 0) => self.product(self.partial?, name),
             (Plan::Split(..), 1) => self.reduce(name),
+            (Plan::Tiles(plan), step) => self.tiles(plan, step, name),
             _ => None,
         }
     }
@@ -60,6 +61,29 @@ impl Arguments<'_> {
             Name::K => Argument::U32(count(k)),
             _ => return None,
         })
+    }
+
+    fn tiles(&self, plan: &gemm::Plan, step: usize, name: Name) -> Option<Argument> {
+        match name {
+            Name::Codes | Name::Scales | Name::ScaleLine | Name::Zeros | Name::ZeroLine => {
+                return self.product(self.out, name);
+            }
+            _ => {}
+        }
+        let (address, line) = self.x;
+        let x = gemm::Operand { address, line, batch: [(1, 0); 2] };
+        // In place of the weight, of which nothing else is asked.
+        let weight = gemm::Operand { address: self.codes, ..x };
+        let arguments = gemm::Arguments {
+            problem: &self.problem.product(),
+            plan,
+            operands: [x, weight],
+            scales: gemm::Scales::None,
+            bias: self.bias,
+            out: self.out,
+            partial: self.partial,
+        };
+        arguments.argument(step, name)
     }
 
     fn reduce(&self, name: Name) -> Option<Argument> {

@@ -1,10 +1,10 @@
 //! The plan of a product.
 
-use super::{Scheme, stream};
-use crate::kernel::gemm::{Epilogue, Name, sm80};
+use super::{Scheme, stream, tiles};
+use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80};
 use crate::kernel::plan::{self, count};
 use crate::kernel::{self, Device, Element, Step};
-use crate::ptx::Half;
+use crate::ptx::{Half, Target};
 
 /// `act(x·W + bias)`, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,6 +30,8 @@ pub enum Plan {
     Stream(stream::Config, stream::Launch),
     /// The same, and the kernel that adds the sums of its parts.
     Split(stream::Config, stream::Launch, sm80::Reduce),
+    /// For more: the products' kernels, with a packed operand.
+    Tiles(gemm::Plan),
 }
 
 impl plan::Plan for Plan {
@@ -37,7 +39,13 @@ impl plan::Plan for Plan {
     type Name = Name;
 
     fn new(problem: &Problem, device: &Device) -> Self {
-        Self::stream(stream::choose(problem, device), problem)
+        match problem.m {
+            ..=stream::MOST => Self::stream(stream::choose(problem, device), problem),
+            _ => {
+                let config = tiles::choose(problem, device).into();
+                Self::tiles(&config, problem, device).expect("it is one")
+            }
+        }
     }
 
     fn steps(&self) -> Vec<Step> {
@@ -47,22 +55,34 @@ impl plan::Plan for Plan {
                 Step { kernel: config.into(), grid: launch.grid },
                 Step { kernel: reduce.into(), grid: launch.sum_grid(&reduce) },
             ],
+            Self::Tiles(plan) => plan.steps(),
         }
     }
 }
 
 /// The kernels worth a try for a problem.
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<kernel::Config> {
-    stream::candidates(problem, device).into_iter().map(kernel::Config::from).collect()
+    let mut all = vec![];
+    if problem.m <= stream::MOST {
+        all.extend(stream::candidates(problem, device).into_iter().map(kernel::Config::from));
+    }
+    if device.target == Target::Sm90a {
+        all.extend(tiles::candidates(problem, device).into_iter().map(kernel::Config::from));
+    }
+    all
 }
 
 impl Plan {
     /// With a configuration that nobody chose; `None` for a kernel of another family.
-    pub fn of(config: &kernel::Config, problem: &Problem) -> Option<Self> {
+    pub fn of(config: &kernel::Config, problem: &Problem, device: &Device) -> Option<Self> {
         match *config {
             kernel::Config::W4Stream(config) => Some(Self::stream(config, problem)),
-            _ => None,
+            _ => Self::tiles(config, problem, device),
         }
+    }
+
+    fn tiles(config: &kernel::Config, problem: &Problem, device: &Device) -> Option<Self> {
+        Some(Self::Tiles(gemm::Plan::of(config, &problem.product(), device)?))
     }
 
     fn stream(config: stream::Config, problem: &Problem) -> Self {
@@ -83,6 +103,7 @@ impl Plan {
         match self {
             Self::Split(config, ..) => Some(u64::from(config.split) * problem.m * problem.n),
             Self::Stream(..) => None,
+            Self::Tiles(plan) => plan.partial_sums(&problem.product()),
         }
     }
 }
@@ -95,6 +116,14 @@ impl Problem {
         let sizes = [("M", self.m), ("N", self.n), ("K", self.k)];
         let over = sizes.into_iter().find(|&(_, size)| size > MOST);
         over.map(|(name, size)| (format!("{name} of {size}"), MOST))
+    }
+
+    /// The same as a product of matrices.
+    pub(super) fn product(&self) -> gemm::Problem {
+        let Self { m, n, k, half, epilogue, .. } = *self;
+        let elements = [half.into(); 2];
+        let (lhs, rhs) = (Major::K, Major::K);
+        gemm::Problem { m, n, k, batch: 1, elements, lhs, rhs, epilogue }
     }
 
     pub(super) fn columns(&self) -> u32 {

@@ -23,7 +23,7 @@ use crate::kernel::hopper::{SLAB, WARPGROUP};
 use crate::kernel::raster::Tile;
 use crate::kernel::w4::nibbles::{Decoder, Offset};
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme};
-use crate::ptx::{Delivery, Factor, Half, Kernel, Reg};
+use crate::ptx::{Address, Delivery, Factor, Half, Kernel, Reg};
 
 /// The offsets of what a stage of the operand has after its codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -268,7 +268,7 @@ impl<'k> Gemm<'k, '_> {
         if scheme.group.is_none() {
             return words.map(|word| decoder.fragment(word, always)).into();
         }
-        let none = k.var(0x8000_8000u32);
+        let (none, half) = (k.var(0x8000_8000u32), half(c));
         let size = scheme.scale.size();
         let scales = stage + row * size;
         let zeros = stage + row;
@@ -277,7 +277,7 @@ impl<'k> Gemm<'k, '_> {
                 let of_row = |more: u32| {
                     let place = number * c.rows + more;
                     let at = scales.at((layout.scales + place * size).into());
-                    let scale = twice(k, half(c), scheme.scale, at);
+                    let scale = Factors::load(k, half, scheme.scale, at);
                     let zero = scheme.zeros.then(|| {
                         let at = zeros.at((layout.zeros + place).into());
                         decoder.zero(k.ld_shared_byte(at))
@@ -291,33 +291,44 @@ impl<'k> Gemm<'k, '_> {
         let fragment = |(step, word)| {
             let [(first, low), (second, high)] = groups[(step / steps) as usize];
             let [a, b, c, d] = decoder.fragment(word, [low, high]);
-            let scale = |x, scale| k.fma_x2(half(self.c), x, scale, none);
+            let scale = |x, by: Factors<'k>| by.scale(half, x, none);
             [scale(a, first), scale(b, second), scale(c, first), scale(d, second)]
         };
         (0..).zip(words).map(fragment).collect()
     }
 }
 
-/// A scale in shared memory as two halves.
-fn twice<'k>(
-    k: &'k Kernel,
-    half: Half,
-    element: Element,
-    at: crate::ptx::Address<'k, u32>,
-) -> Reg<'k, u32> {
-    match element {
-        Element::Half(of) if of == half => {
-            let [scale] = k.ld_shared::<u16, 1>(at);
-            k.pack(scale, scale)
-        }
-        Element::Half(of) => {
-            let scale = k.widen(of, k.ld_shared::<u16, 1>(at)[0]);
-            k.cvt_rn_x2(half, scale, scale)
-        }
-        Element::F32 => {
-            let [scale] = k.ld_shared::<f32, 1>(at);
-            k.cvt_rn_x2(half, scale, scale)
-        }
+/// What both halves of a register are multiplied with: a scale as it is, or as the sum of two halves, where one has
+/// too few bits for it.
+#[derive(Clone, Copy)]
+struct Factors<'k> {
+    scale: Reg<'k, u32>,
+    rest: Option<Reg<'k, u32>>,
+}
+
+impl<'k> Factors<'k> {
+    /// From shared memory.
+    fn load(k: &'k Kernel, half: Half, element: Element, at: Address<'k, u32>) -> Self {
+        let scale = match element {
+            Element::Half(of) => {
+                let [scale] = k.ld_shared::<u16, 1>(at);
+                if of == half {
+                    return Self { scale: k.pack(scale, scale), rest: None };
+                }
+                k.widen(of, scale)
+            }
+            Element::F32 => k.ld_shared::<f32, 1>(at)[0],
+        };
+        let rounded = k.cvt_rn(half, scale);
+        let rest = scale - k.widen(half, rounded);
+        Self { scale: k.pack(rounded, rounded), rest: Some(k.cvt_rn_x2(half, rest, rest)) }
+    }
+
+    /// The products, rounded once, but for what is far below the last bit. `none` is two times −0.
+    fn scale(&self, half: Half, x: Reg<'k, u32>, none: Reg<'k, u32>) -> Reg<'k, u32> {
+        let k = x.kernel();
+        let rest = self.rest.map_or(none, |rest| k.fma_x2(half, x, rest, none));
+        k.fma_x2(half, x, self.scale, rest)
     }
 }
 
