@@ -181,7 +181,7 @@ fn w4_products() -> Result<()> {
     for (i, scheme) in schemes().into_iter().enumerate() {
         for size in SIZES {
             let case = Case::new(&gpu, scheme, size)?;
-            for m in [1, 3, 8, 13, 17, 70, 140] {
+            for m in [1, 3, 8, 13, 17, 70, 140, 300] {
                 let half = [DType::F16, DType::BF16][(i + m) % 2];
                 let out = [half, DType::F32][i / 2 % 2];
                 let x = case.x(&gpu, m, half)?;
@@ -213,13 +213,14 @@ fn w4_stream_shapes() -> Result<()> {
             }
             let case = Case::new(&gpu, scheme, [k, [72, 65][j % 2]])?;
             let tokens = [1, 2, 4, 8, 16][(i + 2 * j) % 5];
-            let m = (tokens as usize * 3).div_ceil(4);
+            let m = (tokens as usize * if j % 4 == 3 { 9 } else { 3 }).div_ceil(4);
             let half = [Half::F16, Half::Bf16][(i + j) % 2];
             let config = stream::Config {
                 target,
                 half,
                 scheme,
                 tokens,
+                several: j % 4 == 3,
                 warps,
                 slots: [2, 4, 6][j % 3],
                 split,

@@ -97,7 +97,7 @@ pub(crate) fn dequantize(
         codes: call.input.address(),
         scales: call.others.first().copied(),
         zeros: call.others.get(1).copied(),
-        out: Some(call.result),
+        out: Some((call.result, if transposed { k } else { n } as u64)),
     })
 }
 
@@ -256,13 +256,16 @@ impl<'a> Call<'a> {
         let mut out = alloc(problem.m * problem.n, self.out_dtype)?;
         let partial = compiled.plan.partial_sums(problem);
         let mut partial = partial.map(|sums| alloc(sums, DType::F32)).transpose()?;
+        let panel = compiled.plan.panel_elements(problem);
+        let mut panel = panel.map(|len| alloc(len, self.x.storage().dtype())).transpose()?;
         let fitted = [Some(&self.x), Some(&self.scales), self.zeros.as_ref(), self.bias.as_ref()];
         let memories = fitted
             .map(|fitted| fitted.map(|fitted| (Memory::of(fitted.storage(), device), fitted)));
         let [x, scales, zeros, bias] =
             memories.each_ref().map(|both| both.as_ref().map(|(memory, f)| placed(memory, f)));
         let (codes, result) = (Memory::of(self.codes, device), Memory::of_mut(&mut out, device));
-        let partial = partial.as_mut().map(|sums| Memory::of_mut(sums, device));
+        let [partial, panel] = [&mut partial, &mut panel]
+            .map(|scratch| scratch.as_mut().map(|storage| Memory::of_mut(storage, device)));
         let arguments = w4::Arguments {
             problem,
             plan: &compiled.plan,
@@ -273,9 +276,10 @@ impl<'a> Call<'a> {
             bias: bias.map(|(address, _)| address),
             out: result.address(),
             partial: partial.as_ref().map(Memory::address),
+            panel: panel.as_ref().map(Memory::address),
         };
         self.order.run(|| Ok(compiled.launch(self.op, device, &arguments)?))?;
-        drop((memories, codes, result, partial));
+        drop((memories, codes, result, partial, panel));
         Ok(out)
     }
 }

@@ -79,6 +79,8 @@ names! {
         Zeros "zeros",
         /// From row to row.
         ZeroLine "zero_line",
+        /// From row to row of its elements, where they are made.
+        OutLine "out_line",
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Arguments<'a> {
     pub bias: Option<u64>,
     /// The address of the result.
     pub out: u64,
+    /// The address of [`Plan::panel_elements`].
+    pub panel: Option<u64>,
     /// The address of [`Plan::partial_sums`].
     pub partial: Option<u64>,
 }
@@ -38,6 +40,12 @@ impl params::Arguments for Arguments<'_> {
             (Plan::Split(..), 0) => self.product(self.partial?, name),
             (Plan::Split(..), 1) => self.reduce(name),
             (Plan::Tiles(plan), step) => self.tiles(plan, step, name),
+            (Plan::Panel(..), 0) => self.elements(name),
+            (Plan::Panel(_, plan), step) => {
+                let (address, line) = (self.panel?, self.problem.panel_line());
+                let weight = gemm::Operand { address, line, batch: [(1, 0); 2] };
+                self.matrices(plan, step - 1, weight, name)
+            }
             _ => None,
         }
     }
@@ -70,10 +78,21 @@ impl Arguments<'_> {
             }
             _ => {}
         }
+        // In place of the weight, of which nothing else is asked.
+        let weight = gemm::Operand { address: self.codes, line: 0, batch: [(1, 0); 2] };
+        self.matrices(plan, step, weight, name)
+    }
+
+    /// Of a product of matrices.
+    fn matrices(
+        &self,
+        plan: &gemm::Plan,
+        step: usize,
+        weight: gemm::Operand,
+        name: Name,
+    ) -> Option<Argument> {
         let (address, line) = self.x;
         let x = gemm::Operand { address, line, batch: [(1, 0); 2] };
-        // In place of the weight, of which nothing else is asked.
-        let weight = gemm::Operand { address: self.codes, ..x };
         let arguments = gemm::Arguments {
             problem: &self.problem.product(),
             plan,
@@ -84,6 +103,13 @@ impl Arguments<'_> {
             partial: self.partial,
         };
         arguments.argument(step, name)
+    }
+
+    fn elements(&self, name: Name) -> Option<Argument> {
+        match name {
+            Name::OutLine => Some(Argument::U64(self.problem.panel_line())),
+            _ => self.product(self.panel?, name),
+        }
     }
 
     fn reduce(&self, name: Name) -> Option<Argument> {

@@ -1,10 +1,15 @@
 //! The plan of a product.
 
-use super::{Scheme, stream, tiles};
+use super::{Scheme, layout, stream, tiles};
 use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80};
-use crate::kernel::plan::{self, count};
+use crate::kernel::plan::{self, Plan as _, count};
 use crate::kernel::{self, Device, Element, Step};
 use crate::ptx::{Half, Target};
+
+/// Rows of `x` that Ampere's kernel for a few rows takes sixteen at a time. Beyond, a weight's elements are worth making.
+const STREAMED: u64 = 256;
+/// Whether those lie as `Wᵀ`.
+const TRANSPOSED: bool = true;
 
 /// `act(x·W + bias)`, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +37,8 @@ pub enum Plan {
     Split(stream::Config, stream::Launch, sm80::Reduce),
     /// For more: the products' kernels, with a packed operand.
     Tiles(gemm::Plan),
+    /// The weight's elements, and their product: the former's blocks, and whether they are transposed.
+    Panel(layout::Plan, gemm::Plan),
 }
 
 impl plan::Plan for Plan {
@@ -39,12 +46,15 @@ impl plan::Plan for Plan {
     type Name = Name;
 
     fn new(problem: &Problem, device: &Device) -> Self {
-        match problem.m {
-            ..=stream::MOST => Self::stream(stream::choose(problem, device), problem),
-            _ => {
+        match (device.target, problem.m) {
+            (_, ..=stream::MOST) | (Target::Sm80, ..=STREAMED) => {
+                Self::stream(stream::choose(problem, device), problem)
+            }
+            (Target::Sm90a, _) => {
                 let config = tiles::choose(problem, device).into();
                 Self::tiles(&config, problem, device).expect("it is one")
             }
+            (Target::Sm80, _) => Self::panel(problem, device),
         }
     }
 
@@ -56,6 +66,7 @@ impl plan::Plan for Plan {
                 Step { kernel: reduce.into(), grid: launch.sum_grid(&reduce) },
             ],
             Self::Tiles(plan) => plan.steps(),
+            Self::Panel(elements, plan) => [elements.steps(), plan.steps()].concat(),
         }
     }
 }
@@ -63,7 +74,7 @@ impl plan::Plan for Plan {
 /// The kernels worth a try for a problem.
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<kernel::Config> {
     let mut all = vec![];
-    if problem.m <= stream::MOST {
+    if problem.m <= stream::MOST || device.target == Target::Sm80 {
         all.extend(stream::candidates(problem, device).into_iter().map(kernel::Config::from));
     }
     if device.target == Target::Sm90a {
@@ -77,7 +88,10 @@ impl Plan {
     pub fn of(config: &kernel::Config, problem: &Problem, device: &Device) -> Option<Self> {
         match *config {
             kernel::Config::W4Stream(config) => Some(Self::stream(config, problem)),
-            _ => Self::tiles(config, problem, device),
+            kernel::Config::MatmulSm90(tiles) if tiles.weight == Some(problem.scheme) => {
+                Self::tiles(config, problem, device)
+            }
+            _ => None,
         }
     }
 
@@ -98,12 +112,30 @@ impl Plan {
         }
     }
 
+    /// By way of the weight's elements.
+    pub fn panel(problem: &Problem, device: &Device) -> Self {
+        let &Problem { k, n, half, scheme, .. } = problem;
+        let out = Element::Half(half);
+        let config = layout::Config::Elements { scheme, out, transposed: TRANSPOSED };
+        let elements = layout::Plan::new(&layout::Problem { k, n, config }, device);
+        Self::Panel(elements, gemm::Plan::new(&problem.product(), device))
+    }
+
+    /// The elements of the weight that are made for a product, if any, all lines of which begin at multiples of 16
+    /// bytes.
+    pub fn panel_elements(&self, problem: &Problem) -> Option<u64> {
+        match self {
+            Self::Panel(..) => Some(problem.panel_lines() * problem.panel_line()),
+            _ => None,
+        }
+    }
+
     /// The f32 sums that parts of the depth leave for the second kernel, if there are parts.
     pub fn partial_sums(&self, problem: &Problem) -> Option<u64> {
         match self {
             Self::Split(config, ..) => Some(u64::from(config.split) * problem.m * problem.n),
             Self::Stream(..) => None,
-            Self::Tiles(plan) => plan.partial_sums(&problem.product()),
+            Self::Tiles(plan) | Self::Panel(_, plan) => plan.partial_sums(&problem.product()),
         }
     }
 }
@@ -122,8 +154,19 @@ impl Problem {
     pub(super) fn product(&self) -> gemm::Problem {
         let Self { m, n, k, half, epilogue, .. } = *self;
         let elements = [half.into(); 2];
-        let (lhs, rhs) = (Major::K, Major::K);
+        let (lhs, rhs) = (Major::K, if TRANSPOSED { Major::K } else { Major::Outer });
         gemm::Problem { m, n, k, batch: 1, elements, lhs, rhs, epilogue }
+    }
+
+    /// Lines of the weight's elements, which lie as [`product`](Self::product) says.
+    fn panel_lines(&self) -> u64 {
+        if TRANSPOSED { self.n } else { self.k }
+    }
+
+    /// Elements from line to line.
+    pub(super) fn panel_line(&self) -> u64 {
+        let length = if TRANSPOSED { self.k } else { self.n };
+        length.next_multiple_of(Element::Half(self.half).per_chunk().into())
     }
 
     pub(super) fn columns(&self) -> u32 {

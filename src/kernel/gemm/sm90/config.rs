@@ -288,8 +288,8 @@ impl Config {
     /// The most stages that fit a device whose blocks can have `limit` bytes of shared memory.
     pub fn max_stages(&self, limit: u32) -> u32 {
         let result = if self.reuses_stages() { 0 } else { self.result_bytes() };
-        // The barriers of up to 32 stages.
-        let barriers = 512;
+        // The barriers of up to 32 stages, and what stages of codes leave unused before a swizzled line's multiple.
+        let barriers = 512 + if self.weight.is_some() { ATOM } else { 0 };
         let scales = self.consumers() * self.scale_bytes() + self.table_bytes();
         let share = shared_of_each(limit, self.blocks_per_sm);
         (share.saturating_sub(result + scales + barriers) / self.stage_bytes()).min(32)

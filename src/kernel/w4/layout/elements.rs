@@ -18,7 +18,7 @@ pub fn emit(scheme: &Scheme, out: Element, transposed: bool) -> Source {
     let codes = k.pointer(Name::Codes);
     let (scales, scale_line) = (k.pointer(Name::Scales), k.param::<u64>(Name::ScaleLine));
     let zeros = scheme.zeros.then(|| (k.pointer(Name::Zeros), k.param::<u64>(Name::ZeroLine)));
-    let to = k.pointer(Name::Out);
+    let (to, line) = (k.pointer(Name::Out), k.param::<u64>(Name::OutLine));
     let (rows, cols) = (k.param::<u32>(Name::K), k.param::<u32>(Name::N));
     let tile = Tile::new(out, transposed);
     let base = k.shared(tile.bytes() + 4 * NF4.len() as u32);
@@ -85,8 +85,8 @@ pub fn emit(scheme: &Scheme, out: Element, transposed: bool) -> Source {
     }
     k.sync_block();
     let (lines, length) = if transposed { (cols, rows) } else { (rows, cols) };
-    let (line, along) = if transposed { (nb, kb) } else { (kb, nb) };
-    tile.store(base, thread, to, [line * BLOCK, along * BLOCK], [lines, length]);
+    let (at, along) = if transposed { (nb, kb) } else { (kb, nb) };
+    tile.store(base, thread, (to, line), [at * BLOCK, along * BLOCK], [lines, length]);
     k.finish()
 }
 
@@ -139,12 +139,13 @@ impl Tile {
         }
     }
 
-    /// Stores all of them that the matrix has: 16 bytes at once where its lines begin at such multiples.
+    /// Stores all of them that the matrix has: 16 bytes at once where its lines begin at such multiples, and have a
+    /// multiple of as many.
     fn store<'k>(
         self,
         base: Reg<'k, u32>,
         thread: Reg<'k, u32>,
-        to: Reg<'k, u64>,
+        (to, pitch): (Reg<'k, u64>, Reg<'k, u64>),
         [first_line, first]: [Reg<'k, u32>; 2],
         [lines, length]: [Reg<'k, u32>; 2],
     ) {
@@ -152,12 +153,12 @@ impl Tile {
         let size = self.out.size();
         let unit = self.out.per_chunk();
         let of_line = BLOCK / unit;
-        let whole = (length % unit).eq(0);
+        let whole = ((length | pitch.low()) % unit).eq(0);
         k.for_(thread, BLOCK * of_line, THREADS, |i| {
             let (line, along) = (i / of_line, i % of_line * unit);
             let from = base + (line * self.pitch() + along * size);
             let (line, along) = (first_line + line, first + along);
-            let at = to + (line.mul_wide(length) + along.wide()) * u64::from(size);
+            let at = to + (line.wide() * pitch + along.wide()) * u64::from(size);
             let inside = line.lt(lines);
             let chunk = k.ld_shared::<u32, 4>(from);
             k.if_else(

@@ -19,8 +19,10 @@ names! {
         Zeros "zeros",
         /// Elements from row to row.
         ZeroLine "zero_line",
-        /// The address of the result, without gaps.
+        /// The address of the result.
         Out "out",
+        /// Elements from row to row of a result that is one.
+        OutLine "out_line",
         /// Rows of the weight.
         K "k",
         /// Columns of the weight.
@@ -41,8 +43,8 @@ pub struct Arguments {
     pub scales: Option<(u64, u64)>,
     /// Likewise.
     pub zeros: Option<(u64, u64)>,
-    /// The address of elements.
-    pub out: Option<u64>,
+    /// The address of elements, and how many there are from row to row.
+    pub out: Option<(u64, u64)>,
 }
 
 impl params::Arguments for Arguments {
@@ -57,7 +59,8 @@ impl params::Arguments for Arguments {
             Name::ScaleLine => self.scales.map(|(_, line)| Argument::U64(line)),
             Name::Zeros => self.zeros.map(|(address, _)| pointer(address)),
             Name::ZeroLine => self.zeros.map(|(_, line)| Argument::U64(line)),
-            Name::Out => self.out.map(pointer),
+            Name::Out => self.out.map(|(address, _)| pointer(address)),
+            Name::OutLine => self.out.map(|(_, line)| Argument::U64(line)),
             Name::K => Some(Argument::U32(count(self.problem.k))),
             Name::N => Some(Argument::U32(count(self.problem.n))),
         }

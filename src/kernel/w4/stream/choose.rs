@@ -5,7 +5,7 @@ use crate::kernel::Device;
 use crate::kernel::w4::Problem;
 use crate::ptx::Target;
 
-/// Rows of `x` that the kernel takes, at most.
+/// Rows of `x` that a block takes, at most.
 pub const MOST: u64 = 16;
 
 // Of one multiprocessor of an H200 at 1.7 GHz, in a clock: bytes from memory, if all read, and what one alone can
@@ -55,6 +55,7 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                 half: problem.half,
                 scheme: problem.scheme,
                 tokens,
+                several: problem.m > MOST,
                 warps,
                 slots: 2,
                 split,
@@ -81,6 +82,7 @@ fn small(problem: &Problem, device: &Device, tokens: u32) -> Option<Config> {
         half: problem.half,
         scheme: problem.scheme,
         tokens,
+        several: problem.m > MOST,
         warps: 4,
         slots: 2,
         split: 1,
@@ -109,6 +111,7 @@ fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
     let compute = rounds * (of_warp * PAIR * (together / 16.0).max(0.25) + BLOCK);
 
     let slot = f64::from(c.slot().bytes);
+    // Blocks of the same columns find them in L2.
     let bytes = problem.n as f64 * problem.k as f64 * slot / (64.0 * 64.0);
     let busy = blocks.min(sms);
     let under_way =

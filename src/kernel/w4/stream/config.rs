@@ -3,7 +3,7 @@
 use crate::kernel::Element;
 use crate::kernel::gemm::Epilogue;
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
-use crate::kernel::name::several;
+use crate::kernel::name::{given, several};
 use crate::kernel::w4::nibbles::Decoder;
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme};
 use crate::ptx::{Half, Target};
@@ -25,6 +25,8 @@ pub struct Config {
     pub scheme: Scheme,
     /// Rows of `x` there is room for: a power of two up to 16.
     pub tokens: u32,
+    /// Whether there are more, in blocks of so many.
+    pub several: bool,
     /// Warps of a block, which share its rows of `W`.
     pub warps: u32,
     /// Slots of each warp's ring, an even number.
@@ -49,9 +51,10 @@ pub(super) struct Slot {
 }
 
 impl Config {
-    /// `w4stream 8tokens warps8x6 split2 2/sm unit4, int4 zeros g128 f16, bf16→f32 +bf16 relu sm_80`
+    /// `w4stream 8+tokens warps8x6 split2 2/sm unit4, int4 zeros g128 f16, bf16→f32 +bf16 relu sm_80`
     pub fn name(&self) -> String {
         let Self { tokens, warps, slots, unit, .. } = self;
+        let more = given(self.several, "+");
         let split = several(self.split, |split| format!(" split{split}"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let (scheme, half, epilogue) = (self.scheme.name(), self.half.name(), self.epilogue.name());
@@ -60,7 +63,7 @@ impl Config {
             Target::Sm90a => "",
         };
         format!(
-            "w4stream {tokens}tokens warps{warps}x{slots}{split}{blocks} unit{unit}, {scheme} \
+            "w4stream {tokens}{more}tokens warps{warps}x{slots}{split}{blocks} unit{unit}, {scheme} \
              {half}{epilogue}{target}"
         )
     }

@@ -104,12 +104,13 @@ struct GroupCopies<'k> {
 }
 
 impl<'k> Copies<'k> {
-    /// Of a warp whose first pair is `first`, for the columns from `64 · column` on.
+    /// Of a warp whose first pair is `first`, for the rows of `x` from `token` on and the columns from
+    /// `64 · column` on.
     pub fn new(
         config: &Config,
         operands: Operands<'k>,
         lane: Reg<'k, u32>,
-        column: Reg<'k, u32>,
+        [token, column]: [Reg<'k, u32>; 2],
         first: Reg<'k, u32>,
     ) -> Self {
         let (k, slot) = (lane.kernel(), config.slot());
@@ -121,7 +122,7 @@ impl<'k> Copies<'k> {
         let along = first * (PAIR * BLOCK) + chunk * (CHUNK / 2);
         let x = (0..x_lines).map(|i| {
             // Sums of rows that do not exist are not stored: any row will do.
-            let line = (line + i * together).min(operands.m - 1);
+            let line = (token + line + i * together).min(operands.m - 1);
             operands.x + (line.wide() * operands.x_line + along.wide()) * 2u64
         });
         let x = x.collect();

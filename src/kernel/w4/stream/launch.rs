@@ -17,7 +17,9 @@ pub struct Launch {
 impl Launch {
     /// The launch of a configuration on a problem.
     pub fn new(config: &Config, problem: &Problem) -> Self {
-        let blocks = problem.columns().saturating_mul(config.split);
+        let tokens =
+            if config.several { count(problem.m.div_ceil(config.tokens.into())) } else { 1 };
+        let blocks = problem.columns().saturating_mul(tokens).saturating_mul(config.split);
         Self { grid: [blocks, 1, 1], size: [count(problem.m), count(problem.n)] }
     }
 

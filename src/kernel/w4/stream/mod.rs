@@ -41,8 +41,8 @@ use store::Tile;
 const STEP: u32 = 16;
 const STEPS: u32 = BLOCK / STEP;
 
-/// The kernel of a configuration that [`Config::check`] accepts. The grid has a block for each 64 columns and each
-/// part of the split in x; those of a column follow each other.
+/// The kernel of a configuration that [`Config::check`] accepts. The grid has a block for each 64 columns, each block of
+/// tokens and each part of the split in x; those of a column follow each other.
 ///
 /// Its parameters are those of [`Name`].
 pub fn emit(config: &Config) -> Source {
@@ -61,9 +61,16 @@ pub fn emit(config: &Config) -> Source {
         k.griddepcontrol_wait();
         k.griddepcontrol_launch_dependents();
     }
-    let (part, column) = match config.split {
+    let (part, block) = match config.split {
         1 => (k.var(0), k.block_x()),
         split => (k.block_x() % split, k.block_x() / split),
+    };
+    let (column, token) = match config.several {
+        false => (block, k.var(0)),
+        true => {
+            let blocks = operands.m.div_ceil(config.tokens);
+            (block / blocks, block % blocks * config.tokens)
+        }
     };
     let share = Share::new(operands.pairs(), config.split, || part);
     let s = Stream {
@@ -72,13 +79,13 @@ pub fn emit(config: &Config) -> Source {
         slot: config.slot(),
         lane,
         ring: base + warp * (config.slots * config.slot().bytes),
-        copies: Copies::new(config, operands, lane, column, share.first + warp),
+        copies: Copies::new(config, operands, lane, [token, column], share.first + warp),
         // Of a share of fewer pairs than warps, the last ones have none.
         pairs: (share.count + (config.warps - 1) - warp) / config.warps,
     };
     let decoder = s.begin(base);
     let sums = s.run(&decoder, operands, column);
-    let tile = Tile { k, c: config, base, warp, lane, thread, part, column };
+    let tile = Tile { k, c: config, base, warp, lane, thread, part, token, column };
     tile.store(&sums, operands, out, terms);
     k.finish()
 }

@@ -66,6 +66,8 @@ pub struct Tile<'k, 'c> {
     pub thread: Reg<'k, u32>,
     /// Which part of the split.
     pub part: Reg<'k, u32>,
+    /// Its first token.
+    pub token: Reg<'k, u32>,
     /// Which 64 columns.
     pub column: Reg<'k, u32>,
 }
@@ -91,7 +93,7 @@ impl<'k> Tile<'k, '_> {
             out,
             rows: operands.m,
             cols: operands.n,
-            first: (zero, self.column * BLOCK),
+            first: (self.token, self.column * BLOCK),
             batch: if partial { self.part } else { zero },
         };
         let warps: Vec<_> = (0..c.warps).map(|warp| warp * c.sums_bytes()).collect();
