@@ -4,7 +4,8 @@ use candle_core::{Result, Tensor};
 
 use crate::op::{self, QkvWeights};
 use crate::options::Gate;
-use crate::{FlashAttnOptions, MatmulOptions};
+use crate::quant::QuantWeight;
+use crate::{FlashAttnOptions, Fp8Options, Int8Options, MatmulOptions};
 
 mod sealed {
     pub trait Sealed {}
@@ -163,12 +164,12 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// # Gradient
     ///
-    /// None: a tracked input is an error.
+    /// Of `self`; the weight is a constant.
     ///
     /// # Errors
     ///
     /// Other dtypes or ranks, K not a multiple of 128, rows of `packed` or `scales` that do not
-    /// belong to K, unequal N, a tracked input, two devices.
+    /// belong to K, unequal N, a weight that tracks a gradient, two devices.
     ///
     /// # Example
     ///
@@ -182,6 +183,175 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     fn kaio_matmul_int4(&self, packed: &Tensor, scales: &Tensor) -> Result<Tensor>;
+
+    /// Product with a quantised weight, `x·W`.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., M, K]` | f16 or bf16 |
+    /// | `weight` | `[K, N]` | any scheme |
+    /// | result | `[.., M, N]` | that of `x` |
+    ///
+    /// # Gradient
+    ///
+    /// Of `x`, `dC·Wᵀ`. The weight is a constant, for which nothing is computed or kept.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes, rank under 2, another K, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let w = Tensor::randn(0f32, 1., (100, 8), &Device::Cpu)?;
+    /// let w = QuantWeight::quantize(&w, &QuantScheme::Nf4 { block: 64 })?;
+    /// let x = Tensor::ones((2, 3, 100), DType::BF16, &Device::Cpu)?;
+    /// assert_eq!(x.kaio_matmul_quant(&w)?.dims(), [2, 3, 8]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_matmul_quant(&self, weight: &QuantWeight) -> Result<Tensor>;
+
+    /// [`kaio_matmul_quant`](Self::kaio_matmul_quant) with [`MatmulOptions`]: `act(x·W + bias)` of f16 or bf16
+    /// activations, or of ones that are rounded to eight bits inside.
+    ///
+    /// # Gradient
+    ///
+    /// Of `x` and the bias. That of a rounding to eight bits counts as 1.
+    ///
+    /// # Errors
+    ///
+    /// As there; a bias of another dtype or length; activations of eight bits with a weight that is not of the same kind.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let w = Tensor::randn(0f32, 1., (64, 8), &Device::Cpu)?;
+    /// let w = QuantWeight::quantize(&w, &QuantScheme::Int8 { per: Per::Channel })?;
+    /// let x = Tensor::ones((3, 64), DType::F16, &Device::Cpu)?;
+    /// let opts = MatmulOptions::default().activations(Activations::Int8).activation(Activation::Silu);
+    /// assert_eq!(x.kaio_matmul_quant_with(&w, &opts)?.dtype(), DType::F16);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_matmul_quant_with(&self, weight: &QuantWeight, opts: &MatmulOptions) -> Result<Tensor>;
+
+    /// Query, key and value projections of one input with quantised weights, each of its own width.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., M, K]` | f16 or bf16 |
+    /// | `weights` | three `[K, Nᵢ]` | any schemes |
+    /// | result | three `[.., M, Nᵢ]` | that of `x` |
+    ///
+    /// # Gradient
+    ///
+    /// Of `x`, summed over the three in f32.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`kaio_matmul_quant`](Self::kaio_matmul_quant).
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let scheme = QuantScheme::Int4 { group: 32, zero_points: true };
+    /// let w = |n| QuantWeight::quantize(&Tensor::randn(0f32, 1., (64, n), &Device::Cpu)?, &scheme);
+    /// let x = Tensor::ones((3, 64), DType::BF16, &Device::Cpu)?;
+    /// let (q, k, v) = x.kaio_qkv_project([&w(32)?, &w(8)?, &w(8)?])?;
+    /// assert_eq!((q.dims(), k.dims(), v.dims()), ([3, 32].as_slice(), [3, 8].as_slice(), [3, 8].as_slice()));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_qkv_project(&self, weights: [&QuantWeight; 3]) -> Result<(Tensor, Tensor, Tensor)>;
+
+    /// The first half of a gated feed-forward layer, `silu(x·G) · (x·U)`, with quantised weights of one width.
+    ///
+    /// Both products are rounded to the dtype of `x`, and so is the result: see [`kaio_swiglu`](Self::kaio_swiglu).
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., M, K]` | f16 or bf16 |
+    /// | `gate`, `up` | `[K, N]` | any schemes |
+    /// | result | `[.., M, N]` | that of `x` |
+    ///
+    /// # Gradient
+    ///
+    /// Of `x`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`kaio_matmul_quant`](Self::kaio_matmul_quant), and unequal N.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let w = Tensor::randn(0f32, 1., (64, 96), &Device::Cpu)?;
+    /// let w = QuantWeight::quantize(&w, &QuantScheme::Nf4 { block: 64 })?;
+    /// let x = Tensor::ones((3, 64), DType::BF16, &Device::Cpu)?;
+    /// assert_eq!(x.kaio_swiglu_project(&w, &w)?.dims(), [3, 96]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_swiglu_project(&self, gate: &QuantWeight, up: &QuantWeight) -> Result<Tensor>;
+
+    /// [`kaio_matmul_int8`](Self::kaio_matmul_int8) with [`Int8Options`]: scales of rows and columns, a zero point of
+    /// the activations, bias, activation and dtype. Sums are exact integers; what follows is in f32.
+    ///
+    /// # Gradient
+    ///
+    /// Of the bias alone; operands and scales that track one are an error.
+    ///
+    /// # Errors
+    ///
+    /// As there; scales or a bias of another dtype or shape; a zero point outside −128 to 127.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let a = Tensor::new(&[[1u8, 2], [3, 255]], &Device::Cpu)?; // 255 is −1
+    /// let w = Tensor::new(&[[1u8], [1]], &Device::Cpu)?;
+    /// let opts = Int8Options::default().lhs_scales(Tensor::new(&[1f32, 10.], &Device::Cpu)?).zero_point(1);
+    /// assert_eq!(a.kaio_matmul_int8_with(&w, &opts)?.to_vec2::<f32>()?, [[1.], [0.]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_matmul_int8_with(&self, rhs: &Tensor, opts: &Int8Options) -> Result<Tensor>;
+
+    /// Product of floats of eight bits (e4m3) with scales of tensors, of rows and columns, or of blocks:
+    /// `act(Σ (a · scale of a) · (b · scale of b) + bias)`, summed in f32.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`lhs`) | `[.., M, K]` | f8e4m3 |
+    /// | `rhs` | `[K, N]` | f8e4m3 |
+    /// | result | `[.., M, N]` | f32, f16 or bf16 |
+    ///
+    /// # Gradient
+    ///
+    /// Of the bias alone; operands and scales that track one are an error.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes, scales or a bias of another shape, unequal K, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let a = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?.to_dtype(DType::F8E4M3)?;
+    /// let w = Tensor::new(&[[3f32], [0.5]], &Device::Cpu)?.to_dtype(DType::F8E4M3)?;
+    /// let opts = Fp8Options::default().rhs_scales(Tensor::new(&[0.5f32], &Device::Cpu)?);
+    /// assert_eq!(a.kaio_matmul_fp8(&w, &opts)?.to_vec2::<f32>()?, [[2.]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_matmul_fp8(&self, rhs: &Tensor, opts: &Fp8Options) -> Result<Tensor>;
 
     /// Attention `softmax(q·kᵀ/√D + mask)·v` from f16 to f32, over any batch dimensions.
     ///
@@ -357,17 +527,17 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// | argument | shape | dtype |
     /// |---|---|---|
     /// | `self` (`x`) | `[.., M, K]` | f16 |
-    /// | `weights` | three `[K, N]` | u8, read as int8 |
+    /// | `weights` | three `[K, Nᵢ]` | u8, read as int8 |
     /// | `scales` | | one step a weight |
-    /// | result | three `[.., M, N]` | f16 |
+    /// | result | three `[.., M, Nᵢ]` | f16 |
     ///
     /// # Gradient
     ///
-    /// None: a tracked input is an error.
+    /// Of `x`; the weights are constants.
     ///
     /// # Errors
     ///
-    /// Other dtypes or ranks, unequal K or N, a scale that is not finite, a tracked input, two devices.
+    /// Other dtypes or ranks, unequal K, a scale that is not finite, a weight that tracks a gradient, two devices.
     ///
     /// # Example
     ///
@@ -392,17 +562,17 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// | argument | shape | dtype |
     /// |---|---|---|
     /// | `self` (`x`) | `[.., M, K]`, K a multiple of 128 | f16 |
-    /// | `weights` | three `[K/8, N]` | u32 |
-    /// | `scales` | three `[K/128, N]` | f16 |
-    /// | result | three `[.., M, N]` | f16 |
+    /// | `weights` | three `[K/8, Nᵢ]` | u32 |
+    /// | `scales` | three `[K/128, Nᵢ]` | f16 |
+    /// | result | three `[.., M, Nᵢ]` | f16 |
     ///
     /// # Gradient
     ///
-    /// None: a tracked input is an error.
+    /// Of `x`; the weights are constants.
     ///
     /// # Errors
     ///
-    /// As for `kaio_matmul_int4`, and unequal N.
+    /// As for `kaio_matmul_int4`.
     ///
     /// # Example
     ///
@@ -492,6 +662,30 @@ impl KaioTensorExt for Tensor {
         op::matmul_int4(self, packed, scales)
     }
 
+    fn kaio_matmul_quant(&self, weight: &QuantWeight) -> Result<Tensor> {
+        op::matmul_quant("kaio_matmul_quant", self, weight, &MatmulOptions::default())
+    }
+
+    fn kaio_matmul_quant_with(&self, weight: &QuantWeight, opts: &MatmulOptions) -> Result<Tensor> {
+        op::matmul_quant("kaio_matmul_quant_with", self, weight, opts)
+    }
+
+    fn kaio_qkv_project(&self, weights: [&QuantWeight; 3]) -> Result<(Tensor, Tensor, Tensor)> {
+        op::qkv_project(self, weights).map(Into::into)
+    }
+
+    fn kaio_swiglu_project(&self, gate: &QuantWeight, up: &QuantWeight) -> Result<Tensor> {
+        op::swiglu_project(self, gate, up)
+    }
+
+    fn kaio_matmul_int8_with(&self, rhs: &Tensor, opts: &Int8Options) -> Result<Tensor> {
+        op::matmul_int8_with(self, rhs, opts)
+    }
+
+    fn kaio_matmul_fp8(&self, rhs: &Tensor, opts: &Fp8Options) -> Result<Tensor> {
+        op::matmul_fp8(self, rhs, opts)
+    }
+
     fn kaio_attention_tc(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
         op::attention_tc(self, k, v, causal)
     }
@@ -524,7 +718,7 @@ impl KaioTensorExt for Tensor {
         weights: [&Tensor; 3],
         scales: [f32; 3],
     ) -> Result<(Tensor, Tensor, Tensor)> {
-        op::qkv_project(self, QkvWeights::Int8 { weights, scales })
+        op::qkv_project_of(self, QkvWeights::Int8 { weights, scales })
     }
 
     fn kaio_qkv_project_int4(
@@ -532,7 +726,7 @@ impl KaioTensorExt for Tensor {
         weights: [&Tensor; 3],
         scales: [&Tensor; 3],
     ) -> Result<(Tensor, Tensor, Tensor)> {
-        op::qkv_project(self, QkvWeights::Int4 { packed: weights, scales })
+        op::qkv_project_of(self, QkvWeights::Int4 { packed: weights, scales })
     }
 
     fn kaio_swiglu(&self, up: &Tensor) -> Result<Tensor> {

@@ -94,7 +94,10 @@ pub mod tune {
 pub use cuda::{launch, registry};
 pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
-pub use options::{Activation, AttnLayout, Engine, FlashAttnOptions, MatmulOptions};
+pub use options::{
+    Activation, Activations, AttnLayout, Engine, FlashAttnOptions, Fp8Options, Int8Options,
+    MatmulOptions,
+};
 
 /// The code of README, of the recipes and of the chapter on training, run by `cargo test`.
 #[cfg(doctest)]

@@ -52,8 +52,24 @@ pub enum Activation {
     Silu,
 }
 
+/// What a product with a quantised weight makes of its activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Activations {
+    /// They stay f16 or bf16.
+    #[default]
+    Float,
+    /// Each row is rounded to int8, by a scale that takes its largest magnitude to 127, and multiplied with an int8 weight
+    /// in exact integers. A row with an infinite or NaN element gives NaN.
+    Int8,
+    /// Each row, or each group of 128 elements of a row if the weight has scales of blocks, is rounded to e4m3, by a
+    /// scale that takes its largest magnitude to 448, and multiplied with an e4m3 weight.
+    Fp8,
+}
+
 /// Options of [`kaio_matmul_with`](crate::KaioTensorExt::kaio_matmul_with), which computes
-/// `act(A·B + bias)`: sum, bias and activation in f32, rounded to `out_dtype` once at the end.
+/// `act(A·B + bias)`: sum, bias and activation in f32, rounded to `out_dtype` once at the end; and of
+/// [`kaio_matmul_quant_with`](crate::KaioTensorExt::kaio_matmul_quant_with).
 ///
 /// ```
 /// use candle_core::DType;
@@ -64,8 +80,11 @@ pub enum Activation {
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct MatmulOptions {
-    /// The result's dtype: f32, f16 or bf16. `None` is f32. The sum is in f32 in any case.
+    /// The result's dtype: f32, f16 or bf16. `None` is f32, or with a quantised weight that of the activations. The sum is in f32
+    /// in any case.
     pub out_dtype: Option<DType>,
+    /// What a quantised weight is multiplied with.
+    pub activations: Activations,
     /// `[N]`, added to each row; f32 or the operands' dtype, of any stride, on their device.
     ///
     /// It is an input: its gradient is the upstream gradient summed in f32 over all rows of all
@@ -89,6 +108,12 @@ impl MatmulOptions {
         self
     }
 
+    /// Sets what a quantised weight is multiplied with.
+    pub fn activations(mut self, activations: Activations) -> Self {
+        self.activations = activations;
+        self
+    }
+
     /// Sets what is added to each row.
     pub fn bias(mut self, bias: Tensor) -> Self {
         self.bias = Some(bias);
@@ -104,6 +129,144 @@ impl MatmulOptions {
     /// Sets who computes on the GPU.
     pub fn engine(mut self, engine: Engine) -> Self {
         self.engine = engine;
+        self
+    }
+}
+
+/// Options of [`kaio_matmul_int8_with`](crate::KaioTensorExt::kaio_matmul_int8_with), which computes
+/// `act(scale · lhs_scales · rhs_scales · Σ (a − zero_point)·b + bias)`: the sum in exact integers, the rest in f32.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use kaio_candle::prelude::*;
+///
+/// let per_row = Tensor::new(&[0.5f32, 0.25], &Device::Cpu)?;
+/// let opts = Int8Options::default().scale(0.01).lhs_scales(per_row).zero_point(-3);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Int8Options {
+    /// A factor on all results: 1.
+    pub scale: f32,
+    /// A factor on each row, f32 `[.., M]` or `[.., M, 1]`.
+    pub lhs_scales: Option<Tensor>,
+    /// A factor on each column, f32, f16 or bf16 `[N]` or `[1, N]`.
+    pub rhs_scales: Option<Tensor>,
+    /// What stands for 0 in the activations, −128 to 127: 0.
+    pub zero_point: i32,
+    /// As in [`MatmulOptions`], f32.
+    pub bias: Option<Tensor>,
+    /// Applied to each element after the bias.
+    pub activation: Option<Activation>,
+    /// The result's dtype: f32 (`None`), f16 or bf16.
+    pub out_dtype: Option<DType>,
+}
+
+impl Default for Int8Options {
+    fn default() -> Self {
+        Self {
+            scale: 1.0,
+            lhs_scales: None,
+            rhs_scales: None,
+            zero_point: 0,
+            bias: None,
+            activation: None,
+            out_dtype: None,
+        }
+    }
+}
+
+impl Int8Options {
+    /// Sets a factor on all results.
+    pub fn scale(mut self, scale: f32) -> Self {
+        self.scale = scale;
+        self
+    }
+
+    /// Sets a factor on each row.
+    pub fn lhs_scales(mut self, scales: Tensor) -> Self {
+        self.lhs_scales = Some(scales);
+        self
+    }
+
+    /// Sets a factor on each column.
+    pub fn rhs_scales(mut self, scales: Tensor) -> Self {
+        self.rhs_scales = Some(scales);
+        self
+    }
+
+    /// Sets what stands for 0 in the activations.
+    pub fn zero_point(mut self, zero_point: i32) -> Self {
+        self.zero_point = zero_point;
+        self
+    }
+
+    /// Sets what is added to each row.
+    pub fn bias(mut self, bias: Tensor) -> Self {
+        self.bias = Some(bias);
+        self
+    }
+
+    /// Sets what is applied to each element after the bias.
+    pub fn activation(mut self, activation: Activation) -> Self {
+        self.activation = Some(activation);
+        self
+    }
+
+    /// Sets the result's dtype.
+    pub fn out_dtype(mut self, dtype: DType) -> Self {
+        self.out_dtype = Some(dtype);
+        self
+    }
+}
+
+/// Options of [`kaio_matmul_fp8`](crate::KaioTensorExt::kaio_matmul_fp8).
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Fp8Options {
+    /// Of the activations, f32: one element, one for each row (`[.., M]` or `[.., M, 1]`), or one for each 128
+    /// elements of a row (`[.., M, ⌈K/128⌉]`). `None` is 1.
+    pub lhs_scales: Option<Tensor>,
+    /// Of the weight, f32, f16 or bf16: one element, one for each column (`[N]` or `[1, N]`), or one for each 128 × 128 elements
+    /// (`[⌈K/128⌉, ⌈N/128⌉]`). `None` is 1.
+    pub rhs_scales: Option<Tensor>,
+    /// As in [`MatmulOptions`], f32.
+    pub bias: Option<Tensor>,
+    /// Applied to each element after the bias.
+    pub activation: Option<Activation>,
+    /// The result's dtype: f32 (`None`), f16 or bf16.
+    pub out_dtype: Option<DType>,
+}
+
+impl Fp8Options {
+    /// Sets the scales of the activations.
+    pub fn lhs_scales(mut self, scales: Tensor) -> Self {
+        self.lhs_scales = Some(scales);
+        self
+    }
+
+    /// Sets the scales of the weight.
+    pub fn rhs_scales(mut self, scales: Tensor) -> Self {
+        self.rhs_scales = Some(scales);
+        self
+    }
+
+    /// Sets what is added to each row.
+    pub fn bias(mut self, bias: Tensor) -> Self {
+        self.bias = Some(bias);
+        self
+    }
+
+    /// Sets what is applied to each element after the bias.
+    pub fn activation(mut self, activation: Activation) -> Self {
+        self.activation = Some(activation);
+        self
+    }
+
+    /// Sets the result's dtype.
+    pub fn out_dtype(mut self, dtype: DType) -> Self {
+        self.out_dtype = Some(dtype);
         self
     }
 }

@@ -10,11 +10,15 @@ mod gemm;
 mod glu;
 mod operand;
 mod product;
+mod quantised;
 mod simd;
 mod widen;
 
 pub(crate) use attention::{Attended, attention, attention_backward};
 pub(crate) use epilogue::epilogue;
 pub(crate) use glu::{glu, glu_backward};
-pub(crate) use product::{matmul, matmul_int4, matmul_weight};
+pub(crate) use product::matmul;
+pub(crate) use quantised::{
+    Activations, dequantize, matmul_fp8, matmul_int8, matmul_quant, quantize_rows,
+};
 pub(crate) use widen::narrow_to;

@@ -31,23 +31,51 @@ pub(super) trait Operand: Sync {
     /// Whether columns, rather than rows, lie in one piece: blocks should be long that way.
     fn by_columns(&self) -> bool;
 
-    /// Blocks begin at multiples of so many rows.
-    fn row_step(&self) -> usize {
-        1
+    /// Blocks begin at multiples of so many rows and columns.
+    fn steps(&self) -> [usize; 2] {
+        [1, 1]
+    }
+}
+
+/// An operand with its matrices transposed.
+pub(super) struct Transposed<'a>(pub Box<dyn Operand + 'a>);
+
+impl Operand for Transposed<'_> {
+    fn block<'a>(
+        &'a self,
+        matrix: usize,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        scratch: &'a mut Vec<f32>,
+    ) -> Mat<'a> {
+        self.0.block(matrix, cols, rows, scratch).t()
+    }
+
+    fn add_row(&self, _: usize, _: &[f32], _: Range<usize>, _: &mut [f32]) -> bool {
+        false
+    }
+
+    fn by_columns(&self) -> bool {
+        !self.0.by_columns()
+    }
+
+    fn steps(&self) -> [usize; 2] {
+        let [rows, cols] = self.0.steps();
+        [cols, rows]
     }
 }
 
 /// A view of elements that become f32 one by one.
-struct Elements<'a, T> {
-    data: &'a [T],
-    stack: &'a Stack,
-    loops: Loops<T>,
+pub(super) struct Elements<'a, T> {
+    pub data: &'a [T],
+    pub stack: &'a Stack,
+    pub loops: Loops<T>,
 }
 
 /// The loops over elements of one type.
 #[derive(Clone, Copy)]
-struct Loops<T> {
-    widen: fn(&[T], &mut [f32]),
+pub(super) struct Loops<T> {
+    pub widen: fn(&[T], &mut [f32]),
     dot: fn(&[T], &[f32]) -> f32,
     add_rows: fn([&[T]; 4], [f32; 4], &mut [f32]),
 }
@@ -63,8 +91,11 @@ const F16: Loops<f16> =
 const BF16: Loops<bf16> =
     Loops { widen: simd::widen_bf16, dot: simd::dot_bf16, add_rows: simd::add_rows_bf16 };
 /// Bytes read as int8.
-const INT8: Loops<u8> =
+pub(super) const INT8: Loops<u8> =
     Loops { widen: simd::widen_int8, dot: simd::dot_int8, add_rows: simd::add_rows_int8 };
+/// Bytes read as e4m3.
+pub(super) const E4M3: Loops<u8> =
+    Loops { widen: simd::widen_e4m3, dot: simd::dot_e4m3, add_rows: simd::add_rows_e4m3 };
 
 /// f16, bf16 or f32, or bytes read as int8.
 pub(super) fn operand<'a>(
@@ -80,22 +111,20 @@ pub(super) fn operand<'a>(
     })
 }
 
-impl<T: Copy + Sync> Operand for Elements<'_, T> {
-    fn block<'a>(
-        &'a self,
+impl<T: Copy> Elements<'_, T> {
+    /// [`Operand::add_row`] with the rows from `first` on.
+    pub fn add_part(
+        &self,
         matrix: usize,
-        rows: Range<usize>,
+        first: usize,
+        x: &[f32],
         cols: Range<usize>,
-        scratch: &'a mut Vec<f32>,
-    ) -> Mat<'a> {
-        widened(self.data, self.stack, matrix, rows, cols, self.loops.widen, scratch)
-    }
-
-    fn add_row(&self, matrix: usize, x: &[f32], cols: Range<usize>, out: &mut [f32]) -> bool {
+        out: &mut [f32],
+    ) -> bool {
         let Stack { row_stride, col_stride, .. } = *self.stack;
         let (depth, width) = (x.len(), cols.len());
-        let data = &self.data[begin(self.stack, matrix, &(0..depth), &cols)..];
-        if self.by_columns() {
+        let data = &self.data[begin(self.stack, matrix, &(first..first + depth), &cols)..];
+        if by_columns(self.stack) {
             for (col, out) in out.iter_mut().enumerate() {
                 *out += (self.loops.dot)(&data[col * col_stride..][..depth], x);
             }
@@ -116,6 +145,22 @@ impl<T: Copy + Sync> Operand for Elements<'_, T> {
             out.iter_mut().zip(line).for_each(|(out, w)| *out += x * w);
         }
         true
+    }
+}
+
+impl<T: Copy + Sync> Operand for Elements<'_, T> {
+    fn block<'a>(
+        &'a self,
+        matrix: usize,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        scratch: &'a mut Vec<f32>,
+    ) -> Mat<'a> {
+        widened(self.data, self.stack, matrix, rows, cols, self.loops.widen, scratch)
+    }
+
+    fn add_row(&self, matrix: usize, x: &[f32], cols: Range<usize>, out: &mut [f32]) -> bool {
+        self.add_part(matrix, 0, x, cols, out)
     }
 
     fn by_columns(&self) -> bool {
@@ -219,13 +264,13 @@ impl Operand for Int4<'_> {
         self.words.1.row_stride == 1
     }
 
-    fn row_step(&self) -> usize {
-        INT4_GROUP
+    fn steps(&self) -> [usize; 2] {
+        [INT4_GROUP, 1]
     }
 }
 
 /// A block of elements in f32, in the order in which they lie.
-fn widened<'a, T: Copy>(
+pub(super) fn widened<'a, T: Copy>(
     data: &[T],
     stack: &Stack,
     matrix: usize,
@@ -272,18 +317,23 @@ fn runs<T>(
 }
 
 /// Whether runs along columns are longer than along rows.
-fn by_columns(stack: &Stack) -> bool {
+pub(super) fn by_columns(stack: &Stack) -> bool {
     stack.row_stride == 1 && (stack.col_stride != 1 || stack.rows > stack.cols)
 }
 
 /// Where a block begins.
-fn begin(stack: &Stack, matrix: usize, rows: &Range<usize>, cols: &Range<usize>) -> usize {
+pub(super) fn begin(
+    stack: &Stack,
+    matrix: usize,
+    rows: &Range<usize>,
+    cols: &Range<usize>,
+) -> usize {
     // A stack of one serves all.
     let matrix = if stack.count() == 1 { 0 } else { matrix };
     stack.matrix_offset(matrix) + rows.start * stack.row_stride + cols.start * stack.col_stride
 }
 
-fn room(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
+pub(super) fn room(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if scratch.len() < len {
         scratch.resize(len, 0.0);
     }

@@ -10,8 +10,8 @@ use candle_core::{CpuStorage, Result};
 use rayon::prelude::*;
 
 use super::gemm::{Mat, Product};
-use super::operand::{Int4, Operand, operand};
-use crate::op::{MatmulProblem, View};
+use super::operand::{Operand, operand};
+use crate::op::MatmulProblem;
 use crate::stack::Stack;
 
 // The sizes below were chosen on 2 cores of an AMD EPYC (Zen 5), 2026-11-29: 1 x 4096 x 4096 takes 1.1 ms in
@@ -35,43 +35,30 @@ pub(crate) fn matmul(problem: &MatmulProblem, a: &CpuStorage, b: &CpuStorage) ->
     Ok(sizes.products(&*a, &*b, Sums::Float))
 }
 
-/// Products with one weight that all rows share, times `scale`: floats, or bytes read as int8.
-pub(crate) fn matmul_weight(
-    (a, lhs): (&CpuStorage, &Stack),
-    weight: View<CpuStorage>,
-    scale: f32,
-) -> Result<Vec<f32>> {
-    let stack = Stack::new(weight.1);
-    let sizes = Sizes::of(lhs, stack.cols);
-    let sums = match a {
-        CpuStorage::U8(_) => Sums::Exact { scale },
-        _ => Sums::Float,
-    };
-    let mut out = sizes.products(&*operand(a, lhs)?, &*operand(weight.0, &stack)?, sums);
-    if matches!(sums, Sums::Float) && scale != 1.0 {
-        out.par_iter_mut().for_each(|x| *x *= scale);
-    }
-    Ok(out)
+/// Products with one matrix that all rows share.
+pub(super) fn products(lhs: &dyn Operand, stack: &Stack, rhs: &dyn Operand, n: usize) -> Vec<f32> {
+    Sizes::of(stack, n).products(lhs, rhs, Sums::Float)
 }
 
-/// The same with an int4 weight.
-pub(crate) fn matmul_int4(
+/// The same of bytes read as int8, which `finish` makes floats.
+pub(super) fn exact_products(
     (a, lhs): (&CpuStorage, &Stack),
-    packed: View<CpuStorage>,
-    scales: View<CpuStorage>,
+    (b, rhs): (&CpuStorage, &Stack),
+    finish: &Finish<'_>,
 ) -> Result<Vec<f32>> {
-    let sizes = Sizes::of(lhs, packed.1.dims()[1]);
-    Ok(sizes.products(&*operand(a, lhs)?, &Int4::new(packed, scales)?, Sums::Float))
+    let sizes = Sizes::of(lhs, rhs.cols);
+    Ok(sizes.products(&*operand(a, lhs)?, &*operand(b, rhs)?, Sums::Exact(finish)))
 }
+
+/// Turns sums into results: of a row, counted over all matrices, from a column on.
+pub(super) type Finish<'a> = dyn Fn([usize; 2], &[i32], &mut [f32]) + Sync + 'a;
 
 /// What sums along K are kept in.
 #[derive(Clone, Copy)]
-enum Sums {
+enum Sums<'a> {
     Float,
-    /// Those of bytes read as int8: i32, then times `scale`.
-    Exact {
-        scale: f32,
-    },
+    /// i32, of bytes read as int8.
+    Exact(&'a Finish<'a>),
 }
 
 /// `count` products `[m, k] · [k, n]`.
@@ -107,7 +94,7 @@ impl Sizes {
         let threads = if work < SMALL { 1 } else { rayon::current_num_threads() };
         let tile = self.tile(b);
         let run = |scratch: &mut Scratch, task: Task| task.run(k, tile, a, b, sums, scratch);
-        let tasks = self.tasks(&mut out, threads, b.by_columns());
+        let tasks = self.tasks(&mut out, threads, b);
         match threads {
             1 => {
                 let mut scratch = Scratch::default();
@@ -123,29 +110,30 @@ impl Sizes {
     /// that is by columns, few rows have a tile for which gemm takes inner products (up to 256 results)
     /// and packs nothing.
     fn tile(self, b: &dyn Operand) -> Tile {
-        let step = b.row_step();
+        let [rows, cols] = b.steps();
         let (n, k): (usize, usize) = match (self.m, b.by_columns()) {
-            (1, false) => (8192 / step.max(8), 8),
+            (1, false) => (8192 / rows.max(8), 8),
             (1..=16, true) => (16, 512),
             _ => (256, 256),
         };
-        Tile { n, k: k.next_multiple_of(step) }
+        Tile { n: n.next_multiple_of(cols), k: k.next_multiple_of(rows) }
     }
 
     /// A division of the results.
-    fn tasks(self, out: &mut [f32], threads: usize, by_columns: bool) -> Vec<Task<'_>> {
+    fn tasks<'a>(self, out: &'a mut [f32], threads: usize, b: &dyn Operand) -> Vec<Task<'a>> {
         let Self { count, m, n, .. } = self;
         let height = m.min(TASK_ROWS);
         let by_rows = count * m.div_ceil(height);
         // A single row's weight is best read in long lines, which columns are in any task.
-        let each = if m == 1 && !by_columns { 1 } else { TASKS };
+        let each = if m == 1 && !b.by_columns() { 1 } else { TASKS };
         let wanted = if threads == 1 { 1 } else { (each * threads).div_ceil(by_rows) };
-        let width = n.div_ceil(wanted).next_multiple_of(TASK_COLS).min(n);
+        let width = n.div_ceil(wanted).next_multiple_of(TASK_COLS.max(b.steps()[1])).min(n);
         let mut tasks = Vec::with_capacity(by_rows * n.div_ceil(width));
         for (matrix, out) in out.chunks_mut(m * n).enumerate() {
             for (i, out) in out.chunks_mut(height * n).enumerate() {
                 let rows = i * height..i * height + out.len() / n;
-                let task = |first_col, out| Task { matrix, rows: rows.clone(), first_col, out };
+                let task =
+                    |first_col, out| Task { matrix, height: m, rows: rows.clone(), first_col, out };
                 if width == n {
                     tasks.push(task(0, Rows::Together(out)));
                     continue;
@@ -169,6 +157,8 @@ impl Sizes {
 /// A block of one result.
 struct Task<'a> {
     matrix: usize,
+    /// Rows of the matrix.
+    height: usize,
     rows: Range<usize>,
     first_col: usize,
     out: Rows<'a>,
@@ -218,7 +208,7 @@ impl Task<'_> {
         sums: Sums,
         scratch: &mut Scratch,
     ) {
-        let Self { matrix, rows, first_col, mut out } = self;
+        let Self { matrix, height, rows, first_col, mut out } = self;
         let m = rows.len();
         let width = out.width(m);
         let whole = (m * depth <= KEPT)
@@ -234,7 +224,7 @@ impl Task<'_> {
             let n = tile.n.min(width - first);
             let cols = first_col + first..first_col + first + n;
             scratch.sums.resize(m * n, 0.0);
-            if let Sums::Exact { .. } = sums {
+            if let Sums::Exact(_) = sums {
                 scratch.exact.clear();
                 scratch.exact.resize(m * n, 0);
             }
@@ -249,7 +239,7 @@ impl Task<'_> {
                 let rhs = b.block(matrix, ks.clone(), cols.clone(), &mut scratch.b);
                 let add = start > 0 && matches!(sums, Sums::Float);
                 multiply(&mut scratch.sums, [m, n, ks.len()], add, lhs, rhs);
-                if let Sums::Exact { .. } = sums {
+                if let Sums::Exact(_) = sums {
                     // f32 holds every integer up to 2²⁴, so that a tile's sum of products of int8,
                     // each at most 2¹⁴, is exact in whatever order.
                     const { assert!(LONGEST << 14 <= 1 << 24) };
@@ -264,9 +254,9 @@ impl Task<'_> {
                 let out = &mut out.row(i, width)[first..first + n];
                 match sums {
                     Sums::Float => out.copy_from_slice(&scratch.sums[i * n..][..n]),
-                    Sums::Exact { scale } => {
-                        let exact = &scratch.exact[i * n..][..n];
-                        out.iter_mut().zip(exact).for_each(|(x, sum)| *x = scale * *sum as f32);
+                    Sums::Exact(finish) => {
+                        let place = [matrix * height + rows.start + i, first_col + first];
+                        finish(place, &scratch.exact[i * n..][..n], out);
                     }
                 }
             }
@@ -388,17 +378,21 @@ mod tests {
 
     #[test]
     fn int8() {
+        let half = |_: [usize; 2], sums: &[i32], out: &mut [f32]| {
+            out.iter_mut().zip(sums).for_each(|(x, sum)| *x = 0.5 * *sum as f32);
+        };
         for [m, k, n] in SIZES {
             let want = expected([m, k, n], |p, j| value(p, j, 2));
             let halves: Vec<_> = want.iter().map(|x| 0.5 * x).collect();
             for [a, b] in orders() {
                 let (a, b) = (Matrix::new(m, k, a, 1), Matrix::new(k, n, b, 2));
-                let [f16, ..] = a.storages();
-                for x in [a.bytes(), f16] {
-                    let (lhs, weight) = (a.stack(), (&b.bytes(), &b.layout));
-                    let got = matmul_weight((&x, &lhs), weight, 0.5).unwrap();
-                    assert_eq!(got, halves, "{m} {k} {n}");
-                }
+                let ([f16, ..], lhs, rhs) = (a.storages(), a.stack(), b.stack());
+                let got = exact_products((&a.bytes(), &lhs), (&b.bytes(), &rhs), &half).unwrap();
+                assert_eq!(got, halves, "{m} {k} {n}");
+                let (x, w) = (f16, b.bytes());
+                let got =
+                    products(&*operand(&x, &lhs).unwrap(), &lhs, &*operand(&w, &rhs).unwrap(), n);
+                assert_eq!(got, want, "{m} {k} {n}");
             }
         }
     }
@@ -412,37 +406,11 @@ mod tests {
         let stack = |rows, cols| Layout::contiguous((rows, cols));
         let (a, b) = (CpuStorage::U8(a), CpuStorage::U8(b));
         let lhs = Stack::new(&stack(1, k));
-        let got = matmul_weight((&a, &lhs), (&b, &stack(k, 1)), 1.0).unwrap();
-        assert_eq!(got, [(k as i32 * (1 << 14)) as f32]);
-    }
-
-    #[test]
-    fn int4() {
-        for [m, k, n] in [[1, 128, 1], [1, 1152, 70], [3, 512, 600], [20, 640, 300]] {
-            // A step for each group and column, so that a neighbour's would show.
-            let step = |group: usize, j: usize| ((group * 3 + j) % 5) as i64 - 2;
-            let want = expected([m, k, n], |p, j| value(p, j, 2) * step(p / 128, j));
-            for [words, steps] in orders() {
-                let a = Matrix::new(m, k, ORDERS[0], 1);
-                let ([row, col], len) = words(k / 8, n);
-                let mut packed = vec![u32::MAX; len];
-                for (i, j) in (0..k / 8).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                    let nibble = |p: usize| (value(i * 8 + p, j, 2) as u32 & 15) << (4 * p);
-                    packed[i * row + j * col] = (0..8).map(nibble).sum();
-                }
-                let words = Layout::new((k / 8, n).into(), vec![row, col], 0);
-                let ([row, col], len) = steps(k / 128, n);
-                let mut scales = vec![f16::NAN; len];
-                for (i, j) in (0..k / 128).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                    scales[i * row + j * col] = f16::from_f32(step(i, j) as f32);
-                }
-                let steps = Layout::new((k / 128, n).into(), vec![row, col], 0);
-                let (packed, scales) = (CpuStorage::U32(packed), CpuStorage::F16(scales));
-                let [x, ..] = a.storages();
-                let lhs = a.stack();
-                let got = matmul_int4((&x, &lhs), (&packed, &words), (&scales, &steps)).unwrap();
-                assert_eq!(got, want, "{m} {k} {n}");
-            }
-        }
+        let rhs = Stack::new(&stack(k, 1));
+        let finish = |_: [usize; 2], sums: &[i32], out: &mut [f32]| {
+            assert_eq!(sums, [k as i32 * (1 << 14)]);
+            out[0] = 1.0;
+        };
+        assert_eq!(exact_products((&a, &lhs), (&b, &rhs), &finish).unwrap(), [1.0]);
     }
 }

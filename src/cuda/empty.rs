@@ -4,7 +4,7 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::scalar::Scalar;
 use candle_core::{CudaStorage, DType, Layout, Result, Shape};
 
-use super::{Operand, epilogue};
+use super::epilogue;
 use crate::op::{
     AttentionInputs, AttentionProblem, AttentionResults, AttentionWants, Epilogue, MatmulProblem,
     View,
@@ -65,12 +65,4 @@ pub(super) fn matmul(
             epilogue::apply(op, sums, (len, problem.rhs.cols), bias, epilogue)
         }
     }
-}
-
-/// The product of activations with a weight of `n` columns, if it has no elements or no terms.
-pub(super) fn product(x: Operand, n: usize, dtype: DType) -> Result<Option<CudaStorage>> {
-    let (storage, stack) = x;
-    let len = stack.count() * stack.rows * n;
-    let empty = len == 0 || stack.cols == 0;
-    empty.then(|| zeros(storage, len, dtype)).transpose()
 }

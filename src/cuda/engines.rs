@@ -2,7 +2,7 @@
 //! them with, the same functions say that it is missing.
 #![cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 
-use candle_core::{CudaStorage, Result};
+use candle_core::{CudaStorage, DType, Result};
 
 use super::Operand;
 use crate::Engine;
@@ -11,14 +11,15 @@ use crate::op::{
     AttentionWants, Epilogue, MatmulProblem, View,
 };
 use crate::options::Gate;
+use crate::quant::planes::{Form, Weight};
 use crate::stack::Stack;
 
 #[cfg(feature = "cuda")]
 use {
     super::driver::gpu::{Gpu, has_kernels},
-    super::{empty, kaio_ops, native},
+    super::{empty, kaio_ops, native, scaled},
     crate::error::Error,
-    candle_core::{DType, backend::BackendStorage},
+    candle_core::{Layout, backend::BackendStorage},
 };
 
 /// The body of a function that ops call.
@@ -33,12 +34,6 @@ macro_rules! on_gpu {
     ($body:expr) => {
         Err(candle_core::Error::NotCompiledWithCudaSupport)
     };
-}
-
-/// Whether [`matmul_int4`] takes a weight of `n` columns.
-pub(crate) fn takes_int4(n: usize) -> bool {
-    // The kernel of kaio-ops 0.5 scales every block of 64 columns with the scales of the first one.
-    n <= 64
 }
 
 pub(crate) fn matmul(
@@ -61,69 +56,102 @@ pub(crate) fn matmul(
     })
 }
 
+/// A weight on a GPU.
+pub(crate) type CudaWeight<'a> = Weight<View<'a, CudaStorage>>;
+
+/// The form in which products read a weight, if it is another one than that in which it is.
+pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {
+    on_gpu!(native::repack(op, form))
+}
+
+/// A weight in a float dtype, row-major.
+pub(crate) fn dequantize(
+    op: &'static str,
+    weight: &CudaWeight,
+    dtype: DType,
+) -> Result<CudaStorage> {
+    on_gpu!({
+        match weight.facts.dims.contains(&0) {
+            true => empty::zeros(weight.scales.0, 0, dtype),
+            false => native::dequantize(op, weight, dtype),
+        }
+    })
+}
+
+/// `act(x·W + bias)`, or `x·Wᵀ`, of f16 or bf16 activations.
+pub(crate) fn matmul_quant(
+    op: &'static str,
+    x: View<CudaStorage>,
+    weight: &CudaWeight,
+    transposed: bool,
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
+) -> Result<CudaStorage> {
+    on_gpu!({
+        let weight_is = Layout::contiguous(&weight.facts.dims[..]);
+        let weight_is = if transposed { weight_is.transpose(0, 1)? } else { weight_is };
+        let problem = MatmulProblem::new(op, x.1, &weight_is)?;
+        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
+            return empty::matmul(op, &problem, epilogue, x.0, bias);
+        }
+        native::matmul_quant(op, x, weight, transposed, epilogue, bias)
+    })
+}
+
+/// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)` of int8 bytes, with `factors` scale and zero point.
 pub(crate) fn matmul_int8(
     op: &'static str,
-    x: Operand,
-    w: Operand,
-    scale: f32,
+    x: View<CudaStorage>,
+    scales: Option<View<CudaStorage>>,
+    factors: (f32, i32),
+    weight: &CudaWeight,
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     on_gpu!({
-        match empty::product(x, w.1.cols, DType::F32)? {
-            Some(zeros) => Ok(zeros),
-            None => kaio_ops::matmul_int8(op, x, w, scale),
+        let problem = MatmulProblem::new(op, x.1, &Layout::contiguous(&weight.facts.dims[..]))?;
+        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
+            return empty::matmul(op, &problem, epilogue, x.0, bias);
         }
+        scaled::matmul_int8(op, x, scales, factors, weight, epilogue, bias)
     })
 }
 
-pub(crate) fn matmul_int4(
+/// `act(Σ x·w + bias)` of e4m3, each with its scales: those of x of groups of `width` elements of a row.
+pub(crate) fn matmul_fp8(
     op: &'static str,
-    x: Operand,
-    w: Operand,
-    s: Operand,
+    x: View<CudaStorage>,
+    scales: Option<View<CudaStorage>>,
+    width: usize,
+    weight: &CudaWeight,
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     on_gpu!({
-        match empty::product(x, w.1.cols, DType::F32)? {
-            Some(zeros) => Ok(zeros),
-            None => kaio_ops::matmul_int4(op, x, w, s),
+        let problem = MatmulProblem::new(op, x.1, &Layout::contiguous(&weight.facts.dims[..]))?;
+        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
+            return empty::matmul(op, &problem, epilogue, x.0, bias);
         }
+        scaled::matmul_fp8(op, x, scales, width, weight, epilogue, bias)
     })
 }
 
-/// Three products of one input, with weights of equal width.
-pub(crate) fn qkv_int8(
+/// Activations rounded to int8 in u8 or to e4m3, and the scales of groups of `width` elements of each row.
+pub(crate) fn quantize_rows(
     op: &'static str,
-    x: Operand,
-    weights: &[Operand],
-    scales: [f32; 3],
-) -> Result<[CudaStorage; 3]> {
+    x: View<CudaStorage>,
+    dtype: DType,
+    width: usize,
+) -> Result<(CudaStorage, CudaStorage)> {
     on_gpu!({
-        match no_projections(x, weights)? {
-            Some(zeros) => Ok(zeros),
-            None => kaio_ops::qkv_int8(op, x, weights, scales),
+        match x.1.shape().elem_count() {
+            0 => {
+                let (rows, k) = x.1.dims().split_at(x.1.dims().len() - 1);
+                let groups = rows.iter().product::<usize>() * k[0].div_ceil(width);
+                Ok((empty::zeros(x.0, 0, dtype)?, empty::zeros(x.0, groups, DType::F32)?))
+            }
+            _ => scaled::quantize_rows(op, x, dtype, width),
         }
-    })
-}
-
-pub(crate) fn qkv_int4(
-    op: &'static str,
-    x: Operand,
-    weights: &[Operand],
-    scales: &[Operand],
-) -> Result<[CudaStorage; 3]> {
-    on_gpu!({
-        match no_projections(x, weights)? {
-            Some(zeros) => Ok(zeros),
-            None => kaio_ops::qkv_int4(op, x, weights, scales),
-        }
-    })
-}
-
-#[cfg(feature = "cuda")]
-fn no_projections(x: Operand, weights: &[Operand]) -> Result<Option<[CudaStorage; 3]>> {
-    let each = || empty::product(x, weights[0].1.cols, DType::F16);
-    Ok(match [each()?, each()?, each()?] {
-        [Some(q), Some(k), Some(v)] => Some([q, k, v]),
-        _ => None,
     })
 }
 

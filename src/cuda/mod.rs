@@ -21,6 +21,8 @@ pub mod native;
 #[cfg(feature = "cuda")]
 pub mod registry;
 #[cfg(feature = "cuda")]
+mod scaled;
+#[cfg(feature = "cuda")]
 mod session;
 
 pub(crate) use engines::*;

@@ -6,6 +6,7 @@
 
 mod ampere;
 pub mod attention;
+pub mod dequant;
 mod element;
 mod epilogue;
 pub mod gemm;
@@ -93,6 +94,8 @@ kernels! {
     W4Stream(w4::stream::Config) by w4::stream::emit;
     /// Codes of four bits in another form, or elements, on any GPU.
     W4Layout(w4::layout::Config) by w4::layout::emit;
+    /// A quantised weight in floats, on any GPU.
+    Dequant(dequant::Config) by dequant::emit;
 }
 
 /// Hands out shared memory: each region has one owner and an offset that nobody types in.

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor}
 
 use super::{Computed, Differentiable, Op, View, apply, eval, sum_to};
 use crate::{
-    Activation, Engine, MatmulOptions, check, cpu, cuda,
+    Activation, Activations, Engine, MatmulOptions, check, cpu, cuda,
     error::Error,
     stack::{Stack, batch_dims, broadcast_batch},
 };
@@ -38,33 +38,49 @@ pub(crate) fn matmul(
         let why = format_args!("the N of `rhs` {:?}", rhs.dims());
         check::dim(op, arg, ("N", t.dims()[0]), (n, why), "give it one element for each column")?;
     }
-    let out_dtype = opts.out_dtype.unwrap_or(DType::F32);
-    if !matches!(out_dtype, DType::F32 | DType::F16 | DType::BF16) {
+    if opts.activations != Activations::Float {
         return Err(Error::Value {
             op,
-            name: "out_dtype",
-            got: out_dtype.as_str().into(),
-            want: "f32, f16 or bf16".into(),
-            fix: "leave it out for f32",
+            name: "activations",
+            got: format!("Activations::{:?}", opts.activations),
+            want: "Activations::Float, with a weight that is not quantised".into(),
+            fix: "see `kaio_matmul_quant_with`",
         }
         .into());
     }
-    // What is differentiated is candle's own activation, after a product kept in f32. An empty
-    // product has nothing to activate.
-    let tracked = [a, b].into_iter().chain(bias).any(|(_, t)| t.track_op());
+    let out_dtype = opts.out_dtype.unwrap_or(DType::F32);
+    check_out_dtype(op, "out_dtype", out_dtype, "leave it out for f32")?;
+    let inputs: Vec<_> = [Some(a), Some(b), bias].into_iter().flatten().map(|(_, t)| t).collect();
     let empty =
         n == 0 || [&lhs.dims()[..lhs.rank() - 1], batch_dims(rhs.dims())].concat().contains(&0);
-    let after = opts.activation.filter(|_| tracked && !empty);
-    let epilogue = match after {
-        Some(_) => Epilogue::round(DType::F32),
-        None => Epilogue { out_dtype, activation: opts.activation },
-    };
-    let inputs: Vec<_> = [Some(a), Some(b), bias].into_iter().flatten().map(|(_, t)| t).collect();
-    let [product] = apply(Matmul { name: op, engine: opts.engine, epilogue }, &inputs)?;
-    match after {
-        None => Ok(product),
-        Some(activation) => activate(&product, activation)?.to_dtype(out_dtype),
+    let epilogue = Epilogue { out_dtype, activation: opts.activation };
+    epilogue.around(inputs.iter().any(|t| t.track_op()), empty, |epilogue| {
+        let [product] = apply(Matmul { name: op, engine: opts.engine, epilogue }, &inputs)?;
+        Ok(product)
+    })
+}
+
+/// Results are f32, f16 or bf16.
+pub(super) fn check_out_dtype(
+    op: &'static str,
+    name: &'static str,
+    dtype: DType,
+    fix: &'static str,
+) -> Result<()> {
+    if matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Ok(());
     }
+    let (got, want) = (dtype.as_str().into(), "f32, f16 or bf16".into());
+    Err(Error::Value { op, name, got, want, fix }.into())
+}
+
+/// The gradient of a bias of a product with gradient `grad`.
+pub(super) fn bias_gradient(grad: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    if grad.elem_count() == 0 {
+        return bias.zeros_like();
+    }
+    let rows: Vec<_> = (0..grad.rank() - 1).collect();
+    grad.to_dtype(DType::F32)?.sum(rows)?.to_dtype(bias.dtype())
 }
 
 /// An activation that candle differentiates.
@@ -94,6 +110,23 @@ impl Epilogue {
     pub fn round(out_dtype: DType) -> Self {
         Self { out_dtype, activation: None }
     }
+
+    /// A product with this after it. Where an input tracks a gradient, what is differentiated is candle's own
+    /// activation, after a product kept in f32; an empty product has nothing to activate.
+    pub(super) fn around(
+        self,
+        tracked: bool,
+        empty: bool,
+        product: impl FnOnce(Self) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match self.activation.filter(|_| tracked && !empty) {
+            None => product(self),
+            Some(activation) => {
+                let product = product(Self::round(DType::F32))?;
+                activate(&product, activation)?.to_dtype(self.out_dtype)
+            }
+        }
+    }
 }
 
 /// `act(A·B + bias)`, `[.., M, N]`, from f16, bf16 or (in a gradient on the CPU) f32 operands, summed
@@ -103,14 +136,6 @@ pub(super) struct Matmul {
     name: &'static str,
     engine: Engine,
     epilogue: Epilogue,
-}
-
-impl Matmul {
-    /// A product to f32.
-    pub fn new(name: &'static str) -> Self {
-        let epilogue = Epilogue::round(DType::F32);
-        Self { name, engine: Engine::Auto, epilogue }
-    }
 }
 
 /// The facts of one product.
@@ -193,13 +218,6 @@ impl Differentiable for Matmul {
             let scaled = Scaled::new(&grad, b.dtype(), grad.rank() - 2)?;
             self.product_like(b, &a.t()?, &scaled.grad, &scaled)
         };
-        let dbias = |bias: &Tensor| {
-            if grad.elem_count() == 0 {
-                return bias.zeros_like();
-            }
-            let rows: Vec<_> = (0..grad.rank() - 1).collect();
-            grad.to_dtype(DType::F32)?.sum(rows)?.to_dtype(bias.dtype())
-        };
         // No products: nothing depends on the operands.
         let empty = [a, b, grad].iter().any(|t| t.elem_count() == 0);
         let operand = |t: &Tensor, gradient: &dyn Fn() -> Result<Tensor>| match t.track_op() {
@@ -209,7 +227,7 @@ impl Differentiable for Matmul {
         };
         let mut grads = vec![operand(a, &da)?, operand(b, &db)?];
         if let Some(bias) = inputs.get(2) {
-            grads.push(bias.track_op().then(|| dbias(bias)).transpose()?);
+            grads.push(bias.track_op().then(|| bias_gradient(grad, bias)).transpose()?);
         }
         Ok(grads)
     }
@@ -226,8 +244,8 @@ impl Matmul {
     ) -> Result<Tensor> {
         let dtype = operand.dtype();
         // Where nothing is left to do after the product, it is rounded by the kernel.
-        let done = upstream.restore.is_none()
-            && batch_dims(operand.dims()) == batch_dims(upstream.grad.dims());
+        let done =
+            !upstream.restores() && batch_dims(operand.dims()) == batch_dims(upstream.grad.dims());
         let epilogue = Epilogue::round(if done { dtype } else { DType::F32 });
         let [product] = eval(&Self { epilogue, ..*self }, &[lhs, rhs])?;
         match done {
@@ -244,8 +262,8 @@ impl Matmul {
 /// f16 would lose what is under 6e-8 or over 65504. So each vector along the summed dimension is
 /// first divided by its own largest element, which the product's row or column takes back: what is
 /// left under f16's range is under 2^-39 of its vector's largest element.
-struct Scaled {
-    grad: Tensor,
+pub(super) struct Scaled {
+    pub grad: Tensor,
     /// `[.., M, 1]` or `[.., 1, N]`.
     restore: Option<Tensor>,
 }
@@ -254,7 +272,7 @@ impl Scaled {
     /// The largest f16 is 65504; sums are in f32 and cannot overflow from here.
     const PEAK: f64 = 32768.0;
 
-    fn new(grad: &Tensor, dtype: DType, summed: usize) -> Result<Self> {
+    pub fn new(grad: &Tensor, dtype: DType, summed: usize) -> Result<Self> {
         if grad.dtype() == dtype || grad.device().is_cpu() {
             return Ok(Self { grad: grad.clone(), restore: None });
         }
@@ -269,7 +287,12 @@ impl Scaled {
         Ok(Self { grad, restore: Some(restore) })
     }
 
-    fn restore(&self, product: Tensor) -> Result<Tensor> {
+    /// Whether [`restore`](Self::restore) does anything.
+    pub fn restores(&self) -> bool {
+        self.restore.is_some()
+    }
+
+    pub fn restore(&self, product: Tensor) -> Result<Tensor> {
         match &self.restore {
             Some(factor) => product.broadcast_mul(factor),
             None => Ok(product),

@@ -2,13 +2,13 @@
 //!
 //! A method of [`KaioTensorExt`](crate::KaioTensorExt) lands here. The op's module checks the
 //! arguments and describes the work as a value that implements [`Op`], which [`apply`] runs and puts into
-//! candle's graph if it is [`Differentiable`], and [`apply_constant`] if it is not.
+//! candle's graph.
 
 mod attention;
 mod glu;
 mod matmul;
 mod node;
-mod qkv;
+mod project;
 mod quantized;
 
 pub use attention::FlashAttnBackward;
@@ -19,15 +19,16 @@ pub(crate) use attention::{
 pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;
-pub(crate) use qkv::{QkvWeights, qkv_project};
-pub(crate) use quantized::{matmul_int4, matmul_int8};
+pub(crate) use project::dequantize;
+pub(crate) use quantized::{
+    QkvWeights, matmul_fp8, matmul_int4, matmul_int8, matmul_int8_with, matmul_quant, qkv_project,
+    qkv_project_of, swiglu_project,
+};
 
 use std::ops::Deref;
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
-
-use crate::error::Error;
 
 /// A storage and the view of it that is meant.
 pub(crate) type View<'a, S> = (&'a S, &'a Layout);
@@ -68,18 +69,6 @@ pub(crate) fn cast(t: &Tensor, dtype: DType) -> Result<Tensor> {
         0 => Tensor::zeros(t.shape(), dtype, t.device()),
         _ => t.to_dtype(dtype),
     }
-}
-
-/// Runs an op that has no gradient. An input that tracks one is an error: what it was computed from
-/// would silently stay as it is.
-pub(crate) fn apply_constant<const N: usize>(
-    op: &impl Op,
-    inputs: &[&Tensor],
-) -> Result<[Tensor; N]> {
-    if inputs.iter().any(|t| t.track_op()) {
-        return Err(Error::Tracked { op: op.name(), arg: "input" }.into());
-    }
-    eval(op, inputs)
 }
 
 /// Runs an op outside candle's graph, within a gradient.

@@ -1,122 +1,471 @@
-//! Products with int8 and int4 weights. No gradient: see [`check::untracked`].
+//! Products with quantised weights: what the methods take.
 
-use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
+use candle_core::{DType, Result, Tensor};
 
-use super::matmul::{Matmul, RESULT};
-use super::{Computed, Op, View, apply_constant};
-use crate::{check, cpu, cuda, error::Error, quant, stack::Stack};
+use super::matmul::check_out_dtype;
+use super::project::{Lhs, Project};
+use super::{Epilogue, apply, glu};
+use crate::check::{self, Arg, INT4_GROUP};
+use crate::error::Error;
+use crate::options::Gate;
+use crate::quant::planes::{Form, Planes};
+use crate::quant::scheme::BLOCK;
+use crate::quant::{Per, QuantScheme, QuantWeight, scales_of};
+use crate::{Activation, Activations, Engine, Fp8Options, Int8Options, MatmulOptions};
+
+mod activations;
 
 /// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`.
 const INT8_MAX_K: usize = (i32::MAX / (128 * 128)) as usize;
 
-/// f32 `[.., M, N]` = `scale · Σ a·b`.
-pub(crate) fn matmul_int8(lhs: &Tensor, rhs: &Tensor, scale: f32) -> Result<Tensor> {
-    const OP: &str = "kaio_matmul_int8";
-    let (a, b) = (("lhs", lhs), ("rhs", rhs));
-    check::tensors(OP, &[a, b])?;
-    check::dtype(OP, a, &[DType::U8])?;
-    check::dtype(OP, b, &[DType::U8])?;
-    let k = check::activations(OP, a)?;
-    check::int8_weight(OP, (a.0, lhs, k), b)?;
-    if k > INT8_MAX_K {
-        return Err(Error::Dimension {
-            op: OP,
-            arg: "lhs",
-            dim: "K",
-            got: k,
-            want: format!("at most {INT8_MAX_K}, so that the i32 sum cannot overflow"),
-            fix: "split K and add the products".into(),
+const HALVES: [DType; 2] = [DType::F16, DType::BF16];
+
+/// `act(x·W + bias)`.
+pub(crate) fn matmul_quant(
+    op: &'static str,
+    x: &Tensor,
+    weight: &QuantWeight,
+    opts: &MatmulOptions,
+) -> Result<Tensor> {
+    let form = weight.prepared(op)?;
+    let bias = opts.bias.as_ref();
+    check_weights(op, x, &[("weight", &form)], bias)?;
+    engine(op, x, opts.engine)?;
+    let out_dtype = opts.out_dtype.unwrap_or(x.dtype());
+    check_out_dtype(op, "out_dtype", out_dtype, "leave it out for the dtype of `x`")?;
+    let lhs = match (opts.activations, weight.scheme()) {
+        (Activations::Float, _) => Lhs::Float,
+        (Activations::Int8, QuantScheme::Int8 { .. }) => {
+            int8_depth(op, ("x", weight.dims2().0))?;
+            Lhs::Int8 { scale: 1.0, zero_point: 0 }
         }
-        .into());
-    }
-    check::finite(OP, "scale", scale)?;
-    check::untracked(OP, &[a, b])?;
-    let [out] = apply_constant(&MatmulInt8 { scale }, &[lhs, rhs])?;
-    Ok(out)
+        (Activations::Fp8, QuantScheme::Fp8 { per }) => Lhs::Fp8 { width: width(per, &form) },
+        (activations, scheme) => {
+            return Err(Error::Value {
+                op,
+                name: "activations",
+                got: format!("Activations::{activations:?} with a weight in {scheme:?}"),
+                want: "those of the weight's scheme, Int8 or Fp8, or Activations::Float".into(),
+                fix: "quantise the weight to the same",
+            }
+            .into());
+        }
+    };
+    let x = gather(x, &form)?;
+    let call = Call { op, bias, forms: &[form], ..Call::new(op, &x) };
+    let tracked = x.track_op() || bias.is_some_and(Tensor::track_op);
+    let epilogue = Epilogue { out_dtype, activation: opts.activation };
+    epilogue.around(tracked, call.is_empty(), |epilogue| {
+        let [out] = match lhs {
+            Lhs::Float => call.run(lhs, epilogue)?,
+            Lhs::Int8 { .. } => {
+                let (codes, scales) = activations::quantize(op, &x, DType::U8, x_depth(&x))?;
+                let source = Some(&x);
+                Call { x: &codes, scales: Some(&scales), source, ..call }.run(lhs, epilogue)?
+            }
+            Lhs::Fp8 { width } => {
+                let (codes, scales) = activations::quantize(op, &x, DType::F8E4M3, width)?;
+                let source = Some(&x);
+                Call { x: &codes, scales: Some(&scales), source, ..call }.run(lhs, epilogue)?
+            }
+        };
+        Ok(out)
+    })
 }
 
-/// f32 `[.., M, N]` = `a · dequantised weight`.
+/// K.
+fn x_depth(x: &Tensor) -> usize {
+    x.dims()[x.rank() - 1]
+}
+
+/// Elements of a row of activations that share a scale.
+fn width(per: Per, form: &Form) -> usize {
+    match per {
+        Per::Block => BLOCK,
+        Per::Tensor | Per::Channel => form.planes().dims[0].max(1),
+    }
+}
+
+/// Three projections of x, in its dtype, each of its own width.
+pub(crate) fn qkv_project(x: &Tensor, weights: [&QuantWeight; 3]) -> Result<[Tensor; 3]> {
+    projections("kaio_qkv_project", x, weights, ["weights[0]", "weights[1]", "weights[2]"])
+}
+
+/// `silu(x·G) · (x·U)`.
+pub(crate) fn swiglu_project(x: &Tensor, gate: &QuantWeight, up: &QuantWeight) -> Result<Tensor> {
+    const OP: &str = "kaio_swiglu_project";
+    let why = format_args!("the N of `gate` {:?}", gate.dims2());
+    let fix = "gate and up have the same width";
+    check::dim(OP, "up", ("N", up.dims2().1), (gate.dims2().1, why), fix)?;
+    let [gate, up] = projections(OP, x, [gate, up], ["gate", "up"])?;
+    glu(OP, Gate::Silu, &gate, &up)
+}
+
+fn projections<const N: usize>(
+    op: &'static str,
+    x: &Tensor,
+    weights: [&QuantWeight; N],
+    names: [&'static str; N],
+) -> Result<[Tensor; N]> {
+    let forms = weights.iter().map(|w| w.prepared(op)).collect::<Result<Vec<_>>>()?;
+    check_weights(op, x, &names.into_iter().zip(&forms).collect::<Vec<_>>(), None)?;
+    let epilogue = Epilogue::round(x.dtype());
+    if forms.iter().all(|form| form.planes().order.is_none()) {
+        return Call { forms: &forms, ..Call::new(op, x) }.run(Lhs::Float, epilogue);
+    }
+    // Each has its own order of the columns of x.
+    let one = |form: &Form| -> Result<Tensor> {
+        let x = gather(x, form)?;
+        let [out] =
+            Call { forms: &[form.clone()], ..Call::new(op, &x) }.run(Lhs::Float, epilogue)?;
+        Ok(out)
+    };
+    let all = forms.iter().map(one).collect::<Result<Vec<_>>>()?;
+    all.try_into().map_err(|_| candle_core::Error::msg("a result for each weight"))
+}
+
+/// The weights of three projections in the layouts of their own.
+pub(crate) enum QkvWeights<'a> {
+    Int8 { weights: [&'a Tensor; 3], scales: [f32; 3] },
+    Int4 { packed: [&'a Tensor; 3], scales: [&'a Tensor; 3] },
+}
+
+const SCALES: [&str; 3] = ["scales[0]", "scales[1]", "scales[2]"];
+const WEIGHTS: [&str; 3] = ["weights[0]", "weights[1]", "weights[2]"];
+
+/// Three f16 `[.., M, N]`.
+pub(crate) fn qkv_project_of(x: &Tensor, weights: QkvWeights) -> Result<(Tensor, Tensor, Tensor)> {
+    let (op, forms) = match weights {
+        QkvWeights::Int8 { weights, scales } => {
+            let op = "kaio_qkv_project_int8";
+            let k = check_x(
+                op,
+                x,
+                &[DType::F16],
+                &WEIGHTS.into_iter().zip(weights).collect::<Vec<_>>(),
+            )?;
+            let form = |i: usize| {
+                check::dtype(op, (WEIGHTS[i], weights[i]), &[DType::U8])?;
+                check::int8_weight(op, ("x", x, k), (WEIGHTS[i], weights[i]))?;
+                check::finite(op, SCALES[i], scales[i])?;
+                check::untracked(op, &[(WEIGHTS[i], weights[i])])?;
+                int8_form(weights[i], Tensor::full(scales[i], (1, 1), x.device())?, Per::Tensor)
+            };
+            (op, (0..3).map(form).collect::<Result<Vec<_>>>()?)
+        }
+        QkvWeights::Int4 { packed, scales } => {
+            let op = "kaio_qkv_project_int4";
+            let args = WEIGHTS.into_iter().zip(packed).chain(SCALES.into_iter().zip(scales));
+            let k = check_x(op, x, &[DType::F16], &args.collect::<Vec<_>>())?;
+            let form =
+                |i: usize| int4_form(op, ("x", k), (WEIGHTS[i], packed[i]), (SCALES[i], scales[i]));
+            (op, (0..3).map(form).collect::<Result<Vec<_>>>()?)
+        }
+    };
+    let call = Call { forms: &forms, ..Call::new(op, x) };
+    let [q, k, v] = call.run(Lhs::Float, Epilogue::round(DType::F16))?;
+    Ok((q, k, v))
+}
+
+/// f32 `[.., M, N]` = `a · dequantised weight`, of the layout of [`quantize_int4`](crate::quant::quantize_int4).
 pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
     const OP: &str = "kaio_matmul_int4";
     let (a, b, s) = (("lhs", lhs), ("packed", packed), ("scales", scales));
     check::tensors(OP, &[a, b, s])?;
     check::dtype(OP, a, &[DType::F16])?;
-    check::int4_words(OP, b)?;
-    check::dtype(OP, s, &[DType::F16])?;
     let k = check::activations(OP, a)?;
-    check::int4_weight(OP, ("lhs", k), b, s)?;
-    check::untracked(OP, &[a, b, s])?;
-    let n = packed.dims()[1];
-    rows(OP, lhs.layout(), n)?;
-    let empty = lhs.elem_count() == 0 || packed.elem_count() == 0;
-    if lhs.device().is_cuda() && !empty && !cuda::takes_int4(n) {
-        check::copyable(OP, k * n)?;
-        // To f16, on the GPU: what the int4 kernel does with each nibble.
-        let weight = quant::dequantize(packed, scales, DType::F16)?;
-        let [out] = apply_constant(&Matmul::new(OP), &[lhs, &weight])?;
-        return Ok(out);
-    }
-    let [out] = apply_constant(&MatmulInt4, &[lhs, packed, scales])?;
+    let form = int4_form(OP, ("lhs", k), b, s)?;
+    let call = Call { forms: &[form], ..Call::new(OP, lhs) };
+    let [out] = call.run(Lhs::Float, Epilogue::round(DType::F32))?;
     Ok(out)
 }
 
-/// The activations as one matrix or, if strides forbid that, as a stack, and the shape of their product
-/// with a weight of `n` columns, unless no memory can hold it.
-pub(super) fn rows(op: &'static str, lhs: &Layout, n: usize) -> Result<(Stack, Shape)> {
-    let mut dims = lhs.dims().to_vec();
-    *dims.last_mut().expect("rank checked") = n;
-    check::size(op, RESULT, &dims, DType::F32)?;
-    let stack = Stack::new(lhs);
-    Ok((stack.fold_rows().unwrap_or(stack), Shape::from(dims)))
+/// A weight in the layout of `quantize_int4`, as it is.
+fn int4_form(op: &'static str, k: (&'static str, usize), packed: Arg, scales: Arg) -> Result<Form> {
+    check::int4_words(op, packed)?;
+    check::dtype(op, scales, &[DType::F16])?;
+    check::int4_weight(op, k, packed, scales)?;
+    check::untracked(op, &[packed, scales])?;
+    Ok(Form::Signed(Planes {
+        scheme: QuantScheme::Int4 { group: INT4_GROUP as i32, zero_points: false },
+        dims: [k.1, packed.1.dims()[1]],
+        codes: packed.1.clone(),
+        scales: scales.1.clone(),
+        zeros: None,
+        order: None,
+    }))
 }
 
-struct MatmulInt8 {
-    scale: f32,
+/// A weight of int8 bytes, as it is.
+fn int8_form(codes: &Tensor, scales: Tensor, per: Per) -> Result<Form> {
+    let (scheme, dims) = (QuantScheme::Int8 { per }, codes.dims2()?.into());
+    let codes = codes.clone();
+    Ok(Form::Plain(Planes { scheme, dims, codes, scales, zeros: None, order: None }))
 }
 
-impl Op for MatmulInt8 {
-    fn name(&self) -> &'static str {
-        "kaio_matmul_int8"
-    }
+/// f32 `[.., M, N]` = `scale · Σ a·b`.
+pub(crate) fn matmul_int8(lhs: &Tensor, rhs: &Tensor, scale: f32) -> Result<Tensor> {
+    int8_product("kaio_matmul_int8", lhs, rhs, &Int8Options::default().scale(scale))
+}
 
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
-        let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
-        let (lhs, shape) = rows(self.name(), la, lb.dims()[1])?;
-        check::memory(self.name(), RESULT, shape.dims(), DType::F32)?;
-        let out = cpu::matmul_weight((a, &lhs), (b, lb), self.scale)?;
-        Ok(vec![(CpuStorage::F32(out), shape)])
-    }
+/// `act(scale · rows · columns · Σ (a − zero_point)·b + bias)`.
+pub(crate) fn matmul_int8_with(lhs: &Tensor, rhs: &Tensor, opts: &Int8Options) -> Result<Tensor> {
+    int8_product("kaio_matmul_int8_with", lhs, rhs, opts)
+}
 
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
-        let [(a, la), (b, lb)] = *inputs else { unreachable!("two operands") };
-        let (lhs, shape) = rows(self.name(), la, lb.dims()[1])?;
-        let rhs = Stack::new(lb);
-        let out = cuda::matmul_int8(self.name(), (a, &lhs), (b, &rhs), self.scale)?;
-        Ok(vec![(out, shape)])
+fn int8_product(
+    op: &'static str,
+    lhs: &Tensor,
+    rhs: &Tensor,
+    opts: &Int8Options,
+) -> Result<Tensor> {
+    let Int8Options { scale, zero_point, .. } = *opts;
+    let scales = [("lhs_scales", &opts.lhs_scales), ("rhs_scales", &opts.rhs_scales)];
+    let (a, b) = (("lhs", lhs), ("rhs", rhs));
+    check_operands(op, [a, b], DType::U8, scales, opts.bias.as_ref())?;
+    let k = check::activations(op, a)?;
+    check::int8_weight(op, ("lhs", lhs, k), b)?;
+    int8_depth(op, ("lhs", k))?;
+    check::finite(op, "scale", scale)?;
+    if !(-128..=127).contains(&zero_point) {
+        let (got, want) = (zero_point.to_string(), "-128 to 127".into());
+        let fix = "it is one of the values that the activations can have";
+        return Err(Error::Value { op, name: "zero_point", got, want, fix }.into());
+    }
+    let rows = opts.lhs_scales.as_ref().map(|scales| {
+        let each = lhs.elem_count().checked_div(k).unwrap_or(0);
+        match row_groups(lhs, scales) {
+            Some(1) => scales.reshape((each, 1)),
+            _ => Err(scales_shape(op, "lhs_scales", scales, "[.., M] or [.., M, 1] of `lhs`")),
+        }
+    });
+    let rows = rows.transpose()?;
+    let (per, cols) = match &opts.rhs_scales {
+        None => (Per::Tensor, Tensor::ones((1, 1), DType::F32, lhs.device())?),
+        Some(scales) => match scales_of(op, b, scales)? {
+            (Per::Block, _) => {
+                return Err(scales_shape(op, "rhs_scales", scales, "[N] or [1, N] of `rhs`"));
+            }
+            found => found,
+        },
+    };
+    let call = Call {
+        scales: rows.as_ref(),
+        bias: opts.bias.as_ref(),
+        forms: &[int8_form(rhs, cols, per)?],
+        ..Call::new(op, lhs)
+    };
+    call.finish(Lhs::Int8 { scale, zero_point }, opts.out_dtype, opts.activation)
+}
+
+/// `act(Σ (a · scale of a) · (b · scale of b) + bias)` of e4m3.
+pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Result<Tensor> {
+    const OP: &str = "kaio_matmul_fp8";
+    let scales = [("lhs_scales", &opts.lhs_scales), ("rhs_scales", &opts.rhs_scales)];
+    let (a, b) = (("lhs", lhs), ("rhs", rhs));
+    check_operands(OP, [a, b], DType::F8E4M3, scales, opts.bias.as_ref())?;
+    let k = check::activations(OP, a)?;
+    check::int8_weight(OP, ("lhs", lhs, k), b)?;
+    let each = lhs.elem_count().checked_div(k).unwrap_or(0);
+    let (width, rows) = match &opts.lhs_scales {
+        None => (k, Tensor::ones((1, 1), DType::F32, lhs.device())?),
+        Some(one) if one.elem_count() == 1 => (k, one.reshape((1, 1))?),
+        Some(scales) => match row_groups(lhs, scales) {
+            Some(1) => (k, scales.reshape((each, 1))?),
+            Some(groups) => (BLOCK, scales.reshape((each, groups))?),
+            None => {
+                let want = "one element, [.., M], [.., M, 1] or [.., M, K/128 rounded up] of `lhs`";
+                return Err(scales_shape(OP, "lhs_scales", scales, want));
+            }
+        },
+    };
+    let (per, cols) = match &opts.rhs_scales {
+        None => (Per::Tensor, Tensor::ones((1, 1), DType::F32, lhs.device())?),
+        Some(scales) => scales_of(OP, b, scales)?,
+    };
+    let (scheme, dims) = (QuantScheme::Fp8 { per }, rhs.dims2()?.into());
+    let codes = rhs.clone();
+    let planes = Planes { scheme, dims, codes, scales: cols, zeros: None, order: None };
+    // Scales of rows are those of one matrix.
+    let x = if lhs.elem_count() == 0 { lhs.clone() } else { lhs.contiguous()? };
+    let call = Call {
+        scales: Some(&rows),
+        bias: opts.bias.as_ref(),
+        forms: &[Form::Plain(Planes::new(OP, planes)?)],
+        ..Call::new(OP, &x)
+    };
+    call.finish(Lhs::Fp8 { width: width.max(1) }, opts.out_dtype, opts.activation)
+}
+
+/// How many scales each row of `x` has, if they are `[.., M]`, `[.., M, 1]` or `[.., M, ⌈K/128⌉]`.
+fn row_groups(x: &Tensor, scales: &Tensor) -> Option<usize> {
+    let (rows, k) = (&x.dims()[..x.rank() - 1], x.dims()[x.rank() - 1]);
+    match scales.dims() {
+        dims if dims == rows => Some(1),
+        [dims @ .., 1] if dims == rows => Some(1),
+        [dims @ .., groups] if dims == rows && *groups == k.div_ceil(BLOCK) => Some(*groups),
+        _ => None,
     }
 }
 
-struct MatmulInt4;
+fn scales_shape(
+    op: &'static str,
+    name: &'static str,
+    scales: &Tensor,
+    want: &'static str,
+) -> candle_core::Error {
+    let got = format!("of shape {:?}", scales.dims());
+    Error::Value { op, name, got, want: want.into(), fix: "reshape it" }.into()
+}
 
-impl Op for MatmulInt4 {
-    fn name(&self) -> &'static str {
-        "kaio_matmul_int4"
+/// Codes of one dtype, floats as scales, and perhaps a bias.
+fn check_operands(
+    op: &'static str,
+    operands: [Arg; 2],
+    dtype: DType,
+    scales: [(&'static str, &Option<Tensor>); 2],
+    bias: Option<&Tensor>,
+) -> Result<()> {
+    let given = scales.into_iter().filter_map(|(name, t)| Some((name, t.as_ref()?)));
+    let mut args: Vec<_> = operands.into_iter().chain(given).collect();
+    check::untracked(op, &args)?;
+    args.extend(bias.map(|bias| ("bias", bias)));
+    check::tensors(op, &args)?;
+    for arg in operands {
+        check::dtype(op, arg, &[dtype])?;
+    }
+    let [(rows, of_rows), (cols, of_cols)] = scales;
+    if let Some(scales) = of_rows {
+        check::dtype(op, (rows, scales), &[DType::F32])?;
+    }
+    if let Some(scales) = of_cols {
+        check::dtype(op, (cols, scales), &[DType::F32, DType::F16, DType::BF16])?;
+    }
+    let Some(bias) = bias else { return Ok(()) };
+    check::rank(op, operands[1], 2..=2, "[K, N]", "a weight is one matrix")?;
+    check_bias(op, bias, &[DType::F32], operands[1].1.dims()[1])
+}
+
+fn check_bias(op: &'static str, bias: &Tensor, dtypes: &[DType], n: usize) -> Result<()> {
+    check::dtype(op, ("bias", bias), dtypes)?;
+    check::rank(op, ("bias", bias), 1..=1, "[N]", "flatten it with `.flatten_all()?`")?;
+    let fix = "give it one element for each column";
+    Ok(check::dim(op, "bias", ("N", bias.dims()[0]), (n, "the N of the weight"), fix)?)
+}
+
+/// Checks activations beside tensors of weights and gives K.
+fn check_x(op: &'static str, x: &Tensor, dtypes: &[DType], weights: &[Arg]) -> Result<usize> {
+    let mut args = vec![("x", x)];
+    args.extend(weights);
+    check::tensors(op, &args)?;
+    check::dtype(op, ("x", x), dtypes)?;
+    Ok(check::activations(op, ("x", x))?)
+}
+
+/// Checks activations beside weights that they fit.
+fn check_weights(
+    op: &'static str,
+    x: &Tensor,
+    weights: &[(&'static str, &Form)],
+    bias: Option<&Tensor>,
+) -> Result<()> {
+    let mut args: Vec<Arg> = weights.iter().map(|(name, w)| (*name, &w.planes().codes)).collect();
+    args.extend(bias.map(|bias| ("bias", bias)));
+    let k = check_x(op, x, &HALVES, &args)?;
+    for (name, weight) in weights {
+        let why = format_args!("the K of `x` {:?}", x.dims());
+        let fix = "a weight is [K, N]; quantise it transposed";
+        check::dim(op, name, ("K", weight.planes().dims[0]), (k, why), fix)?;
+    }
+    match bias {
+        Some(bias) => check_bias(op, bias, &[DType::F32, x.dtype()], weights[0].1.planes().dims[1]),
+        None => Ok(()),
+    }
+}
+
+fn int8_depth(op: &'static str, (arg, k): (&'static str, usize)) -> Result<()> {
+    if k <= INT8_MAX_K {
+        return Ok(());
+    }
+    Err(Error::Dimension {
+        op,
+        arg,
+        dim: "K",
+        got: k,
+        want: format!("at most {INT8_MAX_K}, so that the i32 sum cannot overflow"),
+        fix: "split K and add the products".into(),
+    }
+    .into())
+}
+
+/// kaio-ops has no such weights.
+fn engine(op: &'static str, x: &Tensor, engine: Engine) -> Result<()> {
+    if engine != Engine::KaioOps || x.device().is_cpu() {
+        return Ok(());
+    }
+    let (what, limit) = ("Engine::KaioOps".into(), "cannot take a `QuantWeight`".into());
+    Err(Error::Unsupported { op, what, limit, fix: "leave it to `Engine::Auto`".into() }.into())
+}
+
+/// The columns of x in the order of the rows of a weight's codes. candle differentiates it.
+fn gather(x: &Tensor, form: &Form) -> Result<Tensor> {
+    match &form.planes().order {
+        Some(order) if x.elem_count() > 0 => x.contiguous()?.index_select(order, x.rank() - 1),
+        _ => Ok(x.clone()),
+    }
+}
+
+/// Operands that fit.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    op: &'static str,
+    x: &'a Tensor,
+    scales: Option<&'a Tensor>,
+    source: Option<&'a Tensor>,
+    bias: Option<&'a Tensor>,
+    forms: &'a [Form],
+}
+
+impl<'a> Call<'a> {
+    fn new(op: &'static str, x: &'a Tensor) -> Self {
+        Self { op, x, scales: None, source: None, bias: None, forms: &[] }
     }
 
-    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
-        let [(a, la), packed, scales] = *inputs else { unreachable!("three operands") };
-        let n = packed.1.dims()[1];
-        let (lhs, shape) = rows(self.name(), la, n)?;
-        check::memory(self.name(), RESULT, shape.dims(), DType::F32)?;
-        let out = cpu::matmul_int4((a, &lhs), packed, scales)?;
-        Ok(vec![(CpuStorage::F32(out), shape)])
+    /// Whether there are no results.
+    fn is_empty(&self) -> bool {
+        self.x.dims()[..self.x.rank() - 1].contains(&0)
+            || self.forms.iter().all(|form| form.planes().dims[1] == 0)
     }
 
-    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
-        let [(a, la), (b, lb), (s, ls)] = *inputs else { unreachable!("three operands") };
-        let (lhs, shape) = rows(self.name(), la, lb.dims()[1])?;
-        let (words, steps) = (Stack::new(lb), Stack::new(ls));
-        let out = cuda::matmul_int4(self.name(), (a, &lhs), (b, &words), (s, &steps))?;
-        Ok(vec![(out, shape)])
+    fn run<const N: usize>(&self, lhs: Lhs, epilogue: Epilogue) -> Result<[Tensor; N]> {
+        let Self { op, x, scales, source, bias, forms } = *self;
+        let project = Project {
+            name: op,
+            lhs,
+            scales: scales.is_some(),
+            source: source.is_some(),
+            bias: bias.is_some(),
+            weights: forms.iter().map(Form::facts).collect(),
+            epilogue,
+        };
+        let own = [Some(x), scales, source, bias].into_iter().flatten();
+        let inputs: Vec<_> = own.chain(forms.iter().flat_map(Form::operands)).collect();
+        apply(project, &inputs)
+    }
+
+    /// A product of codes, of whose inputs the bias alone has a gradient.
+    fn finish(
+        &self,
+        lhs: Lhs,
+        out_dtype: Option<DType>,
+        activation: Option<Activation>,
+    ) -> Result<Tensor> {
+        let out_dtype = out_dtype.unwrap_or(DType::F32);
+        check_out_dtype(self.op, "out_dtype", out_dtype, "leave it out for f32")?;
+        let tracked = self.bias.is_some_and(Tensor::track_op);
+        Epilogue { out_dtype, activation }.around(tracked, self.is_empty(), |epilogue| {
+            let [out] = self.run(lhs, epilogue)?;
+            Ok(out)
+        })
     }
 }

@@ -56,15 +56,15 @@ impl Kernel {
         self.load("global.nc", from.into())
     }
 
-    /// `ld.global.nc.u8`: a byte, zero-extended.
-    pub fn ld_global_nc_byte<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {
+    /// `ld.global.nc.u8`: one byte, of 0 to 255.
+    pub fn ld_global_nc_u8<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {
         let (d, from) = (self.reg(), from.into());
         self.emit(format_args!("ld.global.nc.u8 {d}, {from}"));
         d
     }
 
-    /// `ld.shared.u8`: a byte, zero-extended.
-    pub fn ld_shared_byte<'k>(&'k self, from: impl Into<Address<'k, u32>>) -> Reg<'k, u32> {
+    /// `ld.shared.u8`: one byte, of 0 to 255.
+    pub fn ld_shared_u8<'k>(&'k self, from: impl Into<Address<'k, u32>>) -> Reg<'k, u32> {
         let (d, from) = (self.reg(), from.into());
         self.emit(format_args!("ld.shared.u8 {d}, {from}"));
         d

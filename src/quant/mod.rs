@@ -27,10 +27,16 @@
 
 mod int4;
 mod int8;
+pub(crate) mod planes;
+pub(crate) mod quantize;
+pub(crate) mod scheme;
+mod weight;
 
-pub(crate) use int4::dequantize;
 pub use int4::{dequantize_int4, pack_int4, quantize_int4, unpack_int4};
 pub use int8::{dequantize_int8, quantize_int8};
+pub use scheme::{Per, QuantScheme};
+pub use weight::QuantWeight;
+pub(crate) use weight::scales_of;
 
 use candle_core::{DType, Result, Tensor};
 

@@ -16,6 +16,12 @@ impl KaioTensorExt for Mine {
         kaio_matmul_with(&Tensor, &MatmulOptions) -> Tensor;
         kaio_matmul_int8(&Tensor, f32) -> Tensor;
         kaio_matmul_int4(&Tensor, &Tensor) -> Tensor;
+        kaio_matmul_quant(&QuantWeight) -> Tensor;
+        kaio_matmul_quant_with(&QuantWeight, &MatmulOptions) -> Tensor;
+        kaio_qkv_project([&QuantWeight; 3]) -> (Tensor, Tensor, Tensor);
+        kaio_swiglu_project(&QuantWeight, &QuantWeight) -> Tensor;
+        kaio_matmul_int8_with(&Tensor, &Int8Options) -> Tensor;
+        kaio_matmul_fp8(&Tensor, &Fp8Options) -> Tensor;
         kaio_attention_tc(&Tensor, &Tensor, bool) -> Tensor;
         kaio_flash_attn(&Tensor, &Tensor, bool) -> Tensor;
         kaio_flash_attn_with(&Tensor, &Tensor, &FlashAttnOptions) -> Tensor;

@@ -132,7 +132,8 @@ fn memory() -> Source {
     let two = k.ld_global::<u32, 2>(input.at(16));
     let four = k.ld_global_nc::<u32, 4>(input);
     let [half] = k.ld_global_nc::<u16, 1>(input.at(-2));
-    keep(k, out, &[k.ld_global_nc_byte(input.at(3)), k.ld_shared_byte(slot.at(5))]);
+    let byte = k.ld_global_nc_u8(input.at(3));
+    keep(k, out, &[k.ld_shared_u8(slot.at(5))]);
     k.st_shared(slot, four);
     k.st_shared(slot.at(4), [one]);
     let back = k.ld_shared::<u32, 4>(slot);
@@ -141,6 +142,7 @@ fn memory() -> Source {
     k.st_global(out.at(16), two);
     k.st_global(out.at(24), [wide]);
     k.st_global(out.at(32).at(4), [half]);
+    k.st_global(out.at(40), [byte]);
     k.finish()
 }
 

@@ -181,7 +181,7 @@ pub fn int4(device: &Device) {
     // One activation picks one row of the weight, exactly.
     tally.case("identity", || {
         let source = &mut Source::new("identity", device);
-        let x = Tensor::eye(256, DType::F16, device)?;
+        let x = Tensor::eye(256, DType::F16, &Device::Cpu)?.to_device(device)?;
         let packed = source.tensor(DType::U32, &[32, 37], Plain)?;
         let scales = source
             .tensor_of(DType::F16, &[2, 37], Plain, |s| [0.5, -4.0][s.bits() as usize % 2])?;
@@ -210,7 +210,7 @@ pub fn qkv_int8(device: &Device) {
             let got = x.kaio_qkv_project_int8([&q, &k, &v], scales)?;
             for (i, (got, weight)) in [got.0, got.1, got.2].iter().zip([&q, &k, &v]).enumerate() {
                 let weight = signed(weight)?.map(|w| w * f64::from(scales[i]));
-                check_projection(i, got, &before, &weight, &weight)?;
+                check_projection(i, got, &before, &weight, &as_multiplied(device, &weight))?;
             }
             identical("x", &x, &before)
         });

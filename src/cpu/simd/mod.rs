@@ -4,6 +4,7 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -55,6 +56,19 @@ vectorised! {
         nibbles_to_f32(words, i, steps, dst),
         nibbles_to_f32(words, i, steps, dst);
 
+    /// Code `i` of each word, of four bits, by a table, times the word's own step.
+    fn widen_by_table(words: &[u32], i: u32, table: &[f32; 16], steps: &[f32], dst: &mut [f32]) =
+        codes_to_f32(words, i, steps, dst, |codes, _| codes.map(|code| table[code as usize])),
+        codes_to_f32(words, i, steps, dst, |codes, _| x86::lookup(table, codes));
+    /// Code `i` of each word, less the word's own zero point, times its step.
+    fn widen_from_zeros(words: &[u32], i: u32, zeros: &[f32], steps: &[f32], dst: &mut [f32]) =
+        codes_to_f32(words, i, steps, dst, from_zeros(zeros)),
+        codes_to_f32(words, i, steps, dst, from_zeros(zeros));
+    /// Bytes read as e4m3.
+    fn widen_e4m3(src: &[u8], dst: &mut [f32]) =
+        convert(src, dst, eight(e4m3_to_f32)),
+        convert(src, dst, eight(e4m3_to_f32));
+
     /// `w·x`.
     fn dot_f32(w: &[f32], x: &[f32]) -> f32 =
         dot(w, x, |w| *w),
@@ -68,6 +82,9 @@ vectorised! {
     fn dot_int8(w: &[u8], x: &[f32]) -> f32 =
         dot(w, x, eight(int8_to_f32)),
         dot(w, x, |x| x86::int8x8(x));
+    fn dot_e4m3(w: &[u8], x: &[f32]) -> f32 =
+        dot(w, x, eight(e4m3_to_f32)),
+        dot(w, x, eight(e4m3_to_f32));
     /// `w·x` of words and the steps of their groups.
     fn dot_int4(words: &[u32], steps: &[f32], x: &[f32]) -> f32 =
         int4_dot(words, steps, x),
@@ -86,6 +103,25 @@ vectorised! {
     fn add_rows_int8(w: [&[u8]; 4], x: [f32; 4], out: &mut [f32]) =
         add_rows(w, x, out, eight(int8_to_f32)),
         add_rows(w, x, out, |x| x86::int8x8(x));
+    fn add_rows_e4m3(w: [&[u8]; 4], x: [f32; 4], out: &mut [f32]) =
+        add_rows(w, x, out, eight(e4m3_to_f32)),
+        add_rows(w, x, out, eight(e4m3_to_f32));
+    /// `out += Σ x·w` over the eight rows of a line of words, whose codes stand for what a table says.
+    fn add_by_table(words: &[u32], x: &[f32; 8], table: &[f32; 16], out: &mut [f32]) =
+        add_codes(words, x, out, |codes, _| codes.map(|code| table[code as usize])),
+        add_codes(words, x, out, |codes, _| x86::lookup(table, codes));
+    /// The same of codes less their columns' zero points.
+    fn add_from_zeros(words: &[u32], x: &[f32; 8], zeros: &[f32], out: &mut [f32]) =
+        add_codes(words, x, out, from_zeros(zeros)),
+        add_codes(words, x, out, from_zeros(zeros));
+}
+
+/// The bytes of codes that candle's type for them hides.
+pub(super) fn bytes<T: WithDType>(codes: &[T]) -> &[u8] {
+    const { assert!(size_of::<T>() == 1) };
+    // SAFETY: candle's elements of one byte, u8 and e4m3, have no bits that may be uninitialised; a slice of them is as
+    // long in bytes, aligned like bytes, and lives as long.
+    unsafe { std::slice::from_raw_parts(codes.as_ptr().cast(), codes.len()) }
 }
 
 #[inline(always)]
@@ -112,6 +148,83 @@ fn nibble(word: u32, i: u32) -> f32 {
 #[inline(always)]
 fn nibbles(word: u32) -> [f32; 8] {
     [0, 1, 2, 3, 4, 5, 6, 7].map(|i| nibble(word, i))
+}
+
+/// Four bits of exponent from 2⁻⁶ on, three of mantissa, NaN where all are set, and no infinity.
+#[inline(always)]
+fn e4m3_to_f32(x: u8) -> f32 {
+    const SUBNORMAL: f32 = 1.0 / 512.0;
+    let magnitude = u32::from(x & 0x7f);
+    let normal = f32::from_bits((magnitude + (120 << 3)) << 20);
+    let finite = if magnitude < 8 { magnitude as i32 as f32 * SUBNORMAL } else { normal };
+    let value = if magnitude == 0x7f { f32::NAN } else { finite };
+    f32::from_bits(value.to_bits() | u32::from(x & 0x80) << 24)
+}
+
+/// Codes less the zero points of the `chunk`th eight columns.
+#[inline(always)]
+fn from_zeros(zeros: &[f32]) -> impl Fn(&[u32; 8], usize) -> [f32; 8] {
+    move |codes, chunk| {
+        let zeros = match zeros[8 * chunk..].first_chunk() {
+            Some(zeros) => *zeros,
+            None => padded(&zeros[8 * chunk..]),
+        };
+        // Signed numbers are converted by one instruction.
+        std::array::from_fn(|i| codes[i] as i32 as f32 - zeros[i])
+    }
+}
+
+#[inline(always)]
+fn codes(words: &[u32; 8], i: u32) -> [u32; 8] {
+    words.map(|word| word >> (4 * i) & 15)
+}
+
+#[inline(always)]
+fn codes_to_f32(
+    words: &[u32],
+    i: u32,
+    steps: &[f32],
+    dst: &mut [f32],
+    decode: impl Fn(&[u32; 8], usize) -> [f32; 8],
+) {
+    let ((words, last), (out, out_tail)) = (words.as_chunks(), dst.as_chunks_mut::<8>());
+    let (steps, last_steps) = steps.as_chunks::<8>();
+    for (chunk, ((words, steps), out)) in words.iter().zip(steps).zip(out).enumerate() {
+        let values = decode(&codes(words, i), chunk);
+        *out = std::array::from_fn(|i| values[i] * steps[i]);
+    }
+    if !last.is_empty() {
+        let values = decode(&codes(&padded(last), i), words.len());
+        for ((out, step), value) in out_tail.iter_mut().zip(last_steps).zip(values) {
+            *out = value * step;
+        }
+    }
+}
+
+#[inline(always)]
+fn add_codes(
+    words: &[u32],
+    x: &[f32; 8],
+    out: &mut [f32],
+    decode: impl Fn(&[u32; 8], usize) -> [f32; 8],
+) {
+    let add = |words: &[u32; 8], chunk: usize, out: &mut [f32; 8]| {
+        for (i, x) in (0..).zip(x) {
+            let values = decode(&codes(words, i), chunk);
+            for j in 0..8 {
+                out[j] += values[j] * x;
+            }
+        }
+    };
+    let ((words, last), (out, out_tail)) = (words.as_chunks(), out.as_chunks_mut());
+    for (chunk, (words, out)) in words.iter().zip(out).enumerate() {
+        add(words, chunk, out);
+    }
+    if !last.is_empty() {
+        let mut sums = padded(out_tail);
+        add(&padded(last), words.len(), &mut sums);
+        out_tail.copy_from_slice(&sums[..out_tail.len()]);
+    }
 }
 
 /// The last elements of a slice, fewer than eight, with what follows them.
@@ -256,6 +369,56 @@ mod tests {
         widen_int8(&bytes, &mut out);
         for (byte, got) in bytes.into_iter().zip(out) {
             assert_eq!(got, f32::from(byte as i8));
+        }
+    }
+
+    #[test]
+    fn every_e4m3_widens() {
+        let bytes: Vec<_> = (0..=u8::MAX).collect();
+        let mut out = [0.0; 256];
+        widen_e4m3(&bytes, &mut out);
+        for (byte, got) in bytes.into_iter().zip(out) {
+            let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7) / 8.0);
+            let magnitude = match (exponent, byte & 7) {
+                (15, 7) => f32::NAN,
+                (0, _) => mantissa * 2f32.powi(-6),
+                _ => (1.0 + mantissa) * 2f32.powi(exponent - 7),
+            };
+            let want = if byte < 128 { magnitude } else { -magnitude };
+            assert!(same(got, want), "{byte:#04x} is {got}, not {want}");
+        }
+    }
+
+    /// All codes in all places, of lengths around those of vectors.
+    #[test]
+    fn codes_of_four_bits() {
+        let table = std::array::from_fn(|i| (i * i) as f32 - 20.0);
+        for len in [0, 1, 7, 8, 9, 16, 29, 64] {
+            let words: Vec<u32> =
+                (0..len as u32).map(|i| i.wrapping_mul(0x9e37_79b9) ^ 0x1234_5678).collect();
+            let steps: Vec<f32> = (0..len).map(|i| (i % 3) as f32 - 1.0).collect();
+            let zeros: Vec<f32> = (0..len).map(|i| (i % 17) as f32).collect();
+            let code = |i: u32, j: usize| (words[j] >> (4 * i) & 15) as usize;
+            let x = [1.0, -2.0, 3.0, 0.0, 5.0, -6.0, 7.0, 0.5];
+            let want = |value: &dyn Fn(u32, usize) -> f32, j| -> f32 {
+                100.0 + (0..8).map(|i| x[i as usize] * value(i, j)).sum::<f32>()
+            };
+            let by_table = |i: u32, j: usize| table[code(i, j)];
+            let from_zero = |i: u32, j: usize| code(i, j) as f32 - zeros[j];
+            let mut out = vec![0.0; len + 1];
+            for i in 0..8 {
+                widen_by_table(&words, i, &table, &steps, &mut out[..len]);
+                assert!((0..len).all(|j| out[j] == by_table(i, j) * steps[j]), "{len} {i}");
+                widen_from_zeros(&words, i, &zeros, &steps, &mut out[..len]);
+                assert!((0..len).all(|j| out[j] == from_zero(i, j) * steps[j]), "{len} {i}");
+            }
+            out.fill(100.0);
+            add_by_table(&words, &x, &table, &mut out[..len]);
+            assert!((0..len).all(|j| out[j] == want(&by_table, j)), "{len}");
+            out.fill(100.0);
+            add_from_zeros(&words, &x, &zeros, &mut out[..len]);
+            assert!((0..len).all(|j| out[j] == want(&from_zero, j)), "{len}");
+            assert_eq!(out[len], 100.0);
         }
     }
 

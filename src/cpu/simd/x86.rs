@@ -53,6 +53,19 @@ pub fn nibbles(word: u32) -> [f32; 8] {
     floats(values(word))
 }
 
+/// Elements of a table of sixteen, by the low four bits of each index.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub fn lookup(table: &[f32; 16], at: &[u32; 8]) -> [f32; 8] {
+    // SAFETY: eight u32 are 256 bits, of which all are valid.
+    let at = unsafe { transmute::<[u32; 8], __m256i>(*at) };
+    let ([low, high], _) = table.as_chunks::<8>() else { unreachable!("two eights") };
+    // A permutation reads three bits of an index; the fourth, moved to the sign, says which half is meant.
+    let low = _mm256_permutevar8x32_ps(load(low), at);
+    let high = _mm256_permutevar8x32_ps(load(high), at);
+    floats(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(at))))
+}
+
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn load(x: &[f32; 8]) -> __m256 {

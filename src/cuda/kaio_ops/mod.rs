@@ -7,13 +7,13 @@ mod quantized;
 
 pub(crate) use attention::flash_attn;
 pub(crate) use matmul::matmul;
-pub(crate) use quantized::{matmul_int4, matmul_int8, qkv_int4, qkv_int8};
+pub(crate) use quantized::matmul_int8;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Layout, Result};
 
 use super::empty::full;
-use super::fit::{self, Fitted};
+use super::fit;
 use super::{Operand, epilogue, session};
 use crate::error::Error;
 

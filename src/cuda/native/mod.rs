@@ -6,6 +6,7 @@ mod glu;
 mod matmul;
 mod operand;
 mod plan;
+mod quantised;
 pub mod tune;
 pub(crate) mod w4;
 
@@ -13,3 +14,5 @@ pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
+pub(super) use quantised::{Codewords, Panel};
+pub(crate) use quantised::{dequantize, matmul_quant, repack};

@@ -195,7 +195,7 @@ impl<'k> Gemm<'k, '_> {
         let always = match of.zeros {
             Some(zeros) if whole => {
                 let zero = k.var(0u32);
-                columns.map(|column| of.decoder.zero(k.ld_global_nc_byte(zeros.at(zero, column))))
+                columns.map(|column| of.decoder.zero(k.ld_global_nc_u8(zeros.at(zero, column))))
             }
             _ => [of.decoder.symmetric(); 2],
         };
@@ -280,7 +280,7 @@ impl<'k> Gemm<'k, '_> {
                     let scale = Factors::load(k, half, scheme.scale, at);
                     let zero = scheme.zeros.then(|| {
                         let at = zeros.at((layout.zeros + place).into());
-                        decoder.zero(k.ld_shared_byte(at))
+                        decoder.zero(k.ld_shared_u8(at))
                     });
                     (scale, zero.unwrap_or(always[0]))
                 };

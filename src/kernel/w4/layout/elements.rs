@@ -56,7 +56,7 @@ pub fn emit(scheme: &Scheme, out: Element, transposed: bool) -> Source {
                 (Codes::Int4, None) => Some(k.var(EXACT | 8)),
                 (Codes::Int4, Some((zeros, line))) => {
                     let at = zeros + (group * line + column);
-                    Some(k.ld_global_nc_byte(at) | EXACT)
+                    Some(k.ld_global_nc_u8(at) | EXACT)
                 }
             };
             (scale, zero.map(|zero| zero.cast::<f32>()))

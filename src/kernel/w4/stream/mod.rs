@@ -241,7 +241,7 @@ impl<'k> Stream<'k, '_> {
         let offsets = (0..if c.scheme.zeros { rows } else { 0 }).map(|row| {
             let at = stage + column;
             by_tile(|col| {
-                decoder.zero(k.ld_shared_byte(at.at((slot.zeros + row * BLOCK + col).into())))
+                decoder.zero(k.ld_shared_u8(at.at((slot.zeros + row * BLOCK + col).into())))
             })
         });
         let offsets = offsets.collect();

@@ -34,8 +34,8 @@ pub fn column_groups<'k>(
             Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
         }
     });
-    let zeros = zeros
-        .map(|zeros| by_tile(|col| k.ld_global_nc_byte(zeros + (first + col).min(last).wide())));
+    let zeros =
+        zeros.map(|zeros| by_tile(|col| k.ld_global_nc_u8(zeros + (first + col).min(last).wide())));
     ColumnGroups { scales, zeros }
 }
 

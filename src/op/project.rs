@@ -1,0 +1,263 @@
+//! `act(x·W + bias)` for quantised weights W, which are constants, with the gradient of x.
+
+use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
+
+use super::matmul::{RESULT, Scaled, bias_gradient};
+use super::{Computed, Differentiable, Epilogue, Op, View, eval};
+use crate::quant::planes::{Facts, Form, Weight};
+use crate::stack::Stack;
+use crate::{check, cpu, cuda};
+
+/// What the activations are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Lhs {
+    /// f16 or bf16.
+    Float,
+    /// int8 bytes. Sums are exact, and then times `scale`.
+    Int8 { scale: f32, zero_point: i32 },
+    /// e4m3, of which `width` elements of a row share a scale.
+    Fp8 { width: usize },
+}
+
+/// Products of x with some weights, a result each. Inputs: x, its scales, what it is rounded from, the bias, and the
+/// operands of each weight.
+#[derive(Clone)]
+pub(super) struct Project {
+    pub name: &'static str,
+    pub lhs: Lhs,
+    /// Whether codes have scales of their own.
+    pub scales: bool,
+    /// Whether x is rounded from floats, which have the gradient.
+    pub source: bool,
+    pub bias: bool,
+    pub weights: Vec<Facts>,
+    pub epilogue: Epilogue,
+}
+
+/// The inputs that are read.
+struct Inputs<T> {
+    x: T,
+    scales: Option<T>,
+    bias: Option<T>,
+    weights: Vec<Weight<T>>,
+}
+
+impl Project {
+    fn read<T: Copy>(&self, inputs: &[T]) -> Inputs<T> {
+        let mut inputs = inputs.iter().copied();
+        let mut next = || inputs.next().expect("as many inputs as the op has");
+        let (x, scales) = (next(), self.scales.then(&mut next));
+        // The source of x is there for its gradient alone.
+        let _ = self.source.then(&mut next);
+        let bias = self.bias.then(&mut next);
+        let weights = self.weights.iter().map(|facts| facts.read(&mut inputs)).collect();
+        Inputs { x, scales, bias, weights }
+    }
+
+    /// The input that has a gradient besides the bias.
+    fn differentiable(&self) -> Option<usize> {
+        match self.lhs {
+            Lhs::Float => Some(0),
+            _ => self.source.then_some(1 + usize::from(self.scales)),
+        }
+    }
+
+    fn bias_at(&self) -> Option<usize> {
+        self.bias.then_some(1 + usize::from(self.scales) + usize::from(self.source))
+    }
+}
+
+/// The activations as one matrix or, if strides forbid that, as a stack, and the shape of their product
+/// with a weight of `n` columns, unless no memory can hold it.
+fn rows(op: &'static str, lhs: &Layout, n: usize) -> Result<(Stack, Shape)> {
+    let mut dims = lhs.dims().to_vec();
+    *dims.last_mut().expect("rank checked") = n;
+    check::size(op, RESULT, &dims, DType::F32)?;
+    let stack = Stack::new(lhs);
+    Ok((stack.fold_rows().unwrap_or(stack), Shape::from(dims)))
+}
+
+impl Op for Project {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
+        let Inputs { x: (x, layout), scales, bias, weights, .. } = self.read(inputs);
+        let Epilogue { out_dtype, activation } = self.epilogue;
+        let product = |weight: &Weight<View<CpuStorage>>| {
+            let n = weight.facts.dims[1];
+            let (lhs, shape) = rows(self.name, layout, n)?;
+            check::memory(self.name, RESULT, shape.dims(), DType::F32)?;
+            let x = cpu::Activations { codes: (x, &lhs), scales };
+            let mut out = match self.lhs {
+                Lhs::Float => cpu::matmul_quant(x.codes, weight, false)?,
+                Lhs::Int8 { scale, zero_point } => {
+                    cpu::matmul_int8(&x, (scale, zero_point), weight)?
+                }
+                Lhs::Fp8 { width } => cpu::matmul_fp8(&x, width, weight)?,
+            };
+            cpu::epilogue(&mut out, n, bias, activation)?;
+            Ok((cpu::narrow_to(out_dtype, out)?, shape))
+        };
+        weights.iter().map(product).collect()
+    }
+
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
+        let Inputs { x, scales, bias, weights, .. } = self.read(inputs);
+        let product = |weight: &Weight<View<CudaStorage>>| {
+            let (_, shape) = rows(self.name, x.1, weight.facts.dims[1])?;
+            let (op, epilogue) = (self.name, self.epilogue);
+            let out = match self.lhs {
+                Lhs::Float => cuda::matmul_quant(op, x, weight, false, epilogue, bias)?,
+                Lhs::Int8 { scale, zero_point } => {
+                    let factors = (scale, zero_point);
+                    cuda::matmul_int8(op, x, scales, factors, weight, epilogue, bias)?
+                }
+                Lhs::Fp8 { width } => {
+                    cuda::matmul_fp8(op, x, scales, width, weight, epilogue, bias)?
+                }
+            };
+            Ok((out, shape))
+        };
+        weights.iter().map(product).collect()
+    }
+}
+
+impl Differentiable for Project {
+    fn differentiates(&self, input: usize) -> bool {
+        [self.differentiable(), self.bias_at()].contains(&Some(input))
+    }
+
+    /// `dx = Σ dC·Wᵀ` over the weights. Where x is rounded to eight bits, the rounding counts as the identity. Never asked of a
+    /// product with an activation, unless that is empty.
+    fn grad(
+        &self,
+        inputs: &[&Tensor],
+        _: &[Tensor],
+        grads: &[Option<Tensor>],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let mut all = vec![None; inputs.len()];
+        let Inputs { bias, weights, .. } = self.read(inputs);
+        if let Some((at, bias)) = self.bias_at().zip(bias).filter(|(_, bias)| bias.track_op())
+            && let [Some(grad)] = grads
+        {
+            all[at] = Some(bias_gradient(grad, bias)?);
+        }
+        let Some(at) = self.differentiable().filter(|&at| inputs[at].track_op()) else {
+            return Ok(all);
+        };
+        let x = inputs[at];
+        let mut pairs = weights.iter().zip(grads).filter_map(|(w, grad)| Some((w, grad.as_ref()?)));
+        let terms = pairs.clone().count();
+        // One term is rounded by its kernel; several are added in f32.
+        let dtype = if terms == 1 { x.dtype() } else { DType::F32 };
+        let sum = pairs.try_fold(None, |sum: Option<Tensor>, (weight, grad)| {
+            if grad.elem_count() == 0 || x.elem_count() == 0 {
+                return Ok(sum);
+            }
+            let term = self.times_transposed(grad, weight, x.dtype(), dtype)?;
+            Ok::<_, candle_core::Error>(Some(match sum {
+                Some(sum) => (sum + term)?,
+                None => term,
+            }))
+        })?;
+        all[at] = Some(match sum {
+            Some(sum) => sum.to_dtype(x.dtype())?,
+            None => x.zeros_like()?,
+        });
+        Ok(all)
+    }
+}
+
+impl Project {
+    /// `grad·Wᵀ`, multiplied in the dtype of x where there are only halves.
+    fn times_transposed(
+        &self,
+        grad: &Tensor,
+        weight: &Weight<&Tensor>,
+        multiplied: DType,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        let scaled = Scaled::new(grad, multiplied, grad.rank() - 1)?;
+        let out = if scaled.restores() { DType::F32 } else { dtype };
+        let op = Backward { name: self.name, facts: weight.facts, epilogue: Epilogue::round(out) };
+        let inputs = [Some(&scaled.grad), Some(weight.codes), Some(weight.scales), weight.zeros];
+        let [product] = eval(&op, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
+        scaled.restore(product)
+    }
+}
+
+/// `dC·Wᵀ`. Inputs: dC and the operands of W.
+struct Backward {
+    name: &'static str,
+    facts: Facts,
+    epilogue: Epilogue,
+}
+
+impl Op for Backward {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
+        let (grad, layout) = inputs[0];
+        let weight = self.facts.read(&mut inputs[1..].iter().copied());
+        let (lhs, shape) = rows(self.name, layout, self.facts.dims[0])?;
+        check::memory(self.name, "a gradient", shape.dims(), DType::F32)?;
+        let out = cpu::matmul_quant((grad, &lhs), &weight, true)?;
+        Ok(vec![(cpu::narrow_to(self.epilogue.out_dtype, out)?, shape)])
+    }
+
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
+        let weight = self.facts.read(&mut inputs[1..].iter().copied());
+        let (_, shape) = rows(self.name, inputs[0].1, self.facts.dims[0])?;
+        let out = cuda::matmul_quant(self.name, inputs[0], &weight, true, self.epilogue, None)?;
+        Ok(vec![(out, shape)])
+    }
+}
+
+/// A weight `[K, N]` in a float dtype, rows in their order.
+pub(crate) fn dequantize(op: &'static str, form: &Form, dtype: DType) -> Result<Tensor> {
+    super::matmul::check_out_dtype(op, "dtype", dtype, "cast what it gives")?;
+    let facts = form.facts();
+    let [weight] = eval(&Dequantize { name: op, facts, dtype }, &form.operands())?;
+    match &form.planes().order {
+        Some(order) if weight.elem_count() > 0 => {
+            // Row order[i] is row i of the codes.
+            let order = order.to_vec1::<u32>()?;
+            let mut rows = vec![0u32; order.len()];
+            (0..).zip(&order).for_each(|(i, &row)| rows[row as usize] = i);
+            weight.index_select(&Tensor::new(rows, weight.device())?, 0)
+        }
+        _ => Ok(weight),
+    }
+}
+
+/// Inputs: the operands of a weight.
+struct Dequantize {
+    name: &'static str,
+    facts: Facts,
+    dtype: DType,
+}
+
+impl Op for Dequantize {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
+        let dims = self.facts.dims;
+        check::memory(self.name, RESULT, &dims, DType::F32)?;
+        let weight = self.facts.read(&mut inputs.iter().copied());
+        Ok(vec![(cpu::dequantize(&weight, self.dtype)?, Shape::from(&dims[..]))])
+    }
+
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
+        let dims = self.facts.dims;
+        check::size(self.name, RESULT, &dims, self.dtype)?;
+        let weight = self.facts.read(&mut inputs.iter().copied());
+        let out = cuda::dequantize(self.name, &weight, self.dtype)?;
+        Ok(vec![(out, Shape::from(&dims[..]))])
+    }
+}

@@ -1,0 +1,246 @@
+//! A quantised weight as users hold it.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::planes::{Form, Planes};
+use super::quantize::quantize;
+use super::scheme::{Per, QuantScheme};
+use crate::check::{self, Arg, INT4_GROUP};
+use crate::{cuda, op};
+
+/// A weight `[K, N]` in quantised form, for [`kaio_matmul_quant`](crate::KaioTensorExt::kaio_matmul_quant) and the
+/// other products with quantised weights.
+///
+/// It is a constant: no gradient is computed for it, and none kept. Those of what is multiplied with it go
+/// through.
+///
+/// A clone shares the tensors of the original. On a GPU a weight is brought into the form that the kernels read once,
+/// by [`prepare`](Self::prepare) or by the first product, and kept in that form alone. `Debug` shows sizes and the
+/// scheme, no data.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use kaio_candle::{prelude::*, quant::QuantScheme, quant::QuantWeight};
+///
+/// let w = Tensor::randn(0f32, 1., (256, 64), &Device::Cpu)?;
+/// let quantized = QuantWeight::quantize(&w, &QuantScheme::Int4 { group: 128, zero_points: false })?;
+/// assert_eq!((quantized.dims2(), quantized.bytes()), ((256, 64), 256 * 64 / 2 + 2 * 64 * 4));
+///
+/// let x = Tensor::randn(0f32, 1., (3, 256), &Device::Cpu)?.to_dtype(DType::BF16)?;
+/// assert_eq!(x.kaio_matmul_quant(&quantized)?.dims(), [3, 64]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct QuantWeight(Arc<Shared>);
+
+struct Shared {
+    scheme: QuantScheme,
+    dims: [usize; 2],
+    device: Device,
+    form: Mutex<Form>,
+}
+
+impl QuantWeight {
+    /// Rounds a weight to the nearest codes.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `weight` | `[K, N]` of any size and layout | f32, f16 or bf16 |
+    ///
+    /// The scale of a group is its largest magnitude by that of the codes, or with zero points its range, 0 included,
+    /// by 15. Scales of codes of four bits have the weight's dtype, those of eight bits are f32. They are rounded up,
+    /// so that each element is within half a step of its code (of nf4 and e4m3, at the nearest code).
+    ///
+    /// # Errors
+    ///
+    /// Another dtype or rank, a scheme that there is not, a tracked input, an infinite or NaN element.
+    pub fn quantize(weight: &Tensor, scheme: &QuantScheme) -> Result<Self> {
+        Ok(Self::of(Form::Plain(quantize("QuantWeight::quantize", ("weight", weight), *scheme)?)))
+    }
+
+    /// From the layout of [`quantize_int4`](super::quantize_int4): int4 in groups of 128, without zero points.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `packed` | `[K/8, N]`, two's complement, lowest nibble = lowest k | u32 |
+    /// | `scales` | `[K/128, N]` | f16, bf16 or f32 |
+    ///
+    /// # Errors
+    ///
+    /// Another dtype or shape, a tracked input, a scale that is infinite or NaN.
+    pub fn from_int4(packed: &Tensor, scales: &Tensor) -> Result<Self> {
+        const OP: &str = "QuantWeight::from_int4";
+        let args = [("packed", packed), ("scales", scales)];
+        check::tensors(OP, &args)?;
+        check::int4_words(OP, args[0])?;
+        check::rank(OP, args[0], 2..=2, "[K/8, N]", "a weight is one matrix")?;
+        let (words, n) = packed.dims2()?;
+        let k = words.saturating_mul(8);
+        check::int4_weight(OP, ("packed", k), args[0], args[1])?;
+        let scheme = QuantScheme::Int4 { group: INT4_GROUP as i32, zero_points: false };
+        // Eight more, as a number of four bits, is another topmost bit.
+        let flip = |t: &Tensor| -> Result<Tensor> {
+            let signed = t.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<u32>()?;
+            let plain = signed.into_iter().map(|word| word ^ 0x8888_8888).collect();
+            Tensor::from_vec(plain, (words, n), &Device::Cpu)?.to_device(t.device())
+        };
+        let codes = if packed.elem_count() == 0 { packed.clone() } else { flip(packed)? };
+        let scales = scales.clone();
+        let planes = Planes { scheme, dims: [k, n], codes, scales, zeros: None, order: None };
+        Self::from_planes(OP, planes)
+    }
+
+    /// From int8 bytes, as [`quantize_int8`](super::quantize_int8) makes them, with a scale for all or one for each
+    /// column.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `codes` | `[K, N]`, two's complement | u8 |
+    /// | `scales` | one element, `[N]` or `[1, N]` | f32, f16 or bf16 |
+    ///
+    /// # Errors
+    ///
+    /// Another dtype or shape, a tracked input, a scale that is infinite or NaN.
+    pub fn from_int8(codes: &Tensor, scales: &Tensor) -> Result<Self> {
+        const OP: &str = "QuantWeight::from_int8";
+        let (per, scales) = scales_of(OP, ("codes", codes), scales)?;
+        Self::of_bytes(OP, QuantScheme::Int8 { per }, codes, scales)
+    }
+
+    /// From floats of eight bits (e4m3) with a scale for all, one for each column, or one for each block of 128 × 128
+    /// (DeepSeek-V3).
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `codes` | `[K, N]` | f8e4m3 |
+    /// | `scales` | one element, `[N]` or `[1, N]`, `[⌈K/128⌉, ⌈N/128⌉]` | f32, f16 or bf16 |
+    ///
+    /// # Errors
+    ///
+    /// Another dtype or shape, a tracked input, a scale that is infinite or NaN.
+    pub fn from_fp8(codes: &Tensor, scales: &Tensor) -> Result<Self> {
+        const OP: &str = "QuantWeight::from_fp8";
+        let (per, scales) = scales_of(OP, ("codes", codes), scales)?;
+        Self::of_bytes(OP, QuantScheme::Fp8 { per }, codes, scales)
+    }
+
+    fn of_bytes(
+        op: &'static str,
+        scheme: QuantScheme,
+        codes: &Tensor,
+        scales: Tensor,
+    ) -> Result<Self> {
+        let (dims, codes) = (codes.dims2()?.into(), codes.clone());
+        Self::from_planes(op, Planes { scheme, dims, codes, scales, zeros: None, order: None })
+    }
+
+    /// A weight of tensors that are checked here: what every constructor from tensors ends in.
+    pub(crate) fn from_planes(op: &'static str, planes: Planes) -> Result<Self> {
+        let planes = Planes::new(op, planes)?;
+        planes.check_values(op)?;
+        Ok(Self::of(Form::Plain(planes)))
+    }
+
+    fn of(form: Form) -> Self {
+        let planes = form.planes();
+        let (scheme, dims, device) = (planes.scheme, planes.dims, planes.device().clone());
+        Self(Arc::new(Shared { scheme, dims, device, form: Mutex::new(form) }))
+    }
+
+    /// How it is quantised.
+    pub fn scheme(&self) -> QuantScheme {
+        self.0.scheme
+    }
+
+    /// K and N.
+    pub fn dims2(&self) -> (usize, usize) {
+        self.0.dims.into()
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> &Device {
+        &self.0.device
+    }
+
+    /// The bytes of all that it holds.
+    pub fn bytes(&self) -> usize {
+        let form = self.form();
+        let bytes = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+        form.planes().tensors().iter().map(|(_, t)| bytes(t)).sum()
+    }
+
+    /// The same weight on another device.
+    ///
+    /// # Errors
+    ///
+    /// What the driver refuses.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        if device.same_device(&self.0.device) {
+            return Ok(self.clone());
+        }
+        Ok(Self::of(Form::Plain(self.plain()?.to_device(device)?)))
+    }
+
+    /// The weight `[K, N]` in floats: `scale · (code − zero)`, computed in f32 and rounded once.
+    ///
+    /// # Errors
+    ///
+    /// Another dtype than f32, f16 or bf16.
+    pub fn dequantize(&self, dtype: DType) -> Result<Tensor> {
+        op::dequantize("QuantWeight::dequantize", &self.form(), dtype)
+    }
+
+    /// Brings a weight on a GPU into the form that the kernels read, which its first product would do else. The rest
+    /// of its life it takes no more memory than that.
+    ///
+    /// # Errors
+    ///
+    /// What the driver refuses.
+    pub fn prepare(&self) -> Result<()> {
+        self.prepared("QuantWeight::prepare").map(drop)
+    }
+
+    /// As it is held now.
+    pub(crate) fn form(&self) -> Form {
+        self.0.form.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// In the form that products read.
+    pub(crate) fn prepared(&self, op: &'static str) -> Result<Form> {
+        let mut form = self.0.form.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.0.device.is_cuda()
+            && let Some(other) = cuda::repack(op, &form)?
+        {
+            *form = other;
+        }
+        Ok(form.clone())
+    }
+
+    /// In the form that files hold.
+    pub(crate) fn plain(&self) -> Result<Planes> {
+        match self.form() {
+            Form::Plain(planes) | Form::Signed(planes) => Ok(planes),
+        }
+    }
+}
+
+/// What shares a scale of a matrix of bytes, by the shape of its scales, which become a matrix.
+pub(crate) fn scales_of(op: &'static str, codes: Arg, scales: &Tensor) -> Result<(Per, Tensor)> {
+    check::rank(op, codes, 2..=2, "[K, N]", "a weight is one matrix")?;
+    let (_, n) = codes.1.dims2()?;
+    match *scales.dims() {
+        _ if scales.elem_count() == 1 => Ok((Per::Tensor, scales.reshape((1, 1))?)),
+        [len] | [1, len] if len == n => Ok((Per::Channel, scales.reshape((1, n))?)),
+        _ => Ok((Per::Block, scales.clone())),
+    }
+}
+
+impl fmt::Debug for QuantWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (scheme, (k, n), device) = (self.scheme(), self.dims2(), self.device().location());
+        write!(f, "QuantWeight([{k}, {n}], {scheme:?}, {} bytes, {device:?})", self.bytes())
+    }
+}
