@@ -5,9 +5,10 @@ use candle_core::{DType, Device, Result, Tensor};
 use kaio_candle::kernel::Element;
 use kaio_candle::kernel::gemm::Epilogue;
 use kaio_candle::kernel::w4::{self, Codes, Scheme, stream, tiles};
+use kaio_candle::prelude::*;
 use kaio_candle::ptx::{Half, Target};
+use kaio_candle::quant::{QuantScheme, QuantWeight};
 use kaio_candle::tune::{self, W4};
-use kaio_candle::{Activation, MatmulOptions};
 
 use super::gpu;
 use super::suites::{Nd, Source, close, identical, product, ulp};
@@ -330,6 +331,43 @@ fn w4_views() -> Result<()> {
         let view = wide(&x, before, after)?;
         let got = tune::w4_matmul(&view, &weight, &options, None)?;
         case.check(&format!("{before} {after}"), &x, &got, |_, x| x)?;
+    }
+    Ok(())
+}
+
+/// What users hold: packed by the first product, and in no other form then; back as it was; gradients go through.
+#[test]
+fn w4_weights_of_users() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let schemes = [
+        QuantScheme::Int4 { group: 128, zero_points: false },
+        QuantScheme::Int4 { group: 32, zero_points: true },
+        QuantScheme::Int4 { group: -1, zero_points: true },
+        QuantScheme::Nf4 { block: 64 },
+    ];
+    for (i, scheme) in schemes.into_iter().enumerate() {
+        for (k, n) in [(256, 128), (200, 72)] {
+            let mut source = Source::new(&format!("{scheme:?} {k} {n}"), &Device::Cpu);
+            let plain = super::suites::Layout::Plain;
+            let w = source.tensor(DType::BF16, &[k, n], plain)?;
+            let host = QuantWeight::quantize(&w, &scheme)?;
+            let weight = host.to_device(&gpu)?;
+            let dtype = [DType::F16, DType::BF16][i % 2];
+            for rows in [&[1][..], &[2, 3], &[5, 4, 7]] {
+                let x = source.tensor(dtype, &[rows, &[k]].concat(), plain)?;
+                let got = x.to_device(&gpu)?.kaio_matmul_quant(&weight)?;
+                let want = x.kaio_matmul_quant(&host)?;
+                let last = ulp(dtype, Nd::of(&want)?.peak());
+                close(&format!("{scheme:?} {rows:?}"), &got, &Nd::of(&want)?, |_| 2.0 * last)?;
+            }
+            let blocks = k.div_ceil(64) * n.div_ceil(64) * 2048;
+            let others = host.bytes() - k.div_ceil(8) * 4 * n;
+            assert_eq!(weight.bytes(), blocks + others, "{scheme:?}");
+            let back = weight.to_device(&Device::Cpu)?.dequantize(DType::F32)?;
+            let want = Nd::of(&host.dequantize(DType::F32)?)?;
+            identical(&format!("{scheme:?}"), &back, &want)?;
+            identical(&format!("{scheme:?}"), &weight.dequantize(DType::F32)?, &want)?;
+        }
     }
     Ok(())
 }

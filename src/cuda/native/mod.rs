@@ -15,4 +15,4 @@ pub(crate) use attention_backward::attention_backward;
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
 pub(super) use quantised::{Codewords, Panel};
-pub(crate) use quantised::{dequantize, matmul_quant, repack};
+pub(crate) use quantised::{dequantize, matmul_quant, repack, unpack};

@@ -13,6 +13,7 @@ use super::super::fit::{Fitted, Want, fit};
 use super::operand::{element, row};
 use super::plan::{Compiled, Plans};
 use crate::error::Error;
+pub(super) use crate::kernel::w4::Codes;
 use crate::kernel::w4::{self, BLOCK_BYTES, Plan, Problem, Scheme, layout};
 use crate::kernel::{Element, gemm};
 use crate::op::{Epilogue, View};
