@@ -59,7 +59,7 @@ pub struct Scheme {
 }
 
 impl Scheme {
-    /// `int4 zeros g128 f16`
+    /// `int4 zeros g128`
     pub(super) fn name(&self) -> String {
         let codes = match self.codes {
             Codes::Int4 => "int4",
@@ -67,7 +67,7 @@ impl Scheme {
         };
         let zeros = given(self.zeros, " zeros");
         let group = self.group.map_or("column".into(), |rows| format!("g{rows}"));
-        format!("{codes}{zeros} {group} {}", self.scale.name())
+        format!("{codes}{zeros} {group}")
     }
 
     /// The code that stands for zero, or is nearest to it: what lies past a weight's end.

@@ -151,7 +151,7 @@ impl Problem {
     }
 
     /// The same as a product of matrices.
-    pub(super) fn product(&self) -> gemm::Problem {
+    pub fn product(&self) -> gemm::Problem {
         let Self { m, n, k, half, epilogue, .. } = *self;
         let elements = [half.into(); 2];
         let (lhs, rhs) = (Major::K, if TRANSPOSED { Major::K } else { Major::Outer });

@@ -4,6 +4,7 @@ mod attention;
 mod attention_backward;
 mod glu;
 mod products;
+mod w4;
 
 use std::collections::HashSet;
 use std::fmt::Debug;
@@ -186,6 +187,8 @@ families! {
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
+    W4(w4::Products): (&HOPPERS, 1), (&ALL, 1);
+    W4Layout(w4::Layouts): (&ALL, 3);
 }
 
 impl Chooser {

@@ -246,7 +246,11 @@ static VARIANTS: [Variant; 15] = {
     ]
 };
 
-fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
+pub(super) fn hopper_fits(
+    config: &sm90::Config,
+    gpu: &Gpu,
+    problem: &Problem,
+) -> Result<(), String> {
     config.check(gpu.device.shared_per_block)?;
     let lines = match config.orient {
         sm90::Orient::Plain => [problem.lhs, problem.rhs],
@@ -270,7 +274,11 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
     rule(config.split <= launch.depth, "a block without depth")
 }
 
-fn portable_fits(config: &sm80::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
+pub(super) fn portable_fits(
+    config: &sm80::Config,
+    gpu: &Gpu,
+    problem: &Problem,
+) -> Result<(), String> {
     config.check(gpu.device.shared_per_block)?;
     let facts = (config.elements, config.lhs, config.rhs, config.batched);
     let wanted = (problem.elements, problem.lhs, problem.rhs, problem.batch > 1);

@@ -141,9 +141,10 @@ impl Config {
         let layouts = Major::names(self.orient.order([self.lhs, self.rhs]));
         let (element, batched) = (self.elements[0].name(), given(self.batched, " batched"));
         let weight = self.weight.map_or(String::new(), |scheme| format!(" {}", scheme.name()));
+        let scales = self.weight.map_or(String::new(), |w| format!("{} ", w.scale.name()));
         format!(
             "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{split}{pingpong}{blocks} {store} \
-             {order}, {layouts} {element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
+             {order}, {layouts} {scales}{element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
             self.depth(),
             epilogue.name()
         )

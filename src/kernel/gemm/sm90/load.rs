@@ -110,14 +110,17 @@ impl<'k> Gemm<'k, '_> {
         };
         self.tiles(None, |tile| {
             let batch = self.inner_batch.map(|inner| [tile.batch % inner, tile.batch / inner]);
-            let Share { first, count } = self.share();
             let lhs = match self.lhs {
                 Left::Matrix(map) => {
                     LeftTile::Matrix(self.operand_tile(matrix(map), tile.row * c.rows))
                 }
-                Left::Packed(packed) => LeftTile::Packed(self.packed_tile(packed, tile, first)),
+                Left::Packed(packed) => LeftTile::Packed(self.packed_tile(packed, tile)),
             };
             let rhs = self.operand_tile(rhs, tile.col * c.cols);
+            let Share { first, count } = self.share();
+            if let LeftTile::Packed(lhs) = &lhs {
+                lhs.begin(first);
+            }
             let at = k.var(first * c.depth());
             let bytes = lhs.bytes() + rhs.bytes;
             k.for_(0, count, 1, |_| {

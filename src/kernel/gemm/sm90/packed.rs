@@ -135,19 +135,14 @@ fn half(c: &Config) -> Half {
 }
 
 impl<'k> Gemm<'k, '_> {
-    /// What the producer copies of a tile, from stage `first` of the depth on.
-    pub(super) fn packed_tile(
-        &self,
-        of: Packed<'k>,
-        tile: Tile<'k>,
-        first: Reg<'k, u32>,
-    ) -> PackedTile<'k> {
+    /// What the producer copies of a tile.
+    pub(super) fn packed_tile(&self, of: Packed<'k>, tile: Tile<'k>) -> PackedTile<'k> {
         let (k, c) = (self.k, self.c);
         let [cols, _] = c.orient.order(self.size);
         let column = tile.row * c.rows;
         let blocks = (0..c.consumers()).map(|i| {
             let column = column + i * SLAB;
-            let block = (column / BLOCK).mul_wide(self.depth) + first.wide();
+            let block = (column / BLOCK).mul_wide(self.depth);
             (k.var(of.codes + block * u64::from(BLOCK_BYTES)), column.lt(cols))
         });
         let blocks: Vec<_> = blocks.collect();
@@ -333,6 +328,12 @@ impl<'k> Factors<'k> {
 }
 
 impl<'k> PackedTile<'k> {
+    /// Goes to stage `first` of the depth.
+    pub fn begin(&self, first: Reg<'k, u32>) {
+        let before = first.wide() * u64::from(BLOCK_BYTES);
+        self.blocks.iter().for_each(|(from, _)| from.increase(before));
+    }
+
     /// Copies a stage, number `at` of the depth.
     pub fn load(&self, stage: Reg<'k, u32>, at: Reg<'k, u32>, full: Mbarrier<'k>) {
         let (k, of) = (stage.kernel(), self.of);

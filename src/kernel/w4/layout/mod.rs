@@ -40,14 +40,15 @@ pub enum Config {
 }
 
 impl Config {
-    /// `w4layout pack, zero8`
+    /// `w4layout elements int4 zeros g128, f16→bf16 nk`
     pub fn name(&self) -> String {
         match self {
             Self::Pack { zero } => format!("w4layout pack, zero{zero}"),
             Self::Unpack => "w4layout unpack, plain".into(),
             Self::Elements { scheme, out, transposed } => {
                 let order = if *transposed { "nk" } else { "kn" };
-                format!("w4layout elements {order} {}, {}", out.name(), scheme.name())
+                let (scale, out, scheme) = (scheme.scale.name(), out.name(), scheme.name());
+                format!("w4layout elements {scheme}, {scale}→{out} {order}")
             }
         }
     }

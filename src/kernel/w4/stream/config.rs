@@ -51,20 +51,23 @@ pub(super) struct Slot {
 }
 
 impl Config {
-    /// `w4stream 8+tokens warps8x6 split2 2/sm unit4, int4 zeros g128 f16, bf16→f32 +bf16 relu sm_80`
+    /// `w4stream int4 zeros g128 8+tokens warps8x6 split2 2/sm unit4 portable, f16 bf16→f32 +bf16 relu`: the scheme,
+    /// tokens, warps and slots of each, split, blocks of a multiprocessor, elements of a store; types of scales, of
+    /// `x` and of the result, bias, activation.
     pub fn name(&self) -> String {
         let Self { tokens, warps, slots, unit, .. } = self;
         let more = given(self.several, "+");
         let split = several(self.split, |split| format!(" split{split}"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
-        let (scheme, half, epilogue) = (self.scheme.name(), self.half.name(), self.epilogue.name());
+        let (scheme, scale) = (self.scheme.name(), self.scheme.scale.name());
+        let (half, epilogue) = (self.half.name(), self.epilogue.name());
         let target = match self.target {
             Target::Sm80 => " portable",
             Target::Sm90a => "",
         };
         format!(
-            "w4stream {tokens}{more}tokens warps{warps}x{slots}{split}{blocks} unit{unit}, {scheme} \
-             {half}{epilogue}{target}"
+            "w4stream {scheme} {tokens}{more}tokens warps{warps}x{slots}{split}{blocks} unit{unit}{target}, \
+             {scale} {half}{epilogue}"
         )
     }
 
