@@ -11,7 +11,7 @@ use crate::op::{
     AttentionWants, Epilogue, MatmulProblem, View,
 };
 use crate::options::Gate;
-use crate::quant::planes::{Form, Weight};
+use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
 
 #[cfg(feature = "cuda")]
@@ -58,6 +58,11 @@ pub(crate) fn matmul(
 
 /// A weight on a GPU.
 pub(crate) type CudaWeight<'a> = Weight<View<'a, CudaStorage>>;
+
+/// A packed weight in the form that files hold.
+pub(crate) fn unpack(op: &'static str, packed: &Planes) -> Result<Planes> {
+    on_gpu!(native::unpack(op, packed))
+}
 
 /// The form in which products read a weight, if it is another one than that in which it is.
 pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {

@@ -19,6 +19,7 @@ mod plan;
 pub mod quantize;
 mod raster;
 pub mod transpose;
+pub mod w4;
 
 pub use element::{Copied, Element};
 pub use plan::{Plan, Step};
@@ -95,6 +96,10 @@ kernels! {
     Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.
     Transpose(transpose::Config) by transpose::emit;
+    /// A product of a few rows with a weight of four bits, on any GPU from Ampere on.
+    W4Stream(w4::stream::Config) by w4::stream::emit;
+    /// Codes of four bits in another form, or elements, on any GPU.
+    W4Layout(w4::layout::Config) by w4::layout::emit;
     /// A quantised weight in floats, on any GPU.
     Dequant(dequant::Config) by dequant::emit;
 }

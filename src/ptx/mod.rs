@@ -42,6 +42,7 @@ use std::fmt::{Arguments, Write};
 
 pub use control::Exit;
 pub use mma::{Factor, Half, Mma, Operand, Wgmma, WgmmaRegs};
+pub use pairs::Logic3;
 pub use param::{Param, ParamKind, TENSOR_MAP_BYTES};
 pub use reg::{Address, Float, Integer, Number, Reg, Scalar, Value};
 pub use tma::Delivery;

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use kaio_candle::ptx::{
-    Delivery, Factor, Half, Kernel, Mma, Operand, Reg, Source, Target, Wgmma, WgmmaRegs,
+    Delivery, Factor, Half, Kernel, Logic3, Mma, Operand, Reg, Source, Target, Wgmma, WgmmaRegs,
 };
 
 /// With their names.
@@ -42,6 +42,7 @@ fn integers() -> Source {
     let signs =
         [signed + -1, signed / 4, signed % 4, signed >> 2, signed.max(0), signed.or_zero().cast()];
     keep(k, out, &signs.map(Reg::cast));
+    keep(k, out, &[k.lop3(Logic3::AND_OR, a, 15, b), k.lop3(Logic3::SELECT, a, b, 0xf0f0)]);
     keep(k, out, &[k.prmt(a, b, 0x5140), k.prmt(a, 0, b)]);
     let bytes = k.cvt_pack_s8(signed, signed, 0);
     keep(k, out, &[bytes, k.cvt_pack_s8(signed, signed, bytes)]);
@@ -90,8 +91,10 @@ fn floats() -> Source {
     for half in [Half::F16, Half::Bf16] {
         let narrow = k.cvt_rn(half, x);
         let packed = k.reg();
+        keep(k, out, &[k.pack(narrow, narrow)]);
         k.cvt_rn_x2_to(packed, half, x, y);
         keep(k, out, &k.unpack(half, packed).map(Reg::cast));
+        keep(k, out, &[k.fma_x2(half, packed, packed, packed)]);
         keep(k, out, &[packed, k.cvt_rn_x2(half, x, y), k.widen(half, narrow).cast()]);
     }
     k.finish()
@@ -133,6 +136,7 @@ fn memory() -> Source {
     let four = k.ld_global_nc::<u32, 4>(input);
     let [half] = k.ld_global_nc::<u16, 1>(input.at(-2));
     let byte = k.ld_global_nc_u8(input.at(3));
+    keep(k, out, &[k.ld_shared_u8(slot.at(5))]);
     k.st_shared(slot, four);
     k.st_shared(slot.at(4), [one]);
     let back = k.ld_shared::<u32, 4>(slot);
@@ -205,6 +209,8 @@ fn hopper() -> Source {
                 k.tma_load(tile.at(8192), map, &[place, n, n], full, Delivery::Once);
                 k.tma_load(tile.at(16_384), map, &[place, n, n, n], full, both);
                 k.mbarrier_arrive_expect_tx(empty, n);
+                k.bulk_load(tile, out, 2048, full, Delivery::Once);
+                k.bulk_load(tile.at(2048), out.at(16), n, full, Delivery::Plain);
             });
         },
         || {

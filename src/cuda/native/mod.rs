@@ -10,6 +10,7 @@ mod plan;
 mod quantised;
 mod quantize;
 pub mod tune;
+pub(crate) mod w4;
 
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
@@ -17,5 +18,5 @@ pub(crate) use bytes::{matmul_fp8, matmul_int8};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
 pub(super) use quantised::{Codewords, Panel};
-pub(crate) use quantised::{dequantize, matmul_quant, repack};
+pub(crate) use quantised::{dequantize, matmul_quant, repack, unpack};
 pub(crate) use quantize::quantize_rows;

@@ -3,11 +3,11 @@
 pub mod choose;
 mod params;
 mod plan;
-mod result;
-mod share;
+pub(super) mod result;
+pub(super) mod share;
 pub mod sm80;
 pub mod sm90;
-mod terms;
+pub(super) mod terms;
 
 pub use super::epilogue::{Epilogue, Scale};
 pub use params::{Arguments, Name, Operand, PerRow, Scales};

@@ -68,6 +68,18 @@ names! {
         Rows "rows",
         /// Columns of `C`.
         Cols "cols",
+        /// A right operand of four bits: the address of its [packed](crate::kernel::w4) codes, a multiple of 16.
+        Codes "codes",
+        /// Its scales: the address of `[groups, columns]`, a multiple of 16, as are the bytes of a row.
+        Scales "scales",
+        /// From row to row.
+        ScaleLine "scale_line",
+        /// Its zero points, likewise.
+        Zeros "zeros",
+        /// From row to row.
+        ZeroLine "zero_line",
+        /// From row to row of its elements, where they are made.
+        OutLine "out_line",
     }
 }
 

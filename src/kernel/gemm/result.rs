@@ -5,7 +5,7 @@ use crate::kernel::Element;
 use crate::ptx::Reg;
 
 /// A tile of a result `[batch, rows, cols]` without gaps.
-pub(super) struct TileOfResult<'k> {
+pub(in crate::kernel) struct TileOfResult<'k> {
     pub terms: Terms<'k>,
     /// The result's address.
     pub out: Reg<'k, u64>,

@@ -42,7 +42,7 @@ impl Sum for i32 {
 }
 
 /// Sums of parts of the depth, added up in their order.
-pub(super) fn add<'k, S: Sum>(
+pub(in crate::kernel) fn add<'k, S: Sum>(
     parts: impl IntoIterator<Item = Vec<Reg<'k, S>>>,
 ) -> Option<Vec<Reg<'k, S>>> {
     let add =
@@ -52,7 +52,7 @@ pub(super) fn add<'k, S: Sum>(
 
 /// Where a kernel finds what it does with a sum.
 #[derive(Clone, Copy)]
-pub(super) struct Terms<'k> {
+pub(in crate::kernel) struct Terms<'k> {
     pub epilogue: Epilogue,
     /// A scale for all sums.
     one: Option<Reg<'k, f32>>,
@@ -63,14 +63,14 @@ pub(super) struct Terms<'k> {
 
 /// Lines of a result: its rows, of all products, or its columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lines {
+pub(in crate::kernel) enum Lines {
     Rows,
     Columns,
 }
 
 /// What lines have each, as vectors in memory.
 #[derive(Clone, Copy)]
-pub(super) struct Vectors<'k>([Option<Vector<'k>>; 3]);
+pub(in crate::kernel) struct Vectors<'k>([Option<Vector<'k>>; 3]);
 
 #[derive(Clone, Copy)]
 struct Vector<'k> {
@@ -90,7 +90,7 @@ enum What {
 
 /// What a line adds to the terms of its sums.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Line<'k> {
+pub(in crate::kernel) struct Line<'k> {
     scale: Option<Reg<'k, f32>>,
     sum: Option<Reg<'k, i32>>,
     bias: Option<Reg<'k, f32>>,

@@ -66,6 +66,24 @@ fn to_e4m3(x: f32) -> u8 {
     sign | nearest.expect("there are codes")
 }
 
+/// `a·b + c` of the low halves and of the high ones. In f64 it is exact but for what is far below the last bit.
+fn halves(operands: [u64; 3], widen: fn(u16) -> f64, round: fn(f64) -> u16) -> u64 {
+    let of = |shift: u32| {
+        let [a, b, c] = operands.map(|x| widen((x >> shift) as u16));
+        round(a.mul_add(b, c))
+    };
+    pair(of(16), of(0))
+}
+
+/// Bit by bit, what the table has for the three bits, the first operand's the highest.
+fn lop3(operands: [u32; 3], table: u64) -> u32 {
+    let bit = |i: u32| {
+        let row = operands.iter().fold(0, |row, x| row << 1 | x >> i & 1);
+        (table >> row & 1) as u32
+    };
+    (0..32).fold(0, |all, i| all | bit(i) << i)
+}
+
 /// Bytes of `b` and `a`, without the mode that copies signs.
 fn prmt(a: u64, b: u64, which: u64) -> u64 {
     let both = u64::from(u(a)) | u64::from(u(b)) << 32;
@@ -85,6 +103,16 @@ pub fn function(name: &str) -> Option<Function> {
         "mul.f32" => each!(|[a, b, ..]| bits(f(a) * f(b))),
         "div.rn.f32" => each!(|[a, b, ..]| bits(f(a) / f(b))),
         "fma.rn.f32" => each!(|[a, b, c, _]| bits(f(a).mul_add(f(b), f(c)))),
+        "fma.rn.f16x2" => each!(|[a, b, c, _]| halves(
+            [a, b, c],
+            |x| f16::from_bits(x).to_f64(),
+            |x| f16::from_f64(x).to_bits()
+        )),
+        "fma.rn.bf16x2" => each!(|[a, b, c, _]| halves(
+            [a, b, c],
+            |x| bf16::from_bits(x).to_f64(),
+            |x| bf16::from_f64(x).to_bits()
+        )),
         "min.f32" => each!(|[a, b, ..]| bits(f(a).min(f(b)))),
         "max.f32" => each!(|[a, b, ..]| bits(f(a).max(f(b)))),
         "neg.f32" => each!(|[a, ..]| bits(-f(a))),
@@ -115,8 +143,9 @@ pub fn function(name: &str) -> Option<Function> {
         "shr.s32" => each!(|[a, b, ..]| ((s(a) >> u(b).min(31)) as u32).into()),
         "bfe.u32" => each!(|[a, b, c, _]| (a >> u(b)) & ((1 << u(c)) - 1)),
         "popc.b32" => each!(|[a, ..]| u(a).count_ones().into()),
-        "prmt.b32" => each!(|[a, b, which, _]| prmt(a, b, which)),
         "brev.b32" => each!(|[a, ..]| u(a).reverse_bits().into()),
+        "lop3.b32" => each!(|[a, b, c, table]| lop3([u(a), u(b), u(c)], table).into()),
+        "prmt.b32" => each!(|[a, b, which, _]| prmt(a, b, which)),
         "add.u64" => each!(|[a, b, ..]| a.wrapping_add(b)),
         "sub.u64" => each!(|[a, b, ..]| a.wrapping_sub(b)),
         "mul.lo.u64" => each!(|[a, b, ..]| a.wrapping_mul(b)),

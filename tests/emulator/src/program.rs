@@ -72,6 +72,7 @@ pub enum Op {
     TryWait,
     /// TMA.
     LoadBox,
+    LoadBytes,
     StoreBox,
     AddFloats,
     CommitStores,
@@ -188,6 +189,7 @@ impl Op {
             }
             ["cp", "async", "bulk", "tensor", .., "multicast::cluster"] => return None,
             ["cp", "async", "bulk", "tensor", _, "shared::cluster", ..] => Self::LoadBox,
+            ["cp", "async", "bulk", "shared::cluster", "global", ..] => Self::LoadBytes,
             ["cp", "async", "commit_group"] => Self::CommitCopies,
             ["cp", "async", "wait_group"] => Self::WaitCopies,
             ["cp", "async", "cg" | "ca", "shared", "global"] => Self::Copy,

@@ -6,6 +6,7 @@ mod glu;
 mod products;
 mod quantize;
 mod transpose;
+mod w4;
 
 use std::collections::HashSet;
 use std::fmt::Debug;
@@ -190,6 +191,8 @@ families! {
     Glu(glu::Glus): (&ALL, 6);
     Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
     Transpose(transpose::Transpositions): (&ALL, 1);
+    W4(w4::Products): (&HOPPERS, 1), (&ALL, 1);
+    W4Layout(w4::Layouts): (&ALL, 3);
 }
 
 impl Chooser {

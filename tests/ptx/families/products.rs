@@ -371,7 +371,11 @@ static VARIANTS: [Variant; 15] = {
     ]
 };
 
-fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
+pub(super) fn hopper_fits(
+    config: &sm90::Config,
+    gpu: &Gpu,
+    problem: &Problem,
+) -> Result<(), String> {
     config.check(gpu.device.shared_per_block)?;
     let lines = match config.orient {
         sm90::Orient::Plain => [problem.lhs, problem.rhs],
@@ -395,7 +399,11 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
     rule(config.split <= launch.depth, "a block without depth")
 }
 
-fn portable_fits(config: &sm80::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
+pub(super) fn portable_fits(
+    config: &sm80::Config,
+    gpu: &Gpu,
+    problem: &Problem,
+) -> Result<(), String> {
     config.check(gpu.device.shared_per_block)?;
     let facts = (config.elements, config.lhs, config.rhs, config.batched);
     let wanted = (problem.elements, problem.lhs, problem.rhs, problem.batch > 1);
@@ -415,6 +423,7 @@ const PLAIN: Epilogue = Epilogue::round(BF16);
 /// Hopper: `nn`, 64×64.
 const HOPPER: sm90::Config = sm90::Config {
     elements: [BF16_FACTOR; 2],
+    weight: None,
     lhs: Major::K,
     rhs: Major::Outer,
     orient: sm90::Orient::Plain,

@@ -35,6 +35,11 @@ impl Reduce {
     pub fn cols(&self) -> u32 {
         Self::THREADS * self.unit
     }
+
+    /// The grid for so many rows and columns.
+    pub fn grid(&self, [rows, cols]: [u32; 2]) -> [u32; 3] {
+        [rows, cols.div_ceil(self.cols()), 1]
+    }
 }
 
 impl Config {

@@ -1,14 +1,17 @@
 //! The choices, what follows from them, and the numbers of a launch.
 
+use super::packed::PackedStage;
 use crate::kernel::Arena;
 use crate::kernel::gemm::{BLOCK, Epilogue, Major, Problem, Scale, lies_along_k, multiplied};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::pingpong::Pingpong;
 use crate::kernel::hopper::ring::Ring;
 use crate::kernel::hopper::{ATOM, LINE, SLAB, WARPGROUP};
-use crate::kernel::multiprocessor::shared_of_each;
+use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::plan::count;
+use crate::kernel::w4::Scheme;
+use crate::kernel::w4::nibbles::Decoder;
 use crate::ptx::Factor;
 
 /// Which matrix the tiles are tiles of.
@@ -58,6 +61,9 @@ pub enum Order {
 pub struct Config {
     /// The types of the kernel's left and right operand.
     pub elements: [Factor; 2],
+    /// If the kernel's left operand is a weight of four bits, how it is quantised. The weight is packed, and
+    /// [`elements`](Self::elements) are what its codes become.
+    pub weight: Option<Scheme>,
     /// How the kernel's left operand lies.
     pub lhs: Major,
     /// How the kernel's right operand lies.
@@ -104,6 +110,8 @@ pub(super) struct SharedMap {
     pub scales: Option<u32>,
     pub ring: Ring,
     pub pingpong: Option<Pingpong>,
+    /// The decoder's table.
+    pub table: u32,
     /// Where threads meet that write a part of the result together: those of each warpgroup, or for a
     /// staged tile all that multiply.
     pub meeting: Named,
@@ -132,9 +140,11 @@ impl Config {
         };
         let layouts = Major::names(self.orient.order([self.lhs, self.rhs]));
         let (element, batched) = (self.elements[0].name(), given(self.batched, " batched"));
+        let weight = self.weight.map_or(String::new(), |scheme| format!(" {}", scheme.name()));
+        let scales = self.weight.map_or(String::new(), |w| format!("{} ", w.scale.name()));
         format!(
-            "sm90 {rows}x{cols} k{}x{stages}{swapped}{split}{pingpong}{blocks} {store} {order}, \
-             {layouts} {element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
+            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{split}{pingpong}{blocks} {store} \
+             {order}, {layouts} {scales}{element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
             self.depth(),
             epilogue.name()
         )
@@ -177,12 +187,30 @@ impl Config {
 
     /// Bytes of a stage.
     pub fn stage_bytes(&self) -> u32 {
-        self.lhs_boxes().bytes + self.rhs_boxes().bytes
+        self.lhs_bytes() + self.rhs_boxes().bytes
+    }
+
+    /// Those of the left operand.
+    pub fn lhs_bytes(&self) -> u32 {
+        match &self.weight {
+            None => self.lhs_boxes().bytes,
+            Some(scheme) => PackedStage::new(scheme, self.rows).bytes,
+        }
+    }
+
+    /// Bytes of the decoder's table.
+    fn table_bytes(&self) -> u32 {
+        self.weight.map_or(0, |scheme| Decoder::shared_bytes(scheme.codes))
     }
 
     /// Arrivals that say that a stage is empty.
     pub(super) fn readers(&self) -> u32 {
-        if self.pingpong { 1 } else { self.consumers() }
+        match (self.pingpong, self.weight) {
+            (true, _) => 1,
+            (false, None) => self.consumers(),
+            // Of each warp: it reads codes.
+            (false, Some(_)) => self.consumers() * WARPGROUP / WARP,
+        }
     }
 
     /// Blocks of 64 rows of a tile that one warpgroup multiplies.
@@ -261,9 +289,9 @@ impl Config {
     /// The most stages that fit a device whose blocks can have `limit` bytes of shared memory.
     pub fn max_stages(&self, limit: u32) -> u32 {
         let result = if self.reuses_stages() { 0 } else { self.result_bytes() };
-        // The barriers of up to 32 stages.
-        let barriers = 512;
-        let scales = self.consumers() * self.scale_bytes();
+        // The barriers of up to 32 stages, and what stages of codes leave unused before a swizzled line's multiple.
+        let barriers = 512 + if self.weight.is_some() { ATOM } else { 0 };
+        let scales = self.consumers() * self.scale_bytes() + self.table_bytes();
         let share = shared_of_each(limit, self.blocks_per_sm);
         (share.saturating_sub(result + scales + barriers) / self.stage_bytes()).min(32)
     }
@@ -276,6 +304,14 @@ impl Config {
         let rules = [
             (multiplied(self.elements).is_some(), "operands that are not of one type".into()),
             lies_along_k(self.elements, [self.lhs, self.rhs]),
+            (
+                self.weight.is_none()
+                    || (self.orient == Orient::Swapped
+                        && !self.pingpong
+                        && !self.batched
+                        && matches!(self.elements[0], Factor::Half(_))),
+                "a weight of four bits that is no left operand of a single swapped product".into(),
+            ),
             self.epilogue.rule(multiplied(self.elements)),
             (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
             (
@@ -332,7 +368,7 @@ impl Config {
 
     pub(super) fn smem(&self) -> SharedMap {
         let mut arena = Arena::default();
-        let lhs = arena.region(self.stages * self.lhs_boxes().bytes, ATOM);
+        let lhs = arena.region(self.stages * self.lhs_bytes(), ATOM);
         let rhs = arena.region(self.stages * self.rhs_boxes().bytes, ATOM);
         let result = match self.reuses_stages() {
             false => arena.region(self.result_bytes(), ATOM),
@@ -345,6 +381,7 @@ impl Config {
             0 => None,
             bytes => Some(arena.region(bytes, 16)),
         };
+        let table = arena.region(self.table_bytes(), 16);
         let ring = Ring::new(&mut arena, self.stages);
         let pingpong = self.pingpong.then(|| Pingpong::new(&mut arena));
         let mut barriers = NamedBarriers::new();
@@ -358,6 +395,7 @@ impl Config {
             rhs,
             result,
             scales,
+            table,
             ring,
             pingpong,
             meeting,

@@ -8,6 +8,7 @@
 mod blocks;
 mod config;
 mod load;
+mod packed;
 mod slabs;
 mod store;
 
@@ -25,6 +26,7 @@ use crate::kernel::raster::{Raster, Tile};
 use crate::ptx::{Factor, Kernel, Reg, Source, Target};
 use blocks::BlockScales;
 use config::SharedMap;
+use packed::Packed;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
@@ -34,7 +36,11 @@ pub fn emit(config: &Config) -> Source {
     k.blocks_per_sm(config.blocks_per_sm);
     k.cluster(config.split);
     let smem = config.smem();
-    let (lhs, rhs) = (k.tensor_map(Name::Lhs), k.tensor_map(Name::Rhs));
+    let (lhs, packed) = match config.weight {
+        None => (Some(k.tensor_map(Name::Lhs)), None),
+        Some(scheme) => (None, Some(Packed::params(k, config, scheme))),
+    };
+    let rhs = k.tensor_map(Name::Rhs);
     let out = match config.store {
         Store::Tma => Out::Map(k.tensor_map(Name::Out)),
         Store::Staged { unit } => Out::Memory { unit, address: k.pointer(Name::Out) },
@@ -55,8 +61,9 @@ pub fn emit(config: &Config) -> Source {
 
     k.if_(warp.eq(0), || {
         k.if_(k.elect_sync(), || {
-            k.prefetch_tensor_map(lhs);
-            k.prefetch_tensor_map(rhs);
+            for map in lhs.into_iter().chain([rhs]) {
+                k.prefetch_tensor_map(map);
+            }
             if let Out::Map(map) = out {
                 k.prefetch_tensor_map(map);
             }
@@ -66,6 +73,13 @@ pub fn emit(config: &Config) -> Source {
             smem.ring.init(k, base, config.readers());
         })
     });
+    let lhs = match (lhs, packed) {
+        (Some(map), _) => Left::Matrix(map),
+        (None, packed) => {
+            let with_table = packed.expect("one of both");
+            Left::Packed(with_table(base + smem.table))
+        }
+    };
     k.sync_block();
     k.griddepcontrol_wait();
     k.griddepcontrol_launch_dependents();
@@ -123,11 +137,19 @@ enum Out<'k> {
     Memory { unit: u32, address: Reg<'k, u64> },
 }
 
+/// The left operand.
+#[derive(Clone, Copy)]
+enum Left<'k> {
+    /// By its descriptor.
+    Matrix(Reg<'k, u64>),
+    Packed(Packed<'k>),
+}
+
 struct Gemm<'k, 'c> {
     k: &'k Kernel,
     c: &'c Config,
     smem: SharedMap,
-    lhs: Reg<'k, u64>,
+    lhs: Left<'k>,
     rhs: Reg<'k, u64>,
     out: Out<'k>,
     /// Rows and columns of `C`.
@@ -175,11 +197,18 @@ impl<'k> Gemm<'k, '_> {
         let accumulators: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
         self.tiles(turn.map(|_| group), |tile| {
             let scales = self.copy_scales(tile, thread, group);
-            match self.blocks {
-                None => self.multiply(&accumulators, place, group, turn, leader),
-                Some(blocks) => {
-                    let sums: Vec<_> = accumulators[0].iter().map(|sum| sum.cast()).collect();
-                    self.multiply_blocks(&sums, place, blocks, tile, (thread, group, leader));
+            // Those of packed codes and of blocks are floats: see `Config::check`.
+            let floats = || accumulators[0].iter().map(|sum| sum.cast()).collect::<Vec<_>>();
+            match (&self.lhs, self.blocks) {
+                (Left::Packed(packed), _) => {
+                    self.multiply_packed(packed, &floats(), place, tile, (thread, group));
+                }
+                (Left::Matrix(_), Some(blocks)) => {
+                    let thread = (thread, group, leader);
+                    self.multiply_blocks(&floats(), place, blocks, tile, thread);
+                }
+                (Left::Matrix(_), None) => {
+                    self.multiply(&accumulators, place, group, turn, leader);
                 }
             }
             match self.out {
