@@ -25,6 +25,7 @@
 //! All functions run on the tensor's own device and take any layout. The quantisers have no gradient:
 //! a tracked input is an error.
 
+mod file;
 mod int4;
 mod int8;
 pub(crate) mod planes;

@@ -21,6 +21,7 @@ pub mod errors;
 pub mod glu;
 pub mod matmul;
 pub mod quantized;
+pub mod weights;
 
 mod reference;
 mod source;

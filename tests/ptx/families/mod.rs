@@ -2,6 +2,7 @@
 
 mod attention;
 mod attention_backward;
+mod dequant;
 mod glu;
 mod products;
 mod w4;
@@ -187,6 +188,7 @@ families! {
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
+    Dequant(dequant::Dequants): (&ALL, 4);
     W4(w4::Products): (&HOPPERS, 1), (&ALL, 1);
     W4Layout(w4::Layouts): (&ALL, 3);
 }
