@@ -33,7 +33,8 @@ fn codes(
         return Ok((Tensor::from_vec(bytes, (rows, cols), device)?, values));
     }
     let codes = Tensor::from_vec(values, (rows, cols), &Device::Cpu)?.to_dtype(DType::F8E4M3)?;
-    let values = codes.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+    // By way of f32: candle's cast of e4m3 to f64 never ends (0.11.1, CPU).
+    let values = codes.to_dtype(DType::F32)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
     Ok((codes.to_device(device)?, values))
 }
 
@@ -93,14 +94,7 @@ fn bytes_products() {
 fn bytes_blocks() {
     let Some(device) = gpu() else { return };
     let mut tally = Tally::new("products of blocks", &device);
-    let sizes = [
-        [1, 8, 16],
-        [16, 256, 300],
-        [33, 100, 128],
-        [65, 300, 1000],
-        [128, 256, 512],
-        [300, 130, 129],
-    ];
+    let sizes = [[1, 8, 16], [16, 256, 300], [33, 100, 128], [65, 264, 400], [300, 130, 129]];
     for (seed, [m, n, k]) in (1..).zip(sizes) {
         tally.case(format!("{m}×{n}×{k}"), || {
             let (a, x) = codes(seed, [m, k], false, &device)?;
