@@ -3,6 +3,8 @@
 //! Without a GPU it says so and passes; with `KAIO_REQUIRE_GPU=1` it fails.
 #![cfg(feature = "cuda")]
 
+#[path = "gpu/bytes.rs"]
+mod bytes;
 #[path = "../examples/custom_kernel.rs"]
 mod custom_kernel;
 #[path = "gpu/determinism.rs"]
@@ -32,6 +34,8 @@ mod suites;
 mod tables;
 #[path = "gpu/threads.rs"]
 mod threads;
+#[path = "gpu/w4.rs"]
+mod w4;
 #[path = "gpu/work.rs"]
 mod work;
 

@@ -184,7 +184,7 @@ impl Tensors {
 
     /// The weight in f32.
     fn operand<'a>(&'a self, weight: &CpuWeight<'a>) -> Result<Box<dyn Operand + 'a>> {
-        let Facts { scheme, dims, signed } = weight.facts;
+        let Facts { scheme, dims, signed, .. } = weight.facts;
         if signed {
             return Ok(Box::new(Int4::new(weight.codes, weight.scales)?));
         }

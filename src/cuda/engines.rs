@@ -11,7 +11,7 @@ use crate::op::{
     AttentionWants, Epilogue, MatmulProblem, View,
 };
 use crate::options::Gate;
-use crate::quant::planes::{Form, Weight};
+use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
 
 #[cfg(feature = "cuda")]
@@ -58,6 +58,11 @@ pub(crate) fn matmul(
 
 /// A weight on a GPU.
 pub(crate) type CudaWeight<'a> = Weight<View<'a, CudaStorage>>;
+
+/// A packed weight in the form that files hold.
+pub(crate) fn unpack(op: &'static str, packed: &Planes) -> Result<Planes> {
+    on_gpu!(native::unpack(op, packed))
+}
 
 /// The form in which products read a weight, if it is another one than that in which it is.
 pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {
@@ -121,7 +126,7 @@ pub(crate) fn matmul_int8(
         if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
             return empty::matmul(op, &problem, epilogue, x.0, bias);
         }
-        scaled::matmul_int8(op, x, scales, factors, weight, epilogue, bias)
+        native::matmul_int8(op, x, scales, factors, weight, epilogue, bias)
     })
 }
 
@@ -140,7 +145,10 @@ pub(crate) fn matmul_fp8(
         if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
             return empty::matmul(op, &problem, epilogue, x.0, bias);
         }
-        scaled::matmul_fp8(op, x, scales, width, weight, epilogue, bias)
+        match native::matmul_fp8(op, x, scales, width, weight, epilogue, bias)? {
+            Some(out) => Ok(out),
+            None => scaled::matmul_fp8(op, x, scales, width, weight, epilogue, bias),
+        }
     })
 }
 
@@ -158,7 +166,10 @@ pub(crate) fn quantize_rows(
                 let groups = rows.iter().product::<usize>() * k[0].div_ceil(width);
                 Ok((empty::zeros(x.0, 0, dtype)?, empty::zeros(x.0, groups, DType::F32)?))
             }
-            _ => scaled::quantize_rows(op, x, dtype, width),
+            _ => match native::quantize_rows(op, (x.0, &Stack::new(x.1)), dtype, width)? {
+                Some(rounded) => Ok(rounded),
+                None => scaled::quantize_rows(op, x, dtype, width),
+            },
         }
     })
 }

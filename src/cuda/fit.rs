@@ -49,6 +49,14 @@ impl<'a> Fitted<'a> {
         Self { held: Held::Copy(storage), stack }
     }
 
+    /// What was made for it, if anything was.
+    pub fn into_copy(self) -> Option<CudaStorage> {
+        match self.held {
+            Held::View(_) => None,
+            Held::Copy(storage) => Some(storage),
+        }
+    }
+
     pub fn storage(&self) -> &CudaStorage {
         match &self.held {
             Held::View(storage) => storage,

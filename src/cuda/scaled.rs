@@ -1,52 +1,18 @@
-//! Products of operands of eight bits where no kernel of this crate takes them: kernels of others, and candle's for what is
-//! done to their sums.
+//! Operands of eight bits where no kernel of this crate takes them as they are: products of what they stand for, and candle's
+//! kernels for the rest.
 
 use candle_core::backend::BackendStorage;
-use candle_core::op::{Abs, Add, CmpOp, Div, Maximum, Minimum, Mul, ReduceOp, Round, Sub};
-use candle_core::scalar::Scalar;
+use candle_core::op::{Abs, Add, CmpOp, Div, Maximum, Minimum, Mul, ReduceOp, Round};
 use candle_core::{CudaStorage, DType, Layout, Result};
 
 use super::engines::CudaWeight;
 use super::native::{Codewords, Panel};
-use super::{empty, epilogue, fit, kaio_ops, native};
+use super::{empty, epilogue, fit, native};
 use crate::kernel::dequant::Codes;
 use crate::op::{Epilogue, View};
 use crate::quant::quantize::E4M3_MAX;
 use crate::quant::{Per, QuantScheme};
 use crate::stack::Stack;
-
-/// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)`.
-pub(super) fn matmul_int8(
-    op: &'static str,
-    (x, layout): View<CudaStorage>,
-    scales: Option<View<CudaStorage>>,
-    (scale, zero_point): (f32, i32),
-    weight: &CudaWeight,
-    epilogue: Epilogue,
-    bias: Option<View<CudaStorage>>,
-) -> Result<CudaStorage> {
-    let (stack, rhs) = (Stack::new(layout), Stack::new(weight.codes.1));
-    let w = (weight.codes.0, &rhs);
-    let dims = (stack.count() * stack.rows, rhs.cols);
-    let plain = zero_point == 0;
-    let factor = if plain { scale } else { 1.0 };
-    let mut sums = kaio_ops::matmul_int8(op, (x, &stack), w, factor)?;
-    fit::copyable(op, dims.0 * dims.1)?;
-    if !plain {
-        // z·Σ w, of each column.
-        let mut ones = empty::zeros(x, stack.cols, DType::U8)?;
-        ones.const_set(Scalar::U8(1), &Layout::contiguous(stack.cols))?;
-        let one_row = Stack::row_major(1, stack.cols);
-        let columns = kaio_ops::matmul_int8(op, (&ones, &one_row), w, zero_point as f32)?;
-        sums = sums.binary_impl::<Sub>(&columns, &packed(dims), &each(dims, [0, 1], 0))?;
-        sums = sums.affine(&packed(dims), f64::from(scale), 0.0)?;
-    }
-    if let Some((rows, layout)) = scales {
-        sums = times(&sums, dims, (rows, layout), [layout.stride()[0], 0])?;
-    }
-    sums = times(&sums, dims, weight.scales, columns(weight))?;
-    epilogue::apply(op, sums, (dims.0 * dims.1, dims.1), bias, epilogue)
-}
 
 /// `act(Σ x·w + bias)`: codes of tensors, rows and columns are exact in f16, and scaled after their product; those of blocks
 /// are multiplied in bf16, with their scales.

@@ -2,20 +2,44 @@
 
 use super::Element;
 use crate::Activation;
-use crate::ptx::{Kernel, Reg};
+use crate::ptx::{Factor, Reg};
 
-/// `round(act(sum + bias))`.
+/// `round(act(scale · sum + bias))`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Epilogue {
     /// The result's type.
     pub out: Element,
+    /// What the sum is multiplied with.
+    pub scale: Scale,
     /// The bias's type, if there is one: a value for each column.
     pub bias: Option<Element>,
     /// After the bias.
     pub activation: Option<Activation>,
 }
 
+/// What turns a sum of products of codes into what they stand for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Scale {
+    /// They stand for themselves.
+    #[default]
+    None,
+    /// Nothing: i32 sums are stored as they are, in place of f32.
+    Exact,
+    /// One number, times one for each row, or one for all, times one for each column.
+    Lines,
+    /// Likewise, and left codes stand for their distance from a zero point.
+    ZeroPoint,
+    /// A number for each row and 128 elements along the depth, times one for 128×128 elements of the right operand:
+    /// sums are multiplied on their way.
+    Blocks,
+}
+
 impl Epilogue {
+    /// The sum alone, rounded.
+    pub const fn round(out: Element) -> Self {
+        Self { out, scale: Scale::None, bias: None, activation: None }
+    }
+
     /// `act(sum + bias)`.
     pub(super) fn finish<'k>(&self, sum: Reg<'k, f32>, bias: Option<Reg<'k, f32>>) -> Reg<'k, f32> {
         let x = match bias {
@@ -33,8 +57,27 @@ impl Epilogue {
         }
     }
 
-    /// `→f32 +bf16 relu`
+    /// Whether it can follow sums of products of a type, or what is in the way.
+    pub(super) fn rule(&self, factor: Option<Factor>) -> (bool, String) {
+        let alone = self.bias.is_none() && self.activation.is_none() && self.out == Element::F32;
+        let holds = match self.scale {
+            Scale::None | Scale::Lines => true,
+            Scale::Exact => factor == Some(Factor::S8) && alone,
+            Scale::ZeroPoint => factor == Some(Factor::S8),
+            Scale::Blocks => factor == Some(Factor::E4m3),
+        };
+        (holds, format!("a scale of {:?} for {factor:?} and {}", self.scale, self.name()))
+    }
+
+    /// `·lines→f32 +bf16 relu`
     pub(super) fn name(&self) -> String {
+        let scale = match self.scale {
+            Scale::None => "",
+            Scale::Exact => "·exact",
+            Scale::Lines => "·lines",
+            Scale::ZeroPoint => "·lines-zero",
+            Scale::Blocks => "·blocks",
+        };
         let bias = self.bias.map_or(String::new(), |bias| format!(" +{}", bias.name()));
         let activation = match self.activation {
             None => "",
@@ -43,27 +86,7 @@ impl Epilogue {
             Some(Activation::GeluErf) => " gelu_erf",
             Some(Activation::Silu) => " silu",
         };
-        format!("→{}{bias}{activation}", self.out.name())
-    }
-
-    /// Bytes of a bias element, 0 without one.
-    pub(super) fn bias_size(&self) -> u32 {
-        self.bias.map_or(0, Element::size)
-    }
-
-    /// `N` bias values side by side. Undefined where the address is not valid, and not loaded.
-    pub(super) fn load_bias<'k, const N: usize>(
-        &self,
-        k: &'k Kernel,
-        from: Reg<'k, u64>,
-        valid: Reg<'k, bool>,
-    ) -> [Reg<'k, f32>; N] {
-        match self.bias.expect("there is a bias") {
-            Element::F32 => k.when(valid, || k.ld_global_nc::<f32, N>(from)),
-            Element::Half(half) => {
-                k.when(valid, || k.ld_global_nc::<u16, N>(from)).map(|x| k.widen(half, x))
-            }
-        }
+        format!("{scale}→{}{bias}{activation}", self.out.name())
     }
 }
 

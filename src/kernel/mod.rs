@@ -16,9 +16,12 @@ mod multiprocessor;
 mod name;
 pub mod params;
 mod plan;
+pub mod quantize;
 mod raster;
+pub mod transpose;
+pub mod w4;
 
-pub use element::Element;
+pub use element::{Copied, Element};
 pub use plan::{Plan, Step};
 
 use crate::ptx::{Source, Target};
@@ -89,6 +92,14 @@ kernels! {
     FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
+    /// Activations rounded to eight bits.
+    Quantize(quantize::Config) by quantize::emit;
+    /// The transposition of a matrix of bytes, on any GPU.
+    Transpose(transpose::Config) by transpose::emit;
+    /// A product of a few rows with a weight of four bits, on any GPU from Ampere on.
+    W4Stream(w4::stream::Config) by w4::stream::emit;
+    /// Codes of four bits in another form, or elements, on any GPU.
+    W4Layout(w4::layout::Config) by w4::layout::emit;
     /// A quantised weight in floats, on any GPU.
     Dequant(dequant::Config) by dequant::emit;
 }

@@ -5,7 +5,7 @@
 //! declares what it needs; a launch asks for the values of what was declared. Tests compare both for all
 //! kernels, without a GPU: each parameter has a value of its type.
 
-use super::Element;
+use super::Copied;
 use crate::ptx::ParamKind;
 
 /// The names of a family's parameters: an enum from lines of `/// what it is`, `Variant "name"`.
@@ -94,7 +94,7 @@ pub const RANK: usize = 5;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TensorMap {
     /// The elements' type.
-    pub element: Element,
+    pub element: Copied,
     /// Where it begins: a multiple of 16.
     pub address: u64,
     rank: usize,
@@ -107,13 +107,14 @@ impl TensorMap {
     /// Lengths, strides in elements and box, of all dimensions but the innermost one's stride, innermost
     /// first. The stride of a dimension of length 1 may be anything.
     pub fn new<const N: usize, const STRIDES: usize>(
-        element: Element,
+        element: impl Into<Copied>,
         address: u64,
         dims: [u64; N],
         strides: [u64; STRIDES],
         boxed: [u32; N],
     ) -> Self {
         const { assert!(N <= RANK && STRIDES + 1 == N) };
+        let element = element.into();
         let mut map = Self {
             element,
             address,

@@ -22,6 +22,13 @@ pub struct Tile<'k> {
     pub col: Reg<'k, u32>,
 }
 
+impl<'k> Tile<'k> {
+    /// Row `m` of the tile's result, of `rows`, counted over all of the batch.
+    pub fn batch_row(&self, batched: bool, rows: Reg<'k, u32>, m: Reg<'k, u32>) -> Reg<'k, u32> {
+        if batched { self.batch * rows + m } else { m }
+    }
+}
+
 impl<'k> Raster<'k> {
     /// Declares its parameters.
     pub fn params(k: &'k Kernel) -> Self {

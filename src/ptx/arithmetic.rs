@@ -235,6 +235,11 @@ impl<'k> Reg<'k, f32> {
         d
     }
 
+    /// `cvt.rni.s32`: the nearest integer, the even one of two; of NaN 0.
+    pub fn nearest(self) -> Reg<'k, i32> {
+        self.kernel().unary("cvt.rni.s32.f32", self)
+    }
+
     /// `abs`
     pub fn abs(self) -> Self {
         self.kernel().unary("abs.f32", self)

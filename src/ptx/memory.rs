@@ -63,6 +63,13 @@ impl Kernel {
         d
     }
 
+    /// `ld.shared.u8`: one byte, of 0 to 255.
+    pub fn ld_shared_u8<'k>(&'k self, from: impl Into<Address<'k, u32>>) -> Reg<'k, u32> {
+        let (d, from) = (self.reg(), from.into());
+        self.emit(format_args!("ld.shared.u8 {d}, {from}"));
+        d
+    }
+
     /// `ld.acquire.gpu`: a number that another block of threads [adds to](Self::red_release_add), and with it what
     /// that block wrote before.
     pub fn ld_acquire<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {
@@ -81,6 +88,11 @@ impl Kernel {
     /// `red.release.gpu.add`: adds 1 to a number, after all that this thread wrote before.
     pub fn red_release_add<'k>(&'k self, to: impl Into<Address<'k, u64>>) {
         self.emit(format_args!("red.release.gpu.global.add.u32 {}, 1", to.into()));
+    }
+
+    /// `red.relaxed.gpu.add`: adds to a number.
+    pub fn red_add<'k>(&'k self, to: impl Into<Address<'k, u64>>, value: Reg<'k, f32>) {
+        self.emit(format_args!("red.relaxed.gpu.global.add.f32 {}, {value}", to.into()));
     }
 
     /// `st.global`

@@ -1,4 +1,5 @@
-//! Tensor cores: `mma.sync` (sm_80) and `wgmma` (sm_90a), f16, bf16 and tf32 with f32 sums.
+//! Tensor cores: `mma.sync` (sm_80) and `wgmma` (sm_90a): f16, bf16, tf32 and e4m3 with f32 sums, int8 with
+//! i32 sums.
 //!
 //! # The order of accumulators
 //!
@@ -20,8 +21,10 @@
 //! N = 8, so `j` = 0. Of `wgmma`'s 64 rows each of the four warps has 16. Packed in pairs (`c` = 0, 1),
 //! accumulators are a left operand of the next product as they are, with their columns as its K.
 
+use std::fmt::Arguments;
+
 use super::memory::list;
-use super::{Kernel, Reg, Value};
+use super::{Kernel, Reg, Scalar, Value};
 
 /// A 16-bit float.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,11 +45,57 @@ impl Half {
     }
 }
 
-/// The registers of one `mma.sync.m16n8k16`.
+/// What tensor cores multiply. An instruction takes 32 bytes along K: 16 elements of 16 bits, 32 of 8 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Factor {
+    /// 16-bit floats, with f32 sums.
+    Half(Half),
+    /// Signed bytes, with exact i32 sums.
+    S8,
+    /// Floats of 4 bits of exponent and 3 of mantissa, with f32 sums. Their `mma.sync` needs sm_89.
+    E4m3,
+}
+
+impl Factor {
+    /// What instructions call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Half(half) => half.name(),
+            Self::S8 => "s8",
+            Self::E4m3 => "e4m3",
+        }
+    }
+
+    /// Elements along K of an instruction.
+    pub(crate) fn step(self) -> u32 {
+        match self {
+            Self::Half(_) => 16,
+            Self::S8 | Self::E4m3 => 32,
+        }
+    }
+
+    /// What instructions call its sums, whose registers are of type `S`.
+    fn sums<S: Scalar>(self) -> &'static str {
+        let sums = match self {
+            Self::Half(_) | Self::E4m3 => f32::SUFFIX,
+            Self::S8 => i32::SUFFIX,
+        };
+        assert_eq!(S::SUFFIX, sums, "the sums of {}", self.name());
+        sums
+    }
+}
+
+impl From<Half> for Factor {
+    fn from(half: Half) -> Self {
+        Self::Half(half)
+    }
+}
+
+/// The registers of one `mma.sync.m16n8k16`, or of a `.m16n8k32` of 8-bit elements.
 #[derive(Clone, Copy, Debug)]
 pub struct Mma<'k> {
     /// Lane `l` has rows `l/4` and `l/4 + 8`, k `2(l%4)..` and `2(l%4) + 8..`: (row, k), (row + 8, k),
-    /// (row, k + 8), (row + 8, k + 8).
+    /// (row, k + 8), (row + 8, k + 8). Of 8-bit elements twice as many along K.
     pub a: [Reg<'k, u32>; 4],
     /// Column `l/4`, the same k.
     pub b: [Reg<'k, u32>; 2],
@@ -61,11 +110,12 @@ pub struct Operand<'k> {
     pub transposed: bool,
 }
 
-/// One `wgmma.m64nNk16`: `sum = a·b`, or `sum += a·b` where `accumulate` holds.
+/// One `wgmma.m64nNk16`, or `.m64nNk32` of 8-bit elements: `sum = a·b`, or `sum += a·b` where `accumulate`
+/// holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Wgmma<'k> {
-    /// The operands' type.
-    pub half: Half,
+    /// The operands' type. Those of 8 bits are contiguous along K.
+    pub factor: Factor,
     /// 64 rows.
     pub a: Operand<'k>,
     /// N columns.
@@ -74,11 +124,11 @@ pub struct Wgmma<'k> {
     pub accumulate: Value<'k, bool>,
 }
 
-/// One `wgmma.m64nNk16` whose left operand is in registers.
+/// One [`Wgmma`] whose left operand is in registers.
 #[derive(Clone, Copy, Debug)]
 pub struct WgmmaRegs<'k> {
     /// The operands' type.
-    pub half: Half,
+    pub factor: Factor,
     /// A fragment as [`Mma`] has it; warp `w` of the warpgroup has rows `16w..`. Sums of a product before it are in
     /// this order when they are packed in pairs.
     pub a: [Reg<'k, u32>; 4],
@@ -89,12 +139,22 @@ pub struct WgmmaRegs<'k> {
 }
 
 impl Kernel {
-    /// `mma.sync.m16n8k16`: `sum += a·b`. Lane `l` has the sums of (row `l/4`, columns `2(l%4)..+2`)
-    /// and of row `l/4 + 8`.
-    pub fn mma<'k>(&'k self, half: Half, sum: [Reg<'k, f32>; 4], m: Mma<'k>) {
-        let (t, d, a, b) = (half.name(), list(&sum), list(&m.a), list(&m.b));
+    /// `mma.sync.m16n8k16`, or `.m16n8k32` of 8-bit elements: `sum += a·b`. Lane `l` has the sums of (row
+    /// `l/4`, columns `2(l%4)..+2`) and of row `l/4 + 8`.
+    pub fn mma<'k, S: Scalar>(
+        &'k self,
+        factor: impl Into<Factor>,
+        sum: [Reg<'k, S>; 4],
+        m: Mma<'k>,
+    ) {
+        let factor = factor.into();
+        if factor == Factor::E4m3 {
+            self.needs(8, 4);
+        }
+        let (t, s, step) = (factor.name(), factor.sums::<S>(), factor.step());
+        let (d, a, b) = (list(&sum), list(&m.a), list(&m.b));
         self.emit(format_args!(
-            "mma.sync.aligned.m16n8k16.row.col.f32.{t}.{t}.f32 {d}, {a}, {b}, {d}"
+            "mma.sync.aligned.m16n8k{step}.row.col.{s}.{t}.{t}.{s} {d}, {a}, {b}, {d}"
         ));
     }
 
@@ -110,25 +170,25 @@ impl Kernel {
 
     /// `wgmma.mma_async`, N = 2 · `sum.len()`. Warp `w` of the warpgroup has rows `16w..`; sum
     /// `4j + 2h + c` of lane `l` is row `l/4 + 8h`, column `8j + 2(l%4) + c`.
-    pub fn wgmma<'k>(&'k self, sum: &[Reg<'k, f32>], m: Wgmma<'k>) {
-        self.needs(8, 0);
-        let (n, t, d) = (2 * sum.len(), m.half.name(), list(sum));
+    pub fn wgmma<'k, S: Scalar>(&'k self, sum: &[Reg<'k, S>], m: Wgmma<'k>) {
+        let flags = flags(m.factor, &[m.a.transposed, m.b.transposed]);
         let (a, b) = (m.a.descriptor, m.b.descriptor);
-        let (ta, tb) = (u8::from(m.a.transposed), u8::from(m.b.transposed));
-        self.emit(format_args!(
-            "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{t}.{t} {d}, {a}, {b}, {}, 1, 1, {ta}, {tb}",
-            m.accumulate
-        ));
+        self.multiply(m.factor, sum, format_args!("{a}, {b}, {}{flags}", m.accumulate));
     }
 
     /// [`wgmma`](Self::wgmma) with the left operand in registers.
-    pub fn wgmma_regs<'k>(&'k self, sum: &[Reg<'k, f32>], m: WgmmaRegs<'k>) {
+    pub fn wgmma_regs<'k, S: Scalar>(&'k self, sum: &[Reg<'k, S>], m: WgmmaRegs<'k>) {
+        let flags = flags(m.factor, &[m.b.transposed]);
+        let (a, b) = (list(&m.a), m.b.descriptor);
+        self.multiply(m.factor, sum, format_args!("{a}, {b}, {}{flags}", m.accumulate));
+    }
+
+    fn multiply<'k, S: Scalar>(&'k self, factor: Factor, sum: &[Reg<'k, S>], of: Arguments) {
         self.needs(8, 0);
-        let (n, t, d, a) = (2 * sum.len(), m.half.name(), list(sum), list(&m.a));
-        let (b, tb) = (m.b.descriptor, u8::from(m.b.transposed));
+        let (n, d) = (2 * sum.len(), list(sum));
+        let (t, s, step) = (factor.name(), factor.sums::<S>(), factor.step());
         self.emit(format_args!(
-            "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{t}.{t} {d}, {a}, {b}, {}, 1, 1, {tb}",
-            m.accumulate
+            "wgmma.mma_async.sync.aligned.m64n{n}k{step}.{s}.{t}.{t} {d}, {of}"
         ));
     }
 
@@ -145,5 +205,18 @@ impl Kernel {
     /// `wgmma.wait_group`: until at most `pending` groups are under way.
     pub fn wgmma_wait(&self, pending: u32) {
         self.emit(format_args!("wgmma.wait_group.sync.aligned {pending}"));
+    }
+}
+
+/// What follows the predicate of a wgmma: for floats that no operand is negated, for those of 16 bits which
+/// operands lie across K.
+fn flags(factor: Factor, transposed: &[bool]) -> String {
+    let across = || transposed.iter().map(|&t| format!(", {}", u8::from(t)));
+    match factor {
+        Factor::Half(_) => across().fold(", 1, 1".into(), |flags, flag| flags + &flag),
+        Factor::S8 | Factor::E4m3 => {
+            assert!(!transposed.contains(&true), "{} lies along K", factor.name());
+            (if factor == Factor::S8 { "" } else { ", 1, 1" }).into()
+        }
     }
 }

@@ -31,6 +31,7 @@ mod copy;
 mod mbarrier;
 mod memory;
 mod mma;
+mod pairs;
 mod param;
 mod reg;
 mod sync;
@@ -40,7 +41,8 @@ use std::cell::RefCell;
 use std::fmt::{Arguments, Write};
 
 pub use control::Exit;
-pub use mma::{Half, Mma, Operand, Wgmma, WgmmaRegs};
+pub use mma::{Factor, Half, Mma, Operand, Wgmma, WgmmaRegs};
+pub use pairs::Logic3;
 pub use param::{Param, ParamKind, TENSOR_MAP_BYTES};
 pub use reg::{Address, Float, Integer, Number, Reg, Scalar, Value};
 pub use tma::Delivery;

@@ -2,7 +2,7 @@
 //! global memory; coordinates are in elements, innermost first.
 
 use super::memory::list;
-use super::{Address, Kernel, Reg};
+use super::{Address, Kernel, Reg, Value};
 
 /// The L2 policy of data that is read once.
 const EVICT_FIRST: u64 = 0x12F0_0000_0000_0000;
@@ -46,6 +46,29 @@ impl Kernel {
             "cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes\
              {kind} {to}, [{map}, {{{}}}], {barrier}{operand}",
             coordinates(at)
+        ));
+    }
+
+    /// `cp.async.bulk`: `bytes` that follow each other, a multiple of 16, into shared memory, where they count at
+    /// `barrier`. Both addresses are multiples of 16. It is not for [`Delivery::Multicast`].
+    pub fn bulk_load<'k>(
+        &'k self,
+        to: impl Into<Address<'k, u32>>,
+        from: impl Into<Address<'k, u64>>,
+        bytes: impl Into<Value<'k, u32>>,
+        barrier: impl Into<Address<'k, u32>>,
+        how: Delivery<'k>,
+    ) {
+        self.needs(8, 0);
+        let (to, from, bytes, barrier) = (to.into(), from.into(), bytes.into(), barrier.into());
+        let (kind, operand) = match how {
+            Delivery::Plain => ("", String::new()),
+            Delivery::Once => (".L2::cache_hint", format!(", {EVICT_FIRST:#018X}")),
+            Delivery::Multicast(_) => panic!("bytes that several blocks get"),
+        };
+        self.emit(format_args!(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{kind} {to}, {from}, \
+             {bytes}, {barrier}{operand}"
         ));
     }
 

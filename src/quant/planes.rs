@@ -145,18 +145,22 @@ pub(crate) enum Form {
     Plain(Planes),
     /// Of the layout of [`quantize_int4`](super::quantize_int4), whose nibbles are two's complement; strides are any.
     Signed(Planes),
+    /// On a GPU, with codes of four bits as its kernels read them: words in the order of [`crate::kernel::w4`].
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // Made on a GPU alone.
+    Packed(Planes),
 }
 
 impl Form {
     pub fn planes(&self) -> &Planes {
         match self {
-            Self::Plain(planes) | Self::Signed(planes) => planes,
+            Self::Plain(planes) | Self::Signed(planes) | Self::Packed(planes) => planes,
         }
     }
 
     pub fn facts(&self) -> Facts {
         let &Planes { scheme, dims, .. } = self.planes();
-        Facts { scheme, dims, signed: matches!(self, Self::Signed(_)) }
+        let (signed, packed) = (matches!(self, Self::Signed(_)), matches!(self, Self::Packed(_)));
+        Facts { scheme, dims, signed, packed }
     }
 
     /// What a product reads: all but the order of rows, which the columns of the other operand take on instead.
@@ -173,6 +177,8 @@ pub(crate) struct Facts {
     pub dims: [usize; 2],
     /// [`Form::Signed`].
     pub signed: bool,
+    /// [`Form::Packed`].
+    pub packed: bool,
 }
 
 impl Facts {

@@ -263,6 +263,7 @@ impl QuantWeight {
     pub(crate) fn plain(&self) -> Result<Planes> {
         match self.form() {
             Form::Plain(planes) | Form::Signed(planes) => Ok(planes),
+            Form::Packed(planes) => cuda::unpack("QuantWeight", &planes),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use kaio_candle::ptx::{
-    Delivery, Half, Kernel, Mma, Operand, Reg, Source, Target, Wgmma, WgmmaRegs,
+    Delivery, Factor, Half, Kernel, Logic3, Mma, Operand, Reg, Source, Target, Wgmma, WgmmaRegs,
 };
 
 /// With their names.
@@ -42,6 +42,10 @@ fn integers() -> Source {
     let signs =
         [signed + -1, signed / 4, signed % 4, signed >> 2, signed.max(0), signed.or_zero().cast()];
     keep(k, out, &signs.map(Reg::cast));
+    keep(k, out, &[k.lop3(Logic3::AND_OR, a, 15, b), k.lop3(Logic3::SELECT, a, b, 0xf0f0)]);
+    keep(k, out, &[k.prmt(a, b, 0x5140), k.prmt(a, 0, b)]);
+    let bytes = k.cvt_pack_s8(signed, signed, 0);
+    keep(k, out, &[bytes, k.cvt_pack_s8(signed, signed, bytes)]);
     keep(k, out, &[a.min(b), a.max(7), a.bfe(4, 14), a.with_high(b).low(), a.with_high(7).low()]);
     k.note("comparisons");
     let tests = [a.eq(b), a.ne(b), a.lt(b), a.le(b), a.gt(b), a.ge(9)];
@@ -77,6 +81,7 @@ fn floats() -> Source {
         x.copysign(y),
         Reg::<u32>::to_f32(n),
         Reg::<i32>::to_float(n.cast()),
+        x.nearest().cast(),
         k.select(x.lt(y), x, f32::NAN),
     ];
     let product = k.var(x);
@@ -86,8 +91,10 @@ fn floats() -> Source {
     for half in [Half::F16, Half::Bf16] {
         let narrow = k.cvt_rn(half, x);
         let packed = k.reg();
+        keep(k, out, &[k.pack(narrow, narrow)]);
         k.cvt_rn_x2_to(packed, half, x, y);
         keep(k, out, &k.unpack(half, packed).map(Reg::cast));
+        keep(k, out, &[k.fma_x2(half, packed, packed, packed)]);
         keep(k, out, &[packed, k.cvt_rn_x2(half, x, y), k.widen(half, narrow).cast()]);
     }
     k.finish()
@@ -129,6 +136,7 @@ fn memory() -> Source {
     let four = k.ld_global_nc::<u32, 4>(input);
     let [half] = k.ld_global_nc::<u16, 1>(input.at(-2));
     let byte = k.ld_global_nc_u8(input.at(3));
+    keep(k, out, &[k.ld_shared_u8(slot.at(5))]);
     k.st_shared(slot, four);
     k.st_shared(slot.at(4), [one]);
     let back = k.ld_shared::<u32, 4>(slot);
@@ -162,6 +170,9 @@ fn ampere() -> Source {
         keep(k, out, &sum.map(Reg::cast));
     }
     let sum = std::array::from_fn(|_| k.var(0f32));
+    let exact: [Reg<i32>; 4] = k.regs();
+    k.mma(Factor::S8, exact, Mma { a, b: [b, c] });
+    keep(k, out, &exact.map(Reg::cast));
     k.mma_tf32(sum, Mma { a, b: [b, c] });
     keep(k, out, &sum.map(Reg::cast));
     k.finish()
@@ -198,6 +209,8 @@ fn hopper() -> Source {
                 k.tma_load(tile.at(8192), map, &[place, n, n], full, Delivery::Once);
                 k.tma_load(tile.at(16_384), map, &[place, n, n, n], full, both);
                 k.mbarrier_arrive_expect_tx(empty, n);
+                k.bulk_load(tile, out, 2048, full, Delivery::Once);
+                k.bulk_load(tile.at(2048), out.at(16), n, full, Delivery::Plain);
             });
         },
         || {
@@ -206,12 +219,26 @@ fn hopper() -> Source {
             let sum: Vec<_> = (0..8).map(|_| k.reg::<f32>()).collect();
             let descriptor = tile.bfe(4, 14).with_high(0x4000_0040);
             let operand = |transposed| Operand { descriptor, transposed };
+            let [x, y] = [k.var(1f32), k.var(2f32)];
+            let pair = k.cvt_e4m3x2(x, y);
+            keep(k, out, &[k.pack(pair, pair)]);
             k.wgmma_fence();
             for (half, accumulate) in [(Half::Bf16, false.into()), (Half::Bf16, n.ne(0).into())] {
-                k.wgmma(&sum, Wgmma { half, a: operand(false), b: operand(true), accumulate });
+                k.wgmma(
+                    &sum,
+                    Wgmma { factor: half.into(), a: operand(false), b: operand(true), accumulate },
+                );
             }
             let (a, b) = ([n, place, n, place], operand(true));
-            k.wgmma_regs(&sum, WgmmaRegs { half: Half::F16, a, b, accumulate: true.into() });
+            k.wgmma_regs(
+                &sum,
+                WgmmaRegs { factor: Half::F16.into(), a, b, accumulate: true.into() },
+            );
+            let exact: Vec<_> = (0..8).map(|_| k.reg::<i32>()).collect();
+            let (byte, accumulate) = (operand(false), true.into());
+            let of_bytes = |factor| Wgmma { factor, a: byte, b: byte, accumulate };
+            k.wgmma(&exact, of_bytes(Factor::S8));
+            k.wgmma(&sum, of_bytes(Factor::E4m3));
             k.wgmma_commit();
             k.wgmma_wait(1);
             k.wgmma_wait(0);
@@ -228,6 +255,7 @@ fn hopper() -> Source {
                 k.tma_commit();
                 k.tma_wait(0);
                 k.red_release_add(out);
+                k.red_add(out.at(128), k.var(1f32));
             });
             keep(k, out, &[k.ld_acquire(out.at(64)), k.atom_add(out.at(64))]);
             k.mbarrier_arrive(empty);
@@ -243,13 +271,14 @@ fn hopper() -> Source {
 /// Whoever adds a method adds a line above.
 #[test]
 fn every_method_is_used() {
-    const SOURCES: [&str; 9] = [
+    const SOURCES: [&str; 10] = [
         include_str!("../../src/ptx/control.rs"),
         include_str!("../../src/ptx/copy.rs"),
         include_str!("../../src/ptx/mbarrier.rs"),
         include_str!("../../src/ptx/memory.rs"),
         include_str!("../../src/ptx/mma.rs"),
         include_str!("../../src/ptx/mod.rs"),
+        include_str!("../../src/ptx/pairs.rs"),
         include_str!("../../src/ptx/reg.rs"),
         include_str!("../../src/ptx/sync.rs"),
         include_str!("../../src/ptx/tma.rs"),

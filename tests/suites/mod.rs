@@ -19,6 +19,7 @@ pub mod attention;
 pub mod empty;
 pub mod errors;
 pub mod glu;
+pub mod loaders;
 pub mod matmul;
 pub mod quantized;
 pub mod weights;

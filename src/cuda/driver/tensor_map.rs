@@ -4,8 +4,8 @@ use cudarc::driver::sys::{self, CUtensorMapDataType as Type};
 
 use super::raw;
 use crate::error::{Error, Result};
-use crate::kernel::Element;
 use crate::kernel::params::{self, RANK};
+use crate::kernel::{Copied, Element};
 use crate::ptx::Half;
 
 /// How a tensor of up to five dimensions lies in memory, and the box that one transfer moves, whose
@@ -25,7 +25,7 @@ impl TensorMap {
     /// [`Error::Value`] for the numbers, if there are not as many as dimensions or if the driver
     /// refuses them.
     pub fn new(
-        element: Element,
+        element: impl Into<Copied>,
         address: u64,
         dims: &[u64],
         strides: &[u64],
@@ -42,10 +42,11 @@ impl TensorMap {
         if !(1..=RANK).contains(&rank) || strides.len() + 1 != rank || boxed.len() != rank {
             return Err(refuse(format!("1 to {RANK} dimensions, as many boxes, a stride less")));
         }
-        let kind = match element {
-            Element::F32 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-            Element::Half(Half::F16) => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            Element::Half(Half::Bf16) => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        let kind = match element.into() {
+            Copied::Float(Element::F32) => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            Copied::Float(Element::Half(Half::F16)) => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Copied::Float(Element::Half(Half::Bf16)) => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Copied::Byte => Type::CU_TENSOR_MAP_DATA_TYPE_UINT8,
         };
         raw::tensor_map(kind, address, dims, strides, boxed)
             .map(Self)

@@ -3,18 +3,16 @@
 
 mod attention;
 mod matmul;
-mod quantized;
 
 pub(crate) use attention::flash_attn;
 pub(crate) use matmul::matmul;
-pub(crate) use quantized::matmul_int8;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Layout, Result};
 
 use super::empty::full;
 use super::fit;
-use super::{Operand, epilogue, session};
+use super::{epilogue, session};
 use crate::error::Error;
 
 /// The kernels index with u32; this keeps every element index and byte offset of a matrix inside it.

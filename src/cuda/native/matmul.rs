@@ -1,4 +1,4 @@
-//! f16 and bf16 products.
+//! Products.
 
 use std::sync::Arc;
 
@@ -9,11 +9,12 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::Fitted;
-use super::operand::{Batch, Lines, element, operand, row};
+use super::operand::{Batch, Lines, element, factor, operand, row};
 use super::plan::{Compiled, Plans};
 use crate::error::Error;
 use crate::kernel::gemm::{self, Plan, Problem};
 use crate::op::{Epilogue, MatmulProblem, View};
+use crate::ptx::Factor;
 
 static PLANS: Plans<Plan> = Plans::new();
 
@@ -26,8 +27,7 @@ pub(crate) fn matmul(
     b: &CudaStorage,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
-    let call = Call::new(op, problem, epilogue, a, b, bias)?;
-    call.run(&*PLANS.get(op, &call.gpu, &call.facts)?)
+    Call::new(op, problem, epilogue, a, b, bias)?.run_chosen()
 }
 
 fn countable(op: &'static str, facts: &Problem) -> Result<()> {
@@ -35,6 +35,67 @@ fn countable(op: &'static str, facts: &Problem) -> Result<()> {
     let (what, limit) = ("Engine::Native".into(), format!("cannot take {got} (at most {most})"));
     let fix = "split it and join the results with `Tensor::cat`".into();
     Err(Error::Unsupported { op, what, limit, fix }.into())
+}
+
+/// What the sums of 8-bit operands are multiplied with: see [`Scale`](gemm::Scale).
+pub(super) enum CallScales<'a> {
+    None,
+    /// f32 of 1×128 blocks of A and of 128×128 of B.
+    Blocks {
+        rows: Fitted<'a>,
+        cols: Fitted<'a>,
+    },
+    /// A number, f32 of rows, one or each, and of columns; and a zero point of A with the i32 sums of the
+    /// columns of B.
+    Lines {
+        one: f32,
+        rows: Fitted<'a>,
+        cols: Fitted<'a>,
+        zero: Option<(i32, Fitted<'a>)>,
+    },
+}
+
+impl CallScales<'_> {
+    /// Calls `with` for what a launch on a device passes.
+    fn on<T>(&self, device: &CudaDevice, with: impl FnOnce(gemm::Scales) -> T) -> T {
+        fn memory<'m>(vector: &'m Fitted, device: &CudaDevice) -> Memory<'m> {
+            Memory::of(vector.storage(), device)
+        }
+        match self {
+            Self::None => with(gemm::Scales::None),
+            Self::Blocks { rows, cols } => {
+                let (of_rows, of_cols) = (memory(rows, device), memory(cols, device));
+                let (rows, cols) = (of_rows.at(rows.offset(0)), of_cols.at(cols.offset(0)));
+                with(gemm::Scales::Blocks { rows, cols })
+            }
+            Self::Lines { one, rows, cols, zero } => {
+                let (of_rows, of_cols) = (memory(rows, device), memory(cols, device));
+                let of_sums = zero.as_ref().map(|(_, sums)| memory(sums, device));
+                let zero = zero.as_ref().zip(of_sums.as_ref());
+                with(gemm::Scales::Lines {
+                    one: *one,
+                    rows: gemm::PerRow {
+                        address: of_rows.at(rows.offset(0)),
+                        each: rows.stack.cols > 1,
+                    },
+                    cols: of_cols.at(cols.offset(0)),
+                    zero: zero.map(|((zero, sums), memory)| (*zero, memory.at(sums.offset(0)))),
+                })
+            }
+        }
+    }
+
+    /// What is read.
+    fn inputs(&self) -> impl Iterator<Item = &CudaStorage> {
+        let all = match self {
+            Self::None => [None; 3],
+            Self::Blocks { rows, cols } => [Some(rows), Some(cols), None],
+            Self::Lines { rows, cols, zero, .. } => {
+                [Some(rows), Some(cols), zero.as_ref().map(|(_, sums)| sums)]
+            }
+        };
+        all.into_iter().flatten().map(Fitted::storage)
+    }
 }
 
 /// One call: operands that fit, and the facts.
@@ -48,6 +109,7 @@ pub(super) struct Call<'a> {
     /// How A and B lie.
     pub lines: [Lines; 2],
     operands: [Fitted<'a>; 2],
+    scales: CallScales<'a>,
     bias: Option<Fitted<'a>>,
     out_dtype: DType,
     out_len: usize,
@@ -62,27 +124,46 @@ impl<'a> Call<'a> {
         b: &'a CudaStorage,
         bias: Option<View<'a, CudaStorage>>,
     ) -> Result<Self> {
-        let device = a.device().clone();
+        let gemm = gemm::Epilogue {
+            bias: bias.map(|(storage, _)| element(storage.dtype())),
+            activation: epilogue.activation,
+            ..gemm::Epilogue::round(element(epilogue.out_dtype))
+        };
+        let operands = [
+            (operand(op, a, &problem.lhs)?, factor(a.dtype())),
+            (operand(op, b, &problem.rhs.t())?, factor(b.dtype())),
+        ];
+        let out = (epilogue.out_dtype, problem.out.elem_count());
+        Self::of(op, operands, gemm, CallScales::None, bias, out)
+    }
+
+    /// Of operands that fit, with their types, and the result's dtype and length.
+    pub fn of(
+        op: &'static str,
+        [(a, lhs), (b, rhs)]: [((Fitted<'a>, Lines), Factor); 2],
+        epilogue: gemm::Epilogue,
+        scales: CallScales<'a>,
+        bias: Option<View<'a, CudaStorage>>,
+        (out_dtype, out_len): (DType, usize),
+    ) -> Result<Self> {
+        let elements = [lhs, rhs];
+        let ([a, b], [lhs, rhs]) = ([a.0, b.0], [a.1, b.1]);
+        let device = a.storage().device().clone();
         let gpu = Gpu::of(op, &device)?;
-        let inputs = [Some(a), Some(b), bias.map(|(storage, _)| storage)];
-        let order = Order::new(op, device.cuda_stream(), inputs.into_iter().flatten());
-        let (fit_a, lhs) = operand(op, a, &problem.lhs)?;
-        let (fit_b, rhs) = operand(op, b, &problem.rhs.t())?;
+        let inputs = [Some(a.storage()), Some(b.storage()), bias.map(|(storage, _)| storage)];
+        let inputs = inputs.into_iter().flatten().chain(scales.inputs());
+        let order = Order::new(op, device.cuda_stream(), inputs);
         let bias = bias.map(|bias| row(op, bias)).transpose()?;
-        let batch = Batch::new(&fit_a.stack, &fit_b.stack);
+        let batch = Batch::new(&a.stack, &b.stack);
         let facts = Problem {
             m: lhs.outer as u64,
             n: rhs.outer as u64,
             k: lhs.depth as u64,
             batch: batch.count() as u64,
-            elements: [element(a.dtype()), element(b.dtype())],
+            elements,
             lhs: lhs.major,
             rhs: rhs.major,
-            epilogue: gemm::Epilogue {
-                out: element(epilogue.out_dtype),
-                bias: bias.as_ref().map(|bias| element(bias.storage().dtype())),
-                activation: epilogue.activation,
-            },
+            epilogue,
         };
         countable(op, &facts)?;
         Ok(Self {
@@ -93,11 +174,17 @@ impl<'a> Call<'a> {
             facts,
             batch,
             lines: [lhs, rhs],
-            operands: [fit_a, fit_b],
+            operands: [a, b],
+            scales,
             bias,
-            out_dtype: epilogue.out_dtype,
-            out_len: problem.out.elem_count(),
+            out_dtype,
+            out_len,
         })
+    }
+
+    /// By the kernels that are chosen for it.
+    pub fn run_chosen(&self) -> Result<CudaStorage> {
+        self.run(&*PLANS.get(self.op, &self.gpu, &self.facts)?)
     }
 
     pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
@@ -113,7 +200,7 @@ impl<'a> Call<'a> {
         let result = Memory::of_mut(&mut out, device);
         let partial = partial.as_mut().map(|sums| Memory::of_mut(sums, device));
         let products = problem.m * problem.n * problem.batch;
-        self.order.run(|| {
+        let launch = |scales: gemm::Scales| {
             for (i, skipped) in (0..).zip(self.batch.launches()) {
                 let operand = |side: usize| gemm::Operand {
                     address: inputs[side].at(self.operands[side].offset(0) + skipped[side]),
@@ -124,6 +211,7 @@ impl<'a> Call<'a> {
                     problem,
                     plan: &compiled.plan,
                     operands: [operand(0), operand(1)],
+                    scales,
                     bias: bias.as_ref().map(|(memory, first)| memory.at(*first)),
                     out: result.at((i * products) as usize),
                     partial: partial.as_ref().map(Memory::address),
@@ -131,7 +219,8 @@ impl<'a> Call<'a> {
                 compiled.launch(self.op, device, &arguments)?;
             }
             Ok(())
-        })?;
+        };
+        self.order.run(|| self.scales.on(device, launch))?;
         drop(result);
         Ok(out)
     }

@@ -2,16 +2,21 @@
 
 mod attention;
 mod attention_backward;
+mod bytes;
 mod glu;
 mod matmul;
 mod operand;
 mod plan;
 mod quantised;
+mod quantize;
 pub mod tune;
+pub(crate) mod w4;
 
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
+pub(crate) use bytes::{matmul_fp8, matmul_int8};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
 pub(super) use quantised::{Codewords, Panel};
-pub(crate) use quantised::{dequantize, matmul_quant, repack};
+pub(crate) use quantised::{dequantize, matmul_quant, repack, unpack};
+pub(crate) use quantize::quantize_rows;

@@ -6,12 +6,11 @@ use candle_core::{CudaStorage, DType, Layout, Result};
 use super::super::fit::{Fitted, Want, fit};
 use crate::kernel::Element;
 use crate::kernel::gemm::Major;
-use crate::op::View;
-use crate::ptx::Half;
+use crate::ptx::{Factor, Half};
 use crate::stack::Stack;
 
 /// Bytes that a kernel's strides are multiples of.
-const ALIGN: usize = 16;
+pub(super) const ALIGN: usize = 16;
 
 /// The matrices of an operand, `outer × depth`, as lines of contiguous elements.
 #[derive(Clone, Copy, Debug)]
@@ -76,7 +75,7 @@ pub(super) fn operand<'a>(
 /// A vector without gaps that begins at a multiple of 16 bytes.
 pub(super) fn row<'a>(
     op: &'static str,
-    (storage, layout): View<'a, CudaStorage>,
+    (storage, layout): (&'a CudaStorage, &Layout),
 ) -> Result<Fitted<'a>> {
     let (len, stride, offset) = (layout.dims()[0], layout.stride()[0], layout.start_offset());
     let layout = Layout::new((1, len).into(), vec![len, stride], offset);
@@ -142,7 +141,15 @@ impl Batch {
 
 /// Elements of 16 bytes.
 pub(super) fn per_chunk(dtype: DType) -> usize {
-    element(dtype).per_chunk() as usize
+    ALIGN / dtype.size_in_bytes()
+}
+
+/// As what tensor cores multiply elements of a 16-bit dtype.
+pub(super) fn factor(dtype: DType) -> Factor {
+    match dtype {
+        DType::BF16 => Factor::Half(Half::Bf16),
+        _ => Factor::Half(Half::F16),
+    }
 }
 
 pub(super) fn element(dtype: DType) -> Element {

@@ -1,20 +1,24 @@
 //! Products with quantised weights.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, DType, Layout, Result, Shape};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
 use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::engines::CudaWeight;
 use super::super::fit::{self, Fitted, Want, fit};
+use super::bytes;
 use super::operand::element;
 use super::plan::Plans;
+use super::w4;
 use crate::error::Error;
 use crate::kernel::dequant::{Arguments, Codes, Plan, Problem};
+use crate::kernel::w4::Scheme;
 use crate::op::{Epilogue, MatmulProblem, View};
 use crate::quant::QuantScheme;
-use crate::quant::planes::{Facts, Form};
+use crate::quant::planes::{Facts, Form, Planes};
 use crate::stack::Stack;
 
 static PLANS: Plans<Plan> = Plans::new();
@@ -22,13 +26,66 @@ static PLANS: Plans<Plan> = Plans::new();
 /// Bytes at whose multiples lines of codes begin, if a thread is to load as many at once.
 const LINE: usize = 16;
 
-/// The form in which the kernels read a weight, if it is another one: none is.
-pub(crate) fn repack(_: &'static str, _: &Form) -> Result<Option<Form>> {
-    Ok(None)
+/// The form in which the kernels read a weight, if it is another one: codes of four bits are packed, and those
+/// of eight lie along K.
+pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {
+    let Form::Plain(planes) = form else { return Ok(None) };
+    let [k, n] = planes.dims;
+    if k * n == 0 {
+        return Ok(None);
+    }
+    if !planes.scheme.is_4bit() {
+        return Ok(bytes::along_k(op, planes)?.map(Form::Plain));
+    }
+    let (storage, layout) = planes.codes.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { return Ok(None) };
+    let scheme = w4_scheme(planes.scheme, planes.scales.dtype());
+    let codes = w4::pack(op, (storage, &Stack::new(layout)), planes.dims, &scheme)?;
+    let codes = tensor(codes, w4::packed_words(k, n));
+    Ok(Some(Form::Packed(Planes { codes, ..planes.clone() })))
 }
 
-/// `act(x·W + bias)`, or `x·Wᵀ`: the weight is made floats of x's dtype in a panel that lives as long as the call, and
-/// multiplied by the kernels for those. Neither the result nor the depth is empty.
+/// Packed codes in the plain form.
+pub(crate) fn unpack(op: &'static str, planes: &Planes) -> Result<Planes> {
+    let (storage, _) = planes.codes.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { unreachable!("packed codes are on a GPU") };
+    let [k, n] = planes.dims;
+    let codes = tensor(w4::unpack(op, storage, planes.dims)?, (k.div_ceil(8), n));
+    Ok(Planes { codes, ..planes.clone() })
+}
+
+fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+}
+
+/// How a weight of four bits is quantised, as its kernels know it.
+fn w4_scheme(scheme: QuantScheme, scales: DType) -> Scheme {
+    let codes = match scheme {
+        QuantScheme::Nf4 { .. } => w4::Codes::Nf4,
+        _ => w4::Codes::Int4,
+    };
+    let group = (!scheme.spans()[0]).then(|| scheme.group([1, 1])[0] as u32);
+    Scheme { codes, zeros: scheme.has_zero_points(), scale: element(scales), group }
+}
+
+/// A packed weight.
+fn with_w4<T>(weight: &CudaWeight, with: impl FnOnce(&w4::Weight) -> Result<T>) -> Result<T> {
+    let Facts { scheme, dims: [k, n], .. } = weight.facts;
+    let scales = Stack::new(weight.scales.1);
+    let zeros = weight.zeros.map(|(storage, layout)| (storage, Stack::new(layout)));
+    with(&w4::Weight {
+        scheme: w4_scheme(scheme, weight.scales.0.dtype()),
+        k,
+        n,
+        codes: weight.codes.0,
+        scales: (weight.scales.0, &scales),
+        zeros: zeros.as_ref().map(|(storage, stack)| (*storage, stack)),
+    })
+}
+
+/// `act(x·W + bias)`, or `x·Wᵀ`. Packed codes have kernels of their own for the former. Else the weight is made floats of
+/// x's dtype in a panel that lives as long as the call, and multiplied by the kernels for those. Neither the result nor
+/// the depth is empty.
 pub(crate) fn matmul_quant(
     op: &'static str,
     x: View<CudaStorage>,
@@ -37,6 +94,10 @@ pub(crate) fn matmul_quant(
     epilogue: Epilogue,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
+    if weight.facts.packed && !transposed {
+        let rows = Stack::new(x.1);
+        return with_w4(weight, |w| w4::matmul(op, (x.0, &rows), w, epilogue, bias));
+    }
     let panel = Panel::new(op, weight, x.0.dtype())?;
     let layout = if transposed { panel.layout.transpose(0, 1)? } else { panel.layout };
     let problem = MatmulProblem::new(op, x.1, &layout)?;
@@ -65,7 +126,11 @@ pub(in crate::cuda) struct Panel {
 
 impl Panel {
     fn new(op: &'static str, weight: &CudaWeight, dtype: DType) -> Result<Self> {
-        let Facts { scheme, dims, signed } = weight.facts;
+        let Facts { scheme, dims, signed, packed } = weight.facts;
+        if packed {
+            let storage = with_w4(weight, |w| w4::dequantize(op, w, dtype, false))?;
+            return Ok(Self { storage, layout: Layout::contiguous((dims[0], dims[1])) });
+        }
         let kind = kind(scheme, signed);
         Codewords {
             kind,

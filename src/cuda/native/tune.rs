@@ -1,15 +1,20 @@
 //! For the benches: products and attention by configurations that nobody chose.
 
 use candle_core::op::BackpropOp;
-use candle_core::{DType, Result, Storage, Tensor, bail};
+use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor, bail};
 
-use super::attention;
+use super::bytes::{CodeScales, codes_call};
 use super::matmul::Call;
 use super::plan::Compiled;
+use super::{attention, quantize, w4};
 use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
-use crate::kernel::{Config, Plan};
+use crate::kernel::w4::Scheme;
+use crate::kernel::{self, Config, Plan};
 use crate::op::{AttentionInputs, AttentionProblem, AttentionWants, Epilogue, MatmulProblem};
+use crate::options::MatmulOptions;
+use crate::ptx::Factor;
+use crate::stack::Stack;
 
 /// The product by `config`, or by the chooser's, of two matrices on one GPU; and the problem that the
 /// chooser sees.
@@ -32,6 +37,59 @@ pub fn matmul(
     let storage = Storage::Cuda(call.run(&Compiled::new("tune", &call.gpu, plan)?)?);
     let tensor = Tensor::from_storage(storage, problem.out.clone(), BackpropOp::none(), false);
     Ok((tensor, call.facts))
+}
+
+/// bf16 `rows · cols · a·bᵀ` of bytes `[M, K]` and `[N, K]`, int8 or else e4m3, with f32 scales `[M]` and `[N]`, or of
+/// blocks `[M, ⌈K/128⌉]` and `[⌈K/128⌉, ⌈N/128⌉]`, by `config` or by the chooser's; and the problem that the chooser
+/// sees.
+pub fn matmul_bytes(
+    [a, b]: [&Tensor; 2],
+    [rows, cols]: [&Tensor; 2],
+    int8: bool,
+    config: Option<Config>,
+) -> Result<(Tensor, Problem)> {
+    let all = [a, b, rows, cols].map(|t| t.storage_and_layout());
+    let [
+        (Storage::Cuda(sa), la),
+        (Storage::Cuda(sb), lb),
+        (Storage::Cuda(sr), lr),
+        (Storage::Cuda(sc), lc),
+    ] = all.each_ref().map(|(storage, layout)| (&**storage, *layout))
+    else {
+        bail!("not on a GPU")
+    };
+    let (x, w) = (Stack::new(la), Stack::new(lb).t());
+    let (rows, cols) = ((sr, lr), (sc, lc));
+    let scales = match lr.dims().len() {
+        1 => CodeScales::Lines { one: 1.0, rows, cols, zero: None },
+        _ => CodeScales::Blocks { rows, cols },
+    };
+    let factor = if int8 { Factor::S8 } else { Factor::E4m3 };
+    let out = Epilogue::round(DType::BF16);
+    let call = codes_call("tune", factor, (sa, &x), (sb, &w), scales, None, out)?;
+    let device = &call.gpu.device;
+    let plan = match config {
+        Some(config) => gemm::Plan::of(&config, &call.facts, device),
+        None => Some(gemm::Plan::new(&call.facts, device)),
+    };
+    let Some(plan) = plan else { bail!("not a product") };
+    let storage = Storage::Cuda(call.run(&Compiled::new("tune", &call.gpu, plan)?)?);
+    let tensor = Tensor::from_storage(storage, (x.rows, w.cols), BackpropOp::none(), false);
+    Ok((tensor, call.facts))
+}
+
+/// A matrix rounded to int8 or e4m3, and the scales of each row's groups of `width` elements.
+pub fn quantize_rows(x: &Tensor, dtype: DType, width: usize) -> Result<[Tensor; 2]> {
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
+    let stack = Stack::new(layout);
+    let rounded = quantize::quantize_rows("tune", (storage, &stack), dtype, width)?;
+    let Some((codes, scales)) = rounded else { bail!("no kernel") };
+    let tensor = |storage, cols| {
+        let shape = (stack.rows, cols);
+        Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+    };
+    Ok([tensor(codes, stack.cols), tensor(scales, stack.cols.div_ceil(width))])
 }
 
 /// Attention by `config`, or by the chooser's, of `[B, H, S, D]` with as many heads of keys, on one GPU;
@@ -62,4 +120,100 @@ pub fn flash_attn(
     let storage = Storage::Cuda(call.run(&problem, &compiled)?.out);
     let shape = problem.shape.clone();
     Ok((Tensor::from_storage(storage, shape, BackpropOp::none(), false), call.facts))
+}
+
+/// A weight of four bits as [`w4_matmul`] takes it: on one GPU, packed codes, u32, from [`w4_pack`], and a row of scales
+/// and of zero points for each group.
+#[derive(Clone, Debug)]
+pub struct W4 {
+    /// How it is quantised.
+    pub scheme: Scheme,
+    /// Rows and columns.
+    pub size: [usize; 2],
+    /// The packed codes.
+    pub codes: Tensor,
+    /// f16, bf16 or f32, as the scheme says.
+    pub scales: Tensor,
+    /// u8.
+    pub zeros: Option<Tensor>,
+}
+
+/// Packed codes of plain ones, contiguous u32 `[⌈k/8⌉, n]`.
+pub fn w4_pack(plain: &Tensor, size: [usize; 2], scheme: &Scheme) -> Result<Tensor> {
+    let (storage, layout) = plain.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
+    let codes = w4::pack("tune", (storage, &Stack::new(layout)), size, scheme)?;
+    Ok(tensor(codes, w4::packed_words(size[0], size[1])))
+}
+
+/// Plain codes of packed ones.
+pub fn w4_unpack(codes: &Tensor, size @ [k, n]: [usize; 2]) -> Result<Tensor> {
+    let (storage, _) = codes.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
+    Ok(tensor(w4::unpack("tune", storage, size)?, (k.div_ceil(8), n)))
+}
+
+/// Calls `with` for the storages of a weight.
+fn with_w4<T>(weight: &W4, with: impl FnOnce(&w4::Weight) -> Result<T>) -> Result<T> {
+    let W4 { scheme, size: [k, n], ref codes, ref scales, ref zeros } = *weight;
+    let (codes, _) = codes.storage_and_layout();
+    let (scales, scales_at) = scales.storage_and_layout();
+    let zeros = zeros.as_ref().map(Tensor::storage_and_layout);
+    let (Storage::Cuda(codes), Storage::Cuda(scales)) = (&*codes, &*scales) else {
+        bail!("not on a GPU")
+    };
+    let scales_at = Stack::new(scales_at);
+    let zeros = match &zeros {
+        None => None,
+        Some((storage, layout)) => match &**storage {
+            Storage::Cuda(storage) => Some((storage, Stack::new(layout))),
+            _ => bail!("not on a GPU"),
+        },
+    };
+    let zeros = zeros.as_ref().map(|(storage, stack)| (*storage, stack));
+    with(&w4::Weight { scheme, k, n, codes, scales: (scales, &scales_at), zeros })
+}
+
+/// The elements of a weight, `[k, n]`, or `[n, k]` where they are transposed.
+pub fn w4_dequantize(weight: &W4, dtype: DType, transposed: bool) -> Result<Tensor> {
+    let elements = with_w4(weight, |weight| w4::dequantize("tune", weight, dtype, transposed))?;
+    let [k, n] = weight.size;
+    Ok(tensor(elements, if transposed { (n, k) } else { (k, n) }))
+}
+
+/// `act(x·W + bias)` of a matrix by `config`, or by the chooser's.
+pub fn w4_matmul(
+    x: &Tensor,
+    weight: &W4,
+    options: &MatmulOptions,
+    config: Option<Config>,
+) -> Result<Tensor> {
+    let (storage, layout) = x.storage_and_layout();
+    let bias = options.bias.as_ref().map(Tensor::storage_and_layout);
+    let bias = match &bias {
+        None => None,
+        Some((storage, layout)) => match &**storage {
+            Storage::Cuda(storage) => Some((storage, *layout)),
+            _ => bail!("not on a GPU"),
+        },
+    };
+    let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
+    let stack = Stack::new(layout);
+    let epilogue = Epilogue {
+        out_dtype: options.out_dtype.unwrap_or(x.dtype()),
+        activation: options.activation,
+    };
+    let out = with_w4(weight, |weight| {
+        let call = w4::Call::new("tune", (storage, &stack), weight, epilogue, bias)?;
+        let Some(config) = config else { return call.run_chosen() };
+        let Some(plan) = kernel::w4::Plan::of(&config, &call.facts, &call.gpu.device) else {
+            bail!("not a product with such a weight")
+        };
+        call.run(&Compiled::new("tune", &call.gpu, plan)?)
+    })?;
+    Ok(tensor(out, (stack.count() * stack.rows, weight.size[1])))
+}
+
+fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }

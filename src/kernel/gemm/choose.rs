@@ -6,8 +6,9 @@
 //! shapes are candidates. docs/notebook.md has what was learnt.
 
 use super::sm90::{Config, Launch, Order, Orient, Store};
-use super::{Major, Problem};
+use super::{Major, Problem, Scale};
 use crate::kernel::Device;
+use crate::kernel::w4::Scheme;
 
 /// The largest number of blocks along y and z of a grid.
 const GRID_LIMIT: u32 = 65_535;
@@ -70,23 +71,26 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
 }
 
 /// The choices that decide most about speed.
-struct Shape {
-    orient: Orient,
-    rows: u32,
-    cols: u32,
-    split: u32,
-    blocks_per_sm: u32,
-    pingpong: bool,
+pub(in crate::kernel) struct Shape {
+    pub orient: Orient,
+    pub rows: u32,
+    pub cols: u32,
+    pub split: u32,
+    pub blocks_per_sm: u32,
+    pub pingpong: bool,
+    pub weight: Option<Scheme>,
 }
 
 impl Shape {
-    fn new(orient: Orient, rows: u32, cols: u32) -> Self {
-        Self { orient, rows, cols, split: 1, blocks_per_sm: 1, pingpong: false }
+    /// One that is not split.
+    pub fn new(orient: Orient, rows: u32, cols: u32) -> Self {
+        let (split, blocks_per_sm, pingpong, weight) = (1, 1, false, None);
+        Self { orient, rows, cols, split, blocks_per_sm, pingpong, weight }
     }
 
     /// All other choices, unless the shape is not possible or plainly idle.
-    fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
-        let Self { orient, rows, cols, split, blocks_per_sm, pingpong } = self;
+    pub fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
+        let Self { orient, rows, cols, split, blocks_per_sm, pingpong, weight } = self;
         let [lhs, rhs] = orient.order([problem.lhs, problem.rhs]);
         let [height, width] = orient.order([problem.m, problem.n]);
         let elements = orient.order(problem.elements);
@@ -95,11 +99,13 @@ impl Shape {
         }
         let aligned = (problem.n * u64::from(problem.epilogue.out.size())).is_multiple_of(16);
         let whole = orient == Orient::Plain && cols.is_multiple_of(64);
-        let tma = aligned && split == 1 && (whole || pingpong);
+        let slabs = pingpong || (weight.is_some() && cols >= 32);
+        let tma = aligned && split == 1 && (whole || slabs);
         let unit = if problem.n.is_multiple_of(4) { 4 } else { 1 };
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {
             elements,
+            weight,
             lhs,
             rhs,
             orient,
@@ -130,13 +136,24 @@ impl Shape {
         if pingpong && rhs == Major::Outer && !cols.is_multiple_of(64) {
             return None;
         }
-        // ptxas loads a bias for each column of a tile at once, and spills.
-        if pingpong && problem.epilogue.bias.is_some() && (orient == Orient::Plain || cols > 176) {
+        // ptxas loads a bias for each column of a tile at once, and spills; of what comes through shared memory,
+        // all of 64 columns.
+        let crowded = match problem.epilogue.vector_bytes() {
+            None => problem.epilogue.bias.is_some() && (orient == Orient::Plain || cols > 176),
+            Some(_) => problem.epilogue.out.size() == 2 && orient == Orient::Plain && cols > 176,
+        };
+        if pingpong && crowded {
             return None;
         }
         // Parts that read nothing in common are for the few small tiles of a deep product: wider
         // tiles in eight parts were estimated at 35 µs for 64×4096×14336, and took 41.
         if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
+            return None;
+        }
+        // Each column of a tile of `Cᵀ` has scales of its own, and two sums.
+        let wide = if rows == 64 { 64 } else { 32 };
+        let blocks = problem.epilogue.scale == Scale::Blocks;
+        if blocks && orient == Orient::Swapped && cols > wide {
             return None;
         }
         let beyond = launch.grid[1..].iter().any(|&blocks| blocks > GRID_LIMIT);
@@ -189,7 +206,7 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     // A stage: what wgmma needs, or what its bytes need to arrive.
     let cols = f64::from(config.cols);
     let multiply = f64::from(config.consumers()) * 4.0 * (cols / 2.0).max(16.0 + cols / 4.0);
-    let [lhs, rhs] = [config.lhs_boxes().bytes, config.rhs_boxes().bytes].map(f64::from);
+    let [lhs, rhs] = [config.lhs_bytes(), config.rhs_boxes().bytes].map(f64::from);
     // Neighbours are tiles below each other: they share the right operand, or, in the only row of
     // tiles, the left one; of a split, neither.
     let distinct = match (config.split, launch.tile_rows) {
@@ -224,8 +241,9 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
         compute *= 1.0 + 20.0 * (reads - 3.0 / 256.0).max(0.0);
     }
 
-    let [lhs_size, rhs_size] = problem.elements.map(|element| u64::from(element.size()));
-    let lines = (problem.m * lhs_size + problem.n * rhs_size) as f64;
+    let [lhs_size, rhs_size] = problem.elements.map(|element| f64::from(element.size()));
+    let rhs_size = if config.weight.is_some() { 0.5 } else { rhs_size };
+    let lines = problem.m as f64 * lhs_size + problem.n as f64 * rhs_size;
     let operands = lines * problem.k as f64 * problem.batch as f64;
     // Where a dimension is small, the other operand is a weight, which is not read twice in a row.
     let cold = problem.m.min(problem.n) <= 64 || operands > CACHED;
@@ -243,16 +261,16 @@ mod tests {
     use super::*;
     use crate::kernel::Element;
     use crate::kernel::gemm::Epilogue;
-    use crate::ptx::{Half, Target};
+    use crate::ptx::{Factor, Half, Target};
 
     const H200: Device =
         Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
 
     fn problem(m: u64, n: u64, k: u64) -> Problem {
-        let element = Element::Half(Half::Bf16);
-        let epilogue = Epilogue { out: element, bias: None, activation: None };
+        let epilogue = Epilogue::round(Element::Half(Half::Bf16));
         let (lhs, rhs) = (Major::K, Major::Outer);
-        Problem { m, n, k, batch: 1, elements: [element; 2], lhs, rhs, epilogue }
+        let elements = [Factor::Half(Half::Bf16); 2];
+        Problem { m, n, k, batch: 1, elements, lhs, rhs, epilogue }
     }
 
     fn chosen(m: u64, n: u64, k: u64) -> Config {

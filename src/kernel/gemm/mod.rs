@@ -1,19 +1,23 @@
-//! Products of matrices, `C = act(A·B + bias)`, f16 and bf16 with f32 sums.
+//! Products of matrices, `C = act(scale · A·B + bias)`: f16, bf16 and e4m3 with f32 sums, int8 with exact ones.
 
 pub mod choose;
 mod params;
 mod plan;
-mod result;
-mod share;
+pub(super) mod result;
+pub(super) mod share;
 pub mod sm80;
 pub mod sm90;
+pub(super) mod terms;
 
-pub use super::epilogue::Epilogue;
-pub use params::{Arguments, Name, Operand};
+pub use super::epilogue::{Epilogue, Scale};
+pub use params::{Arguments, Name, Operand, PerRow, Scales};
 pub use plan::Plan;
 
-use crate::kernel::Element;
-use crate::ptx::Half;
+use crate::ptx::Factor;
+
+/// Elements along the depth, and columns of the right operand, of blocks that share a scale: those of a stage of
+/// bytes.
+pub const BLOCK: u32 = 128;
 
 /// Which dimension of an operand is contiguous in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,12 +40,15 @@ impl Major {
     }
 }
 
-/// As what two operands are multiplied, where their types are that: both f16 or both bf16.
-fn multiplied([a, b]: [Element; 2]) -> Option<Half> {
-    match (a, b) {
-        (Element::Half(a), Element::Half(b)) => (a == b).then_some(a),
-        _ => None,
-    }
+/// As what two operands are multiplied: as what both are.
+fn multiplied([a, b]: [Factor; 2]) -> Option<Factor> {
+    (a == b).then_some(a)
+}
+
+/// The rule of a configuration's check that operands of 8 bits lie along K, or else what is wrong.
+fn lies_along_k(elements: [Factor; 2], majors: [Major; 2]) -> (bool, String) {
+    let holds = elements.iter().zip(majors).all(|(e, major)| e.size() > 1 || major == Major::K);
+    (holds, format!("operands of {} that do not lie along K", elements[0].name()))
 }
 
 /// A batch of products, as facts.
@@ -56,7 +63,7 @@ pub struct Problem {
     /// Products.
     pub batch: u64,
     /// The types of `A` and `B`.
-    pub elements: [Element; 2],
+    pub elements: [Factor; 2],
     /// How `A` lies.
     pub lhs: Major,
     /// How `B` lies.

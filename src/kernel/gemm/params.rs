@@ -17,6 +17,19 @@ names! {
         Out "out",
         /// With a bias: its address.
         Bias "bias",
+        /// With scales of lines: a number for all sums.
+        Scale "scale",
+        /// With scales of lines: the address of the rows', f32, of all products. With those of blocks: of `[rows,
+        /// blocks along the depth]`.
+        RowScales "row_scales",
+        /// 1, or 0 if there is one for all rows.
+        RowScaleStep "row_scale_step",
+        /// The columns' f32 scales, or those of `[blocks along the depth, blocks of columns]`.
+        ColScales "col_scales",
+        /// With a zero point: it, i32.
+        ZeroPoint "zero_point",
+        /// The columns' i32 sums of the right operand.
+        ColSums "col_sums",
         /// Rows of `C`.
         M "m",
         /// Columns of `C`.
@@ -49,12 +62,24 @@ names! {
         RhsOuter "rhs_outer",
         /// If batched and split: products.
         Batch "batch",
-        /// The parts of the sums: the address of f32 `[split, rows, cols]`.
+        /// The parts of the sums: the address of f32 or i32 `[split, rows, cols]`.
         Partial "partial",
         /// Rows of all products.
         Rows "rows",
         /// Columns of `C`.
         Cols "cols",
+        /// A right operand of four bits: the address of its [packed](crate::kernel::w4) codes, a multiple of 16.
+        Codes "codes",
+        /// Its scales: the address of `[groups, columns]`, a multiple of 16, as are the bytes of a row.
+        Scales "scales",
+        /// From row to row.
+        ScaleLine "scale_line",
+        /// Its zero points, likewise.
+        Zeros "zeros",
+        /// From row to row.
+        ZeroLine "zero_line",
+        /// From row to row of its elements, where they are made.
+        OutLine "out_line",
     }
 }
 
@@ -69,6 +94,60 @@ pub struct Operand {
     pub batch: [(u64, u64); 2],
 }
 
+/// A number for each row of all products, or one for all of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PerRow {
+    /// The address of the first.
+    pub address: u64,
+    /// Whether there is one for each.
+    pub each: bool,
+}
+
+/// The numbers of a [`Scale`](super::Scale), in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Scales {
+    /// None.
+    #[default]
+    None,
+    /// Of blocks: the addresses of the left operand's and the right one's.
+    Blocks {
+        /// `[rows, blocks along the depth]`.
+        rows: u64,
+        /// `[blocks along the depth, blocks of columns]`.
+        cols: u64,
+    },
+    /// Of rows and columns.
+    Lines {
+        /// Of all sums.
+        one: f32,
+        /// Of rows.
+        rows: PerRow,
+        /// The address of the columns'.
+        cols: u64,
+        /// The left operand's zero point, and the address of the i32 sums of the right one's columns.
+        zero: Option<(i32, u64)>,
+    },
+}
+
+impl Scales {
+    fn argument(&self, name: Name) -> Option<Argument> {
+        Some(match (*self, name) {
+            (Self::Lines { one, .. }, Name::Scale) => Argument::F32(one),
+            (Self::Lines { rows, .. }, Name::RowScales) => Argument::Pointer(rows.address),
+            (Self::Lines { rows, .. }, Name::RowScaleStep) => Argument::U32(rows.each.into()),
+            (Self::Blocks { rows, .. }, Name::RowScales) => Argument::Pointer(rows),
+            (Self::Lines { cols, .. } | Self::Blocks { cols, .. }, Name::ColScales) => {
+                Argument::Pointer(cols)
+            }
+            (Self::Lines { zero: Some((zero, _)), .. }, Name::ZeroPoint) => {
+                Argument::U32(zero.cast_unsigned())
+            }
+            (Self::Lines { zero: Some((_, sums)), .. }, Name::ColSums) => Argument::Pointer(sums),
+            _ => return None,
+        })
+    }
+}
+
 /// One launch of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Arguments<'a> {
@@ -78,6 +157,8 @@ pub struct Arguments<'a> {
     pub plan: &'a Plan,
     /// `A` and `B`.
     pub operands: [Operand; 2],
+    /// What the epilogue's scale needs.
+    pub scales: Scales,
     /// The address of the bias.
     pub bias: Option<u64>,
     /// The address of `C`.
@@ -134,6 +215,9 @@ impl Arguments<'_> {
             Name::Out => Argument::Pointer(out),
             // The epilogue is the second kernel's.
             Name::Bias if config.split > 1 => return None,
+            of_scale if config.split > 1 && self.scales.argument(of_scale).is_some() => {
+                return None;
+            }
             Name::LhsLine => Argument::U64(lhs.line),
             Name::RhsLine => Argument::U64(rhs.line),
             Name::TileRows => Argument::U32(launch.tile_rows),
@@ -156,7 +240,7 @@ impl Arguments<'_> {
             Name::Rows => Argument::U32((batch * m) as u32),
             Name::Cols => Argument::U32(n as u32),
             Name::Bias => Argument::Pointer(self.bias?),
-            _ => return None,
+            other => return self.scales.argument(other),
         })
     }
 
@@ -170,7 +254,7 @@ impl Arguments<'_> {
             Name::Bias => Argument::Pointer(self.bias?),
             Name::InnerBatch => Argument::U32(self.operands[0].batch[0].0 as u32),
             Name::Batch => Argument::U32(batch as u32),
-            _ => return None,
+            other => return self.scales.argument(other),
         })
     }
 

@@ -4,7 +4,7 @@ use crate::ptx::Reg;
 
 /// A block's stages of the depth.
 #[derive(Clone, Copy)]
-pub(super) struct Share<'k> {
+pub(in crate::kernel) struct Share<'k> {
     pub first: Reg<'k, u32>,
     pub count: Reg<'k, u32>,
 }

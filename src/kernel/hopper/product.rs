@@ -1,12 +1,14 @@
 //! Products by wgmma: how it finds operands, and its steps along K.
 
 use super::{LINE, SLAB_BYTES};
-use crate::ptx::{Half, Kernel, Operand, Reg, Value, Wgmma, WgmmaRegs};
+use crate::ptx::{Factor, Kernel, Operand, Reg, Scalar, Value, Wgmma, WgmmaRegs};
 
-/// Elements along K of one wgmma.
+/// Lines along K of one wgmma, where K is from line to line: 16-bit elements alone can lie so.
 const STEP: u32 = 16;
+/// Bytes along K of one wgmma, where lines are along K.
+const STEP_BYTES: u32 = 32;
 
-/// How wgmma finds an operand in shared memory: columns of 64 elements, one after the other, each of
+/// How wgmma finds an operand in shared memory: columns of 128 bytes, one after the other, each of
 /// swizzled lines.
 #[derive(Clone, Copy)]
 pub struct Descriptor<'k> {
@@ -53,10 +55,13 @@ impl<'k> Descriptor<'k> {
         Self { low, ..self }
     }
 
-    /// The 16 elements along K of a step.
+    /// The elements along K of a step.
     pub fn operand(self, step: u32) -> Operand<'k> {
         let bytes = match self.transposed {
-            false => step / 4 * self.column + step % 4 * 32,
+            false => {
+                let steps = LINE / STEP_BYTES;
+                step / steps * self.column + step % steps * STEP_BYTES
+            }
             true => step * STEP * LINE,
         };
         let low = if bytes == 0 { self.low } else { self.low + bytes / 16 };
@@ -93,40 +98,40 @@ impl<'k> Left<'k, '_> {
 }
 
 /// Begins `accumulators = a·b`, or `accumulators += a·b` where `accumulate` holds, over `depth` elements of K, a multiple
-/// of 16. The accumulators are ready after a [wait](Kernel::wgmma_wait).
-pub fn product<'k>(
-    half: Half,
-    accumulators: &[Reg<'k, f32>],
+/// of a [step](Factor::step). The accumulators are ready after a [wait](Kernel::wgmma_wait).
+pub fn product<'k, S: Scalar>(
+    factor: impl Into<Factor>,
+    accumulators: &[Reg<'k, S>],
     a: Left<'k, '_>,
     b: Descriptor<'k>,
     depth: u32,
     accumulate: impl Into<Value<'k, bool>>,
 ) {
-    products(half, &[accumulators], depth, accumulate, |step| ([a.step(step)], b.operand(step)));
+    products(factor, &[accumulators], depth, accumulate, |step| ([a.step(step)], b.operand(step)));
 }
 
 /// The same for several blocks of 64 rows, which have accumulators of their own and share the right operand.
 /// `operands` gives a step's.
-pub fn products<'k, S: AsRef<[Reg<'k, f32>]>, A: IntoIterator<Item = LeftStep<'k>>>(
-    half: Half,
-    accumulators: &[S],
+pub fn products<'k, S: Scalar, Sums: AsRef<[Reg<'k, S>]>, A: IntoIterator<Item = LeftStep<'k>>>(
+    factor: impl Into<Factor>,
+    accumulators: &[Sums],
     depth: u32,
     accumulate: impl Into<Value<'k, bool>>,
     operands: impl Fn(u32) -> (A, Operand<'k>),
 ) {
     let k: &'k Kernel = accumulators[0].as_ref()[0].kernel();
-    let first = accumulate.into();
+    let (factor, first) = (factor.into(), accumulate.into());
     k.wgmma_fence();
-    for step in 0..depth / STEP {
+    for step in 0..depth / factor.step() {
         let accumulate = if step == 0 { first } else { true.into() };
         let (left, b) = operands(step);
         for (accumulators, a) in accumulators.iter().zip(left) {
             match a {
                 LeftStep::Shared(a) => {
-                    k.wgmma(accumulators.as_ref(), Wgmma { half, a, b, accumulate })
+                    k.wgmma(accumulators.as_ref(), Wgmma { factor, a, b, accumulate })
                 }
                 LeftStep::Registers(a) => {
-                    k.wgmma_regs(accumulators.as_ref(), WgmmaRegs { half, a, b, accumulate });
+                    k.wgmma_regs(accumulators.as_ref(), WgmmaRegs { factor, a, b, accumulate });
                 }
             }
         }

@@ -4,6 +4,7 @@ use std::array;
 
 use half::{bf16, f16};
 
+use crate::program::e4m3;
 use crate::warp::LANES;
 
 /// Of up to four operands, in 64 bits each.
@@ -53,6 +54,47 @@ fn pair(high: u16, low: u16) -> u64 {
     u64::from(high) << 16 | u64::from(low)
 }
 
+/// The nearest 8-bit float, the even one of two; what is too large becomes the largest.
+fn to_e4m3(x: f32) -> u8 {
+    const NAN: u8 = 0x7f;
+    let sign = if x.is_sign_negative() { 0x80 } else { 0 };
+    if x.is_nan() {
+        return sign | NAN;
+    }
+    let far = |code: &u8| (e4m3(*code) - x.abs()).abs();
+    let nearest = (0..NAN).min_by(|a, b| far(a).total_cmp(&far(b)).then((a & 1).cmp(&(b & 1))));
+    sign | nearest.expect("there are codes")
+}
+
+/// `a·b + c` of the low halves and of the high ones. In f64 it is exact but for what is far below the last bit.
+fn halves(operands: [u64; 3], widen: fn(u16) -> f64, round: fn(f64) -> u16) -> u64 {
+    let of = |shift: u32| {
+        let [a, b, c] = operands.map(|x| widen((x >> shift) as u16));
+        round(a.mul_add(b, c))
+    };
+    pair(of(16), of(0))
+}
+
+/// Bit by bit, what the table has for the three bits, the first operand's the highest.
+fn lop3(operands: [u32; 3], table: u64) -> u32 {
+    let bit = |i: u32| {
+        let row = operands.iter().fold(0, |row, x| row << 1 | x >> i & 1);
+        (table >> row & 1) as u32
+    };
+    (0..32).fold(0, |all, i| all | bit(i) << i)
+}
+
+/// Bytes of `b` and `a`, without the mode that copies signs.
+fn prmt(a: u64, b: u64, which: u64) -> u64 {
+    let both = u64::from(u(a)) | u64::from(u(b)) << 32;
+    let byte = |i: u32| {
+        let place = which >> (4 * i) & 0xf;
+        assert!(place < 8, "a sign that is copied: prmt by {which:#x}");
+        (both >> (8 * place) & 0xff) << (8 * i)
+    };
+    (0..4).fold(0, |all, i| all | byte(i))
+}
+
 /// The function of an instruction with one result that looks at nothing but its operands.
 pub fn function(name: &str) -> Option<Function> {
     Some(match name {
@@ -61,6 +103,16 @@ pub fn function(name: &str) -> Option<Function> {
         "mul.f32" => each!(|[a, b, ..]| bits(f(a) * f(b))),
         "div.rn.f32" => each!(|[a, b, ..]| bits(f(a) / f(b))),
         "fma.rn.f32" => each!(|[a, b, c, _]| bits(f(a).mul_add(f(b), f(c)))),
+        "fma.rn.f16x2" => each!(|[a, b, c, _]| halves(
+            [a, b, c],
+            |x| f16::from_bits(x).to_f64(),
+            |x| f16::from_f64(x).to_bits()
+        )),
+        "fma.rn.bf16x2" => each!(|[a, b, c, _]| halves(
+            [a, b, c],
+            |x| bf16::from_bits(x).to_f64(),
+            |x| bf16::from_f64(x).to_bits()
+        )),
         "min.f32" => each!(|[a, b, ..]| bits(f(a).min(f(b)))),
         "max.f32" => each!(|[a, b, ..]| bits(f(a).max(f(b)))),
         "neg.f32" => each!(|[a, ..]| bits(-f(a))),
@@ -92,6 +144,8 @@ pub fn function(name: &str) -> Option<Function> {
         "bfe.u32" => each!(|[a, b, c, _]| (a >> u(b)) & ((1 << u(c)) - 1)),
         "popc.b32" => each!(|[a, ..]| u(a).count_ones().into()),
         "brev.b32" => each!(|[a, ..]| u(a).reverse_bits().into()),
+        "lop3.b32" => each!(|[a, b, c, table]| lop3([u(a), u(b), u(c)], table).into()),
+        "prmt.b32" => each!(|[a, b, which, _]| prmt(a, b, which)),
         "add.u64" => each!(|[a, b, ..]| a.wrapping_add(b)),
         "sub.u64" => each!(|[a, b, ..]| a.wrapping_sub(b)),
         "mul.lo.u64" => each!(|[a, b, ..]| a.wrapping_mul(b)),
@@ -105,6 +159,14 @@ pub fn function(name: &str) -> Option<Function> {
 
         "cvt.u64.u32" | "cvt.u32.u64" | "cvta.param.u64" | "cvta.to.global.u64" => {
             each!(|[a, ..]| a)
+        }
+        "cvt.rni.s32.f32" => each!(|[a, ..]| (f(a).round_ties_even() as i32 as u32).into()),
+        "cvt.pack.sat.s8.s32.b32" => each!(|[a, b, c, _]| {
+            let byte = |x: u64| u64::from(s(x).clamp(-128, 127) as u8);
+            byte(b) | byte(a) << 8 | (c & 0xffff) << 16
+        }),
+        "cvt.rn.satfinite.e4m3x2.f32" => {
+            each!(|[a, b, ..]| u64::from(to_e4m3(f(b))) | u64::from(to_e4m3(f(a))) << 8)
         }
         "cvt.rn.f32.s32" => each!(|[a, ..]| bits(s(a) as f32)),
         "cvt.rn.f32.u32" => each!(|[a, ..]| bits(u(a) as f32)),
@@ -131,6 +193,7 @@ pub fn function(name: &str) -> Option<Function> {
         "setp.ge.f32" => each!(|[a, b, ..]| (f(a) >= f(b)).into()),
         "setp.eq.u32" | "setp.eq.s32" | "setp.eq.b32" => each!(|[a, b, ..]| (u(a) == u(b)).into()),
         "setp.ne.u32" | "setp.ne.s32" | "setp.ne.b32" => each!(|[a, b, ..]| (u(a) != u(b)).into()),
+        "setp.ne.u64" => each!(|[a, b, ..]| (a != b).into()),
         "setp.lt.u32" => each!(|[a, b, ..]| (u(a) < u(b)).into()),
         "setp.le.u32" => each!(|[a, b, ..]| (u(a) <= u(b)).into()),
         "setp.gt.u32" => each!(|[a, b, ..]| (u(a) > u(b)).into()),

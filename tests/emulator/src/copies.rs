@@ -102,8 +102,7 @@ impl Transfer {
         pieces
     }
 
-    /// What a load leaves until it is waited for.
-    pub fn poison(&self, shared: &mut Shared) {
+    fn poison(&self, shared: &mut Shared) {
         (0..self.map.bytes())
             .step_by(8)
             .for_each(|byte| shared.set(self.shared + byte, 8, u64::MAX));
@@ -120,6 +119,44 @@ impl Transfer {
     fn store(&self, shared: &Shared, memory: &Memory) {
         for (from, to, bytes) in self.pieces() {
             memory.put(to, shared.slice(from, bytes));
+        }
+    }
+}
+
+/// What goes from the GPU's memory to shared memory, and counts at a barrier.
+#[derive(Clone)]
+pub enum Load {
+    /// A box.
+    Box(Transfer),
+    /// Bytes that follow each other.
+    Bytes { to: u32, from: u64, bytes: u32 },
+}
+
+impl Load {
+    fn bytes(&self) -> u32 {
+        match self {
+            Self::Box(transfer) => transfer.map.bytes(),
+            Self::Bytes { bytes, .. } => *bytes,
+        }
+    }
+
+    /// What it leaves until it is waited for.
+    pub fn poison(&self, shared: &mut Shared) {
+        match self {
+            Self::Box(transfer) => transfer.poison(shared),
+            &Self::Bytes { to, bytes, .. } => {
+                shared.slice_mut(to, bytes as usize).fill(u8::MAX);
+            }
+        }
+    }
+
+    fn run(&self, shared: &mut Shared, memory: &Memory) {
+        match self {
+            Self::Box(transfer) => transfer.load(shared, memory),
+            &Self::Bytes { to, from, bytes } => {
+                let bytes = bytes as usize;
+                shared.slice_mut(to, bytes).copy_from_slice(memory.slice(from, bytes));
+            }
         }
     }
 }
@@ -169,7 +206,7 @@ pub struct CountedBarrier {
     bytes: i64,
     passed: u32,
     /// What will bring them.
-    pub loads: Vec<Transfer>,
+    pub loads: Vec<Load>,
 }
 
 impl CountedBarrier {
@@ -194,10 +231,10 @@ impl CountedBarrier {
     /// Whether the phase of a parity is over. Its bytes come when all are on their way, and not before they
     /// are waited for.
     pub fn passed(&mut self, parity: u32, shared: &mut Shared, memory: &Memory) -> bool {
-        let coming: i64 = self.loads.iter().map(|load| i64::from(load.map.bytes())).sum();
+        let coming: i64 = self.loads.iter().map(|load| i64::from(load.bytes())).sum();
         assert!(self.pending > 0 || coming <= self.bytes, "more bytes than were expected");
         if self.pending == 0 && coming == self.bytes && self.passed % 2 == parity {
-            self.loads.drain(..).for_each(|load| load.load(shared, memory));
+            self.loads.drain(..).for_each(|load| load.run(shared, memory));
             self.bytes = 0;
             self.turn();
         }

@@ -432,10 +432,12 @@ pub unsafe extern "C" fn cuTensorMapEncodeTiled(
     _: c_uint,
     _: c_uint,
 ) -> Status {
+    const U8: c_uint = 0;
     const F16: c_uint = 6;
     const F32: c_uint = 7;
     const BF16: c_uint = 9;
     let size = match element {
+        U8 => 1,
         F16 | BF16 => 2,
         F32 => 4,
         _ => return INVALID,

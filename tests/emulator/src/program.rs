@@ -53,6 +53,7 @@ pub enum Op {
     /// Of what blocks count in the GPU's memory.
     LoadCount,
     AddCount,
+    AddFloat,
     TakeCount,
     /// Of global memory or of shared memory, with the bytes of each register.
     Load(Space, usize),
@@ -72,6 +73,7 @@ pub enum Op {
     TryWait,
     /// TMA.
     LoadBox,
+    LoadBytes,
     StoreBox,
     AddFloats,
     CommitStores,
@@ -83,10 +85,10 @@ pub enum Op {
     /// Whether it transposes.
     LoadMatrix(bool),
     StoreMatrix(bool),
-    Multiply(Widen),
+    Multiply(Factor),
     MultiplyTf32,
     /// With as many columns.
-    MultiplyGroup(Widen, u32),
+    MultiplyGroup(Factor, u32),
     FenceGroup,
     CommitGroup,
     WaitGroup,
@@ -105,15 +107,45 @@ pub enum Shuffle {
     Up,
 }
 
-/// An element of a fragment as a float.
-pub type Widen = fn(u16) -> f32;
+/// What tensor cores multiply.
+#[derive(Clone, Copy)]
+pub struct Factor {
+    /// Bytes of an element.
+    pub size: usize,
+    /// An element as a float.
+    pub widen: fn(u16) -> f32,
+    /// Whether sums are i32, not f32.
+    pub integers: bool,
+}
 
-fn widen(kind: &str) -> Widen {
-    match kind {
-        "f16" => |x| f16::from_bits(x).to_f32(),
-        "bf16" => |x| bf16::from_bits(x).to_f32(),
-        _ => panic!("elements of {kind}"),
+impl Factor {
+    fn of(kind: &str, sums: &str) -> Option<Self> {
+        let (size, widen): (_, fn(u16) -> f32) = match kind {
+            "f16" => (2, |x| f16::from_bits(x).to_f32()),
+            "bf16" => (2, |x| bf16::from_bits(x).to_f32()),
+            "s8" => (1, |x| f32::from(x as u8 as i8)),
+            "e4m3" => (1, |x| e4m3(x as u8)),
+            _ => return None,
+        };
+        let integers = kind == "s8";
+        (sums == if integers { "s32" } else { "f32" }).then_some(Self { size, widen, integers })
     }
+
+    /// Elements along K of an instruction.
+    pub fn depth(&self) -> usize {
+        32 / self.size
+    }
+}
+
+/// The value of an 8-bit float: a sign, 4 bits of exponent from 2^-6 on, 3 of mantissa; all ones are no number.
+pub fn e4m3(bits: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7) / 8.0);
+    let magnitude = match (exponent, bits & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa * 2f32.powi(-6),
+        _ => (1.0 + mantissa) * 2f32.powi(exponent - 7),
+    };
+    if bits >> 7 == 1 { -magnitude } else { magnitude }
 }
 
 impl Op {
@@ -131,6 +163,7 @@ impl Op {
             ["ld", "param", kind] => Self::LoadParam(size(kind)),
             ["ld", "acquire", "gpu", "global", "u32"] => Self::LoadCount,
             ["red", "release", "gpu", "global", "add", "u32"] => Self::AddCount,
+            ["red", "relaxed", "gpu", "global", "add", "f32"] => Self::AddFloat,
             ["atom", "relaxed", "gpu", "global", "add", "u32"] => Self::TakeCount,
             ["ld", "global", .., kind] => Self::Load(Space::Global, size(kind)),
             ["ld", "shared" | "shared::cluster", .., kind] => Self::Load(Space::Shared, size(kind)),
@@ -158,6 +191,7 @@ impl Op {
             }
             ["cp", "async", "bulk", "tensor", .., "multicast::cluster"] => return None,
             ["cp", "async", "bulk", "tensor", _, "shared::cluster", ..] => Self::LoadBox,
+            ["cp", "async", "bulk", "shared::cluster", "global", ..] => Self::LoadBytes,
             ["cp", "async", "commit_group"] => Self::CommitCopies,
             ["cp", "async", "wait_group"] => Self::WaitCopies,
             ["cp", "async", "cg" | "ca", "shared", "global"] => Self::Copy,
@@ -166,10 +200,16 @@ impl Op {
             ["stmatrix", .., "trans", "shared", "b16"] => Self::StoreMatrix(true),
             ["stmatrix", ..] => Self::StoreMatrix(false),
             ["mma", "sync", "aligned", "m16n8k8", .., "tf32", "tf32", "f32"] => Self::MultiplyTf32,
-            ["mma", "sync", "aligned", "m16n8k16", .., kind, "f32"] => Self::Multiply(widen(kind)),
-            ["wgmma", "mma_async", _, _, shape, "f32", kind, _] => {
-                let columns = shape.strip_prefix("m64n")?.strip_suffix("k16")?;
-                Self::MultiplyGroup(widen(kind), columns.parse().ok()?)
+            ["mma", "sync", "aligned", shape, .., kind, sums] => {
+                let factor = Factor::of(kind, sums)?;
+                (shape.strip_prefix("m16n8k")?.parse() == Ok(factor.depth()))
+                    .then_some(Self::Multiply(factor))?
+            }
+            ["wgmma", "mma_async", _, _, shape, sums, kind, _] => {
+                let factor = Factor::of(kind, sums)?;
+                let (columns, depth) = shape.strip_prefix("m64n")?.split_once('k')?;
+                (depth.parse() == Ok(factor.depth()))
+                    .then_some(Self::MultiplyGroup(factor, columns.parse().ok()?))?
             }
             ["wgmma", "fence", ..] => Self::FenceGroup,
             ["wgmma", "commit_group", ..] => Self::CommitGroup,

@@ -2,12 +2,13 @@
 
 use crate::copies::swizzled;
 use crate::grid::{Block, Shared};
-use crate::program::{Instruction, Op, Operand, Widen};
+use crate::program::{Factor, Instruction, Op, Operand};
 use crate::warp::{LANES, Warp};
 
-/// Both elements of a register.
-fn pair(widen: Widen, value: u64) -> [f32; 2] {
-    [value, value >> 16].map(|half| widen(half as u16))
+/// The elements of a register, the lowest first.
+fn elements(factor: Factor, register: u64) -> impl Iterator<Item = f32> {
+    let bits = 8 * factor.size;
+    (0..4 / factor.size).map(move |i| (factor.widen)((register >> (bits * i)) as u16))
 }
 
 pub fn list(operand: &Operand) -> &[Operand] {
@@ -18,14 +19,19 @@ pub fn list(operand: &Operand) -> &[Operand] {
 }
 
 impl Warp {
-    /// 16 rows of 16 elements that the lanes hold as a left operand.
-    fn left(&self, block: &Block, registers: &[Operand], widen: Widen) -> [[f32; 16]; 16] {
-        let mut rows = [[0.0; 16]; 16];
+    /// 16 rows that the lanes hold as a left operand: `K` elements of each, 32 bytes.
+    fn left<const K: usize>(
+        &self,
+        block: &Block,
+        registers: &[Operand],
+        factor: Factor,
+    ) -> [[f32; K]; 16] {
+        let mut rows = [[0.0; K]; 16];
         for lane in 0..LANES {
             for (i, register) in registers.iter().enumerate() {
-                let (row, col) = (lane / 4 + 8 * (i % 2), 2 * (lane % 4) + 8 * (i / 2));
-                rows[row][col..col + 2]
-                    .copy_from_slice(&pair(widen, self.get(block, register, lane)));
+                let (row, k) = (lane / 4 + 8 * (i % 2), K / 8 * (lane % 4) + K / 2 * (i / 2));
+                let values = elements(factor, self.get(block, register, lane));
+                rows[row][k..].iter_mut().zip(values).for_each(|(to, value)| *to = value);
             }
         }
         rows
@@ -33,38 +39,49 @@ impl Warp {
 
     /// `sums += left·rightᵀ`, where sums `4j + 2h + c` of a lane are of row `lane/4 + 8h`, column
     /// `8j + 2(lane%4) + c`.
-    fn multiply(
+    fn multiply<const K: usize>(
         &mut self,
         block: &Block,
         sums: &[Operand],
-        keeps: bool,
-        left: &[[f32; 16]; 16],
-        right: &[[f32; 16]],
+        (keeps, integers): (bool, bool),
+        left: &[[f32; K]; 16],
+        right: &[[f32; K]],
     ) {
         for lane in 0..LANES {
             for (i, register) in sums.iter().enumerate() {
                 let (row, col) = (lane / 4 + 8 * (i / 2 % 2), i / 4 * 8 + 2 * (lane % 4) + i % 2);
-                let before = f32::from_bits(self.get(block, register, lane) as u32);
+                let before = if keeps { self.get(block, register, lane) as u32 } else { 0 };
                 let products = left[row].iter().zip(&right[col]).map(|(a, b)| a * b);
-                let sum = products.fold(if keeps { before } else { 0.0 }, |sum, x| sum + x);
-                self.set(register, lane, sum.to_bits().into());
+                let sum = match integers {
+                    false => products.fold(f32::from_bits(before), |sum, x| sum + x).to_bits(),
+                    // Products of bytes are exact.
+                    true => products.fold(before, |sum, x| sum.wrapping_add_signed(x as i32)),
+                };
+                self.set(register, lane, sum.into());
             }
         }
     }
 
-    /// `mma.sync.m16n8k16`.
-    pub fn mma(&mut self, block: &Block, i: &Instruction, widen: Widen) {
+    /// `mma.sync.m16n8k16`, or `.m16n8k32` of bytes.
+    pub fn mma(&mut self, block: &Block, i: &Instruction, factor: Factor) {
+        match factor.depth() {
+            16 => self.mma_of::<16>(block, i, factor),
+            _ => self.mma_of::<32>(block, i, factor),
+        }
+    }
+
+    fn mma_of<const K: usize>(&mut self, block: &Block, i: &Instruction, factor: Factor) {
         let (sums, left, right) = mma_operands(i);
-        let left = self.left(block, left, widen);
-        let mut columns = [[0.0; 16]; 8];
+        let left = self.left::<K>(block, left, factor);
+        let mut columns = [[0.0; K]; 8];
         for lane in 0..LANES {
             for (half, register) in right.iter().enumerate() {
-                let k = 2 * (lane % 4) + 8 * half;
-                columns[lane / 4][k..k + 2]
-                    .copy_from_slice(&pair(widen, self.get(block, register, lane)));
+                let k = K / 8 * (lane % 4) + K / 2 * half;
+                let values = elements(factor, self.get(block, register, lane));
+                columns[lane / 4][k..].iter_mut().zip(values).for_each(|(to, value)| *to = value);
             }
         }
-        self.multiply(block, sums, true, &left, &columns);
+        self.multiply(block, sums, (true, factor.integers), &left, &columns);
     }
 
     /// `mma.sync.m16n8k8` of tf32: two sums of four products each, rounded towards zero as tensor cores do.
@@ -115,13 +132,33 @@ impl Warp {
 
     /// `wgmma`, of this warp's 16 rows. Operands lie in lines of 128 bytes, swizzled.
     pub fn wgmma(&mut self, block: &Block, i: &Instruction, product: &Product) {
-        let Op::MultiplyGroup(widen, n) = i.op else { panic!("{}", i.text) };
-        let element = |at: u32| widen(block.shared.get(swizzled(at), 2) as u16);
-        let is_set = |flag: &Operand| *flag == Operand::Number(1);
+        let Op::MultiplyGroup(factor, n) = i.op else { panic!("{}", i.text) };
+        match factor.depth() {
+            16 => self.wgmma_of::<16>(block, i, product, factor, n),
+            _ => self.wgmma_of::<32>(block, i, product, factor, n),
+        }
+    }
+
+    fn wgmma_of<const K: usize>(
+        &mut self,
+        block: &Block,
+        i: &Instruction,
+        product: &Product,
+        factor: Factor,
+        n: u32,
+    ) {
+        let element = |at: u32| (factor.widen)(block.shared.get(swizzled(at), factor.size) as u16);
+        // After the predicate: that no operand of floats is negated, and of 16 bits whether each is transposed.
+        let flags = &i.args[4..];
+        let signs = if factor.integers { 0 } else { 2 };
+        assert!(flags[..signs].iter().all(|sign| *sign == Operand::Number(1)), "{}", i.text);
+        let transposed = &flags[signs..];
+        assert!(factor.size == 2 || transposed.is_empty(), "{}", i.text);
+        let is_set = |flag: Option<&Operand>| flag == Some(&Operand::Number(1));
         let left = match &i.args[1] {
-            Operand::List(registers) => self.left(block, registers, widen),
+            Operand::List(registers) => self.left::<K>(block, registers, factor),
             _ => {
-                let lines = Lines::new(product.left, is_set(&i.args[6]));
+                let lines = Lines::new(product.left, factor, is_set(transposed.first()));
                 let first = self.number % 4 * 16;
                 let row = |row: usize| {
                     std::array::from_fn(|k| element(lines.place(first + row as u32, k as u32)))
@@ -129,13 +166,12 @@ impl Warp {
                 std::array::from_fn(row)
             }
         };
-        let transposed = is_set(i.args.last().expect("flags"));
-        let lines = Lines::new(product.right, transposed);
+        let lines = Lines::new(product.right, factor, is_set(transposed.last()));
         let column = |col| std::array::from_fn(|k| element(lines.place(col, k as u32)));
-        let right: Vec<[f32; 16]> = (0..n).map(column).collect();
+        let right: Vec<[f32; K]> = (0..n).map(column).collect();
         let sums = list(&i.args[0]).to_vec();
         assert_eq!(sums.len() as u32, n / 2, "{}", i.text);
-        self.multiply(block, &sums, product.keeps, &left, &right);
+        self.multiply(block, &sums, (product.keeps, factor.integers), &left, &right);
     }
 
     pub fn ldmatrix(&mut self, block: &Block, i: &Instruction, transposed: bool) {
@@ -208,13 +244,16 @@ struct Lines {
     /// Bytes between the two kinds of groups of lines.
     leading: u32,
     stride: u32,
+    /// Bytes of an element.
+    size: u32,
     transposed: bool,
 }
 
 impl Lines {
-    fn new(descriptor: u64, transposed: bool) -> Self {
+    fn new(descriptor: u64, factor: Factor, transposed: bool) -> Self {
         let field = |shift: u32| ((descriptor >> shift & 0x3fff) << 4) as u32;
-        Self { begin: field(0), leading: field(16), stride: field(32), transposed }
+        let size = factor.size as u32;
+        Self { begin: field(0), leading: field(16), stride: field(32), size, transposed }
     }
 
     /// Where an element lies before the swizzle.
@@ -222,7 +261,7 @@ impl Lines {
         const LINE: u32 = 128;
         self.begin
             + match self.transposed {
-                false => outer / 8 * self.stride + outer % 8 * LINE + 2 * k,
+                false => outer / 8 * self.stride + outer % 8 * LINE + self.size * k,
                 true => {
                     outer / 64 * self.leading + k / 8 * self.stride + k % 8 * LINE + outer % 64 * 2
                 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::copies::{Begun, Copy, CountedBarrier, Groups, Map, Store, Sum, Transfer};
+use crate::copies::{Begun, Copy, CountedBarrier, Groups, Load, Map, Store, Sum, Transfer};
 use crate::grid::{Block, Cluster, Shared};
 use crate::program::{Instruction, Op, Operand, Program, Shuffle, Space, Special};
 use crate::tensor_cores::{Product, list};
@@ -242,6 +242,14 @@ impl Warp {
                     memory.count(at).fetch_add(more, Ordering::Release);
                 }
             }
+            Op::AddFloat => {
+                for lane in lanes.iter() {
+                    let block = &cluster.blocks[self.block];
+                    let at = self.address(block, &i.args[0], lane);
+                    let more = self.get(block, &i.args[1], lane) as u32;
+                    memory.add(at, f32::from_bits(more));
+                }
+            }
             Op::TakeCount => {
                 for lane in lanes.iter() {
                     let block = &cluster.blocks[self.block];
@@ -351,9 +359,23 @@ impl Warp {
             Op::LoadBox => {
                 for lane in lanes.iter() {
                     let block = &mut cluster.blocks[self.block];
-                    let load = self.transfer(block, &i.args[1], &i.args[0], lane);
+                    let load = Load::Box(self.transfer(block, &i.args[1], &i.args[0], lane));
                     load.poison(&mut block.shared);
                     self.counted(block, &i.args[2], lane).loads.push(load);
+                }
+            }
+            Op::LoadBytes => {
+                for lane in lanes.iter() {
+                    let block = &mut cluster.blocks[self.block];
+                    let to = self.address(block, &i.args[0], lane) as u32;
+                    let from = self.address(block, &i.args[1], lane);
+                    let bytes = self.get(block, &i.args[2], lane) as u32;
+                    let aligned = [u64::from(to), from, bytes.into()];
+                    let aligned = aligned.iter().all(|at| at.is_multiple_of(16));
+                    assert!(aligned, "{to:#x}, {from:#x}, {bytes}: {}", i.text);
+                    let load = Load::Bytes { to, from, bytes };
+                    load.poison(&mut block.shared);
+                    self.counted(block, &i.args[3], lane).loads.push(load);
                 }
             }
             Op::StoreBox => {
@@ -412,9 +434,9 @@ impl Warp {
                 together();
                 self.stmatrix(&mut cluster.blocks[self.block], i, transposed);
             }
-            Op::Multiply(widen) => {
+            Op::Multiply(factor) => {
                 together();
-                self.mma(&cluster.blocks[self.block], i, widen);
+                self.mma(&cluster.blocks[self.block], i, factor);
             }
             Op::MultiplyTf32 => {
                 together();

@@ -5,6 +5,9 @@ mod attention_backward;
 mod dequant;
 mod glu;
 mod products;
+mod quantize;
+mod transpose;
+mod w4;
 
 use std::collections::HashSet;
 use std::fmt::Debug;
@@ -188,6 +191,10 @@ families! {
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
     Dequant(dequant::Dequants): (&ALL, 4);
+    Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
+    Transpose(transpose::Transpositions): (&ALL, 1);
+    W4(w4::Products): (&HOPPERS, 1), (&ALL, 1);
+    W4Layout(w4::Layouts): (&ALL, 3);
 }
 
 impl Chooser {

@@ -1,9 +1,10 @@
 //! Products.
 
 use kaio_candle::Activation;
-use kaio_candle::kernel::gemm::{self, Epilogue, Major, Plan, Problem, sm80, sm90};
-use kaio_candle::kernel::{Config, Element};
-use kaio_candle::ptx::Half;
+use kaio_candle::kernel::gemm::{self, Epilogue, Major, PerRow, Plan, Problem, Scale, Scales};
+use kaio_candle::kernel::gemm::{sm80, sm90};
+use kaio_candle::kernel::{Config, Device, Element};
+use kaio_candle::ptx::{Factor, Half, Target};
 
 use super::{BF16, Extent, F16, Family, Gpu, Used, addresses, another, cross, hash, passes, rule};
 
@@ -14,12 +15,25 @@ impl Family for Products {
     type Plan = Plan;
 
     fn problems(extent: Extent) -> Vec<Problem> {
-        products(extent).collect()
+        products(extent).chain(byte_products(extent)).collect()
+    }
+
+    /// `mma.sync` takes no e4m3 on Ampere.
+    fn applies(problem: &Problem, device: &Device) -> bool {
+        device.target == Target::Sm90a || problem.elements[0] != Factor::E4m3
     }
 
     /// What comes after the sum: for a third of the kernels one such thing, all of them for those that do
     /// little else.
     fn variants(name: &str, problem: &Problem, kernel: &Config) -> Vec<Problem> {
+        if problem.elements[0].size() == 1 {
+            let all = byte_variants(problem);
+            let draw = (hash(name) % all.len() as u64) as usize;
+            return match kernel {
+                Config::MatmulReduce(_) => all,
+                _ => vec![all[draw]],
+            };
+        }
         let draw = (hash(name) % (3 * VARIANTS.len() as u64)) as usize;
         let variants = match kernel {
             Config::MatmulReduce(_) => &VARIANTS[..],
@@ -57,7 +71,7 @@ impl Family for Products {
                 Major::K => [problem.k, outer],
                 Major::Outer => [outer, problem.k],
             };
-            let line = contiguous.next_multiple_of(8);
+            let line = contiguous.next_multiple_of(problem.elements[0].per_chunk().into());
             gemm::Operand {
                 address: address(),
                 line,
@@ -69,6 +83,15 @@ impl Family for Products {
             problem,
             plan,
             operands,
+            scales: match problem.epilogue.scale {
+                Scale::None | Scale::Exact => Scales::None,
+                Scale::Blocks => Scales::Blocks { rows: address(), cols: address() },
+                lines => {
+                    let rows = PerRow { address: address(), each: true };
+                    let zero = (lines == Scale::ZeroPoint).then(|| (-3, address()));
+                    Scales::Lines { one: 0.5, rows, cols: address(), zero }
+                }
+            },
             bias: problem.epilogue.bias.map(|_| address()),
             out: address(),
             partial: plan.partial_sums(problem).map(|_| address()),
@@ -94,12 +117,19 @@ impl Family for Products {
             ..HOPPER
         };
         let odd = sm90::Config {
-            elements: [F16; 2],
+            elements: [Factor::Half(Half::F16); 2],
             cols: 16,
             rhs_lines: 16,
             batched: true,
             store: Store::Staged { unit: 1 },
             epilogue: Epilogue { bias: Some(Element::F32), ..f32_out },
+            ..HOPPER
+        };
+        let lines = Epilogue { scale: Scale::Lines, ..PLAIN };
+        let bytes = sm90::Config {
+            elements: [Factor::S8; 2],
+            rhs: Major::K,
+            epilogue: Epilogue { scale: Scale::ZeroPoint, bias: Some(Element::F32), ..PLAIN },
             ..HOPPER
         };
         let turns = sm90::Config { rows: 128, pingpong: true, order: Order::Raster, ..HOPPER };
@@ -125,6 +155,29 @@ impl Family for Products {
                 sm90::Config { epilogue: after(BF16, Activation::GeluErf), ..HOPPER },
             ),
             ("sm90_odd_batched", odd),
+            ("sm90_int8", bytes),
+            (
+                "sm90_int8_swapped",
+                sm90::Config {
+                    orient: Orient::Swapped,
+                    epilogue: lines,
+                    pingpong: true,
+                    rows: 128,
+                    order: Order::Raster,
+                    ..bytes
+                },
+            ),
+            (
+                "sm90_blocks",
+                sm90::Config {
+                    elements: [Factor::E4m3; 2],
+                    epilogue: Epilogue { scale: Scale::Blocks, ..PLAIN },
+                    rows: 128,
+                    cols: 128,
+                    ..bytes
+                },
+            ),
+            ("sm90_e4m3", sm90::Config { elements: [Factor::E4m3; 2], epilogue: lines, ..bytes }),
         ];
         let large = sm80::Config {
             rows: 128,
@@ -142,7 +195,7 @@ impl Family for Products {
             ..PORTABLE
         };
         let split = sm80::Config {
-            elements: [F16; 2],
+            elements: [Factor::Half(Half::F16); 2],
             lhs: Major::Outer,
             rhs: Major::K,
             rows: 16,
@@ -155,12 +208,27 @@ impl Family for Products {
             epilogue: after(Element::F32, Activation::GeluTanh),
             ..PORTABLE
         };
-        let portable = [("sm80_large", large), ("sm80_silu", small), ("sm80_split_batched", split)];
+        let int8 = sm80::Config {
+            elements: [Factor::S8; 2],
+            rhs: Major::K,
+            depth: 128,
+            stages: 3,
+            epilogue: lines,
+            ..PORTABLE
+        };
+        let portable = [
+            ("sm80_int8", int8),
+            ("sm80_large", large),
+            ("sm80_silu", small),
+            ("sm80_split_batched", split),
+        ];
         let reduce = split.reduce().expect("it is split");
         let hopper = hopper.into_iter().map(|(name, config)| (name, Config::MatmulSm90(config)));
         let portable =
             portable.into_iter().map(|(name, config)| (name, Config::MatmulSm80(config)));
-        let reduce = [("sm80_reduce", Config::MatmulReduce(reduce))];
+        let exact = sm80::Config { split: 3, ..int8 }.reduce().expect("it is split");
+        let reduce = [("sm80_reduce", reduce), ("sm80_int8_reduce", exact)];
+        let reduce = reduce.map(|(name, config)| (name, Config::MatmulReduce(config)));
         hopper.chain(portable).chain(reduce).collect()
     }
 }
@@ -186,10 +254,68 @@ fn products(extent: Extent) -> impl Iterator<Item = Problem> {
         .flat_map(move |(size, lhs)| majors.map(|rhs| (size, lhs, rhs)))
         .flat_map(|([m, n, k, batch], lhs, rhs)| {
             [BF16, Element::F32].map(|out| {
-                let epilogue = Epilogue { out, bias: None, activation: None };
-                Problem { m, n, k, batch, elements: [BF16; 2], lhs, rhs, epilogue }
+                let epilogue = Epilogue::round(out);
+                Problem { m, n, k, batch, elements: [BF16_FACTOR; 2], lhs, rhs, epilogue }
             })
         })
+}
+
+/// Of bytes, with scales of lines.
+fn byte_products(extent: Extent) -> impl Iterator<Item = Problem> {
+    let (outer, depths): (&[u64], &[u64]) = match extent {
+        Extent::Few => (&[1, 16, 100, 4096], &[1, 129, 4096]),
+        Extent::All => (
+            &[
+                1, 7, 8, 16, 17, 32, 33, 64, 100, 128, 200, 256, 500, 1000, 1024, 2048, 4096, 5120,
+                8192, 28_672, 131_072,
+            ],
+            &[1, 128, 500, 1024, 4096, 8192, 28_672],
+        ),
+    };
+    cross(outer, outer)
+        .flat_map(move |(m, n)| cross(depths, &[1, 3]).map(move |(k, batch)| [m, n, k, batch]))
+        .filter(|[m, n, k, batch]| (m * k + k * n + 4 * m * n) * batch < 192_000_000_000)
+        .flat_map(|[m, n, k, batch]| {
+            let lines = Scale::Lines;
+            [
+                (Factor::S8, BF16, lines),
+                (Factor::S8, Element::F32, lines),
+                (Factor::E4m3, BF16, lines),
+                (Factor::E4m3, BF16, Scale::Blocks),
+            ]
+            .map(|(factor, out, scale)| Problem {
+                m,
+                n,
+                k,
+                batch,
+                elements: [factor; 2],
+                lhs: Major::K,
+                rhs: Major::K,
+                epilogue: Epilogue { scale, ..Epilogue::round(out) },
+            })
+        })
+}
+
+/// The same with other scales, biases and an activation.
+fn byte_variants(problem: &Problem) -> Vec<Problem> {
+    let Epilogue { out, .. } = problem.epilogue;
+    let round = Epilogue::round(out);
+    if problem.epilogue.scale == Scale::Blocks {
+        let epilogue = Epilogue { bias: Some(Element::F32), ..problem.epilogue };
+        return vec![Problem { epilogue, ..*problem }];
+    }
+    let biases = [None, Some(Element::F32), Some(F16), Some(BF16)];
+    let mut all = vec![];
+    for scale in [Scale::Lines, Scale::ZeroPoint] {
+        all.extend(biases.map(|bias| Epilogue { scale, bias, ..round }));
+        let activation = Some(Activation::GeluErf);
+        all.push(Epilogue { scale, bias: Some(Element::F32), activation, ..round });
+    }
+    if out == Element::F32 {
+        all.push(Epilogue { scale: Scale::Exact, ..round });
+    }
+    all.retain(|e| problem.elements[0] == Factor::S8 || e.scale != Scale::ZeroPoint);
+    all.into_iter().map(|epilogue| Problem { epilogue, ..*problem }).collect()
 }
 
 /// Types, bias and activation that do not change the shape of what is chosen.
@@ -214,8 +340,8 @@ impl Variant {
             Bias::F32 => Element::F32,
             Bias::Same => same,
         });
-        let epilogue = Epilogue { out, bias, activation: self.activation };
-        Problem { elements: [same; 2], epilogue, ..problem }
+        let epilogue = Epilogue { bias, activation: self.activation, ..Epilogue::round(out) };
+        Problem { elements: [Factor::Half(self.half); 2], epilogue, ..problem }
     }
 }
 
@@ -245,7 +371,11 @@ static VARIANTS: [Variant; 15] = {
     ]
 };
 
-fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
+pub(super) fn hopper_fits(
+    config: &sm90::Config,
+    gpu: &Gpu,
+    problem: &Problem,
+) -> Result<(), String> {
     config.check(gpu.device.shared_per_block)?;
     let lines = match config.orient {
         sm90::Orient::Plain => [problem.lhs, problem.rhs],
@@ -269,7 +399,11 @@ fn hopper_fits(config: &sm90::Config, gpu: &Gpu, problem: &Problem) -> Result<()
     rule(config.split <= launch.depth, "a block without depth")
 }
 
-fn portable_fits(config: &sm80::Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
+pub(super) fn portable_fits(
+    config: &sm80::Config,
+    gpu: &Gpu,
+    problem: &Problem,
+) -> Result<(), String> {
     config.check(gpu.device.shared_per_block)?;
     let facts = (config.elements, config.lhs, config.rhs, config.batched);
     let wanted = (problem.elements, problem.lhs, problem.rhs, problem.batch > 1);
@@ -283,11 +417,13 @@ fn divides(unit: u32, problem: &Problem) -> Result<(), String> {
     rule(problem.n.is_multiple_of(unit.into()), "units that do not divide a row")
 }
 
-const PLAIN: Epilogue = Epilogue { out: BF16, bias: None, activation: None };
+const BF16_FACTOR: Factor = Factor::Half(Half::Bf16);
+const PLAIN: Epilogue = Epilogue::round(BF16);
 
 /// Hopper: `nn`, 64×64.
 const HOPPER: sm90::Config = sm90::Config {
-    elements: [BF16; 2],
+    elements: [BF16_FACTOR; 2],
+    weight: None,
     lhs: Major::K,
     rhs: Major::Outer,
     orient: sm90::Orient::Plain,
@@ -308,7 +444,7 @@ const HOPPER: sm90::Config = sm90::Config {
 
 /// Everywhere: `nn`, 64×64.
 const PORTABLE: sm80::Config = sm80::Config {
-    elements: [BF16; 2],
+    elements: [BF16_FACTOR; 2],
     lhs: Major::K,
     rhs: Major::Outer,
     rows: 64,

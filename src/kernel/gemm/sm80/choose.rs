@@ -31,13 +31,14 @@ const TILES: [Tile; 10] = [
 ];
 const SPLITS: [u32; 9] = [1, 2, 3, 4, 6, 8, 12, 16, 32];
 
-// Of a multiprocessor, in a cycle: products of tensor cores, bytes of shared memory, bytes from L2.
+// Of a multiprocessor, in a cycle: steps of tensor cores along K, bytes of shared memory, bytes from L2.
 // The rates differ between devices; what counts is roughly how they relate.
-const PRODUCTS: u64 = 1024;
+const STEPS: u64 = 64;
 const SHARED_BYTES: u64 = 128;
 const L2_BYTES: u64 = 32;
-/// Cycles of a step of 16 along K that nothing hides, of a block's beginning and end, of a second
-/// kernel.
+/// Bytes along K of a step, of elements of whatever size.
+const STEP_BYTES: u64 = 32;
+/// Cycles of a step that nothing hides, of a block's beginning and end, of a second kernel.
 const STEP: u64 = 16;
 const BLOCK: u64 = 2500;
 const LAUNCH: u64 = 4000;
@@ -61,7 +62,7 @@ fn config(problem: &Problem, device: &Device, tile: &Tile, split: u32) -> Config
         rhs: problem.rhs,
         rows: tile.rows,
         cols: tile.cols,
-        depth: 64,
+        depth: 128 / problem.elements[0].size(),
         warps: tile.warps,
         stages: 2,
         split,
@@ -71,7 +72,8 @@ fn config(problem: &Problem, device: &Device, tile: &Tile, split: u32) -> Config
         epilogue: problem.epilogue,
     };
     // Fewer barriers, unless the ring would be too short.
-    let depth = if deep.max_stages(device.shared_per_block) >= 3 { 64 } else { 32 };
+    let whole = deep.max_stages(device.shared_per_block) >= 3;
+    let depth = if whole { deep.depth } else { deep.depth / 2 };
     let config = Config { depth, ..deep };
     Config { stages: config.max_stages(device.shared_per_block).min(8), ..config }
 }
@@ -82,16 +84,13 @@ fn cycles(c: &Config, problem: &Problem, device: &Device) -> u64 {
     let (rows, cols) = (u64::from(c.rows), u64::from(c.cols));
     let tiles = problem.m.div_ceil(rows) * problem.n.div_ceil(cols) * problem.batch;
     let blocks = tiles * u64::from(c.split);
-    let steps = problem.k.div_ceil(c.depth.into()).div_ceil(c.split.into())
-        * u64::from(c.depth / c.k_step());
+    let steps = problem.k.div_ceil(c.depth.into()).div_ceil(c.split.into()) * u64::from(c.steps());
 
-    // Of a step along K.
-    let k_step = u64::from(c.k_step());
-    let [lhs, rhs] = c.elements.map(|element| k_step * u64::from(element.size()));
-    let stage_bytes = rows * lhs + cols * rhs;
+    // Of a step along K: 32 bytes of each row and column.
+    let stage_bytes = (rows + cols) * STEP_BYTES;
     let warps = u64::from(c.warps[0] * c.warps[1]);
-    let read_bytes = warps * (u64::from(c.warp_rows()) * lhs + u64::from(c.warp_cols()) * rhs);
-    let step = (rows * cols * k_step / PRODUCTS)
+    let read_bytes = warps * u64::from(c.warp_rows() + c.warp_cols()) * STEP_BYTES;
+    let step = (rows * cols / STEPS)
         .max((stage_bytes + read_bytes) / SHARED_BYTES)
         .max(stage_bytes / L2_BYTES)
         + STEP;
@@ -116,7 +115,7 @@ mod tests {
     use super::*;
     use crate::kernel::Element;
     use crate::kernel::gemm::{Epilogue, Major};
-    use crate::ptx::{Half, Target};
+    use crate::ptx::{Factor, Half, Target};
 
     const H200: Device =
         Device { target: Target::Sm80, multiprocessors: 132, shared_per_block: 232_448 };
@@ -126,10 +125,10 @@ mod tests {
         Device { target: Target::Sm80, multiprocessors: 128, shared_per_block: 101_376 };
 
     fn problem(batch: u64, m: u64, n: u64, k: u64) -> Problem {
-        let element = Element::Half(Half::F16);
-        let epilogue = Epilogue { out: element, bias: None, activation: None };
+        let epilogue = Epilogue::round(Element::Half(Half::F16));
         let (lhs, rhs) = (Major::K, Major::Outer);
-        Problem { m, n, k, batch, elements: [element; 2], lhs, rhs, epilogue }
+        let elements = [Factor::Half(Half::F16); 2];
+        Problem { m, n, k, batch, elements, lhs, rhs, epilogue }
     }
 
     fn tile_of(device: &Device, batch: u64, m: u64, n: u64, k: u64) -> (u32, u32, u32) {

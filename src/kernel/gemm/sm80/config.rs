@@ -2,16 +2,16 @@
 
 use super::layout::{Layout, Side};
 use crate::kernel::Element;
-use crate::kernel::gemm::{Epilogue, Major, multiplied};
+use crate::kernel::gemm::{Epilogue, Major, lies_along_k, multiplied};
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
-use crate::ptx::Half;
+use crate::ptx::Factor;
 
 /// All choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
     /// The types of `A` and `B`.
-    pub elements: [Element; 2],
+    pub elements: [Factor; 2],
     /// How `A` lies.
     pub lhs: Major,
     /// How `B` lies.
@@ -20,7 +20,7 @@ pub struct Config {
     pub rows: u32,
     /// Columns of a tile.
     pub cols: u32,
-    /// Depth of a stage: 32 or 64.
+    /// Depth of a stage: 64 or 128 bytes.
     pub depth: u32,
     /// Warps below and beside each other in a tile. The rows and columns of each are powers of two
     /// from 16 on.
@@ -74,11 +74,16 @@ impl Config {
 
     /// Elements along K of one product of the tensor cores.
     pub(super) fn k_step(&self) -> u32 {
-        self.elements[0].k_step()
+        self.elements[0].step()
+    }
+
+    /// Products along K of a stage.
+    pub(super) fn steps(&self) -> u32 {
+        self.depth / self.k_step()
     }
 
     /// As what the operands are multiplied.
-    pub(super) fn half(&self) -> Half {
+    pub(super) fn factor(&self) -> Factor {
         multiplied(self.elements).expect("it was checked")
     }
 
@@ -128,8 +133,13 @@ impl Config {
             all.is_multiple_of(warps) && (all / warps).is_power_of_two() && all / warps >= 16
         };
         let rules = [
-            (multiplied(self.elements).is_some(), "operands that are not both f16 or bf16".into()),
-            (matches!(self.depth, 32 | 64), format!("a depth of {} (32 or 64)", self.depth)),
+            (multiplied(self.elements).is_some(), "operands that are not of one type".into()),
+            lies_along_k(self.elements, [self.lhs, self.rhs]),
+            self.epilogue.rule(multiplied(self.elements)),
+            (
+                matches!(self.depth * self.elements[0].size(), 64 | 128),
+                format!("a depth of {} (64 or 128 bytes)", self.depth),
+            ),
             (
                 part(self.rows, self.warps[0]) && part(self.cols, self.warps[1]),
                 format!(

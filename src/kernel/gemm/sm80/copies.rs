@@ -1,9 +1,8 @@
 //! A thread's copies of an operand into the stages.
 
 use super::layout::Layout;
-use crate::kernel::Element;
 use crate::kernel::gemm::Major;
-use crate::ptx::{Address, Kernel, Reg, Value};
+use crate::ptx::{Address, Factor, Kernel, Reg, Value};
 
 /// An operand in global memory.
 #[derive(Clone, Copy)]
@@ -66,7 +65,7 @@ fn left<'k>(all: Reg<'k, u32>, from: Reg<'k, u32>) -> Reg<'k, u32> {
 }
 
 /// Bytes of a copy of which `left` elements are left.
-fn bytes<'k>(element: Element, left: Reg<'k, u32>) -> Reg<'k, u32> {
+fn bytes<'k>(element: Factor, left: Reg<'k, u32>) -> Reg<'k, u32> {
     left.min(element.per_chunk()) * element.size()
 }
 

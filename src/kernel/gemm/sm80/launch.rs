@@ -44,7 +44,6 @@ impl Launch {
 
     /// The grid of the kernel that adds the parts of a split.
     pub fn sum_grid(&self, reduce: &Reduce) -> [u32; 3] {
-        let [rows, cols] = self.size;
-        [rows, cols.div_ceil(reduce.cols()), 1]
+        reduce.grid(self.size)
     }
 }

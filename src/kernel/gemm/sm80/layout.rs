@@ -1,9 +1,9 @@
 //! The layout of an operand's part of a stage in shared memory: who writes which 16 bytes, who reads
 //! them. The formulas work on registers in a kernel and on integers in the tests below.
 
-use crate::kernel::Element;
 use crate::kernel::ampere::swizzle::{CHUNK, MatrixOrder, Word, swizzled};
 use crate::kernel::gemm::Major;
+use crate::ptx::Factor;
 
 /// Bytes that shared memory gives in a cycle.
 const BANKS: u32 = 128;
@@ -22,7 +22,7 @@ pub enum Side {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     pub side: Side,
-    pub element: Element,
+    pub element: Factor,
     pub major: Major,
     /// Rows of the left operand, columns of the right one.
     pub extent: u32,
@@ -157,7 +157,7 @@ mod tests {
     use super::*;
     use crate::ptx::Half;
 
-    const BF16: Element = Element::Half(Half::Bf16);
+    const BF16: Factor = Factor::Half(Half::Bf16);
 
     /// Layouts, warps side by side in them, threads of the block.
     fn cases() -> impl Iterator<Item = (Layout, u32, u32)> {

@@ -19,11 +19,12 @@ pub use reduce::{Reduce, emit_reduce};
 
 use super::result::TileOfResult;
 use super::share::Share;
-use super::{Epilogue, Name};
+use super::terms::{Sum, Terms};
+use super::{Epilogue, Name, Scale};
 use crate::kernel::Element;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::raster::Raster;
-use crate::ptx::{Kernel, Reg, Source, Target};
+use crate::ptx::{Factor, Kernel, Reg, Source, Target};
 use copies::Operand;
 use layout::Layout;
 use multiply::Multiply;
@@ -31,15 +32,20 @@ use multiply::Multiply;
 /// The kernel of a configuration that [`Config::check`] accepts. The grid is tiles × split blocks in x.
 ///
 /// Its parameters are those of [`Name`].
-/// Addresses of operands are multiples of 16, strides of 8; `n` is one of [`Config::unit`]. Where the
-/// contiguous extent is no multiple of 8, up to 7 elements after it are read and ignored, but none
-/// after the last line.
+/// Addresses of operands and strides are multiples of 16 bytes; `n` is one of [`Config::unit`]. Where the
+/// contiguous extent is none, up to 15 bytes after it are read and ignored, but none after the last line.
 pub fn emit(config: &Config) -> Source {
+    match config.factor() {
+        Factor::Half(_) | Factor::E4m3 => emit_sums::<f32>(config),
+        Factor::S8 => emit_sums::<i32>(config),
+    }
+}
+
+fn emit_sums<S: Sum>(config: &Config) -> Source {
     let k = &Kernel::new("matmul", Target::Sm80, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
     let (lhs, rhs, out) = (k.pointer(Name::Lhs), k.pointer(Name::Rhs), k.pointer(Name::Out));
-    let epilogue = config.first_epilogue();
-    let bias = epilogue.bias.map(|_| k.pointer(Name::Bias));
+    let terms = Terms::params(k, config.first_epilogue());
     let [m, n, depth] = [Name::M, Name::N, Name::K].map(|name| k.param::<u32>(name));
     let lines = [Name::LhsLine, Name::RhsLine].map(|name| k.param::<u64>(name));
     let raster = Raster::params(k);
@@ -62,7 +68,7 @@ pub fn emit(config: &Config) -> Source {
         first,
         depth,
     };
-    let multiply = Multiply::new(
+    let multiply = Multiply::<S>::new(
         k,
         config,
         base,
@@ -72,7 +78,7 @@ pub fn emit(config: &Config) -> Source {
     );
     let sums = multiply.run(share);
     let first = (tile.row * config.rows, tile.col * config.cols);
-    let result = TileOfResult { epilogue, out, rows: m, cols: n, bias, first, batch: tile.batch };
+    let result = TileOfResult { terms, out, rows: m, cols: n, first, batch: tile.batch };
     store(config, &result, &sums, base, thread);
     k.finish()
 }
@@ -82,7 +88,10 @@ impl Config {
     pub(super) fn first_epilogue(&self) -> Epilogue {
         match self.split {
             1 => self.epilogue,
-            _ => Epilogue { out: Element::F32, bias: None, activation: None },
+            _ if self.factor() == Factor::S8 => {
+                Epilogue { scale: Scale::Exact, ..Epilogue::round(Element::F32) }
+            }
+            _ => Epilogue::round(Element::F32),
         }
     }
 }
@@ -125,10 +134,10 @@ impl<'k> Batches<'k> {
 
 /// Strips of 16 rows: from the fragments through the warp's own shared memory to `C`, so that lanes
 /// side by side store elements side by side.
-fn store<'k>(
+fn store<'k, S: Sum>(
     c: &Config,
     result: &TileOfResult<'k>,
-    sums: &[Vec<[Reg<'k, f32>; 4]>],
+    sums: &[Vec<[Reg<'k, S>; 4]>],
     base: Reg<'k, u32>,
     thread: Reg<'k, u32>,
 ) {
@@ -160,8 +169,8 @@ fn store<'k>(
                     let (line, col) = (unit / lanes_of_row, unit % lanes_of_row * c.unit);
                     let from = strip + (line * pitch + col) * size;
                     let sums = match c.unit {
-                        4 => k.ld_shared::<f32, 4>(from).to_vec(),
-                        _ => k.ld_shared::<f32, 1>(from).to_vec(),
+                        4 => k.ld_shared::<S, 4>(from).to_vec(),
+                        _ => k.ld_shared::<S, 1>(from).to_vec(),
                     };
                     (sums, line, col)
                 })

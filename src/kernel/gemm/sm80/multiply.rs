@@ -5,10 +5,11 @@ use super::copies::{Copies, Copy16, Operand};
 use super::layout::Layout;
 use crate::kernel::ampere::swizzle::{CHUNK, Fragments};
 use crate::kernel::gemm::share::Share;
+use crate::kernel::gemm::terms::Sum;
 use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Address, Kernel, Mma, Reg};
 
-/// The elements of both operands for one step of 16 along K: 16×16 blocks.
+/// The elements of both operands for one step along K: blocks of 16 lines by 32 bytes.
 type Step<'k> = [Vec<[Reg<'k, u32>; 4]>; 2];
 
 /// An operand in shared memory, as a warp reads it.
@@ -19,16 +20,16 @@ struct Tiles<'k> {
     offset: u32,
     /// What this lane gives `ldmatrix` in stage 0, without the offset.
     lane: Reg<'k, u32>,
-    /// 16×16 blocks of the warp.
+    /// Blocks of 16 lines of the warp.
     blocks: u32,
 }
 
 impl<'k> Tiles<'k> {
     /// The fragments of the stage that begins `stage` bytes after the first.
-    fn of_stage(&self, stage: Reg<'k, u32>, depth: u32) -> Fragments<'k> {
+    fn of_stage(&self, stage: Reg<'k, u32>, steps: u32) -> Fragments<'k> {
         let start = self.lane + stage;
         let xors = (0..self.blocks)
-            .flat_map(|block| (0..depth / 16).map(move |step| (block, step)))
+            .flat_map(|block| (0..steps).map(move |step| (block, step)))
             .map(|(block, step)| self.layout.block(block, step).0);
         Fragments::new(start, 1 + xors.max().expect("there are blocks"))
     }
@@ -41,7 +42,7 @@ impl<'k> Tiles<'k> {
 }
 
 /// A warp's part of a tile of the result.
-pub struct Multiply<'k, 'c> {
+pub struct Multiply<'k, 'c, S> {
     k: &'k Kernel,
     c: &'c Config,
     /// Both operands.
@@ -52,7 +53,7 @@ pub struct Multiply<'k, 'c> {
     /// The fragments of the current step and of the next.
     fragments: [Step<'k>; 2],
     /// Blocks of 16 rows, of 8 columns.
-    accumulators: Vec<Vec<[Reg<'k, f32>; 4]>>,
+    accumulators: Vec<Vec<[Reg<'k, S>; 4]>>,
 }
 
 /// What is done while products are under way.
@@ -83,7 +84,7 @@ impl<'k> Aside<'k> {
     }
 }
 
-impl<'k, 'c> Multiply<'k, 'c> {
+impl<'k, 'c, S: Sum> Multiply<'k, 'c, S> {
     pub fn new(
         k: &'k Kernel,
         c: &'c Config,
@@ -103,7 +104,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
         let row = warp / c.warps[1] * rows;
         let col = warp % c.warps[1] * cols;
         let fragments = || [rows, cols].map(|extent| (0..extent / 16).map(|_| k.regs()).collect());
-        let zeros = |_| std::array::from_fn(|_| k.var(0f32));
+        let zeros = |_| std::array::from_fn(|_| k.var(S::ZERO));
         Self {
             k,
             c,
@@ -120,9 +121,9 @@ impl<'k, 'c> Multiply<'k, 'c> {
     }
 
     /// The accumulators over a share of the depth.
-    pub fn run(self, share: Share<'k>) -> Vec<Vec<[Reg<'k, f32>; 4]>> {
+    pub fn run(self, share: Share<'k>) -> Vec<Vec<[Reg<'k, S>; 4]>> {
         let (k, c) = (self.k, self.c);
-        let (steps, stages) = (c.depth / c.k_step(), c.stages);
+        let (steps, stages) = (c.steps(), c.stages);
         let before_last = share.count - 1;
         let at = (share.first + before_last) * c.depth;
         let mut region = 0;
@@ -187,7 +188,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
     }
 
     fn of_stage(&self, stage: Reg<'k, u32>) -> [Fragments<'k>; 2] {
-        self.tiles.map(|tiles| tiles.of_stage(stage, self.c.depth))
+        self.tiles.map(|tiles| tiles.of_stage(stage, self.c.steps()))
     }
 
     /// The loads of a step's fragments: that of the left block which the last product of the step
@@ -224,7 +225,7 @@ impl<'k, 'c> Multiply<'k, 'c> {
                 let row = if col % 2 == 0 { i } else { self.accumulators.len() - 1 - i };
                 let b = rhs[col / 2];
                 let b = if col % 2 == 0 { [b[0], b[1]] } else { [b[2], b[3]] };
-                self.k.mma(self.c.half(), self.accumulators[row][col], Mma { a: lhs[row], b });
+                self.k.mma(self.c.factor(), self.accumulators[row][col], Mma { a: lhs[row], b });
                 done += 1;
             }
         }

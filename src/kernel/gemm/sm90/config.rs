@@ -1,15 +1,18 @@
 //! The choices, what follows from them, and the numbers of a launch.
 
-use crate::kernel::gemm::{Epilogue, Major, Problem, multiplied};
+use super::packed::PackedStage;
+use crate::kernel::Arena;
+use crate::kernel::gemm::{BLOCK, Epilogue, Major, Problem, Scale, lies_along_k, multiplied};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::pingpong::Pingpong;
 use crate::kernel::hopper::ring::Ring;
 use crate::kernel::hopper::{ATOM, LINE, SLAB, WARPGROUP};
-use crate::kernel::multiprocessor::shared_of_each;
+use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::plan::count;
-use crate::kernel::{Arena, Element};
-use crate::ptx::Half;
+use crate::kernel::w4::Scheme;
+use crate::kernel::w4::nibbles::Decoder;
+use crate::ptx::Factor;
 
 /// Which matrix the tiles are tiles of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,7 +60,10 @@ pub enum Order {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
     /// The types of the kernel's left and right operand.
-    pub elements: [Element; 2],
+    pub elements: [Factor; 2],
+    /// If the kernel's left operand is a weight of four bits, how it is quantised. The weight is packed, and
+    /// [`elements`](Self::elements) are what its codes become.
+    pub weight: Option<Scheme>,
     /// How the kernel's left operand lies.
     pub lhs: Major,
     /// How the kernel's right operand lies.
@@ -67,7 +73,7 @@ pub struct Config {
     /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one or two, unless they
     /// play ping-pong.
     pub rows: u32,
-    /// Columns of a tile: a multiple of 8, at most 256.
+    /// Columns of a tile: a multiple of 8, of int8 beyond 32 one of 16, at most 256.
     pub cols: u32,
     /// Lines of a box of the left operand along K, a divisor of the rows: boxes outside the matrix
     /// are left out.
@@ -100,8 +106,12 @@ pub(super) struct SharedMap {
     pub rhs: u32,
     /// The slabs of the result, or a staged tile.
     pub result: u32,
+    /// The scales of each warpgroup's tile, if slabs are multiplied with any.
+    pub scales: Option<u32>,
     pub ring: Ring,
     pub pingpong: Option<Pingpong>,
+    /// The decoder's table.
+    pub table: u32,
     /// Where threads meet that write a part of the result together: those of each warpgroup, or for a
     /// staged tile all that multiply.
     pub meeting: Named,
@@ -130,9 +140,11 @@ impl Config {
         };
         let layouts = Major::names(self.orient.order([self.lhs, self.rhs]));
         let (element, batched) = (self.elements[0].name(), given(self.batched, " batched"));
+        let weight = self.weight.map_or(String::new(), |scheme| format!(" {}", scheme.name()));
+        let scales = self.weight.map_or(String::new(), |w| format!("{} ", w.scale.name()));
         format!(
-            "sm90 {rows}x{cols} k{}x{stages}{swapped}{split}{pingpong}{blocks} {store} {order}, \
-             {layouts} {element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
+            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{split}{pingpong}{blocks} {store} \
+             {order}, {layouts} {scales}{element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
             self.depth(),
             epilogue.name()
         )
@@ -149,7 +161,7 @@ impl Config {
     }
 
     /// As what the operands are multiplied.
-    pub(super) fn half(&self) -> Half {
+    pub(super) fn factor(&self) -> Factor {
         multiplied(self.elements).expect("it was checked")
     }
 
@@ -175,17 +187,54 @@ impl Config {
 
     /// Bytes of a stage.
     pub fn stage_bytes(&self) -> u32 {
-        self.lhs_boxes().bytes + self.rhs_boxes().bytes
+        self.lhs_bytes() + self.rhs_boxes().bytes
+    }
+
+    /// Those of the left operand.
+    pub fn lhs_bytes(&self) -> u32 {
+        match &self.weight {
+            None => self.lhs_boxes().bytes,
+            Some(scheme) => PackedStage::new(scheme, self.rows).bytes,
+        }
+    }
+
+    /// Bytes of the decoder's table.
+    fn table_bytes(&self) -> u32 {
+        self.weight.map_or(0, |scheme| Decoder::shared_bytes(scheme.codes))
     }
 
     /// Arrivals that say that a stage is empty.
     pub(super) fn readers(&self) -> u32 {
-        if self.pingpong { 1 } else { self.consumers() }
+        match (self.pingpong, self.weight) {
+            (true, _) => 1,
+            (false, None) => self.consumers(),
+            // Of each warp: it reads codes.
+            (false, Some(_)) => self.consumers() * WARPGROUP / WARP,
+        }
     }
 
     /// Blocks of 64 rows of a tile that one warpgroup multiplies.
     pub(super) fn m64_tiles(&self) -> u32 {
         if self.pingpong { self.rows / SLAB } else { 1 }
+    }
+
+    /// Rows and columns of what one warpgroup multiplies of a tile.
+    pub(super) fn warpgroup_tile(&self) -> [u32; 2] {
+        [self.m64_tiles() * SLAB, self.cols]
+    }
+
+    /// Bytes of what lines of a warpgroup's tile have, in shared memory, where TMA stores it: else the threads
+    /// that store it load them.
+    pub(super) fn scale_bytes(&self) -> u32 {
+        match self.store {
+            Store::Tma => {
+                let [rows, cols] = self.warpgroup_tile();
+                let bytes = self.epilogue.vector_bytes().unwrap_or_default();
+                let [of_row, of_col] = self.orient.order(bytes);
+                rows * of_row + cols * of_col
+            }
+            Store::Staged { .. } => 0,
+        }
     }
 
     /// Columns of a slab of the tile, which has 64 rows: a line of `C`, or a quarter of those that fit
@@ -240,10 +289,11 @@ impl Config {
     /// The most stages that fit a device whose blocks can have `limit` bytes of shared memory.
     pub fn max_stages(&self, limit: u32) -> u32 {
         let result = if self.reuses_stages() { 0 } else { self.result_bytes() };
-        // The barriers of up to 32 stages.
-        let barriers = 512;
+        // The barriers of up to 32 stages, and what stages of codes leave unused before a swizzled line's multiple.
+        let barriers = 512 + if self.weight.is_some() { ATOM } else { 0 };
+        let scales = self.consumers() * self.scale_bytes() + self.table_bytes();
         let share = shared_of_each(limit, self.blocks_per_sm);
-        (share.saturating_sub(result + barriers) / self.stage_bytes()).min(32)
+        (share.saturating_sub(result + scales + barriers) / self.stage_bytes()).min(32)
     }
 
     /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
@@ -252,11 +302,25 @@ impl Config {
         let smem = self.smem();
         let (shared, limit) = (smem.bytes, shared_of_each(limit, self.blocks_per_sm));
         let rules = [
-            (multiplied(self.elements).is_some(), "operands that are not both f16 or bf16".into()),
+            (multiplied(self.elements).is_some(), "operands that are not of one type".into()),
+            lies_along_k(self.elements, [self.lhs, self.rhs]),
+            (
+                self.weight.is_none()
+                    || (self.orient == Orient::Swapped
+                        && !self.pingpong
+                        && !self.batched
+                        && matches!(self.elements[0], Factor::Half(_))),
+                "a weight of four bits that is no left operand of a single swapped product".into(),
+            ),
+            self.epilogue.rule(multiplied(self.elements)),
             (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
             (
                 self.cols.is_multiple_of(8) && (8..=256).contains(&self.cols),
                 format!("{} columns (a multiple of 8 up to 256)", self.cols),
+            ),
+            (
+                self.elements[0] != Factor::S8 || self.cols <= 32 || self.cols.is_multiple_of(16),
+                format!("{} columns of int8 (a multiple of 16 beyond 32)", self.cols),
             ),
             (
                 self.lhs == Major::Outer || self.rows.is_multiple_of(self.lhs_lines),
@@ -287,6 +351,12 @@ impl Config {
                         && self.blocks_per_sm == 1),
                 "warpgroups that take turns on small, staged or single tiles".into(),
             ),
+            (
+                self.epilogue.scale != Scale::Blocks
+                    || (!self.pingpong
+                        && BLOCK.is_multiple_of(self.orient.order([self.rows, self.cols])[1])),
+                "tiles of more than one block".into(),
+            ),
             NamedBarriers::rule(smem.named_barriers),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
@@ -298,7 +368,7 @@ impl Config {
 
     pub(super) fn smem(&self) -> SharedMap {
         let mut arena = Arena::default();
-        let lhs = arena.region(self.stages * self.lhs_boxes().bytes, ATOM);
+        let lhs = arena.region(self.stages * self.lhs_bytes(), ATOM);
         let rhs = arena.region(self.stages * self.rhs_boxes().bytes, ATOM);
         let result = match self.reuses_stages() {
             false => arena.region(self.result_bytes(), ATOM),
@@ -307,6 +377,11 @@ impl Config {
                 lhs
             }
         };
+        let scales = match self.consumers() * self.scale_bytes() {
+            0 => None,
+            bytes => Some(arena.region(bytes, 16)),
+        };
+        let table = arena.region(self.table_bytes(), 16);
         let ring = Ring::new(&mut arena, self.stages);
         let pingpong = self.pingpong.then(|| Pingpong::new(&mut arena));
         let mut barriers = NamedBarriers::new();
@@ -315,7 +390,18 @@ impl Config {
             Store::Staged { .. } => barriers.each(1, WARPGROUP * self.consumers()),
         };
         let named_barriers = barriers.used();
-        SharedMap { lhs, rhs, result, ring, pingpong, meeting, named_barriers, bytes: arena.used }
+        SharedMap {
+            lhs,
+            rhs,
+            result,
+            scales,
+            table,
+            ring,
+            pingpong,
+            meeting,
+            named_barriers,
+            bytes: arena.used,
+        }
     }
 }
 
@@ -330,7 +416,7 @@ pub struct Boxes {
 }
 
 impl Boxes {
-    fn new(major: Major, extent: u32, lines: u32, element: Element) -> Self {
+    fn new(major: Major, extent: u32, lines: u32, element: Factor) -> Self {
         match major {
             Major::K => Self { lines, bytes: extent * LINE },
             // A box has all of the depth.

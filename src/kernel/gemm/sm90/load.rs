@@ -1,7 +1,8 @@
 //! The producer: one thread that keeps the ring of stages full.
 
-use super::Gemm;
 use super::config::{Boxes, Orient};
+use super::packed::PackedTile;
+use super::{Gemm, Left};
 use crate::kernel::gemm::Major;
 use crate::kernel::gemm::share::Share;
 use crate::kernel::hopper::barriers::Mbarrier;
@@ -33,6 +34,22 @@ struct OperandTile<'k> {
     bytes: Reg<'k, u32>,
     /// Where the first stage begins.
     to: Reg<'k, u32>,
+}
+
+/// The left operand's part.
+enum LeftTile<'k> {
+    Matrix(OperandTile<'k>),
+    Packed(PackedTile<'k>),
+}
+
+impl<'k> LeftTile<'k> {
+    /// Bytes that arrive for a stage.
+    fn bytes(&self) -> Reg<'k, u32> {
+        match self {
+            Self::Matrix(tile) => tile.bytes,
+            Self::Packed(tile) => tile.bytes,
+        }
+    }
 }
 
 impl<'k> OperandTile<'k> {
@@ -71,8 +88,8 @@ impl<'k> Gemm<'k, '_> {
         let (k, c) = (self.k, self.c);
         let place = self.smem.ring.producer(k, self.base);
         let [rows, cols] = c.orient.order(self.size);
-        let lhs = Operand {
-            map: self.lhs,
+        let matrix = |map| Operand {
+            map,
             major: c.lhs,
             boxes: c.lhs_boxes(),
             extent: rows,
@@ -93,14 +110,25 @@ impl<'k> Gemm<'k, '_> {
         };
         self.tiles(None, |tile| {
             let batch = self.inner_batch.map(|inner| [tile.batch % inner, tile.batch / inner]);
-            let lhs = self.operand_tile(lhs, tile.row * c.rows);
+            let lhs = match self.lhs {
+                Left::Matrix(map) => {
+                    LeftTile::Matrix(self.operand_tile(matrix(map), tile.row * c.rows))
+                }
+                Left::Packed(packed) => LeftTile::Packed(self.packed_tile(packed, tile)),
+            };
             let rhs = self.operand_tile(rhs, tile.col * c.cols);
             let Share { first, count } = self.share();
+            if let LeftTile::Packed(lhs) = &lhs {
+                lhs.begin(first);
+            }
             let at = k.var(first * c.depth());
-            let bytes = lhs.bytes + rhs.bytes;
+            let bytes = lhs.bytes() + rhs.bytes;
             k.for_(0, count, 1, |_| {
                 let full = place.fill(bytes);
-                lhs.load(place.stage, at, batch, full);
+                match &lhs {
+                    LeftTile::Matrix(lhs) => lhs.load(place.stage, at, batch, full),
+                    LeftTile::Packed(lhs) => lhs.load(place.stage, at / c.depth(), full),
+                }
                 rhs.load(place.stage, at, batch, full);
                 place.advance();
                 at.increase(c.depth());

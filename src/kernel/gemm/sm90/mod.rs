@@ -5,23 +5,28 @@
 //! `Cᵀ = Bᵀ·Aᵀ` ([`Orient::Swapped`]): then the large dimension fills wgmma's 64 rows and N shrinks to
 //! the tokens.
 
+mod blocks;
 mod config;
 mod load;
+mod packed;
 mod slabs;
 mod store;
 
 pub use config::{Boxes, Config, Launch, Order, Orient, Store};
 
 use super::share::Share;
-use super::{Major, Name};
+use super::terms::{Sum, Terms};
+use super::{Major, Name, Scale};
 use crate::kernel::hopper::barriers::Mbarrier;
 use crate::kernel::hopper::pingpong::PingpongTurn;
 use crate::kernel::hopper::product::{Descriptor, LeftStep, products};
 use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::raster::{Raster, Tile};
-use crate::ptx::{Kernel, Reg, Source, Target};
+use crate::ptx::{Factor, Kernel, Reg, Source, Target};
+use blocks::BlockScales;
 use config::SharedMap;
+use packed::Packed;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
@@ -31,13 +36,21 @@ pub fn emit(config: &Config) -> Source {
     k.blocks_per_sm(config.blocks_per_sm);
     k.cluster(config.split);
     let smem = config.smem();
-    let (lhs, rhs) = (k.tensor_map(Name::Lhs), k.tensor_map(Name::Rhs));
+    let (lhs, packed) = match config.weight {
+        None => (Some(k.tensor_map(Name::Lhs)), None),
+        Some(scheme) => (None, Some(Packed::params(k, config, scheme))),
+    };
+    let rhs = k.tensor_map(Name::Rhs);
     let out = match config.store {
         Store::Tma => Out::Map(k.tensor_map(Name::Out)),
         Store::Staged { unit } => Out::Memory { unit, address: k.pointer(Name::Out) },
     };
     let size = [k.param(Name::M), k.param(Name::N)];
-    let bias = config.epilogue.bias.map(|_| k.pointer(Name::Bias));
+    let terms = Terms::params(k, config.epilogue);
+    let blocks = (config.epilogue.scale == Scale::Blocks).then(|| BlockScales {
+        rows: k.pointer(Name::RowScales),
+        cols: k.pointer(Name::ColScales),
+    });
     let depth = k.param(Name::Depth);
     let raster = (config.order == Order::Raster).then(|| Raster::params(k));
     let inner_batch = config.batched.then(|| k.param(Name::InnerBatch));
@@ -48,8 +61,9 @@ pub fn emit(config: &Config) -> Source {
 
     k.if_(warp.eq(0), || {
         k.if_(k.elect_sync(), || {
-            k.prefetch_tensor_map(lhs);
-            k.prefetch_tensor_map(rhs);
+            for map in lhs.into_iter().chain([rhs]) {
+                k.prefetch_tensor_map(map);
+            }
             if let Out::Map(map) = out {
                 k.prefetch_tensor_map(map);
             }
@@ -59,12 +73,32 @@ pub fn emit(config: &Config) -> Source {
             smem.ring.init(k, base, config.readers());
         })
     });
+    let lhs = match (lhs, packed) {
+        (Some(map), _) => Left::Matrix(map),
+        (None, packed) => {
+            let with_table = packed.expect("one of both");
+            Left::Packed(with_table(base + smem.table))
+        }
+    };
     k.sync_block();
     k.griddepcontrol_wait();
     k.griddepcontrol_launch_dependents();
 
-    let g =
-        Gemm { k, c: config, smem, lhs, rhs, out, size, bias, depth, raster, inner_batch, base };
+    let g = Gemm {
+        k,
+        c: config,
+        smem,
+        lhs,
+        rhs,
+        out,
+        size,
+        terms,
+        blocks,
+        depth,
+        raster,
+        inner_batch,
+        base,
+    };
     k.if_else(
         group.eq(0),
         || {
@@ -83,7 +117,11 @@ pub fn emit(config: &Config) -> Source {
             if config.moves_registers() {
                 k.setmaxnreg_inc(232);
             }
-            g.consume(thread - WARPGROUP, group - 1);
+            let (thread, group) = (thread - WARPGROUP, group - 1);
+            match config.factor() {
+                Factor::Half(_) | Factor::E4m3 => g.consume::<f32>(thread, group),
+                Factor::S8 => g.consume::<i32>(thread, group),
+            }
             if config.split > 1 {
                 // Nobody leaves while others read its memory.
                 k.sync_cluster();
@@ -99,16 +137,25 @@ enum Out<'k> {
     Memory { unit: u32, address: Reg<'k, u64> },
 }
 
+/// The left operand.
+#[derive(Clone, Copy)]
+enum Left<'k> {
+    /// By its descriptor.
+    Matrix(Reg<'k, u64>),
+    Packed(Packed<'k>),
+}
+
 struct Gemm<'k, 'c> {
     k: &'k Kernel,
     c: &'c Config,
     smem: SharedMap,
-    lhs: Reg<'k, u64>,
+    lhs: Left<'k>,
     rhs: Reg<'k, u64>,
     out: Out<'k>,
     /// Rows and columns of `C`.
     size: [Reg<'k, u32>; 2],
-    bias: Option<Reg<'k, u64>>,
+    terms: Terms<'k>,
+    blocks: Option<BlockScales<'k>>,
     /// Stages of the whole depth.
     depth: Reg<'k, u32>,
     raster: Option<Raster<'k>>,
@@ -138,7 +185,7 @@ impl<'k> Gemm<'k, '_> {
     }
 
     /// A warpgroup multiplies 64 rows of each tile, or all rows of each second one, and stores them.
-    fn consume(&self, thread: Reg<'k, u32>, group: Reg<'k, u32>) {
+    fn consume<S: Sum>(&self, thread: Reg<'k, u32>, group: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
         let place = self.smem.ring.consumer(k, self.base);
         let leader = (thread % WARPGROUP).eq(0);
@@ -146,15 +193,32 @@ impl<'k> Gemm<'k, '_> {
         if turn.is_some() {
             k.if_(group.ne(0), || place.skip(self.depth));
         }
-        let tile = |_| (0..c.cols / 2).map(|_| k.reg::<f32>()).collect();
+        let tile = |_| (0..c.cols / 2).map(|_| k.reg::<S>()).collect();
         let accumulators: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
         self.tiles(turn.map(|_| group), |tile| {
-            self.multiply(&accumulators, place, group, turn, leader);
+            let scales = self.copy_scales(tile, thread, group);
+            // Those of packed codes and of blocks are floats: see `Config::check`.
+            let floats = || accumulators[0].iter().map(|sum| sum.cast()).collect::<Vec<_>>();
+            match (&self.lhs, self.blocks) {
+                (Left::Packed(packed), _) => {
+                    self.multiply_packed(packed, &floats(), place, tile, (thread, group));
+                }
+                (Left::Matrix(_), Some(blocks)) => {
+                    let thread = (thread, group, leader);
+                    self.multiply_blocks(&floats(), place, blocks, tile, thread);
+                }
+                (Left::Matrix(_), None) => {
+                    self.multiply(&accumulators, place, group, turn, leader);
+                }
+            }
             match self.out {
-                Out::Map(map) => self.store_slabs(&accumulators, map, tile, thread, group, leader),
+                Out::Map(map) => {
+                    let at = (thread, group);
+                    self.store_slabs(&accumulators, map, tile, at, leader, scales);
+                }
                 Out::Memory { unit, address } => {
                     self.stage(&accumulators[0], thread);
-                    self.store_staged(unit, address, tile, thread);
+                    self.store_staged::<S>(unit, address, tile, thread);
                 }
             }
         });
@@ -165,9 +229,9 @@ impl<'k> Gemm<'k, '_> {
 
     /// Accumulates over this block's share of the depth, with one wgmma group under way while the next
     /// stage is waited for.
-    fn multiply(
+    fn multiply<S: Sum>(
         &self,
-        accumulators: &[Vec<Reg<'k, f32>>],
+        accumulators: &[Vec<Reg<'k, S>>],
         place: Cursor<'k>,
         group: Reg<'k, u32>,
         turn: Option<PingpongTurn<'k>>,
@@ -192,7 +256,7 @@ impl<'k> Gemm<'k, '_> {
             let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             let later = i.ne(0);
-            products(c.half(), accumulators, c.depth(), later, |step| {
+            products(c.factor(), accumulators, c.depth(), later, |step| {
                 let b = b.operand(step);
                 ((0..).map(move |i| LeftStep::Shared(a.rows(i).operand(step))), b)
             });

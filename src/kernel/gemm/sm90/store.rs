@@ -3,13 +3,14 @@
 use super::Gemm;
 use super::config::Orient;
 use crate::kernel::gemm::result::TileOfResult;
+use crate::kernel::gemm::terms::{Sum, add};
 use crate::kernel::hopper::WARPGROUP;
 use crate::kernel::raster::Tile;
 use crate::ptx::Reg;
 
 impl<'k> Gemm<'k, '_> {
-    /// Writes this warpgroup's sums as f32 over the stages, in the order of `C`.
-    pub(super) fn stage(&self, sums: &[Reg<'k, f32>], thread: Reg<'k, u32>) {
+    /// Writes this warpgroup's sums, of 32 bits, over the stages, in the order of `C`.
+    pub(super) fn stage<S: Sum>(&self, sums: &[Reg<'k, S>], thread: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
         let (lane, warp) = (thread % 32, thread / 32);
         let row = warp * 16 + lane / 4;
@@ -46,7 +47,7 @@ impl<'k> Gemm<'k, '_> {
     }
 
     /// Adds up the blocks' staged tiles, each block a share of them in the same order, and stores.
-    pub(super) fn store_staged(
+    pub(super) fn store_staged<S: Sum>(
         &self,
         unit: u32,
         out: Reg<'k, u64>,
@@ -68,11 +69,10 @@ impl<'k> Gemm<'k, '_> {
         let units = lines * width / unit;
         let stride = threads * c.split;
         let result = TileOfResult {
-            epilogue: c.epilogue,
+            terms: self.terms,
             out,
             rows: self.size[0],
             cols: self.size[1],
-            bias: self.bias,
             first,
             batch: tile.batch,
         };
@@ -91,7 +91,7 @@ impl<'k> Gemm<'k, '_> {
                     let index = if inside.is_some() { index.min(units - 1) } else { index };
                     let (line, col) = (index / (width / unit), index % (width / unit) * unit);
                     let from = (line * c.staged_pitch() + col) * 4;
-                    (self.add_parts(&parts, from, unit), line, col, inside)
+                    (self.add_parts::<S>(&parts, from, unit), line, col, inside)
                 })
                 .collect();
             for (sum, line, col, inside) in sums {
@@ -107,26 +107,24 @@ impl<'k> Gemm<'k, '_> {
         }
     }
 
-    fn add_parts(
+    fn add_parts<S: Sum>(
         &self,
         parts: &[Reg<'k, u32>],
         from: Reg<'k, u32>,
         unit: u32,
-    ) -> Vec<Reg<'k, f32>> {
+    ) -> Vec<Reg<'k, S>> {
         let k = self.k;
-        let load = |part: Reg<'k, u32>| -> Vec<Reg<'k, f32>> {
+        let load = |part: Reg<'k, u32>| -> Vec<Reg<'k, S>> {
             let at = part + from;
             match (self.c.split, unit) {
-                (1, 4) => k.ld_shared::<f32, 4>(at).to_vec(),
-                (1, _) => k.ld_shared::<f32, 1>(at).to_vec(),
-                (_, 4) => k.ld_cluster::<f32, 4>(at).to_vec(),
-                _ => k.ld_cluster::<f32, 1>(at).to_vec(),
+                (1, 4) => k.ld_shared::<S, 4>(at).to_vec(),
+                (1, _) => k.ld_shared::<S, 1>(at).to_vec(),
+                (_, 4) => k.ld_cluster::<S, 4>(at).to_vec(),
+                _ => k.ld_cluster::<S, 1>(at).to_vec(),
             }
         };
+        // All of them before the first is used.
         let loaded: Vec<_> = parts.iter().map(|&part| load(part)).collect();
-        loaded
-            .into_iter()
-            .reduce(|sum, part| sum.into_iter().zip(part).map(|(a, b)| a + b).collect())
-            .expect("there is a part")
+        add(loaded).expect("there is a part")
     }
 }

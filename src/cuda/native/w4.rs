@@ -1,0 +1,286 @@
+//! Weights of four bits: their packed form, and products with them.
+
+use std::sync::Arc;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape};
+
+use super::super::Operand;
+use super::super::driver::gpu::Gpu;
+use super::super::driver::memory::{Memory, uninit};
+use super::super::driver::order::Order;
+use super::super::fit::{Fitted, Want, fit};
+use super::operand::{element, row};
+use super::plan::{Compiled, Plans};
+use crate::error::Error;
+pub(super) use crate::kernel::w4::Codes;
+use crate::kernel::w4::{self, BLOCK_BYTES, Plan, Problem, Scheme, layout};
+use crate::kernel::{Element, gemm};
+use crate::op::{Epilogue, View};
+use crate::stack::Stack;
+
+static PLANS: Plans<Plan> = Plans::new();
+static LAYOUTS: Plans<layout::Plan> = Plans::new();
+
+/// Bytes at whose multiples rows begin.
+const LINE: usize = 16;
+
+/// A packed weight `[k, n]`. Scales and zero points are matrices of a row for each group.
+#[derive(Clone, Copy)]
+pub(crate) struct Weight<'a> {
+    pub scheme: Scheme,
+    pub k: usize,
+    pub n: usize,
+    /// From the first element of the storage on.
+    pub codes: &'a CudaStorage,
+    pub scales: Operand<'a>,
+    pub zeros: Option<Operand<'a>>,
+}
+
+/// Words of the packed form of a weight `[k, n]`.
+pub(crate) fn packed_words(k: usize, n: usize) -> usize {
+    (w4::blocks(k as u64, n as u64) * u64::from(BLOCK_BYTES / 4)) as usize
+}
+
+/// Packed codes of plain ones, u32 `[⌈k/8⌉, n]` without gaps. No dimension is 0.
+pub(crate) fn pack(
+    op: &'static str,
+    plain: Operand,
+    [k, n]: [usize; 2],
+    scheme: &Scheme,
+) -> Result<CudaStorage> {
+    let (storage, stack) = plain;
+    debug_assert!(stack.is_row_major());
+    let config = layout::Config::Pack { zero: scheme.zero_code() };
+    let first = stack.matrix_offset(0);
+    convert(op, config, [k, n], storage, &[], (packed_words(k, n), DType::U32), |call| {
+        layout::Arguments {
+            problem: call.problem,
+            plain: Some(call.input.at(first)),
+            codes: call.result,
+            scales: None,
+            zeros: None,
+            out: None,
+        }
+    })
+}
+
+/// Plain codes, u32 `[⌈k/8⌉, n]`, of packed ones.
+pub(crate) fn unpack(
+    op: &'static str,
+    codes: &CudaStorage,
+    [k, n]: [usize; 2],
+) -> Result<CudaStorage> {
+    let words = (k.div_ceil(8) * n, DType::U32);
+    convert(op, layout::Config::Unpack, [k, n], codes, &[], words, |call| layout::Arguments {
+        problem: call.problem,
+        plain: Some(call.result),
+        codes: call.input.address(),
+        scales: None,
+        zeros: None,
+        out: None,
+    })
+}
+
+/// The elements of a weight, `[k, n]`, or `[n, k]` where they are transposed.
+pub(crate) fn dequantize(
+    op: &'static str,
+    weight: &Weight,
+    dtype: DType,
+    transposed: bool,
+) -> Result<CudaStorage> {
+    let Weight { scheme, k, n, codes, scales, zeros } = *weight;
+    let config = layout::Config::Elements { scheme, out: element(dtype), transposed };
+    let others: Vec<_> = [Some(scales), zeros].into_iter().flatten().collect();
+    convert(op, config, [k, n], codes, &others, (k * n, dtype), |call| layout::Arguments {
+        problem: call.problem,
+        plain: None,
+        codes: call.input.address(),
+        scales: call.others.first().copied(),
+        zeros: call.others.get(1).copied(),
+        out: Some((call.result, if transposed { k } else { n } as u64)),
+    })
+}
+
+/// One launch of a kernel of layouts: what memory it is given.
+struct Conversion<'a> {
+    problem: layout::Problem,
+    input: &'a Memory<'a>,
+    /// Addresses, and elements from row to row.
+    others: &'a [(u64, u64)],
+    result: u64,
+}
+
+fn convert(
+    op: &'static str,
+    config: layout::Config,
+    [k, n]: [usize; 2],
+    input: &CudaStorage,
+    others: &[Operand],
+    (len, dtype): (usize, DType),
+    arguments: impl Fn(&Conversion) -> layout::Arguments,
+) -> Result<CudaStorage> {
+    let device = input.device().clone();
+    let gpu = Gpu::of(op, &device)?;
+    let inputs = others.iter().map(|&(storage, _)| storage);
+    let order = Order::new(op, device.cuda_stream(), [input].into_iter().chain(inputs));
+    let problem = layout::Problem { k: k as u64, n: n as u64, config };
+    countable(op, problem.limit())?;
+    let compiled = LAYOUTS.get(op, &gpu, &problem)?;
+    let others = others.iter().map(|&other| lines(op, other)).collect::<Result<Vec<_>>>()?;
+    let mut result = uninit(&device, &Shape::from(len), dtype)?;
+    {
+        let memories: Vec<_> = others.iter().map(|o| Memory::of(o.storage(), &device)).collect();
+        let others: Vec<_> = memories.iter().zip(&others).map(|(m, o)| placed(m, o)).collect();
+        let (input, to) = (Memory::of(input, &device), Memory::of_mut(&mut result, &device));
+        let call = Conversion { problem, input: &input, others: &others, result: to.address() };
+        order.run(|| Ok(compiled.launch(op, &device, &arguments(&call))?))?;
+    }
+    Ok(result)
+}
+
+fn countable(op: &'static str, limit: Option<(String, u64)>) -> Result<()> {
+    let Some((got, most)) = limit else { return Ok(()) };
+    let (what, limit) = ("this crate".into(), format!("cannot take {got} (at most {most})"));
+    let fix = "split it and join the results with `Tensor::cat`".into();
+    Err(Error::Unsupported { op, what, limit, fix }.into())
+}
+
+/// All rows of an operand as those of one matrix, which begin at multiples of 16 bytes.
+fn lines<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<Fitted<'a>> {
+    let unit = LINE / storage.dtype().size_in_bytes();
+    let fits = |folded: &Stack| {
+        (folded.cols <= 1 || folded.col_stride == 1)
+            // Copies are of 16 bytes: the last one of a row ends where the next row begins, if there is one.
+            && match folded.rows {
+                0 | 1 => folded.cols.is_multiple_of(unit),
+                _ => folded.row_stride.is_multiple_of(unit),
+            }
+            && folded.matrix_offset(0).is_multiple_of(unit)
+    };
+    match stack.fold_rows().filter(fits) {
+        Some(folded) => Ok(Fitted::view(storage, folded)),
+        None => {
+            let cols = stack.cols.next_multiple_of(unit);
+            fit(op, (storage, stack), Want { cols, align: LINE, folded: true, ..Want::default() })
+        }
+    }
+}
+
+/// Address and elements from row to row.
+fn placed(memory: &Memory, fitted: &Fitted) -> (u64, u64) {
+    let stack = &fitted.stack;
+    // That of a single row is nothing.
+    let line = if stack.rows <= 1 { 0 } else { stack.row_stride };
+    (memory.at(fitted.offset(0)), line as u64)
+}
+
+/// `act(x·W + bias)`, packed, for the rows of `x`. Neither the result nor the depth is empty.
+pub(crate) fn matmul(
+    op: &'static str,
+    x: Operand,
+    weight: &Weight,
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
+) -> Result<CudaStorage> {
+    Call::new(op, x, weight, epilogue, bias)?.run_chosen()
+}
+
+/// One product: operands that fit, and the facts.
+pub(super) struct Call<'a> {
+    op: &'static str,
+    device: CudaDevice,
+    order: Order,
+    pub gpu: Arc<Gpu>,
+    pub facts: Problem,
+    codes: &'a CudaStorage,
+    x: Fitted<'a>,
+    scales: Fitted<'a>,
+    zeros: Option<Fitted<'a>>,
+    bias: Option<Fitted<'a>>,
+    out_dtype: DType,
+}
+
+impl<'a> Call<'a> {
+    pub fn new(
+        op: &'static str,
+        (x, rows): Operand<'a>,
+        weight: &Weight<'a>,
+        epilogue: Epilogue,
+        bias: Option<View<'a, CudaStorage>>,
+    ) -> Result<Self> {
+        let device = x.device().clone();
+        let gpu = Gpu::of(op, &device)?;
+        let &Weight { scheme, k, n, codes, scales, zeros } = weight;
+        let inputs = [
+            Some(x),
+            Some(codes),
+            Some(scales.0),
+            zeros.map(|(storage, _)| storage),
+            bias.map(|(storage, _)| storage),
+        ];
+        let order = Order::new(op, device.cuda_stream(), inputs.into_iter().flatten());
+        let m = rows.count() * rows.rows;
+        let x = lines(op, (x, rows))?;
+        let (scales, zeros) =
+            (lines(op, scales)?, zeros.map(|zeros| lines(op, zeros)).transpose()?);
+        let bias = bias.map(|bias| row(op, bias)).transpose()?;
+        let Element::Half(half) = element(x.storage().dtype()) else {
+            unreachable!("activations are f16 or bf16")
+        };
+        let facts = Problem {
+            m: m as u64,
+            n: n as u64,
+            k: k as u64,
+            half,
+            scheme,
+            epilogue: gemm::Epilogue {
+                out: element(epilogue.out_dtype),
+                scale: gemm::Scale::None,
+                bias: bias.as_ref().map(|bias| element(bias.storage().dtype())),
+                activation: epilogue.activation,
+            },
+        };
+        countable(op, facts.limit())?;
+        let out_dtype = epilogue.out_dtype;
+        Ok(Self { op, device, order, gpu, facts, codes, x, scales, zeros, bias, out_dtype })
+    }
+
+    /// By what the chooser says.
+    pub fn run_chosen(&self) -> Result<CudaStorage> {
+        self.run(&*PLANS.get(self.op, &self.gpu, &self.facts)?)
+    }
+
+    pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
+        let (device, problem) = (&self.device, &self.facts);
+        let alloc = |len: u64, dtype| uninit(device, &Shape::from(len as usize), dtype);
+        let mut out = alloc(problem.m * problem.n, self.out_dtype)?;
+        let partial = compiled.plan.partial_sums(problem);
+        let mut partial = partial.map(|sums| alloc(sums, DType::F32)).transpose()?;
+        let panel = compiled.plan.panel_elements(problem);
+        let mut panel = panel.map(|len| alloc(len, self.x.storage().dtype())).transpose()?;
+        let fitted = [Some(&self.x), Some(&self.scales), self.zeros.as_ref(), self.bias.as_ref()];
+        let memories = fitted
+            .map(|fitted| fitted.map(|fitted| (Memory::of(fitted.storage(), device), fitted)));
+        let [x, scales, zeros, bias] =
+            memories.each_ref().map(|both| both.as_ref().map(|(memory, f)| placed(memory, f)));
+        let (codes, result) = (Memory::of(self.codes, device), Memory::of_mut(&mut out, device));
+        let [partial, panel] = [&mut partial, &mut panel]
+            .map(|scratch| scratch.as_mut().map(|storage| Memory::of_mut(storage, device)));
+        let arguments = w4::Arguments {
+            problem,
+            plan: &compiled.plan,
+            x: x.expect("it is there"),
+            codes: codes.address(),
+            scales: scales.expect("they are there"),
+            zeros,
+            bias: bias.map(|(address, _)| address),
+            out: result.address(),
+            partial: partial.as_ref().map(Memory::address),
+            panel: panel.as_ref().map(Memory::address),
+        };
+        self.order.run(|| Ok(compiled.launch(self.op, device, &arguments)?))?;
+        drop((memories, codes, result, partial, panel));
+        Ok(out)
+    }
+}

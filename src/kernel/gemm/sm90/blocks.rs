@@ -1,0 +1,129 @@
+//! Sums of e4m3 whose scales change along the depth: those of a stage are multiplied with them, and added up in f32.
+//! That is more exact, too: tensor cores keep fewer bits of a sum.
+//!
+//! ```text
+//! group 0   products of stage 0 │ wait, multiply, add │ products of stage 1 │ ..
+//! group 1         products of stage 0       │ wait, multiply, add │ products of stage 1
+//! ```
+
+use super::{Gemm, descriptor};
+use crate::kernel::gemm::BLOCK;
+use crate::kernel::gemm::share::Share;
+use crate::kernel::gemm::sm90::Orient;
+use crate::kernel::hopper::SLAB_BYTES;
+use crate::kernel::hopper::product::{LeftStep, products};
+use crate::kernel::hopper::ring::Cursor;
+use crate::kernel::hopper::{Lane, SLAB};
+use crate::kernel::raster::Tile;
+use crate::ptx::{Kernel, Reg};
+
+/// The parameters: f32 `[rows, depth]` of the left operand and `[depth, blocks of columns]` of the right one.
+#[derive(Clone, Copy)]
+pub(super) struct BlockScales<'k> {
+    pub rows: Reg<'k, u64>,
+    pub cols: Reg<'k, u64>,
+}
+
+/// Where a thread finds the scales of a tile: those of its rows or columns of the left operand, and that of the right
+/// one's block.
+struct TileScales<'k> {
+    lines: Vec<Reg<'k, u64>>,
+    block: Reg<'k, u64>,
+    /// Bytes from a block to the next along the depth.
+    stride: Reg<'k, u64>,
+}
+
+impl<'k> TileScales<'k> {
+    /// Loads those of a stage and goes to the next: a product of both for each line.
+    fn next(&self, k: &'k Kernel) -> Vec<Reg<'k, f32>> {
+        let [block] = k.ld_global_nc::<f32, 1>(self.block);
+        let lines = self.lines.iter().map(|&line| {
+            let [scale] = k.ld_global_nc::<f32, 1>(line);
+            scale
+        });
+        let scales: Vec<_> = lines.collect();
+        self.block.increase(self.stride);
+        self.lines.iter().for_each(|line| line.increase(4u64));
+        scales.into_iter().map(|scale| scale * block).collect()
+    }
+}
+
+impl<'k> Gemm<'k, '_> {
+    /// [`multiply`](Self::multiply) with scales of blocks, which `sums` are those of.
+    pub(super) fn multiply_blocks(
+        &self,
+        sums: &[Reg<'k, f32>],
+        place: Cursor<'k>,
+        scales: BlockScales<'k>,
+        tile: Tile<'k>,
+        (thread, group, leader): (Reg<'k, u32>, Reg<'k, u32>, Reg<'k, bool>),
+    ) {
+        let (k, c) = (self.k, self.c);
+        let first_rows = group * SLAB_BYTES;
+        let lhs = descriptor(self.base + self.smem.lhs + first_rows, c.lhs, c.rows, c.depth());
+        let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
+        let Share { first, count } = self.share();
+        let of_stage: Vec<_> = sums.iter().map(|_| k.reg::<f32>()).collect();
+        let scales = self.tile_scales(scales, tile, Lane::new(thread), group, first);
+        sums.iter().for_each(|sum| sum.set(0.0));
+        k.for_(0, count, 1, |_| {
+            place.wait();
+            let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
+            let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
+            products(c.factor(), &[&of_stage], c.depth(), false, |step| {
+                ([LeftStep::Shared(a.operand(step))], b.operand(step))
+            });
+            // On their way while the products are.
+            let scales = scales.next(k);
+            k.wgmma_wait(0);
+            k.when(leader, || place.done().arrive());
+            place.advance();
+            for (i, (sum, part)) in sums.iter().zip(&of_stage).enumerate() {
+                let line = match c.orient {
+                    Orient::Plain => i / 2 % 2,
+                    Orient::Swapped => i / 4 * 2 + i % 2,
+                };
+                sum.set(part.fma(scales[line], *sum));
+            }
+        });
+    }
+
+    fn tile_scales(
+        &self,
+        BlockScales { rows, cols }: BlockScales<'k>,
+        tile: Tile<'k>,
+        Lane { lane, warp }: Lane<'k>,
+        group: Reg<'k, u32>,
+        first: Reg<'k, u32>,
+    ) -> TileScales<'k> {
+        let c = self.c;
+        let [m, n] = self.size;
+        let tile_row = tile.row * c.rows + group * SLAB;
+        let tile_col = tile.col * c.cols;
+        let (lines, col): (Vec<_>, _) = match c.orient {
+            Orient::Plain => {
+                let row = tile_row + (warp * 16 + lane / 4);
+                (vec![row, row + 8], tile_col)
+            }
+            Orient::Swapped => {
+                let col = tile_col + lane % 4 * 2;
+                let pairs = (0..c.cols / 8).flat_map(|j| [0, 1].map(|i| col + (8 * j + i)));
+                (pairs.collect(), tile_row)
+            }
+        };
+        let at = |line: Reg<'k, u32>| {
+            // Sums of rows that do not exist are not stored: any row will do.
+            let row = tile.batch_row(c.batched, m, line.min(m - 1));
+            let k = row.kernel();
+            k.var(rows + (row.wide() * self.depth.wide() + first.wide()) * 4u64)
+        };
+        let blocks = n.div_ceil(BLOCK);
+        let block = (col / BLOCK).min(blocks - 1);
+        let block = first.wide() * blocks.wide() + block.wide();
+        TileScales {
+            lines: lines.into_iter().map(at).collect(),
+            block: self.k.var(cols + block * 4u64),
+            stride: blocks.wide() * 4u64,
+        }
+    }
+}

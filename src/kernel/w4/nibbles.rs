@@ -1,0 +1,202 @@
+//! From a word of the packed form to the registers of a left operand.
+//!
+//! Integers: bits of a 16-bit float whose exponent is such that its last bit is 1 are that number and a power of two.
+//! One instruction puts two nibbles there, and one subtracts the power and the zero point, exactly.
+//!
+//! ```text
+//!          nibbles 0 and 4, as they lie             nibbles 1 and 5, as they lie
+//!  f16     1024 + q     · 1  − (1024 + zero)        1024 + 16 q  · 1/16  − (64 + zero)      then those of word >> 8
+//!  bf16    128 + q      · 1  − (128 + zero)         has too few bits: word >> 4, >> 8, >> 12
+//! ```
+//!
+//! nf4: a table in shared memory has the pairs of all values, in each lane's bank a copy.
+
+use super::Codes;
+use crate::kernel::multiprocessor::WARP;
+use crate::ptx::{Half, Kernel, Logic3, Reg};
+
+/// The values of nf4 (bitsandbytes; QLoRA, Dettmers et al. 2023, appendix E).
+pub const NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// What is added to the floats that nibbles became.
+#[derive(Clone, Copy)]
+pub struct Offset<'k> {
+    /// As they lie in the lower four bits of a byte.
+    low: Reg<'k, u32>,
+    /// In the upper four.
+    high: Reg<'k, u32>,
+}
+
+/// Decodes words.
+#[derive(Clone, Copy)]
+pub struct Decoder<'k> {
+    k: &'k Kernel,
+    half: Half,
+    how: How<'k>,
+}
+
+#[derive(Clone, Copy)]
+enum How<'k> {
+    Integers { one: Reg<'k, u32>, sixteenth: Reg<'k, u32> },
+    Table { mine: Reg<'k, u32> },
+}
+
+impl<'k> Decoder<'k> {
+    /// Pairs of values.
+    const PAIRS: u32 = 256;
+    /// From a pair to the next in the table.
+    const LINE: u32 = 4 * WARP;
+    /// Bytes of the values alone, in f32, from which the table is made.
+    const VALUES: u32 = 4 * NF4.len() as u32;
+
+    /// Bytes of shared memory that it needs.
+    pub const fn shared_bytes(codes: Codes) -> u32 {
+        match codes {
+            Codes::Int4 => 0,
+            Codes::Nf4 => Self::PAIRS * Self::LINE + Self::VALUES,
+        }
+    }
+
+    /// For a thread of a block of `threads`, all of which come here and meet if there is a table: it is at `table`.
+    pub fn new(k: &'k Kernel, half: Half, codes: Codes, table: Reg<'k, u32>, threads: u32) -> Self {
+        let how = match codes {
+            Codes::Int4 => How::Integers {
+                one: k.var(pair(half, 0x3c00, 0x3f80)),
+                sixteenth: k.var(pair(half, 0x2c00, 0x3f80)),
+            },
+            Codes::Nf4 => {
+                fill(k, half, table, threads);
+                How::Table { mine: table + k.lane() * 4 }
+            }
+        };
+        Self { k, half, how }
+    }
+
+    /// Of codes without zero points.
+    pub fn symmetric(&self) -> Offset<'k> {
+        let k = self.k;
+        match self.half {
+            Half::F16 => Offset { low: k.var(0xe408_e408), high: k.var(0xd480_d480) },
+            Half::Bf16 => {
+                let both = k.var(0xc308_c308);
+                Offset { low: both, high: both }
+            }
+        }
+    }
+
+    /// Of a zero point from 0 to 16.
+    pub fn zero(&self, zero: Reg<'k, u32>) -> Offset<'k> {
+        match self.half {
+            Half::F16 => Offset {
+                low: zero * 0x0001_0001 + 0xe400_e400,
+                high: zero * 0x0010_0010 + 0xd400_d400,
+            },
+            Half::Bf16 => {
+                let both = zero * 0x0001_0001 + 0xc300_c300;
+                Offset { low: both, high: both }
+            }
+        }
+    }
+
+    /// The left operand of 16 rows of `K`, given the offsets of both of the lane's columns of `W`.
+    pub fn fragment(&self, word: Reg<'k, u32>, offsets: [Offset<'k>; 2]) -> [Reg<'k, u32>; 4] {
+        match self.how {
+            How::Integers { one, sixteenth } => {
+                let [first, second] = offsets;
+                let k = self.k;
+                let low = |word, offset: Offset<'k>| {
+                    k.fma_x2(self.half, self.exponent(word, 0x000f_000f), one, offset.low)
+                };
+                let high = |word, offset: Offset<'k>| {
+                    k.fma_x2(self.half, self.exponent(word, 0x00f0_00f0), sixteenth, offset.high)
+                };
+                match self.half {
+                    Half::F16 => {
+                        let next = word >> 8;
+                        [low(word, first), high(word, second), low(next, first), high(next, second)]
+                    }
+                    Half::Bf16 => [
+                        low(word, first),
+                        low(word >> 4, second),
+                        low(word >> 8, first),
+                        low(word >> 12, second),
+                    ],
+                }
+            }
+            How::Table { mine } => self.look_up(word, mine),
+        }
+    }
+
+    /// Bits of a word as those of two floats.
+    fn exponent(&self, word: Reg<'k, u32>, mask: u32) -> Reg<'k, u32> {
+        self.k.lop3(Logic3::AND_OR, word, mask, pair(self.half, 0x6400, 0x4300))
+    }
+
+    fn look_up(&self, word: Reg<'k, u32>, mine: Reg<'k, u32>) -> [Reg<'k, u32>; 4] {
+        let k = self.k;
+        // Bytes of nibbles 0 and 4, 2 and 6; of 1 and 5, 3 and 7.
+        let even = k.lop3(Logic3::SELECT, word, word >> 12, 0x0f0f);
+        let odd = k.lop3(Logic3::SELECT, word >> 4, word >> 16, 0x0f0f);
+        let pair = |bytes: Reg<'k, u32>, number: u32| {
+            let pair = k.prmt(bytes, 0, 0x4440 | number);
+            k.ld_shared::<u32, 1>(pair * Self::LINE + mine)[0]
+        };
+        [pair(even, 0), pair(odd, 0), pair(even, 1), pair(odd, 1)]
+    }
+}
+
+/// Twice the bits of a number.
+fn pair(half: Half, f16: u32, bf16: u32) -> u32 {
+    let bits = match half {
+        Half::F16 => f16,
+        Half::Bf16 => bf16,
+    };
+    bits << 16 | bits
+}
+
+/// The value of a code in a register, of which [`NF4`] has as many as a warp has lanes or fewer.
+pub fn nf4_value<'k>(k: &'k Kernel, code: Reg<'k, u32>) -> Reg<'k, f32> {
+    let value = k.var(NF4[0]);
+    for (code_of, &of) in (0..).zip(&NF4).skip(1) {
+        k.when(code.eq(code_of), || value.set(of));
+    }
+    value
+}
+
+/// Writes the table: a block's threads do it together.
+fn fill(k: &Kernel, half: Half, table: Reg<u32>, threads: u32) {
+    let values = table + Decoder::PAIRS * Decoder::LINE;
+    let thread = k.thread();
+    k.if_(thread.lt(NF4.len() as u32), || {
+        k.st_shared(values + thread * 4, [nf4_value(k, thread)]);
+    });
+    k.sync_block();
+    // Four banks at once.
+    let quads = WARP / 4;
+    k.for_(thread / quads, Decoder::PAIRS, threads / quads, |number| {
+        let [low, high] = [number % 16, number / 16].map(|code| {
+            let [value] = k.ld_shared::<f32, 1>(values + code * 4);
+            value
+        });
+        let both = k.cvt_rn_x2(half, low, high);
+        k.st_shared(table + number * Decoder::LINE + thread % quads * 16, [both; 4]);
+    });
+    k.sync_block();
+}

@@ -1,0 +1,126 @@
+//! The values of the parameters of the products' kernels.
+
+use super::{Plan, Problem};
+use crate::kernel::gemm::{self, Name};
+use crate::kernel::params::{self, Argument, Arguments as _};
+use crate::kernel::plan::count;
+
+/// One launch of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Arguments<'a> {
+    /// What is computed.
+    pub problem: &'a Problem,
+    /// The kernels that compute it.
+    pub plan: &'a Plan,
+    /// The address of `x`, a multiple of 16, and elements from row to row, a multiple of 8.
+    pub x: (u64, u64),
+    /// The address of the packed codes, a multiple of 16.
+    pub codes: u64,
+    /// The address of the scales and elements from row to row: bytes of both are multiples of 16.
+    pub scales: (u64, u64),
+    /// The zero points', likewise.
+    pub zeros: Option<(u64, u64)>,
+    /// The address of the bias.
+    pub bias: Option<u64>,
+    /// The address of the result.
+    pub out: u64,
+    /// The address of [`Plan::panel_elements`].
+    pub panel: Option<u64>,
+    /// The address of [`Plan::partial_sums`].
+    pub partial: Option<u64>,
+}
+
+impl params::Arguments for Arguments<'_> {
+    type Name = Name;
+
+    fn argument(&self, step: usize, name: Name) -> Option<Argument> {
+        match (self.plan, step) {
+            (Plan::Stream(..), 0) => self.product(self.out, name),
+            (Plan::Split(..), 0) if name == Name::Bias => None,
+            (Plan::Split(..), 0) => self.product(self.partial?, name),
+            (Plan::Split(..), 1) => self.reduce(name),
+            (Plan::Tiles(plan), step) => self.tiles(plan, step, name),
+            (Plan::Panel(..), 0) => self.elements(name),
+            (Plan::Panel(_, plan), step) => {
+                let (address, line) = (self.panel?, self.problem.panel_line());
+                let weight = gemm::Operand { address, line, batch: [(1, 0); 2] };
+                self.matrices(plan, step - 1, weight, name)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Arguments<'_> {
+    fn product(&self, out: u64, name: Name) -> Option<Argument> {
+        let Problem { m, n, k, .. } = *self.problem;
+        Some(match name {
+            Name::Lhs => Argument::Pointer(self.x.0),
+            Name::LhsLine => Argument::U64(self.x.1),
+            Name::Codes => Argument::Pointer(self.codes),
+            Name::Scales => Argument::Pointer(self.scales.0),
+            Name::ScaleLine => Argument::U64(self.scales.1),
+            Name::Zeros => Argument::Pointer(self.zeros?.0),
+            Name::ZeroLine => Argument::U64(self.zeros?.1),
+            Name::Out => Argument::Pointer(out),
+            Name::Bias => Argument::Pointer(self.bias?),
+            Name::M => Argument::U32(count(m)),
+            Name::N => Argument::U32(count(n)),
+            Name::K => Argument::U32(count(k)),
+            _ => return None,
+        })
+    }
+
+    fn tiles(&self, plan: &gemm::Plan, step: usize, name: Name) -> Option<Argument> {
+        match name {
+            Name::Codes | Name::Scales | Name::ScaleLine | Name::Zeros | Name::ZeroLine => {
+                return self.product(self.out, name);
+            }
+            _ => {}
+        }
+        // In place of the weight, of which nothing else is asked.
+        let weight = gemm::Operand { address: self.codes, line: 0, batch: [(1, 0); 2] };
+        self.matrices(plan, step, weight, name)
+    }
+
+    /// Of a product of matrices.
+    fn matrices(
+        &self,
+        plan: &gemm::Plan,
+        step: usize,
+        weight: gemm::Operand,
+        name: Name,
+    ) -> Option<Argument> {
+        let (address, line) = self.x;
+        let x = gemm::Operand { address, line, batch: [(1, 0); 2] };
+        let arguments = gemm::Arguments {
+            problem: &self.problem.product(),
+            plan,
+            operands: [x, weight],
+            scales: gemm::Scales::None,
+            bias: self.bias,
+            out: self.out,
+            partial: self.partial,
+        };
+        arguments.argument(step, name)
+    }
+
+    fn elements(&self, name: Name) -> Option<Argument> {
+        match name {
+            Name::OutLine => Some(Argument::U64(self.problem.panel_line())),
+            _ => self.product(self.panel?, name),
+        }
+    }
+
+    fn reduce(&self, name: Name) -> Option<Argument> {
+        let Problem { m, n, .. } = *self.problem;
+        Some(match name {
+            Name::Partial => Argument::Pointer(self.partial?),
+            Name::Out => Argument::Pointer(self.out),
+            Name::Rows => Argument::U32(count(m)),
+            Name::Cols => Argument::U32(count(n)),
+            Name::Bias => Argument::Pointer(self.bias?),
+            _ => return None,
+        })
+    }
+}

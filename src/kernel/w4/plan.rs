@@ -1,0 +1,175 @@
+//! The plan of a product.
+
+use super::{Scheme, layout, stream, tiles};
+use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80};
+use crate::kernel::plan::{self, Plan as _, count};
+use crate::kernel::{self, Device, Element, Step};
+use crate::ptx::{Half, Target};
+
+/// Rows of `x` that Ampere's kernel for a few rows takes sixteen at a time. Beyond, a weight's elements are worth making.
+const STREAMED: u64 = 256;
+/// Whether those lie as `Wᵀ`.
+const TRANSPOSED: bool = true;
+
+/// `act(x·W + bias)`, as facts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Problem {
+    /// Rows of `x`.
+    pub m: u64,
+    /// Columns of `W`.
+    pub n: u64,
+    /// Rows of `W`.
+    pub k: u64,
+    /// The type of `x`.
+    pub half: Half,
+    /// How the weight is quantised.
+    pub scheme: Scheme,
+    /// What happens to a sum.
+    pub epilogue: Epilogue,
+}
+
+/// The kernels of a product, and the numbers of their launches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// For a few rows.
+    Stream(stream::Config, stream::Launch),
+    /// The same, and the kernel that adds the sums of its parts.
+    Split(stream::Config, stream::Launch, sm80::Reduce),
+    /// For more: the products' kernels, with a packed operand.
+    Tiles(gemm::Plan),
+    /// The weight's elements, and their product: the former's blocks, and whether they are transposed.
+    Panel(layout::Plan, gemm::Plan),
+}
+
+impl plan::Plan for Plan {
+    type Problem = Problem;
+    type Name = Name;
+
+    fn new(problem: &Problem, device: &Device) -> Self {
+        match (device.target, problem.m) {
+            (_, ..=stream::MOST) | (Target::Sm80, ..=STREAMED) => {
+                Self::stream(stream::choose(problem, device), problem)
+            }
+            (Target::Sm90a, _) => {
+                let config = tiles::choose(problem, device).into();
+                Self::tiles(&config, problem, device).expect("it is one")
+            }
+            (Target::Sm80, _) => Self::panel(problem, device),
+        }
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        match *self {
+            Self::Stream(config, launch) => vec![Step { kernel: config.into(), grid: launch.grid }],
+            Self::Split(config, launch, reduce) => vec![
+                Step { kernel: config.into(), grid: launch.grid },
+                Step { kernel: reduce.into(), grid: launch.sum_grid(&reduce) },
+            ],
+            Self::Tiles(plan) => plan.steps(),
+            Self::Panel(elements, plan) => [elements.steps(), plan.steps()].concat(),
+        }
+    }
+}
+
+/// The kernels worth a try for a problem.
+pub fn candidates(problem: &Problem, device: &Device) -> Vec<kernel::Config> {
+    let mut all = vec![];
+    if problem.m <= stream::MOST || device.target == Target::Sm80 {
+        all.extend(stream::candidates(problem, device).into_iter().map(kernel::Config::from));
+    }
+    if device.target == Target::Sm90a {
+        all.extend(tiles::candidates(problem, device).into_iter().map(kernel::Config::from));
+    }
+    all
+}
+
+impl Plan {
+    /// With a configuration that nobody chose; `None` for a kernel of another family.
+    pub fn of(config: &kernel::Config, problem: &Problem, device: &Device) -> Option<Self> {
+        match *config {
+            kernel::Config::W4Stream(config) => Some(Self::stream(config, problem)),
+            kernel::Config::MatmulSm90(tiles) if tiles.weight == Some(problem.scheme) => {
+                Self::tiles(config, problem, device)
+            }
+            _ => None,
+        }
+    }
+
+    fn tiles(config: &kernel::Config, problem: &Problem, device: &Device) -> Option<Self> {
+        Some(Self::Tiles(gemm::Plan::of(config, &problem.product(), device)?))
+    }
+
+    fn stream(config: stream::Config, problem: &Problem) -> Self {
+        let launch = stream::Launch::new(&config, problem);
+        match config.reduce() {
+            None => Self::Stream(config, launch),
+            Some(reduce) => {
+                // The epilogue is the second kernel's: the first one serves all of them.
+                let epilogue = Epilogue::round(Element::F32);
+                let config = stream::Config { epilogue, ..config };
+                Self::Split(config, launch, reduce)
+            }
+        }
+    }
+
+    /// By way of the weight's elements.
+    pub fn panel(problem: &Problem, device: &Device) -> Self {
+        let &Problem { k, n, half, scheme, .. } = problem;
+        let out = Element::Half(half);
+        let config = layout::Config::Elements { scheme, out, transposed: TRANSPOSED };
+        let elements = layout::Plan::new(&layout::Problem { k, n, config }, device);
+        Self::Panel(elements, gemm::Plan::new(&problem.product(), device))
+    }
+
+    /// The elements of the weight that are made for a product, if any, all lines of which begin at multiples of 16
+    /// bytes.
+    pub fn panel_elements(&self, problem: &Problem) -> Option<u64> {
+        match self {
+            Self::Panel(..) => Some(problem.panel_lines() * problem.panel_line()),
+            _ => None,
+        }
+    }
+
+    /// The f32 sums that parts of the depth leave for the second kernel, if there are parts.
+    pub fn partial_sums(&self, problem: &Problem) -> Option<u64> {
+        match self {
+            Self::Split(config, ..) => Some(u64::from(config.split) * problem.m * problem.n),
+            Self::Stream(..) => None,
+            Self::Tiles(plan) | Self::Panel(_, plan) => plan.partial_sums(&problem.product()),
+        }
+    }
+}
+
+impl Problem {
+    /// What is beyond what kernels can count, and the most that they can.
+    pub fn limit(&self) -> Option<(String, u64)> {
+        /// Sizes, and 16-bit elements of a row.
+        const MOST: u64 = 1 << 30;
+        let sizes = [("M", self.m), ("N", self.n), ("K", self.k)];
+        let over = sizes.into_iter().find(|&(_, size)| size > MOST);
+        over.map(|(name, size)| (format!("{name} of {size}"), MOST))
+    }
+
+    /// The same as a product of matrices.
+    pub fn product(&self) -> gemm::Problem {
+        let Self { m, n, k, half, epilogue, .. } = *self;
+        let elements = [half.into(); 2];
+        let (lhs, rhs) = (Major::K, if TRANSPOSED { Major::K } else { Major::Outer });
+        gemm::Problem { m, n, k, batch: 1, elements, lhs, rhs, epilogue }
+    }
+
+    /// Lines of the weight's elements, which lie as [`product`](Self::product) says.
+    fn panel_lines(&self) -> u64 {
+        if TRANSPOSED { self.n } else { self.k }
+    }
+
+    /// Elements from line to line.
+    pub(super) fn panel_line(&self) -> u64 {
+        let length = if TRANSPOSED { self.k } else { self.n };
+        length.next_multiple_of(Element::Half(self.half).per_chunk().into())
+    }
+
+    pub(super) fn columns(&self) -> u32 {
+        count(self.n.div_ceil(super::BLOCK.into()))
+    }
+}

@@ -1,0 +1,185 @@
+//! Which configuration a problem gets: an estimate of its cycles.
+
+use super::{Config, Launch};
+use crate::kernel::Device;
+use crate::kernel::w4::Problem;
+use crate::ptx::Target;
+
+/// Rows of `x` that a block takes, at most.
+pub const MOST: u64 = 16;
+
+// Of one multiprocessor of an H200 at 1.7 GHz, in a clock: bytes from memory, if all read, and what one alone can
+// take.
+const MEMORY: f64 = 20.0;
+const FILL: f64 = 52.0;
+/// Bytes on their way to a multiprocessor that saturate memory.
+const IN_FLIGHT: f64 = 53_600.0;
+/// Clocks that the integer units take for a pair of a warp, four of which share them.
+const PAIR: f64 = 4.0 * 436.0;
+/// Of a block's beginning and end, of a cluster's sums, of a second kernel.
+const BLOCK: f64 = 2000.0;
+const CLUSTER: f64 = 600.0;
+const LAUNCH: f64 = 4000.0;
+
+/// The configuration with the least estimated time.
+pub fn choose(problem: &Problem, device: &Device) -> Config {
+    candidates(problem, device)
+        .into_iter()
+        .map(|config| (estimate(&config, problem, device), config))
+        .min_by(|a, b| a.0.total_cmp(&b.0))
+        .expect("small blocks fit every device")
+        .1
+}
+
+/// Those worth an estimate, the simplest first.
+pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
+    let tokens = count_of_tokens(problem.m);
+    // Of more tokens a warp has so many sums that half as many warps have the registers for them.
+    let resident = if tokens > 8 { 8 } else { 16 };
+    let splits: &[u32] = match device.target {
+        Target::Sm90a => &[1, 2, 4, 8],
+        Target::Sm80 => &[1, 2, 4, 8, 16, 32],
+    };
+    let mut all = vec![];
+    for &split in splits {
+        // No part is without a row.
+        if u64::from(split) > problem.k.div_ceil(128) {
+            continue;
+        }
+        for warps in [16, 8, 4] {
+            if warps > resident {
+                continue;
+            }
+            let config = Config {
+                target: device.target,
+                half: problem.half,
+                scheme: problem.scheme,
+                tokens,
+                several: problem.m > MOST,
+                warps,
+                slots: 2,
+                split,
+                blocks_per_sm: resident / warps,
+                unit: if problem.n.is_multiple_of(4) { 4 } else { 1 },
+                epilogue: problem.epilogue,
+            };
+            let slots = config.max_slots(device.shared_per_block).min(8);
+            let config = Config { slots, ..config };
+            all.extend(config.check(device.shared_per_block).is_ok().then_some(config));
+        }
+    }
+    if all.is_empty() {
+        // Where there is little shared memory, a table leaves room for one small block.
+        all.extend(small(problem, device, tokens));
+    }
+    all
+}
+
+/// One block of four warps.
+fn small(problem: &Problem, device: &Device, tokens: u32) -> Option<Config> {
+    let config = Config {
+        target: device.target,
+        half: problem.half,
+        scheme: problem.scheme,
+        tokens,
+        several: problem.m > MOST,
+        warps: 4,
+        slots: 2,
+        split: 1,
+        blocks_per_sm: 1,
+        unit: if problem.n.is_multiple_of(4) { 4 } else { 1 },
+        epilogue: problem.epilogue,
+    };
+    config.check(device.shared_per_block).is_ok().then_some(config)
+}
+
+/// The power of two that has room for them.
+fn count_of_tokens(m: u64) -> u32 {
+    m.min(MOST).next_power_of_two() as u32
+}
+
+/// Clocks, roughly.
+fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
+    let blocks = f64::from(Launch::new(c, problem).grid[0]);
+    let (sms, resident) = (f64::from(device.multiprocessors), f64::from(c.blocks_per_sm));
+    let pairs = problem.k.div_ceil(128).div_ceil(c.split.into());
+    let of_warp = pairs.div_ceil(c.warps.into()) as f64;
+
+    // The busiest multiprocessor, whose warps share its units.
+    let rounds = (blocks / (sms * resident)).ceil();
+    let together = (blocks / sms).ceil().min(resident) * f64::from(c.warps);
+    let compute = rounds * (of_warp * PAIR * (together / 16.0).max(0.25) + BLOCK);
+
+    let slot = f64::from(c.slot().bytes);
+    // Blocks of the same columns find them in L2.
+    let bytes = problem.n as f64 * problem.k as f64 * slot / (64.0 * 64.0);
+    let busy = blocks.min(sms);
+    let under_way =
+        blocks.min(sms * resident) * f64::from(c.warps * c.slots) * slot / sms / IN_FLIGHT;
+    let rate = (sms * MEMORY * under_way.min(1.0).sqrt()).min(busy * FILL);
+    let sums = match (c.split, c.target) {
+        (1, _) => 0.0,
+        (_, Target::Sm90a) => CLUSTER,
+        (_, Target::Sm80) => LAUNCH,
+    };
+    compute.max(bytes / rate + BLOCK) + sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Element;
+    use crate::kernel::gemm::Epilogue;
+    use crate::kernel::w4::{Codes, Scheme};
+    use crate::ptx::Half;
+
+    const H200: Device =
+        Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
+    const A100: Device =
+        Device { target: Target::Sm80, multiprocessors: 108, shared_per_block: 166_912 };
+    const ADA: Device =
+        Device { target: Target::Sm80, multiprocessors: 128, shared_per_block: 101_376 };
+
+    fn problem(m: u64, n: u64, k: u64, codes: Codes, group: Option<u32>) -> Problem {
+        let element = Element::Half(Half::Bf16);
+        let scheme = Scheme { codes, zeros: false, scale: element, group };
+        let epilogue = Epilogue::round(element);
+        Problem { m, n, k, half: Half::Bf16, scheme, epilogue }
+    }
+
+    #[test]
+    fn large_weights_fill_the_device_without_a_split() {
+        let c = choose(&problem(1, 8192, 8192, Codes::Int4, Some(128)), &H200);
+        assert_eq!((c.tokens, c.split, c.warps * c.blocks_per_sm), (1, 1, 16));
+        let c = choose(&problem(16, 28_672, 4096, Codes::Int4, Some(128)), &H200);
+        assert_eq!((c.tokens, c.split, c.warps * c.blocks_per_sm), (16, 1, 8));
+    }
+
+    #[test]
+    fn a_few_columns_are_split() {
+        for device in [H200, A100] {
+            let c = choose(&problem(1, 1024, 8192, Codes::Int4, Some(128)), &device);
+            assert!(c.split > 1, "{}", c.name());
+        }
+    }
+
+    #[test]
+    fn every_problem_has_a_choice_that_can_be_built() {
+        const SIZES: [u64; 7] = [1, 64, 100, 1024, 4096, 28_672, 128_256];
+        for device in [H200, A100, ADA] {
+            for codes in [Codes::Int4, Codes::Nf4] {
+                for group in [None, Some(32), Some(64), Some(128)] {
+                    for m in [1, 3, 8, 16] {
+                        for (n, k) in SIZES.into_iter().flat_map(|n| SIZES.map(|k| (n, k))) {
+                            let problem = problem(m, n, k, codes, group);
+                            let c = choose(&problem, &device);
+                            c.check(device.shared_per_block).expect("it was checked");
+                            assert!(u64::from(c.tokens) >= m && n.is_multiple_of(c.unit.into()));
+                            assert!(u64::from(c.split) <= k.div_ceil(128));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! The choices, and what follows from them.
+
+use crate::kernel::Element;
+use crate::kernel::gemm::Epilogue;
+use crate::kernel::multiprocessor::{WARP, shared_of_each};
+use crate::kernel::name::{given, several};
+use crate::kernel::w4::nibbles::Decoder;
+use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme};
+use crate::ptx::{Half, Target};
+
+/// Bytes of a row of `x` in a slot: as many elements as a block of codes has rows.
+pub(super) const LINE: u32 = 2 * BLOCK;
+/// Tokens of an `mma`.
+pub(super) const TOKENS: u32 = 8;
+
+/// All choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Config {
+    /// Hopper's blocks of a column add their sums as a cluster; those of others leave them to
+    /// [`Reduce`](crate::kernel::gemm::sm80::Reduce).
+    pub target: Target,
+    /// The type of `x`.
+    pub half: Half,
+    /// The weight's.
+    pub scheme: Scheme,
+    /// Rows of `x` there is room for: a power of two up to 16.
+    pub tokens: u32,
+    /// Whether there are more, in blocks of so many.
+    pub several: bool,
+    /// Warps of a block, which share its rows of `W`.
+    pub warps: u32,
+    /// Slots of each warp's ring, an even number.
+    pub slots: u32,
+    /// Blocks that share the rows of a column of blocks.
+    pub split: u32,
+    /// Blocks of a multiprocessor.
+    pub blocks_per_sm: u32,
+    /// Elements of a store: 4 or 1, a divisor of the columns of `W`.
+    pub unit: u32,
+    /// What is done to a sum before it is stored.
+    pub epilogue: Epilogue,
+}
+
+/// The offsets of what a slot has: a block of codes and what belongs to its rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    pub x: u32,
+    pub scales: u32,
+    pub zeros: u32,
+    pub bytes: u32,
+}
+
+impl Config {
+    /// `w4stream int4 zeros g128 8+tokens warps8x6 split2 2/sm unit4 portable, f16 bf16→f32 +bf16 relu`: the scheme,
+    /// tokens, warps and slots of each, split, blocks of a multiprocessor, elements of a store; types of scales, of
+    /// `x` and of the result, bias, activation.
+    pub fn name(&self) -> String {
+        let Self { tokens, warps, slots, unit, .. } = self;
+        let more = given(self.several, "+");
+        let split = several(self.split, |split| format!(" split{split}"));
+        let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
+        let (scheme, scale) = (self.scheme.name(), self.scheme.scale.name());
+        let (half, epilogue) = (self.half.name(), self.epilogue.name());
+        let target = match self.target {
+            Target::Sm80 => " portable",
+            Target::Sm90a => "",
+        };
+        format!(
+            "w4stream {scheme} {tokens}{more}tokens warps{warps}x{slots}{split}{blocks} unit{unit}{target}, \
+             {scale} {half}{epilogue}"
+        )
+    }
+
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        WARP * self.warps
+    }
+
+    /// Columns of an `mma`'s sums, times this.
+    pub(super) fn token_tiles(&self) -> u32 {
+        self.tokens.div_ceil(TOKENS)
+    }
+
+    /// Rows of scales that come with a block of codes; with groups of two blocks, with each second one.
+    pub(super) fn scale_rows(&self) -> u32 {
+        self.scheme.group.map_or(0, |rows| BLOCK.div_ceil(rows))
+    }
+
+    pub(super) fn slot(&self) -> Slot {
+        let x = BLOCK_BYTES;
+        let scales = x + self.tokens * LINE;
+        let zeros = scales + self.scale_rows() * BLOCK * self.scheme.scale.size();
+        let zero_bytes = if self.scheme.zeros { self.scale_rows() * BLOCK } else { 0 };
+        Slot { x, scales, zeros, bytes: (zeros + zero_bytes).next_multiple_of(LINE) }
+    }
+
+    /// Bytes of the warps' rings.
+    pub(super) fn ring_bytes(&self) -> u32 {
+        self.warps * self.slots * self.slot().bytes
+    }
+
+    /// Floats from a token's sums to the next one's, such that what a warp stores lies in different banks.
+    pub(super) fn sums_pitch(&self) -> u32 {
+        BLOCK + 4
+    }
+
+    /// Bytes of the sums of one warp.
+    pub(super) fn sums_bytes(&self) -> u32 {
+        self.tokens * self.sums_pitch() * Element::F32.size()
+    }
+
+    /// Bytes of shared memory: the rings, over which the sums lie in the end, and the decoder's.
+    pub fn shared_bytes(&self) -> u32 {
+        let sums = (self.warps + 1) * self.sums_bytes();
+        self.ring_bytes().max(sums).next_multiple_of(LINE)
+            + Decoder::shared_bytes(self.scheme.codes)
+    }
+
+    /// The most slots that fit a device whose blocks can have `limit` bytes of shared memory.
+    pub fn max_slots(&self, limit: u32) -> u32 {
+        let table = Decoder::shared_bytes(self.scheme.codes);
+        let share = shared_of_each(limit, self.blocks_per_sm).saturating_sub(table);
+        share / (self.warps * self.slot().bytes) / 2 * 2
+    }
+
+    /// Whether a cluster adds the sums of a split.
+    pub(super) fn clustered(&self) -> bool {
+        self.split > 1 && self.target == Target::Sm90a
+    }
+
+    /// Whether the kernel can be built and run where a block can have `limit` bytes of shared memory,
+    /// or the number that is in the way.
+    pub fn check(&self, limit: u32) -> Result<(), String> {
+        self.scheme.check()?;
+        let (shared, limit) = (self.shared_bytes(), shared_of_each(limit, self.blocks_per_sm));
+        let rules = [
+            (
+                self.tokens.is_power_of_two() && self.tokens <= 16,
+                format!("{} tokens (a power of two up to 16)", self.tokens),
+            ),
+            (matches!(self.warps, 4 | 8 | 16), format!("{} warps (4, 8 or 16)", self.warps)),
+            (
+                self.slots >= 2 && self.slots.is_multiple_of(2),
+                format!("{} slots (an even number)", self.slots),
+            ),
+            (
+                match self.target {
+                    Target::Sm90a => matches!(self.split, 1 | 2 | 4 | 8),
+                    Target::Sm80 => (1..=64).contains(&self.split),
+                },
+                format!("a split of {}", self.split),
+            ),
+            (matches!(self.unit, 1 | 4), format!("a unit of {} (4 or 1)", self.unit)),
+            (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
+        ];
+        match rules.into_iter().find(|(holds, _)| !holds) {
+            Some((_, what)) => Err(what),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! `x·W` for a few rows of `x`: as fast as the codes come from memory.
+//!
+//! A block has 64 columns of `W`, and its warps take pairs of blocks of codes along K in turn, each for itself: a
+//! warp has a ring of slots that it fills with `cp.async`, its products are `mma.sync` with the codes as the left
+//! operand and the rows of `x` along N, and it waits for no other warp before its sums are added to theirs.
+//!
+//! ```text
+//!  K →          pair 0    pair 1    pair 2    pair 3    pair 4    ...
+//!  columns 0   ┌─────────┬─────────┬─────────┬─────────┬─────────
+//!  to 63       │ warp 0  │ warp 1  │ warp 2  │ warp 3  │ warp 0        a pair: 128 rows of W, 4 KiB
+//!              └─────────┴─────────┴─────────┴─────────┴─────────
+//! ```
+//!
+//! Scales multiply sums, not codes: a group's products are added up without them first.
+
+mod choose;
+mod config;
+mod copies;
+mod launch;
+mod store;
+
+pub use choose::{MOST, candidates, choose};
+pub use config::Config;
+pub use launch::Launch;
+
+use crate::kernel::Element;
+use crate::kernel::ampere::swizzle::CHUNK;
+use crate::kernel::ampere::tile::SwizzledTile;
+use crate::kernel::gemm::Name;
+use crate::kernel::gemm::share::Share;
+use crate::kernel::gemm::terms::Terms;
+use crate::kernel::multiprocessor::WARP;
+use crate::kernel::w4::BLOCK;
+use crate::kernel::w4::nibbles::{Decoder, Offset};
+use crate::ptx::{Kernel, Mma, Reg, Source, Target};
+use config::{LINE, Slot, TOKENS};
+use copies::{Copies, Operands, PAIR};
+use store::Tile;
+
+/// Rows of `W` of an `mma`, columns of `W`, and such steps of a block.
+const STEP: u32 = 16;
+const STEPS: u32 = BLOCK / STEP;
+
+/// The kernel of a configuration that [`Config::check`] accepts. The grid has a block for each 64 columns, each block of
+/// tokens and each part of the split in x; those of a column follow each other.
+///
+/// Its parameters are those of [`Name`].
+pub fn emit(config: &Config) -> Source {
+    let k = &Kernel::new("w4_stream", config.target, config.threads());
+    k.blocks_per_sm(config.blocks_per_sm);
+    if config.clustered() {
+        k.cluster(config.split);
+    }
+    let operands = Operands::params(k, &config.scheme);
+    let out = k.pointer(Name::Out);
+    let terms = Terms::params(k, config.epilogue);
+    let base = k.shared(config.shared_bytes());
+    let (thread, lane) = (k.thread(), k.lane());
+    let warp = k.shfl_idx(thread / WARP, 0);
+    if config.target == Target::Sm90a {
+        k.griddepcontrol_wait();
+        k.griddepcontrol_launch_dependents();
+    }
+    let (part, block) = match config.split {
+        1 => (k.var(0), k.block_x()),
+        split => (k.block_x() % split, k.block_x() / split),
+    };
+    let (column, token) = match config.several {
+        false => (block, k.var(0)),
+        true => {
+            let blocks = operands.m.div_ceil(config.tokens);
+            (block / blocks, block % blocks * config.tokens)
+        }
+    };
+    let share = Share::new(operands.pairs(), config.split, || part);
+    let s = Stream {
+        k,
+        c: config,
+        slot: config.slot(),
+        lane,
+        ring: base + warp * (config.slots * config.slot().bytes),
+        copies: Copies::new(config, operands, lane, [token, column], share.first + warp),
+        // Of a share of fewer pairs than warps, the last ones have none.
+        pairs: (share.count + (config.warps - 1) - warp) / config.warps,
+    };
+    let decoder = s.begin(base);
+    let sums = s.run(&decoder, operands, column);
+    let tile = Tile { k, c: config, base, warp, lane, thread, part, token, column };
+    tile.store(&sums, operands, out, terms);
+    k.finish()
+}
+
+/// Sums of 16 columns of `W` for a lane: for each eight tokens, as an `mma` has them.
+type Sums<'k> = Vec<Vec<[Reg<'k, f32>; 4]>>;
+
+/// A warp's part.
+struct Stream<'k, 'c> {
+    k: &'k Kernel,
+    c: &'c Config,
+    slot: Slot,
+    lane: Reg<'k, u32>,
+    /// Where the warp's ring begins.
+    ring: Reg<'k, u32>,
+    copies: Copies<'k>,
+    /// How many it has.
+    pairs: Reg<'k, u32>,
+}
+
+/// What a lane loads of a slot.
+struct Loaded<'k> {
+    /// For each 16 columns of `W`, a word for each 16 of its rows.
+    words: Vec<[Reg<'k, u32>; STEPS as usize]>,
+    /// For each eight tokens, the right operands of all steps.
+    x: Vec<Vec<[Reg<'k, u32>; 2]>>,
+    /// For each row of groups and each 16 columns, those of both of the lane's.
+    scales: Vec<Vec<[Reg<'k, f32>; 2]>>,
+    zeros: Vec<Vec<[Reg<'k, u32>; 2]>>,
+}
+
+impl<'k> Stream<'k, '_> {
+    /// Fills the ring, and makes the decoder meanwhile.
+    fn begin(&self, base: Reg<'k, u32>) -> Decoder<'k> {
+        let (k, c) = (self.k, self.c);
+        for number in 0..c.slots {
+            k.if_(self.pairs.gt(number / PAIR), || {
+                self.copies.copy(number % PAIR, self.ring + number * self.slot.bytes);
+                if number % PAIR == PAIR - 1 {
+                    self.copies.advance();
+                }
+            });
+            k.cp_async_commit();
+        }
+        let codes = c.scheme.codes;
+        let table = base + (c.shared_bytes() - Decoder::shared_bytes(codes));
+        Decoder::new(k, c.half, codes, table, c.threads())
+    }
+
+    /// The sums over all of the warp's pairs, scaled.
+    fn run(&self, decoder: &Decoder<'k>, operands: Operands<'k>, column: Reg<'k, u32>) -> Sums<'k> {
+        let (k, c) = (self.k, self.c);
+        let zeros = || -> Sums<'k> {
+            let quads = || (0..c.token_tiles()).map(|_| [0f32; 4].map(|x| k.var(x))).collect();
+            (0..BLOCK / STEP).map(|_| quads()).collect()
+        };
+        let totals = zeros();
+        let whole =
+            c.scheme.group.is_none().then(|| store::column_groups(c, operands, self.lane, column));
+        let symmetric = decoder.symmetric();
+        let columns = whole.as_ref().and_then(|groups| groups.zeros.as_ref());
+        let stage = k.var(self.ring);
+        let end = self.ring + c.slots * self.slot.bytes;
+        k.for_(0, self.pairs, 1, |pair| {
+            // A group of two blocks has its scales from the first one on.
+            let mut group = None;
+            for block in 0..PAIR {
+                k.cp_async_wait(c.slots - 1);
+                k.bar_warp_sync();
+                let loaded = self.load(stage, block);
+                // All lanes have what they need of the slot.
+                k.bar_warp_sync();
+                let further = pair + c.slots / PAIR;
+                k.if_(further.lt(self.pairs), || {
+                    self.copies.copy(block, stage);
+                    if block == PAIR - 1 {
+                        self.copies.advance();
+                    }
+                });
+                k.cp_async_commit();
+                stage.increase(self.slot.bytes);
+                match c.scheme.group {
+                    None => self.multiply(decoder, &totals, &loaded, 0..STEPS, symmetric, columns),
+                    Some(rows) => {
+                        let steps = (rows / STEP).min(STEPS);
+                        for number in 0..STEPS / steps {
+                            // The second block of a pair that shares a group adds to the same sums.
+                            let first = rows <= BLOCK || block == 0;
+                            if first {
+                                let scales = loaded.scales[number as usize].clone();
+                                let points = loaded.zeros.get(number as usize).cloned();
+                                group = Some((zeros(), scales, points));
+                            }
+                            let (sums, scales, points) = group.as_ref().expect("it begins");
+                            let (steps, points) =
+                                (number * steps..(number + 1) * steps, points.as_ref());
+                            self.multiply(decoder, sums, &loaded, steps, symmetric, points);
+                            if rows <= BLOCK || block == PAIR - 1 {
+                                add_scaled(&totals, sums, scales);
+                            }
+                        }
+                    }
+                }
+            }
+            let wrapped = stage.ge(end);
+            k.when(wrapped, || stage.set(self.ring));
+        });
+        k.cp_async_wait(0);
+        if let Some(groups) = whole {
+            groups.scale(&totals);
+        }
+        totals
+    }
+
+    /// What a lane needs of the slot at `stage`, which has block `block` of a pair.
+    fn load(&self, stage: Reg<'k, u32>, block: u32) -> Loaded<'k> {
+        let (k, c, slot) = (self.k, self.c, self.slot);
+        let words = stage + self.lane * CHUNK;
+        let words = (0..BLOCK / STEP)
+            .map(|tile| k.ld_shared(words.at((tile * WARP * CHUNK).into())))
+            .collect();
+        // Four chunks of eight lines: the right operands of two steps. Of fewer tokens, some are taken twice.
+        let line = self.lane % c.tokens.min(TOKENS);
+        let place = SwizzledTile::place(line, self.lane / TOKENS);
+        let x = (0..c.token_tiles()).map(|tile| {
+            let steps = (0..STEPS / 2).flat_map(|two| {
+                let at = stage + (place ^ (two * 4 * CHUNK));
+                let [a, b, c, d] = k.ldmatrix(at.at((slot.x + tile * TOKENS * LINE).into()), false);
+                [[a, b], [c, d]]
+            });
+            steps.collect()
+        });
+        let x = x.collect();
+        let rows = match c.scheme.group {
+            Some(rows) if rows > BLOCK && block > 0 => 0,
+            _ => c.scale_rows(),
+        };
+        let column = self.lane / 4;
+        let size = c.scheme.scale.size();
+        let scales = (0..rows).map(|row| {
+            let at = stage + column * size;
+            by_tile(|col| {
+                let at = at.at((slot.scales + (row * BLOCK + col) * size).into());
+                match c.scheme.scale {
+                    Element::F32 => k.ld_shared::<f32, 1>(at)[0],
+                    Element::Half(half) => k.widen(half, k.ld_shared::<u16, 1>(at)[0]),
+                }
+            })
+        });
+        let scales = scales.collect();
+        let zeros = (0..if c.scheme.zeros { rows } else { 0 }).map(|row| {
+            let at = stage + column;
+            by_tile(|col| k.ld_shared_u8(at.at((slot.zeros + row * BLOCK + col).into())))
+        });
+        let zeros = zeros.collect();
+        Loaded { words, x, scales, zeros }
+    }
+
+    /// Adds the products of some steps. Without zero points, codes have `symmetric` ones.
+    fn multiply(
+        &self,
+        decoder: &Decoder<'k>,
+        sums: &Sums<'k>,
+        loaded: &Loaded<'k>,
+        steps: std::ops::Range<u32>,
+        symmetric: Offset<'k>,
+        zeros: Option<&Vec<[Reg<'k, u32>; 2]>>,
+    ) {
+        for (tile, (words, sums)) in loaded.words.iter().zip(sums).enumerate() {
+            let offsets = match zeros {
+                Some(zeros) => zeros[tile].map(|zero| decoder.zero(zero)),
+                None => [symmetric; 2],
+            };
+            for step in steps.clone() {
+                let step = step as usize;
+                let a = decoder.fragment(words[step], offsets);
+                for (x, &sum) in loaded.x.iter().zip(sums) {
+                    self.k.mma(self.c.half, sum, Mma { a, b: x[step] });
+                }
+            }
+        }
+    }
+}
+
+/// Both of a lane's columns of each 16, given what is so many columns after its first.
+fn by_tile<T>(of: impl Fn(u32) -> T) -> Vec<[T; 2]> {
+    (0..BLOCK / STEP).map(|tile| [0, STEP / 2].map(|more| of(tile * STEP + more))).collect()
+}
+
+/// Adds the sums of a group, times its scales, which are those of rows of the sums.
+fn add_scaled<'k>(totals: &Sums<'k>, sums: &Sums<'k>, scales: &[[Reg<'k, f32>; 2]]) {
+    for ((totals, sums), scales) in totals.iter().zip(sums).zip(scales) {
+        for (total, sum) in totals.iter().zip(sums) {
+            for (i, (total, sum)) in total.iter().zip(sum).enumerate() {
+                total.set(sum.fma(scales[i / 2], *total));
+            }
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! From the sums of warps to the result.
+
+use super::config::Config;
+use super::copies::Operands;
+use super::{Sums, by_tile};
+use crate::kernel::Element;
+use crate::kernel::gemm::result::TileOfResult;
+use crate::kernel::gemm::terms::{Terms, add};
+use crate::kernel::w4::BLOCK;
+use crate::ptx::{Kernel, Reg};
+
+/// The only group of a lane's columns.
+pub struct ColumnGroups<'k> {
+    scales: Vec<[Reg<'k, f32>; 2]>,
+    pub zeros: Option<Vec<[Reg<'k, u32>; 2]>>,
+}
+
+/// Loads them: columns past the last one have anyone's.
+pub fn column_groups<'k>(
+    c: &Config,
+    operands: Operands<'k>,
+    lane: Reg<'k, u32>,
+    column: Reg<'k, u32>,
+) -> ColumnGroups<'k> {
+    let k = lane.kernel();
+    let first = column * BLOCK + lane / 4;
+    let last = operands.n - 1;
+    let (scales, zeros) = operands.first_group();
+    let scales = by_tile(|col| {
+        let at = scales.element((first + col).min(last), c.scheme.scale.size());
+        match c.scheme.scale {
+            Element::F32 => k.ld_global_nc::<f32, 1>(at)[0],
+            Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
+        }
+    });
+    let zeros =
+        zeros.map(|zeros| by_tile(|col| k.ld_global_nc_u8(zeros + (first + col).min(last).wide())));
+    ColumnGroups { scales, zeros }
+}
+
+impl<'k> ColumnGroups<'k> {
+    /// Multiplies sums with the scales.
+    pub fn scale(&self, sums: &Sums<'k>) {
+        for (sums, scales) in sums.iter().zip(&self.scales) {
+            for (i, sum) in sums.iter().flat_map(|sum| sum.iter().enumerate()) {
+                sum.scale(scales[i / 2]);
+            }
+        }
+    }
+}
+
+/// A block's tile of the result.
+pub struct Tile<'k, 'c> {
+    pub k: &'k Kernel,
+    pub c: &'c Config,
+    pub base: Reg<'k, u32>,
+    pub warp: Reg<'k, u32>,
+    pub lane: Reg<'k, u32>,
+    pub thread: Reg<'k, u32>,
+    /// Which part of the split.
+    pub part: Reg<'k, u32>,
+    /// Its first token.
+    pub token: Reg<'k, u32>,
+    /// Which 64 columns.
+    pub column: Reg<'k, u32>,
+}
+
+impl<'k> Tile<'k, '_> {
+    /// Adds the warps' sums, and those of a cluster's blocks, in their order, and stores.
+    pub fn store(
+        &self,
+        sums: &Sums<'k>,
+        operands: Operands<'k>,
+        out: Reg<'k, u64>,
+        terms: Terms<'k>,
+    ) {
+        let (k, c) = (self.k, self.c);
+        // All warps are done with their rings.
+        k.sync_block();
+        self.stage(sums);
+        k.sync_block();
+        let partial = c.split > 1 && !c.clustered();
+        let zero = k.var(0u32);
+        let result = TileOfResult {
+            terms,
+            out,
+            rows: operands.m,
+            cols: operands.n,
+            first: (self.token, self.column * BLOCK),
+            batch: if partial { self.part } else { zero },
+        };
+        let warps: Vec<_> = (0..c.warps).map(|warp| warp * c.sums_bytes()).collect();
+        if !c.clustered() {
+            return self.units(self.thread, c.threads(), |at, token, col, inside| {
+                let sums = self.whole(&warps, at);
+                result.store(&sums, token, col, inside);
+            });
+        }
+        let whole = self.base + c.warps * c.sums_bytes();
+        self.units(self.thread, c.threads(), |at, _, _, inside| {
+            let sums = self.whole(&warps, at);
+            let store = || match *sums {
+                [a, b, c, d] => k.st_shared(whole + at, [a, b, c, d]),
+                _ => k.st_shared(whole + at, [sums[0]]),
+            };
+            match inside {
+                Some(inside) => k.if_(inside, store),
+                None => store(),
+            }
+        });
+        k.sync_cluster();
+        let parts: Vec<_> = (0..c.split).map(|rank| k.mapa(whole, rank)).collect();
+        let mine = self.part * c.threads() + self.thread;
+        self.units(mine, c.threads() * c.split, |at, token, col, inside| {
+            let load = |part: &Reg<'k, u32>| match c.unit {
+                4 => k.ld_cluster::<f32, 4>(*part + at).to_vec(),
+                _ => k.ld_cluster::<f32, 1>(*part + at).to_vec(),
+            };
+            let sums = add(parts.iter().map(load)).expect("there is a part");
+            result.store(&sums, token, col, inside);
+        });
+        // Nobody leaves while others read its memory.
+        k.sync_cluster();
+    }
+
+    /// Writes the warp's sums, token after token.
+    fn stage(&self, sums: &Sums<'k>) {
+        let (k, c) = (self.k, self.c);
+        let pitch = c.sums_pitch();
+        let token = self.lane % 4 * 2;
+        let to = self.base + self.warp * c.sums_bytes() + (token * pitch + self.lane / 4) * 4;
+        for (sums, tile) in sums.iter().zip(0..) {
+            for (quad, eight) in sums.iter().zip(0..) {
+                for (&sum, i) in quad.iter().zip(0..) {
+                    let more = 8 * eight + i % 2;
+                    let at = to.at((4 * (more * pitch + 16 * tile + i / 2 * 8)).into());
+                    match c.tokens {
+                        8.. => k.st_shared(at, [sum]),
+                        tokens => k.when((token + more).lt(tokens), || k.st_shared(at, [sum])),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Calls `each` for the units of the tile that thread `mine` of `all` has: the bytes before it in staged sums,
+    /// its token and column, and whether there is one for the thread.
+    fn units(
+        &self,
+        mine: Reg<'k, u32>,
+        all: u32,
+        each: impl Fn(Reg<'k, u32>, Reg<'k, u32>, Reg<'k, u32>, Option<Reg<'k, bool>>),
+    ) {
+        let c = self.c;
+        let of_token = BLOCK / c.unit;
+        let units = c.tokens * of_token;
+        for first in (0..units).step_by(all as usize) {
+            let unit = mine + first;
+            let inside = (first + all > units).then(|| unit.lt(units));
+            let unit = if inside.is_some() { unit.min(units - 1) } else { unit };
+            let (token, col) = (unit / of_token, unit % of_token * c.unit);
+            each((token * c.sums_pitch() + col) * 4, token, col, inside);
+        }
+    }
+
+    /// The sums of all warps, whose parts begin at these places.
+    fn whole(&self, warps: &[u32], at: Reg<'k, u32>) -> Vec<Reg<'k, f32>> {
+        let parts = warps.iter().map(|&warp| self.load(self.base + warp + at));
+        add(parts).expect("there is a warp")
+    }
+
+    fn load(&self, at: Reg<'k, u32>) -> Vec<Reg<'k, f32>> {
+        match self.c.unit {
+            4 => self.k.ld_shared::<f32, 4>(at).to_vec(),
+            _ => self.k.ld_shared::<f32, 1>(at).to_vec(),
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! Products of int8 and e4m3 codes with scales of lines, and activations rounded to them.
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+use kaio_candle::tune;
+
+use super::gpu;
+use super::suites::Tally;
+
+/// Numbers in -1..1 that look random.
+fn noise(seed: u64) -> impl FnMut() -> f32 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+/// Random codes on a device, and their values.
+fn codes(
+    seed: u64,
+    [rows, cols]: [usize; 2],
+    int8: bool,
+    device: &Device,
+) -> Result<(Tensor, Vec<f64>)> {
+    let mut noise = noise(seed);
+    let values: Vec<f32> = (0..rows * cols).map(|_| noise()).collect();
+    if int8 {
+        let bytes: Vec<i8> = values.iter().map(|x| (x * 127.9) as i8).collect();
+        let values = bytes.iter().map(|&x| f64::from(x)).collect();
+        let bytes: Vec<u8> = bytes.iter().map(|&x| x as u8).collect();
+        return Ok((Tensor::from_vec(bytes, (rows, cols), device)?, values));
+    }
+    let codes = Tensor::from_vec(values, (rows, cols), &Device::Cpu)?.to_dtype(DType::F8E4M3)?;
+    let values = codes.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+    Ok((codes.to_device(device)?, values))
+}
+
+/// Each kernel shape: few rows, few columns, tiles that end inside of the matrices, depths that are no multiple of
+/// anything.
+#[test]
+fn bytes_products() {
+    let Some(device) = gpu() else { return };
+    let mut tally = Tally::new("products of bytes", &device);
+    let sizes = [
+        [1, 8, 16],
+        [3, 7, 33],
+        [16, 256, 300],
+        [64, 100, 128],
+        [65, 64, 300],
+        [100, 200, 130],
+        [300, 24, 129],
+        [7, 136, 1100],
+    ];
+    for int8 in [true, false] {
+        for (seed, [m, n, k]) in (1..).zip(sizes) {
+            tally.case(format!("{m}×{n}×{k}, int8: {int8}"), || {
+                let (a, x) = codes(seed, [m, k], int8, &device)?;
+                let (b, w) = codes(seed + 100, [n, k], int8, &device)?;
+                let mut noise = noise(seed + 200);
+                let mut scales = |len: usize| (0..len).map(|_| 1.5 + noise()).collect::<Vec<_>>();
+                let (rows, cols) = (scales(m), scales(n));
+                let on_gpu = |scales: &[f32]| Tensor::new(scales, &device);
+                let scales = [&on_gpu(&rows)?, &on_gpu(&cols)?];
+                let (got, _) = tune::matmul_bytes([&a, &b], scales, int8, None)?;
+                let got = got.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    let terms = (0..k).map(|t| x[i * k + t] * w[j * k + t]);
+                    let scale = f64::from(rows[i]) * f64::from(cols[j]);
+                    let sum = terms.clone().sum::<f64>() * scale;
+                    let size = terms.map(f64::abs).sum::<f64>() * scale;
+                    // Tensor cores keep some 13 bits of a sum of e4m3. Sums of int8 are exact, and rounded twice in
+                    // f32.
+                    let sums =
+                        if int8 { sum.abs() * 2f64.powi(-22) } else { size * 2f64.powi(-10) };
+                    let allowed = sum.abs() * 2f64.powi(-8) + sums;
+                    let error = (f64::from(got[i][j]) - sum).abs();
+                    // Not `error > allowed`, which NaN is not.
+                    if !(error <= allowed) {
+                        bail!("({i}, {j}) is {}, wanted {sum}", got[i][j]);
+                    }
+                }
+                Ok(())
+            });
+        }
+    }
+    tally.finish();
+}
+
+/// Each stage's sums are multiplied with scales of their own: block scales that differ by orders of magnitude.
+#[test]
+fn bytes_blocks() {
+    let Some(device) = gpu() else { return };
+    let mut tally = Tally::new("products of blocks", &device);
+    let sizes = [
+        [1, 8, 16],
+        [16, 256, 300],
+        [33, 100, 128],
+        [65, 300, 1000],
+        [128, 256, 512],
+        [300, 130, 129],
+    ];
+    for (seed, [m, n, k]) in (1..).zip(sizes) {
+        tally.case(format!("{m}×{n}×{k}"), || {
+            let (a, x) = codes(seed, [m, k], false, &device)?;
+            let (b, w) = codes(seed + 100, [n, k], false, &device)?;
+            let mut noise = noise(seed + 200);
+            let [depth, blocks] = [k, n].map(|len: usize| len.div_ceil(128));
+            let mut scales =
+                |len: usize| (0..len).map(|_| (8.0 * noise()).exp2()).collect::<Vec<_>>();
+            let (of_x, of_w) = (scales(m * depth), scales(depth * blocks));
+            let rows = Tensor::from_slice(&of_x, (m, depth), &device)?;
+            let cols = Tensor::from_slice(&of_w, (depth, blocks), &device)?;
+            let (got, _) = tune::matmul_bytes([&a, &b], [&rows, &cols], false, None)?;
+            let got = got.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                let terms = (0..k).map(|t| {
+                    let scale = of_x[i * depth + t / 128] * of_w[t / 128 * blocks + j / 128];
+                    x[i * k + t] * w[j * k + t] * f64::from(scale)
+                });
+                let sum = terms.clone().sum::<f64>();
+                let size = terms.map(f64::abs).sum::<f64>();
+                let allowed = sum.abs() * 2f64.powi(-8) + size * 2f64.powi(-11);
+                if !((f64::from(got[i][j]) - sum).abs() <= allowed) {
+                    bail!("({i}, {j}) is {}, wanted {sum}", got[i][j]);
+                }
+            }
+            Ok(())
+        });
+    }
+    tally.finish();
+}
+
+/// No element is further from its code's value than from another's, by more than rounding.
+#[test]
+fn bytes_quantized() {
+    let Some(device) = gpu() else { return };
+    let mut tally = Tally::new("activations rounded to bytes", &device);
+    let shapes =
+        [(1, 8, 8), (5, 64, 128), (3, 136, 128), (4, 1000, 1000), (2, 4096, 128), (2, 9000, 9000)];
+    for code in [DType::U8, DType::F8E4M3] {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (seed, (rows, cols, width)) in (1..).zip(shapes) {
+                tally.case(format!("{rows}×{cols} by {width}, {dtype:?} to {code:?}"), || {
+                    rounds(&device, seed, (rows, cols, width), dtype, code)
+                });
+            }
+        }
+    }
+    tally.finish();
+}
+
+fn rounds(
+    device: &Device,
+    seed: u64,
+    (rows, cols, width): (usize, usize, usize),
+    dtype: DType,
+    code: DType,
+) -> Result<()> {
+    let mut noise = noise(seed);
+    let mut x: Vec<f32> = (0..rows * cols).map(|_| noise() * 30.0).collect();
+    if rows > 1 {
+        // A row of zeros, and a number that is none at the end of the last one.
+        x[..cols].fill(0.0);
+        x[rows * cols - 1] = f32::NAN;
+    }
+    let x = Tensor::from_vec(x, (rows, cols), &Device::Cpu)?.to_dtype(dtype)?;
+    let [codes, scales] = tune::quantize_rows(&x.to_device(device)?, code, width)?;
+    let cpu = Device::Cpu;
+    let codes = codes.to_device(&cpu)?;
+    let values: Vec<f32> = match code {
+        DType::U8 => {
+            let bytes = codes.flatten_all()?.to_vec1::<u8>()?;
+            bytes.into_iter().map(|x| f32::from(x as i8)).collect()
+        }
+        _ => codes.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
+    };
+    let every: Vec<f32> = match code {
+        DType::U8 => (-127..=127).map(|x| x as f32).collect(),
+        _ => {
+            let all = (0..=255u8).map(|bits| float8(bits)).filter(|x| x.is_finite());
+            all.collect()
+        }
+    };
+    let most = if code == DType::U8 { 127.0 } else { 448.0 };
+    let scales = scales.to_vec2::<f32>()?;
+    let x = x.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    for (i, row) in x.iter().enumerate() {
+        for (g, group) in row.chunks(width).enumerate() {
+            let peak = group
+                .iter()
+                .fold(0f32, |peak, x| if x.abs() > peak || x.is_nan() { x.abs() } else { peak });
+            let scale = scales[i][g];
+            let wanted = if peak == 0.0 { 1.0 } else { peak / most };
+            if scale.is_nan() != wanted.is_nan() || (scale - wanted).abs() > wanted * 1e-6 {
+                bail!("row {i}, group {g}: the scale is {scale}, wanted {wanted}");
+            }
+            if scale.is_nan() {
+                continue;
+            }
+            for (j, &x) in group.iter().enumerate() {
+                let at = g * width + j;
+                let far = |code: f32| (code * scale - x).abs();
+                let nearest = every.iter().map(|&code| far(code)).fold(f32::INFINITY, f32::min);
+                let error = far(values[i * cols + at]);
+                if !(error <= nearest + x.abs() * 1e-6) {
+                    bail!("({i}, {at}) is off by {error}, the nearest code by {nearest}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The value of a code of e4m3.
+fn float8(bits: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
+    let magnitude = match (exponent, bits & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa * 2f32.powi(-9),
+        _ => (8.0 + mantissa) * 2f32.powi(exponent - 10),
+    };
+    if bits >> 7 == 1 { -magnitude } else { magnitude }
+}
