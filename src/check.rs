@@ -62,7 +62,7 @@ pub(crate) fn dtype(op: &'static str, (arg, t): Arg, want: &[DType]) -> Result<(
 }
 
 /// `f16`, `f16 or bf16`, `f16, bf16 or f32`.
-fn one_of(dtypes: &[DType]) -> String {
+pub(crate) fn one_of(dtypes: &[DType]) -> String {
     let names: Vec<_> = dtypes.iter().map(DType::as_str).collect();
     match names.as_slice() {
         [first @ .., last] if !first.is_empty() => format!("{} or {last}", first.join(", ")),
@@ -114,7 +114,7 @@ pub(crate) fn int4_words(op: &'static str, (arg, t): Arg) -> Result<()> {
         DType::I32 => {
             "a cast does not convert GPTQ's words (unsigned nibbles with zero points) nor AWQ's \
              (packed along N): here nibbles are two's complement, along K, the lowest first, with no \
-             zero points; see `quant::pack_int4`"
+             zero points; `QuantWeight::from_gptq` and `from_awq` take those"
         }
         _ => "quantise it with `quant::quantize_int4`",
     };

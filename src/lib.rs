@@ -99,7 +99,7 @@ pub use options::{
     MatmulOptions,
 };
 
-/// The code of README, of the recipes and of the chapter on training, run by `cargo test`.
+/// The code of README, of the recipes and of the chapters, run by `cargo test`.
 #[cfg(doctest)]
 mod documents {
     #[doc = include_str!("../README.md")]
@@ -108,4 +108,6 @@ mod documents {
     struct Recipes;
     #[doc = include_str!("../docs/training.md")]
     struct Training;
+    #[doc = include_str!("../docs/quantised.md")]
+    struct Quantised;
 }

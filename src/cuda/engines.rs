@@ -69,6 +69,14 @@ pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {
     on_gpu!(native::repack(op, form))
 }
 
+/// The kernels that some work launches in this thread, by their names.
+pub(crate) fn kernels(work: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
+    on_gpu!({
+        let (result, kernels) = super::driver::log::record(work);
+        result.map(|()| kernels)
+    })
+}
+
 /// A weight in a float dtype, row-major.
 pub(crate) fn dequantize(
     op: &'static str,

@@ -116,8 +116,8 @@ fn projections<const N: usize>(
     // Each has its own order of the columns of x.
     let one = |form: &Form| -> Result<Tensor> {
         let x = gather(x, form)?;
-        let [out] =
-            Call { forms: &[form.clone()], ..Call::new(op, &x) }.run(Lhs::Float, epilogue)?;
+        let [out] = Call { forms: std::slice::from_ref(form), ..Call::new(op, &x) }
+            .run(Lhs::Float, epilogue)?;
         Ok(out)
     };
     let all = forms.iter().map(one).collect::<Result<Vec<_>>>()?;
@@ -233,7 +233,7 @@ fn int8_product(
         return Err(Error::Value { op, name: "zero_point", got, want, fix }.into());
     }
     let rows = opts.lhs_scales.as_ref().map(|scales| {
-        let each = lhs.elem_count().checked_div(k).unwrap_or(0);
+        let each = scales.elem_count();
         match row_groups(lhs, scales) {
             Some(1) => scales.reshape((each, 1)),
             _ => Err(scales_shape(op, "lhs_scales", scales, "[.., M] or [.., M, 1] of `lhs`")),
@@ -266,7 +266,7 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
     check_operands(OP, [a, b], DType::F8E4M3, scales, opts.bias.as_ref())?;
     let k = check::activations(OP, a)?;
     check::int8_weight(OP, ("lhs", lhs, k), b)?;
-    let each = lhs.elem_count().checked_div(k).unwrap_or(0);
+    let each = lhs.dims()[..lhs.rank() - 1].iter().product::<usize>();
     let (width, rows) = match &opts.lhs_scales {
         None => (k, Tensor::ones((1, 1), DType::F32, lhs.device())?),
         Some(one) if one.elem_count() == 1 => (k, one.reshape((1, 1))?),

@@ -90,6 +90,11 @@ impl Kernel {
         self.emit(format_args!("red.release.gpu.global.add.u32 {}, 1", to.into()));
     }
 
+    /// `red.relaxed.gpu.add`: adds to a number.
+    pub fn red_add<'k>(&'k self, to: impl Into<Address<'k, u64>>, value: Reg<'k, f32>) {
+        self.emit(format_args!("red.relaxed.gpu.global.add.f32 {}, {value}", to.into()));
+    }
+
     /// `st.global`
     pub fn st_global<'k, T: Scalar, const N: usize>(
         &'k self,

@@ -6,10 +6,10 @@
 //! one f16 scale for 128 rows of a column and no zero points. Nothing in a `u32` says so: words of
 //! another format are taken as they are and give wrong products.
 //!
-//! - GPTQ's are unsigned, with zero points, in i32. If all zero points mean 8 (a symmetric checkpoint),
-//!   groups are of 128 rows and rows are in order (no act-order), the top bit of each nibble is the
-//!   whole difference. Otherwise dequantise to float and quantise again.
-//! - AWQ's are packed along N in an order of their own.
+//! - GPTQ's are unsigned, with zero points, in i32. [`QuantWeight::from_gptq`] takes all of them. If all
+//!   zero points mean 8 (a symmetric checkpoint), groups are of 128 rows and rows are in order (no
+//!   act-order), the top bit of each nibble is the whole difference.
+//! - AWQ's are packed along N in an order of their own: [`QuantWeight::from_awq`].
 //!
 //! ```
 //! # use candle_core::{Device, Tensor};
@@ -25,8 +25,10 @@
 //! All functions run on the tensor's own device and take any layout. The quantisers have no gradient:
 //! a tracked input is an error.
 
+mod file;
 mod int4;
 mod int8;
+mod load;
 pub(crate) mod planes;
 pub(crate) mod quantize;
 pub(crate) mod scheme;
@@ -34,6 +36,7 @@ mod weight;
 
 pub use int4::{dequantize_int4, pack_int4, quantize_int4, unpack_int4};
 pub use int8::{dequantize_int8, quantize_int8};
+pub use load::{Checkpoint, GptqFormat};
 pub use scheme::{Per, QuantScheme};
 pub use weight::QuantWeight;
 pub(crate) use weight::scales_of;

@@ -1,6 +1,7 @@
 //! How a weight is quantised.
 
 use crate::error::{Error, Result};
+pub(crate) use crate::kernel::w4::NF4;
 
 /// How a weight `[K, N]` is quantised: what its codes stand for, and which elements share a scale.
 ///
@@ -129,23 +130,3 @@ impl QuantScheme {
         }
     }
 }
-
-/// The values of nf4 in f32, as bitsandbytes has them (QLoRA, appendix E).
-pub(crate) const NF4: [f32; 16] = [
-    -1.0,
-    -0.696_192_8,
-    -0.525_073_05,
-    -0.394_917_5,
-    -0.284_441_38,
-    -0.184_773_43,
-    -0.091_050_036,
-    0.0,
-    0.079_580_3,
-    0.160_930_2,
-    0.246_112_3,
-    0.337_915_24,
-    0.440_709_83,
-    0.562_617,
-    0.722_956_84,
-    1.0,
-];

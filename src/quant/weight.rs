@@ -9,7 +9,7 @@ use super::planes::{Form, Planes};
 use super::quantize::quantize;
 use super::scheme::{Per, QuantScheme};
 use crate::check::{self, Arg, INT4_GROUP};
-use crate::{cuda, op};
+use crate::{MatmulOptions, cuda, op};
 
 /// A weight `[K, N]` in quantised form, for [`kaio_matmul_quant`](crate::KaioTensorExt::kaio_matmul_quant) and the
 /// other products with quantised weights.
@@ -201,6 +201,46 @@ impl QuantWeight {
     /// What the driver refuses.
     pub fn prepare(&self) -> Result<()> {
         self.prepared("QuantWeight::prepare").map(drop)
+    }
+
+    /// Says which kernels [`kaio_matmul_quant_with`](crate::KaioTensorExt::kaio_matmul_quant_with) takes for `m` rows of
+    /// activations of a dtype, for bug reports and the curious. It multiplies zeros to see. `KAIO_LOG=1` prints those of all
+    /// products of a process.
+    ///
+    /// # Errors
+    ///
+    /// Those of the product.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let w = Tensor::randn(0f32, 1., (64, 8), &Device::Cpu)?;
+    /// let w = QuantWeight::quantize(&w, &QuantScheme::Nf4 { block: 64 })?;
+    /// let text = w.explain(1, DType::BF16, &MatmulOptions::default())?;
+    /// assert!(text.ends_with("the CPU path, block by block"), "{text}");
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn explain(&self, m: usize, dtype: DType, opts: &MatmulOptions) -> Result<String> {
+        const OP: &str = "QuantWeight::explain";
+        let (k, n) = self.dims2();
+        let multiply = || {
+            let x = Tensor::zeros((m, k), dtype, self.device())?;
+            op::matmul_quant(OP, &x, self, opts).map(drop)
+        };
+        let how = match self.device() {
+            Device::Cpu => {
+                multiply()?;
+                "the CPU path, block by block".into()
+            }
+            _ => {
+                self.prepare()?;
+                match cuda::kernels(multiply)?.as_slice() {
+                    [] => "no kernel of this crate".into(),
+                    kernels => kernels.join("; then "),
+                }
+            }
+        };
+        Ok(format!("{} [{m}, {k}] x {:?} [{k}, {n}]: {how}", dtype.as_str(), self.scheme()))
     }
 
     /// As it is held now.

@@ -255,6 +255,7 @@ fn hopper() -> Source {
                 k.tma_commit();
                 k.tma_wait(0);
                 k.red_release_add(out);
+                k.red_add(out.at(128), k.var(1f32));
             });
             keep(k, out, &[k.ld_acquire(out.at(64)), k.atom_add(out.at(64))]);
             k.mbarrier_arrive(empty);

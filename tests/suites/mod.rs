@@ -19,8 +19,10 @@ pub mod attention;
 pub mod empty;
 pub mod errors;
 pub mod glu;
+pub mod loaders;
 pub mod matmul;
 pub mod quantized;
+pub mod weights;
 
 mod reference;
 mod source;

@@ -17,7 +17,12 @@ impl Nd {
             // candle reads an empty view at its offset, which may lie past its storage.
             return Ok(Self { dims, data: Vec::new() });
         }
-        let flat = t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
+        let mut t = t.to_device(&Device::Cpu)?;
+        if t.dtype() == DType::F8E4M3 {
+            // candle 0.11's cast from it to f64 calls itself without end.
+            t = t.to_dtype(DType::F32)?;
+        }
+        let flat = t.to_dtype(DType::F64)?.flatten_all()?;
         Ok(Self { dims, data: flat.to_vec1()? })
     }
 

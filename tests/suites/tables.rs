@@ -1,6 +1,6 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
-use crate::suites::{attention, empty, errors, glu, matmul, quantized};
+use crate::suites::{attention, empty, errors, glu, loaders, matmul, quantized, weights};
 
 macro_rules! tables {
     ($($name:ident: $suite:path;)*) => {$(
@@ -37,6 +37,24 @@ tables! {
     quantize_int8: quantized::quantize_int8;
     quantize_int4: quantized::quantize_int4;
     pack_int4: quantized::pack_int4;
+    loaders_packages: loaders::packages;
+    loaders_bytes: loaders::bytes;
+    loaders_gptq_formats: loaders::gptq_formats;
+    loaders_small: loaders::small;
+    loaders_mapped_files: loaders::mapped_files;
+    loaders_damaged: loaders::damaged;
+    weights_products: weights::products;
+    weights_dequantized: weights::dequantized;
+    weights_projections: weights::projections;
+    weights_explained: weights::explained;
+    weights_gradients: weights::gradients;
+    weights_activations: weights::activations;
+    weights_int8: weights::int8;
+    weights_fp8: weights::fp8;
+    weights_quantisers: weights::quantisers;
+    weights_refusals: weights::refusals;
+    weights_files: weights::files;
+    weights_bad_files: weights::bad_files;
     attention_sizes: attention::sizes;
     attention_empty: attention::empty;
     attention_layouts: attention::layouts;
@@ -81,6 +99,11 @@ tables! {
     errors_attention_tc: errors::attention_tc;
     errors_flash_attn: errors::flash_attn;
     errors_flash_options: errors::flash_options;
+    errors_gptq: errors::gptq;
+    errors_awq: errors::awq;
+    errors_compressed_tensors: errors::compressed_tensors;
+    errors_nf4: errors::nf4;
+    errors_checkpoints: errors::checkpoints;
     errors_sizes: errors::sizes;
     errors_tracked: errors::tracked;
     errors_variants: errors::variants;

@@ -7,6 +7,7 @@
 //! | `cache` | what is made once for each GPU and key |
 //! | `function` | a loaded kernel, and its launch |
 //! | `args`, `tensor_map`, `memory` | what a launch passes |
+//! | `log` | who is told of a launch; `KAIO_LOG` |
 //! | `order` | streams of several candle devices |
 //! | `raw` | the driver's functions, as safe ones where they can be |
 
@@ -16,6 +17,7 @@ pub(super) mod compile;
 mod files;
 pub(super) mod function;
 pub(super) mod gpu;
+pub(super) mod log;
 pub(super) mod memory;
 pub(super) mod order;
 pub(super) mod raw;

@@ -10,6 +10,7 @@ use super::super::driver::args::Args;
 use super::super::driver::cache::PerGpu;
 use super::super::driver::function::Function;
 use super::super::driver::gpu::Gpu;
+use super::super::driver::log;
 use super::super::driver::tensor_map::TensorMap;
 use crate::error::{Error, Result};
 use crate::kernel::params::{Argument, Arguments, Names};
@@ -23,6 +24,7 @@ pub(super) struct Compiled<P: Plan> {
 
 /// A compiled kernel, the blocks of its grid, and its parameters in order.
 struct Ready<N> {
+    kernel: Config,
     function: Arc<Function>,
     grid: [u32; 3],
     names: Vec<N>,
@@ -36,7 +38,7 @@ impl<P: Plan> Compiled<P> {
             let names = function.params().iter().map(|param| P::Name::of(&param.name));
             let names: Option<_> = names.collect();
             let names = names.ok_or_else(|| unnamed(op, &kernel.name()))?;
-            Ok(Ready { function, grid, names })
+            Ok(Ready { kernel, function, grid, names })
         };
         let steps = plan.steps().into_iter().map(ready).collect::<Result<_>>()?;
         Ok(Self { plan, steps })
@@ -51,7 +53,7 @@ impl<P: Plan> Compiled<P> {
         device: &CudaDevice,
         arguments: &impl Arguments<Name = P::Name>,
     ) -> Result<()> {
-        for (number, Ready { function, grid, names }) in self.steps.iter().enumerate() {
+        for (number, Ready { kernel, function, grid, names }) in self.steps.iter().enumerate() {
             let mut args = Args::new();
             for (&name, param) in names.iter().zip(function.params()) {
                 let argument = arguments.argument(number, name);
@@ -64,6 +66,7 @@ impl<P: Plan> Compiled<P> {
                     None => return Err(unnamed(op, name.name())),
                 };
             }
+            log::launched(op, || kernel.name());
             // SAFETY: kernels of this crate read and write what their arguments say, which the caller
             // made so; each parameter has its value, of its type.
             unsafe { function.submit(op, device, *grid, &args)? };

@@ -51,8 +51,16 @@ pub struct TileCoord<'k> {
     /// The head, counted through all sequences.
     pub head: Reg<'k, u32>,
     pub column: Reg<'k, u32>,
-    /// Whether columns that come later are greater.
-    pub upwards: Reg<'k, bool>,
+}
+
+/// Where a place in the row is.
+struct Place<'k> {
+    head: Reg<'k, u32>,
+    section: Reg<'k, u32>,
+    /// Its number in the section.
+    within: Reg<'k, u32>,
+    /// Places of the section's heads before its own one.
+    before: Reg<'k, u32>,
 }
 
 /// Where a block is in the row of all tiles.
@@ -111,19 +119,35 @@ impl<'k> TileScheduler<'k> {
     }
 
     /// Which tile has a place in the row.
-    pub fn coord(&self, i: Reg<'k, u32>) -> TileCoord<'k> {
+    fn coord(&self, i: Reg<'k, u32>) -> TileCoord<'k> {
+        let Place { head, section, before, .. } = self.place(i);
+        let last = (self.heads - 1) / self.section;
+        let upwards = ((last - section) % 2).eq(1);
+        let k = upwards.kernel();
+        let column = k.select(upwards, before, self.columns - 1 - before);
+        TileCoord { head, column }
+    }
+
+    /// The same where blocks take places as they are done, so that the first columns come first in every section.
+    pub fn in_order(&self, i: Reg<'k, u32>) -> TileCoord<'k> {
+        let Place { head, before, .. } = self.place(i);
+        TileCoord { head, column: before }
+    }
+
+    /// Whether a place is in a section's second round of `blocks` tiles, or in its fourth, and so on.
+    pub fn in_even_round(&self, i: Reg<'k, u32>, blocks: Reg<'k, u32>) -> Reg<'k, bool> {
+        (self.place(i).within / blocks % 2).eq(1)
+    }
+
+    fn place(&self, i: Reg<'k, u32>) -> Place<'k> {
         let each = self.section * self.columns;
         let section = i / each;
         let within = i - section * each;
         let first = section * self.section;
         // The last one may have fewer.
         let height = (self.heads - first).min(self.section);
-        let column = within / height;
-        let head = first + (within - column * height);
-        let last = (self.heads - 1) / self.section;
-        let upwards = ((last - section) % 2).eq(1);
-        let k = upwards.kernel();
-        let column = k.select(upwards, column, self.columns - 1 - column);
-        TileCoord { head, column, upwards }
+        let before = within / height;
+        let head = first + (within - before * height);
+        Place { head, section, within, before }
     }
 }

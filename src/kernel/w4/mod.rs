@@ -25,6 +25,7 @@ mod plan;
 pub mod stream;
 pub mod tiles;
 
+pub use nibbles::NF4;
 pub use params::Arguments;
 pub use plan::{Plan, Problem, candidates};
 

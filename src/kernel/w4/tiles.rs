@@ -32,7 +32,8 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     for &cols in &WIDTHS[least..=most] {
         for rows in [64, 128] {
             for split in [1, 2, 4, 8] {
-                let blocks_per_sm = if cols <= 64 { 2 } else { 1 };
+                // Two blocks of three warpgroups have the registers for the fragments of two stages, and few sums.
+                let blocks_per_sm = if cols <= 32 || (rows == 64 && cols <= 64) { 2 } else { 1 };
                 let shape = Shape {
                     split,
                     blocks_per_sm,

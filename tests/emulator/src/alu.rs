@@ -193,6 +193,7 @@ pub fn function(name: &str) -> Option<Function> {
         "setp.ge.f32" => each!(|[a, b, ..]| (f(a) >= f(b)).into()),
         "setp.eq.u32" | "setp.eq.s32" | "setp.eq.b32" => each!(|[a, b, ..]| (u(a) == u(b)).into()),
         "setp.ne.u32" | "setp.ne.s32" | "setp.ne.b32" => each!(|[a, b, ..]| (u(a) != u(b)).into()),
+        "setp.ne.u64" => each!(|[a, b, ..]| (a != b).into()),
         "setp.lt.u32" => each!(|[a, b, ..]| (u(a) < u(b)).into()),
         "setp.le.u32" => each!(|[a, b, ..]| (u(a) <= u(b)).into()),
         "setp.gt.u32" => each!(|[a, b, ..]| (u(a) > u(b)).into()),

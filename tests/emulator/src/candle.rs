@@ -1,4 +1,4 @@
-//! The kernels of candle that this crate's host code calls: filling, copying, casting.
+//! The kernels of candle that this crate's host code calls: filling, copying, casting, picking.
 
 use std::ffi::c_void;
 
@@ -23,6 +23,10 @@ impl Call<'_> {
             "const" => self.const_set(bytes(kind.trim_start_matches("set_"))),
             "ucopy" => self.ucopy(bytes(kind)),
             "copy2d" => self.copy2d(bytes(kind)),
+            "is" => {
+                let (ids, kind) = kind.split_once('_').expect("two types");
+                self.index_select(bytes(ids), bytes(kind));
+            }
             "cast" => {
                 let (from, to) = kind.split_once('_').expect("two types");
                 self.cast(from, to);
@@ -90,6 +94,20 @@ impl Call<'_> {
             let [from_at, to_at] =
                 [from_row, to_row].map(|stride| (row * stride + col) * bytes as u64);
             self.copy(from + from_at, to + to_at, bytes);
+        }
+    }
+
+    /// `(numel, num_dims, info, ids, inp, out, left_size, src_dim_size, ids_dim_size, right_size)`, of which candle makes
+    /// all contiguous.
+    fn index_select(&self, id_bytes: usize, bytes: usize) {
+        let count = self.arg::<usize>(0);
+        let [ids, from, to] = [3, 4, 5].map(|i| self.arg::<u64>(i));
+        let [dim, many, right] = [7, 8, 9].map(|i| self.arg::<usize>(i));
+        for i in 0..count {
+            let id = self.memory.get(ids + (i / right % many * id_bytes) as u64, id_bytes) as usize;
+            assert!(id < dim, "index {id} of {dim}");
+            let source = (i / right / many * dim + id) * right + i % right;
+            self.copy(from + (source * bytes) as u64, to + (i * bytes) as u64, bytes);
         }
     }
 

@@ -53,6 +53,7 @@ pub enum Op {
     /// Of what blocks count in the GPU's memory.
     LoadCount,
     AddCount,
+    AddFloat,
     TakeCount,
     /// Of global memory or of shared memory, with the bytes of each register.
     Load(Space, usize),
@@ -162,6 +163,7 @@ impl Op {
             ["ld", "param", kind] => Self::LoadParam(size(kind)),
             ["ld", "acquire", "gpu", "global", "u32"] => Self::LoadCount,
             ["red", "release", "gpu", "global", "add", "u32"] => Self::AddCount,
+            ["red", "relaxed", "gpu", "global", "add", "f32"] => Self::AddFloat,
             ["atom", "relaxed", "gpu", "global", "add", "u32"] => Self::TakeCount,
             ["ld", "global", .., kind] => Self::Load(Space::Global, size(kind)),
             ["ld", "shared" | "shared::cluster", .., kind] => Self::Load(Space::Shared, size(kind)),

@@ -242,6 +242,14 @@ impl Warp {
                     memory.count(at).fetch_add(more, Ordering::Release);
                 }
             }
+            Op::AddFloat => {
+                for lane in lanes.iter() {
+                    let block = &cluster.blocks[self.block];
+                    let at = self.address(block, &i.args[0], lane);
+                    let more = self.get(block, &i.args[1], lane) as u32;
+                    memory.add(at, f32::from_bits(more));
+                }
+            }
             Op::TakeCount => {
                 for lane in lanes.iter() {
                     let block = &cluster.blocks[self.block];

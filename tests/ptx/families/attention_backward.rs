@@ -190,7 +190,7 @@ const PLAIN: sm80::Config = sm80::Config {
     blocks_per_sm: 2,
 };
 
-fn goldens() -> [(&'static str, Config); 8] {
+fn goldens() -> [(&'static str, Config); 9] {
     let small = sm80::Config { m16_tiles: 1, cols: 16, blocks_per_sm: 1, ..PLAIN };
     let variant = Variant { head_dim: 16, value_dim: 8, ..PLAIN.variant };
     let bias = Some(Bias { element: Element::F32, pairs: false });
@@ -203,8 +203,12 @@ fn goldens() -> [(&'static str, Config); 8] {
     let packed = Variant { head_dim: 20, mask: Mask::Right, lengths: Lengths::Packed, ..variant };
     let sums = |sums| Pass::Keys(sums);
     let of_bias = |pairs, shared| Pass::Bias { pairs, shared };
+    let wide = Variant { head_dim: 128, value_dim: 128, ..PLAIN.variant };
+    let pairs = sm80::Config { variant: wide, warps: 8, paired: true, cols: 64, ..PLAIN };
+    let shares = sm80::Config { pass: sums(KeySums::All), blocks_per_sm: 1, ..pairs };
     let passes = [
         ("backward80_keys", PLAIN),
+        ("backward80_shares", shares),
         ("backward80_queries", sm80::Config { pass: Pass::Queries, ..PLAIN }),
         ("backward80_window_all", sm80::Config { variant: all, ..small }),
         (
@@ -227,12 +231,12 @@ fn goldens() -> [(&'static str, Config); 8] {
     let delta = delta::Config::new(Element::F32, BF16, 40, 4, true);
     let delta = delta::Config { zeroes: true, ..delta };
     let passes = passes.map(|(name, config)| (name, Config::FlashBackwardSm80(config)));
-    let [a, b, c, d, e, f, g] = passes;
-    [a, b, c, d, e, f, g, ("backward_delta", Config::FlashDelta(delta))]
+    let [a, b, c, d, e, f, g, h] = passes;
+    [a, b, c, d, e, f, g, h, ("backward_delta", Config::FlashDelta(delta))]
 }
 
 /// The forms of Hopper's kernels, with what the others have not.
-fn hopper_goldens() -> [(&'static str, Config); 6] {
+fn hopper_goldens() -> [(&'static str, Config); 7] {
     let plain = keys::Config {
         form: Form::Fused,
         element: BF16,
@@ -241,6 +245,7 @@ fn hopper_goldens() -> [(&'static str, Config); 6] {
         mask: Mask::None,
         score_mod: ScoreMod::default(),
         lengths: Lengths::Full,
+        grouped: false,
         queries: 64,
         stages: 2,
         ordered: false,
@@ -259,6 +264,7 @@ fn hopper_goldens() -> [(&'static str, Config); 6] {
     let all = ScoreMod { softcap: true, alibi: true, bias, ..ScoreMod::default() };
     let wide = keys::Config {
         form: Form::Wide,
+        grouped: true,
         ordered: false,
         mask: Mask::Window,
         score_mod: all,
@@ -283,6 +289,7 @@ fn hopper_goldens() -> [(&'static str, Config); 6] {
         columns: 64,
         queries: 64,
         lengths: Lengths::Padded,
+        portable: false,
     };
     [
         ("backward90_fused", Config::FlashKeysSm90(plain)),
@@ -291,5 +298,6 @@ fn hopper_goldens() -> [(&'static str, Config); 6] {
         ("backward90_wide_all", Config::FlashKeysSm90(wide)),
         ("backward90_queries_packed", Config::FlashQueriesSm90(queries)),
         ("backward90_dq", Config::FlashDq(dq)),
+        ("backward80_dq", Config::FlashDq(dq::Config { portable: true, ..dq })),
     ]
 }

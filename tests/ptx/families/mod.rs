@@ -2,6 +2,7 @@
 
 mod attention;
 mod attention_backward;
+mod dequant;
 mod glu;
 mod products;
 mod quantize;
@@ -189,6 +190,7 @@ families! {
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
+    Dequant(dequant::Dequants): (&ALL, 4);
     Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
     Transpose(transpose::Transpositions): (&ALL, 1);
     W4(w4::Products): (&HOPPERS, 1), (&ALL, 1);

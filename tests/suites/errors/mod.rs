@@ -2,6 +2,7 @@
 
 use candle_core::DType::{self, F16, F32, U8, U32};
 use candle_core::{Context, Device, DeviceLocation, Result, Tensor, Var, bail};
+use kaio_candle::quant::QuantWeight;
 use kaio_candle::{Error, prelude::*, quant};
 
 use super::Tally;
@@ -22,9 +23,11 @@ macro_rules! refused {
 
 // Behind the macro, which it uses.
 mod attention;
+mod loaders;
 mod sizes;
 
 pub use attention::{attention_tc, flash_attn, flash_options};
+pub use loaders::{awq, checkpoints, compressed_tensors, gptq, nf4};
 pub use sizes::sizes;
 
 /// Zeros on one device.
@@ -62,7 +65,7 @@ const HALF: &str = "cast it with `.to_dtype(DType::BF16)?`, which keeps the rang
                     `.to_dtype(DType::F16)?`, which keeps three more bits but ends at 65504";
 const WORDS: &str = "a cast does not convert GPTQ's words (unsigned nibbles with zero points) nor \
                      AWQ's (packed along N): here nibbles are two's complement, along K, the lowest \
-                     first, with no zero points; see `quant::pack_int4`";
+                     first, with no zero points; `QuantWeight::from_gptq` and `from_awq` take those";
 const EACH: &str = "one scale for each group of 128 rows and each column";
 
 pub fn matmul(device: &Device) {
@@ -302,7 +305,7 @@ const WITH_GRADIENT: [Method; 11] = [
     }),
 ];
 
-const WITHOUT_GRADIENT: [Method; 4] = [
+const WITHOUT_GRADIENT: [Method; 6] = [
     ("kaio_matmul_int8", &[("lhs", U8, [4, 128]), ("rhs", U8, [128, 6])], |t| {
         t[0].kaio_matmul_int8(&t[1], 1.0).map(drop)
     }),
@@ -333,6 +336,16 @@ const WITHOUT_GRADIENT: [Method; 4] = [
             ("scales[2]", F16, [1, 6]),
         ],
         |t| t[0].kaio_qkv_project_int4([&t[1], &t[2], &t[3]], [&t[4], &t[5], &t[6]]).map(drop),
+    ),
+    (
+        "QuantWeight::from_gptq",
+        &[("qweight", U32, [16, 24]), ("qzeros", U32, [2, 3]), ("scales", F16, [2, 24])],
+        |t| QuantWeight::from_gptq(&t[0], &t[1], &t[2], None).map(drop),
+    ),
+    (
+        "QuantWeight::from_awq",
+        &[("qweight", U32, [128, 3]), ("qzeros", U32, [2, 3]), ("scales", F16, [2, 24])],
+        |t| QuantWeight::from_awq(&t[0], &t[1], &t[2]).map(drop),
     ),
 ];
 

@@ -2,6 +2,7 @@
 
 use candle_core::DType::{self, BF16, F16, F32, U8, U32};
 use candle_core::{Device, Tensor, bail};
+use kaio_candle::quant::QuantWeight;
 use kaio_candle::{Error, prelude::*, quant};
 
 use crate::suites::Tally;
@@ -79,6 +80,35 @@ pub fn sizes(device: &Device) {
         quant::unpack_int4(&view(U32, &[usize::MAX, 0])) => TooLarge, "unpack_int4: `packed` [{}, 0] in u32 {over}", usize::MAX;
         quant::dequantize_int4(&view(U32, &[1 << 43, 1]), &view(F16, &[1 << 39, 1])) => TooLarge, "dequantize_int4: what is made of `packed`, [{t46}, 1] in f32 {over}";
     }
+
+    // Rows and columns of no tensor: what no file has an element of says how many there are.
+    let gptq = |w: &[usize], z: &[usize], s: &[usize]| {
+        QuantWeight::from_gptq(&view(U32, w), &view(U32, z), &view(F16, s), None)
+    };
+    let awq = |w: &[usize], z: &[usize], s: &[usize]| {
+        QuantWeight::from_awq(&view(U32, w), &view(U32, z), &view(F16, s))
+    };
+    let nf4 = |shape: &str| {
+        let json = format!(r#"{{"quant_type": "nf4", "blocksize": 64, "shape": {shape}}}"#);
+        let json = Tensor::new(json.into_bytes(), device).expect("bytes");
+        QuantWeight::from_nf4(&view(U8, &[0]), &view(F32, &[0]), &json, None)
+    };
+    let (t44, t57) = (1usize << 44, 1usize << 57);
+    refused! { tally;
+        gptq(&[t46, 8], &[1, 1], &[1, 8]) => TooLarge, "QuantWeight::from_gptq: `qweight` [{t46}, 8] in u32 {over}";
+        gptq(&[t46, 0], &[1, 0], &[1, 0]) => TooLarge, "QuantWeight::from_gptq: `qweight` [{t46}, 0] in u32 {over}";
+        awq(&[t40, t40], &[1, 1], &[1, 8]) => TooLarge, "QuantWeight::from_awq: `qweight` [{t40}, {t40}] in u32 {over}";
+        nf4("[0, 1152921504606846976]") => TooLarge, "QuantWeight::from_nf4: `codes` [{t57}, 0] in u32 {over}";
+        nf4("[9223372036854775808, 0]") => TooLarge, "QuantWeight::from_nf4: `codes` [0, {}] in u32 {over}", 1usize << 63;
+    }
+    tally.case("no columns", || {
+        let weight = gptq(&[t44, 0], &[2, 0], &[2, 0])?;
+        assert_eq!(weight.dims2(), (8 * t44, 0));
+        assert_eq!(awq(&[t44, 0], &[2, 0], &[2, 0])?.dims2(), (t44, 0));
+        assert_eq!(gptq(&[0, 8], &[1, 1], &[1, 8])?.dims2(), (0, 8));
+        assert_eq!(awq(&[0, 8], &[1, 8], &[1, 64])?.dims2(), (0, 64));
+        Ok(())
+    });
 
     if device.is_cpu() {
         // More than the 2⁴⁷ bytes that a process can map, whatever it is promised.

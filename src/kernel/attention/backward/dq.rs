@@ -1,11 +1,12 @@
 //! The gradient of the queries, of its sums: scaled, rounded, and in the order of rows.
 
 use super::super::{Lengths, Mask, Name};
-use super::sums::DqSums;
+use super::sums::{DqSums, OCTET, PLANE};
 use super::work::{Tiles, WorkTile};
 use super::{Side, TileShape};
 use crate::kernel::Element;
 use crate::kernel::hopper::{Lane, SLAB, WARPGROUP};
+use crate::kernel::name::given;
 use crate::ptx::{Kernel, Reg, Source, Target};
 
 /// Warpgroups whose registers are in a block of sums.
@@ -24,19 +25,22 @@ pub struct Config {
     pub queries: u32,
     /// How long sequences are.
     pub lengths: Lengths,
+    /// They are sums of the portable kernels, on any GPU.
+    pub portable: bool,
 }
 
 impl Config {
-    /// `flash dq 64x128 by 64, bf16 packed`: queries and columns of a block, columns of a warpgroup; type
-    /// and lengths.
+    /// `flash dq 64x128 by 64, bf16 packed portable`: queries and columns of a block, columns of a warpgroup; type
+    /// and lengths, whose sums.
     pub fn name(&self) -> String {
-        let Self { element, head_dim, columns, queries, lengths } = self;
+        let Self { element, head_dim, columns, queries, lengths, portable } = self;
+        let portable = given(*portable, " portable");
         let lengths = match lengths {
             Lengths::Full => "",
             Lengths::Padded => " padded",
             Lengths::Packed => " packed",
         };
-        format!("flash dq {queries}x{head_dim} by {columns}, {}{lengths}", element.name())
+        format!("flash dq {queries}x{head_dim} by {columns}, {}{lengths}{portable}", element.name())
     }
 
     /// Bytes of a block of sums. Where warpgroups divide columns, the second one's end with the head's.
@@ -72,15 +76,18 @@ impl Config {
 
 /// The kernel. Its parameters are those of [`Name`]; strides of the result are multiples of 16 bytes.
 pub fn emit(config: &Config) -> Source {
-    let k = &Kernel::new("attention_dq", Target::Sm90a, GROUPS * WARPGROUP);
+    let target = if config.portable { Target::Sm80 } else { Target::Sm90a };
+    let k = &Kernel::new("attention_dq", target, GROUPS * WARPGROUP);
     let out = k.pointer(Name::DqAt);
     let strides = [Name::DqRow, Name::DqHead, Name::DqBatch].map(|name| k.param::<u64>(name));
     let scale = k.param::<f32>(Name::GradScale);
     let tiles = Tiles::params(k, config.tile_shape());
     let of_block = [config.queries, config.bytes()];
     let sums = DqSums::params(k, config.lengths, of_block, tiles.size[0], tiles.sequences());
-    k.griddepcontrol_wait();
-    k.griddepcontrol_launch_dependents();
+    if !config.portable {
+        k.griddepcontrol_wait();
+        k.griddepcontrol_launch_dependents();
+    }
     tiles.with_own(|work| round(k, config, &tiles, sums, &work, (out, strides), scale));
     k.finish()
 }
@@ -101,7 +108,8 @@ fn round<'k>(
     let of_head = work.batch * tiles.heads[0] + work.head;
     let first = sums.first(of_head, work.sequence, work.queries);
     let from = sums.block(first + work.first.cast::<u32>() / c.queries);
-    let from = from + group.mul_wide(SLAB * c.columns * 4) + (thread % WARPGROUP).mul_wide(16);
+    let bytes = if c.portable { 4 } else { 16 };
+    let from = from + group.mul_wide(SLAB * c.columns * 4) + (thread % WARPGROUP).mul_wide(bytes);
     let by_rows = c.by_rows();
     let first = warp * 16 + lane / 4;
     let first = work.first + (if by_rows { group * SLAB + first } else { first }).cast();
@@ -113,7 +121,14 @@ fn round<'k>(
     let all = by_rows || GROUPS * c.columns <= c.head_dim.next_multiple_of(16);
     let loaded: Vec<_> = (0..c.columns / 8)
         .map(|i| {
-            let load = || k.ld_global::<f32, 4>(from.at((i * WARPGROUP * 16).into()));
+            let octet = from.at((i * OCTET).into());
+            let load = || match c.portable {
+                true => [0, 1, 2, 3].map(|number| {
+                    let [sum] = k.ld_global::<f32, 1>(octet.at((number * PLANE).into()));
+                    sum
+                }),
+                false => k.ld_global::<f32, 4>(octet),
+            };
             match all {
                 true => load(),
                 false => k.when((group * c.columns + 8 * i).lt(c.head_dim), load),

@@ -21,7 +21,7 @@ pub struct TileShape {
     pub blocks_per_sm: u32,
     /// Whether they are persistent, and take tile after tile. Else each takes one.
     pub persistent: bool,
-    /// Whether tiles wait for those before them.
+    /// Whether tiles wait for those of their head before them.
     pub ordered: bool,
     /// Bytes of what tiles of a head read and add to, and that is meant to stay in L2, for each column.
     pub bytes_of_column: u64,
@@ -65,6 +65,11 @@ impl Launch {
                 let fit = (tile_shape.section_bytes / bytes).max(1);
                 let rounds = (u64::from(2 * room) * 19 / 20).div_ceil(columns.max(1));
                 (1 << fit.ilog2()).max(rounds.next_power_of_two())
+            }
+            // Of tiles that are taken together each is another head's, as long as there are enough: those of one head
+            // wait for one another.
+            Mask::None | Mask::Window if tile_shape.ordered => {
+                (u64::from(room) / columns.max(1)).max(1)
             }
             Mask::None | Mask::Window => 1,
         };

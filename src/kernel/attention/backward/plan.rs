@@ -4,6 +4,7 @@ use super::delta::ZEROED_UNIT;
 use super::sm90::{self, keys, queries};
 use super::{Launch, Problem, delta, dq, sm80, sums};
 use crate::kernel::attention::{Name, TileOrder, by_tma};
+use crate::kernel::hopper::SLAB;
 use crate::kernel::plan::{Step, count};
 use crate::kernel::{self, Device};
 
@@ -38,15 +39,18 @@ impl kernel::Plan for Plan {
         let mut passes = match by_tma(device, attention.element) {
             true => Part::sm90(problem, device).to_vec(),
             false => {
-                let passes = sm80::choose(problem, device).into_iter();
-                passes.map(|config| Part::sm80(config, problem, device)).collect()
+                let passes = sm80::choose(problem, device);
+                let shares = passes.iter().any(|config| config.pass.shares_queries());
+                let passes = passes.into_iter().map(|config| Part::sm80(config, problem, device));
+                let dq = shares.then(|| Part::dq(sums::BLOCK, SLAB, problem, device));
+                passes.chain(dq).collect()
             }
         };
         passes.extend(problem.bias_grad.map(|grad| {
             Part::sm80(sm80::bias(problem, device, grad.repeated[2]), problem, device)
         }));
         let config = delta::Config {
-            zeroes: passes.iter().any(|part| matches!(part, Part::Keys(..) | Part::Queries(..))),
+            zeroes: passes.iter().any(Part::adds),
             ..delta::Config::new(
                 attention.out,
                 attention.element,
@@ -85,19 +89,24 @@ impl Plan {
     /// What the first kernel zeroes for the others.
     pub fn zeroed(&self, problem: &Problem) -> Zeroed {
         let attention = &problem.attention;
+        // Blocks of sums, of so many queries.
+        let blocks = |queries: u64| {
+            let of_head =
+                sums::blocks(attention.lengths, attention.queries, attention.batch, queries);
+            attention.rows() / attention.queries * of_head
+        };
         let mut zeroed = Zeroed { dq_sums: 0, dq_turns: 0, tiles_taken: 0 };
         for part in &self.parts {
             match part {
                 Part::Keys(config, _) if config.form == keys::Form::Fused => {
-                    let blocks = sums::blocks(
-                        attention.lengths,
-                        attention.queries,
-                        attention.batch,
-                        config.queries.into(),
-                    );
-                    let blocks = attention.rows() / attention.queries * blocks;
+                    let blocks = blocks(config.queries.into());
                     zeroed.dq_sums = blocks * u64::from(config.dq_block_bytes()) / 4;
                     zeroed.dq_turns = if config.ordered { blocks } else { 0 };
+                }
+                Part::Sm80(config, _) if config.pass.shares_queries() => {
+                    zeroed.dq_sums = blocks(sums::BLOCK.into())
+                        * u64::from(sums::BLOCK * config.variant.head_dim);
+                    continue;
                 }
                 Part::Keys(..) | Part::Queries(..) => {}
                 Part::Delta(..) | Part::Sm80(..) | Part::Dq(..) => continue,
@@ -136,18 +145,32 @@ impl Part {
             Self::Keys(keys, launch(keys.tile_shape(attention.heads / attention.kv_heads)));
         let of_queries = match queries {
             Some(config) => Self::Queries(config, launch(config.tile_shape())),
-            None => {
-                let config = dq::Config {
-                    element: attention.element,
-                    head_dim: (attention.head_dim as u32).next_multiple_of(8),
-                    columns: keys.dq_columns(),
-                    queries: keys.queries,
-                    lengths: attention.lengths,
-                };
-                Self::Dq(config, launch(config.tile_shape()))
-            }
+            None => Self::dq(keys.queries, keys.dq_columns(), problem, device),
         };
         [of_keys, of_queries]
+    }
+
+    /// The gradient of queries of sums in blocks of `queries`, whose warpgroups have `columns` of them.
+    fn dq(queries: u32, columns: u32, problem: &Problem, device: &Device) -> Self {
+        let attention = &problem.attention;
+        let config = dq::Config {
+            element: attention.element,
+            head_dim: (attention.head_dim as u32).next_multiple_of(8),
+            columns,
+            queries,
+            lengths: attention.lengths,
+            portable: !by_tma(device, attention.element),
+        };
+        Self::Dq(config, Launch::new(&config.tile_shape(), attention, device.multiprocessors))
+    }
+
+    /// Whether it adds to numbers that are 0 at first.
+    fn adds(&self) -> bool {
+        match self {
+            Self::Keys(..) | Self::Queries(..) => true,
+            Self::Sm80(config, _) => config.pass.shares_queries(),
+            Self::Delta(..) | Self::Dq(..) => false,
+        }
     }
 
     /// A pass by a configuration.

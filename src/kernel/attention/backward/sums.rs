@@ -1,9 +1,21 @@
 //! Sums of dQ, to which tiles of keys add: blocks of queries in f32, one after the other, each as the
 //! threads of two warpgroups have it in registers.
+//!
+//! A warpgroup has 64 columns, or 64 of 128 queries; of each eight columns a thread has two neighbours of two rows,
+//! 8 apart. On Hopper these four lie side by side. The portable kernels add one number at a time, and a warp's
+//! lie side by side then.
 
 use super::super::lengths::Span;
 use super::super::{Lengths, Name};
+use crate::kernel::hopper::WARPGROUP;
 use crate::ptx::{Kernel, Reg};
+
+/// Queries of a block of the portable kernels.
+pub const BLOCK: u32 = 64;
+/// Bytes that a warpgroup has of eight columns.
+pub const OCTET: u32 = 16 * WARPGROUP;
+/// Bytes of those from a thread's number to its next one, for the portable kernels.
+pub const PLANE: u32 = 4 * WARPGROUP;
 
 /// Where they are.
 #[derive(Clone, Copy)]

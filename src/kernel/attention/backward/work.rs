@@ -38,8 +38,8 @@ pub struct WorkTile<'k> {
     /// Rows are those of the tile's side.
     pub bounds: Bounds<Reg<'k, i32>>,
     pub blocks: BlockRange<Reg<'k, i32>>,
-    /// Of a head's tiles those that come later in the order have later rows if the predicate is that.
-    pub ascending: Option<(Reg<'k, bool>, bool)>,
+    /// Blocks are counted from the other end: one more than the sum of a block's number and its count. Or 0.
+    pub mirror: Option<Reg<'k, i32>>,
 }
 
 /// The most words of [`Tiles::keep`], of tiles that do not wait for one another.
@@ -48,6 +48,29 @@ pub const KEPT_WORDS: u32 = 12;
 pub const ALL_WORDS: u32 = KEPT_WORDS + 4;
 
 impl<'k> WorkTile<'k> {
+    /// The block of a count that is in `blocks`.
+    pub fn block(&self, count: Reg<'k, i32>) -> Reg<'k, i32> {
+        let mirrored =
+            |mirror: Reg<'k, i32>| count.kernel().select(mirror.eq(0), count, mirror - 1 - count);
+        self.mirror.map_or(count, mirrored)
+    }
+
+    /// The same tile, whose blocks are counted from the other end if the predicate holds.
+    fn mirrored(self, holds: Reg<'k, bool>) -> Self {
+        let (k, BlockRange { begin, end, whole_begin, whole_end, cut }) =
+            (holds.kernel(), self.blocks);
+        let both = begin + end;
+        let first_whole = whole_begin.unwrap_or(begin);
+        let blocks = BlockRange {
+            begin,
+            end,
+            whole_begin: Some(k.select(holds, both - whole_end, first_whole)),
+            whole_end: k.select(holds, both - first_whole, whole_end),
+            cut,
+        };
+        Self { blocks, mirror: Some(k.select(holds, both, 0)), ..self }
+    }
+
     /// The queries or keys of its sequence.
     pub fn span(&self, side: Side) -> Span<'k> {
         match side {
@@ -81,7 +104,7 @@ impl<'k> Tiles<'k> {
 
     /// The place of this block, of a grid with as many.
     pub fn own(&self) -> TileCoord<'k> {
-        self.scheduler.coord(self.count().kernel().block_x())
+        self.scheduler.in_order(self.count().kernel().block_x())
     }
 
     /// Runs `body` for this block's tile, if its place in the order is one.
@@ -89,9 +112,28 @@ impl<'k> Tiles<'k> {
         self.find(self.own(), body);
     }
 
-    /// The same for a place in the order.
+    /// The same for a place in the order, of blocks that take place after place as they are done.
+    ///
+    /// Under a causal mask tiles of keys differ in length, and those that run together should read the same queries
+    /// at the same time, so that L2 has them: the first round of blocks starts with the last queries, which all of
+    /// its tiles see. Then whoever is done first takes the longest tile that is left, so all end the second round
+    /// together, and if they go from the first queries to the last, they are at the same ones:
+    ///
+    /// ```text
+    ///          time ─────────▸
+    /// block 0  7 6 5 4 3 2 1 0 7      numbers are blocks of queries; key tile 0 is seen by 8 of them,
+    /// block 1  7 6 5 4 3 2 1 6 7      tile 7 by the last one
+    /// block 2  7 6 5 4 3 2 5 6 7
+    /// block 3  7 6 5 4 3 4 5 6 7
+    /// ```
     pub fn with(&self, place: Reg<'k, u32>, body: impl FnOnce(WorkTile<'k>)) {
-        self.find(self.scheduler.coord(place), body);
+        self.find(self.scheduler.in_order(place), |work| match self.mirrors() {
+            true => {
+                let blocks = place.kernel().blocks_x();
+                body(work.mirrored(self.scheduler.in_even_round(place, blocks)));
+            }
+            false => body(work),
+        });
     }
 
     /// The rows from `first` on of a head, of sequences that are not packed.
@@ -138,12 +180,12 @@ impl<'k> Tiles<'k> {
             Lengths::Packed => (false, true),
         };
         let windowed = self.begins();
-        let ordered = self.tile_shape.ordered;
+        let mirrors = self.mirrors();
         let count = 6
             + usize::from(windowed)
             + if full { 0 } else { 2 }
             + if packed { 3 } else { 0 }
-            + usize::from(ordered);
+            + usize::from(mirrors);
         let words =
             (0..count.div_ceil(4)).flat_map(|quad| k.ld_shared::<u32, 4>(at.at(16 * quad as i64)));
         let mut words = words.collect::<Vec<_>>().into_iter();
@@ -163,9 +205,9 @@ impl<'k> Tiles<'k> {
             whole_end: whole_end.cast(),
             cut: true,
         };
-        let ascending = ordered.then(|| (next().ne(0), packed));
+        let mirror = mirrors.then(|| next().cast());
         let first = first.cast();
-        WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks, ascending }
+        WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks, mirror }
     }
 
     /// What [`kept`](Self::kept) reads, in its order.
@@ -182,10 +224,7 @@ impl<'k> Tiles<'k> {
         }
         words.extend((self.tile_shape.lengths == Lengths::Packed).then_some(sequence));
         debug_assert!(words.len() <= KEPT_WORDS as usize);
-        words.extend(work.ascending.filter(|_| self.tile_shape.ordered).map(|(holds, _)| {
-            let k = holds.kernel();
-            k.select(holds, k.var(1u32), 0u32)
-        }));
+        words.extend(work.mirror.map(Reg::cast::<u32>));
         words
     }
 
@@ -197,6 +236,12 @@ impl<'k> Tiles<'k> {
         }
     }
 
+    /// Whether blocks of a tile may be counted from the other end. Tiles that wait for one another would do so longer.
+    fn mirrors(&self) -> bool {
+        let TileShape { side, mask, persistent, ordered, .. } = self.tile_shape;
+        persistent && !ordered && side == Side::Keys && mask == Mask::Right
+    }
+
     /// The number of the tile's side, as [`Sequences`] counts.
     fn side(&self) -> usize {
         match self.tile_shape.side {
@@ -206,19 +251,18 @@ impl<'k> Tiles<'k> {
     }
 
     /// The tile of a place in the order, if there is one: those with the most columns first.
-    fn find(
-        &self,
-        TileCoord { head, column, upwards }: TileCoord<'k>,
-        body: impl FnOnce(WorkTile<'k>),
-    ) {
+    fn find(&self, TileCoord { head, column }: TileCoord<'k>, body: impl FnOnce(WorkTile<'k>)) {
         let (k, c) = (head.kernel(), &self.tile_shape);
         let first = |tile: Reg<'k, u32>| (tile * c.rows).cast::<i32>();
-        // Of queries the last ones see the most keys, of keys the first ones are seen by the most queries.
-        let last_first = c.mask == Mask::Right && c.side == Side::Queries;
+        // The last queries see the most keys, the first keys are seen by the most queries.
+        let number = |column: Reg<'k, u32>, count: Reg<'k, u32>| match c.side {
+            Side::Queries => count - 1 - column,
+            Side::Keys => column,
+        };
         match c.lengths {
             Lengths::Packed => {
                 let found = self.sequences.find(self.side(), column, c.rows);
-                let tile = if last_first { found.tiles - 1 - found.tile } else { found.tile };
+                let tile = number(found.tile, found.tiles);
                 k.if_(found.exists, || {
                     let other = self.sequences.span(1 - self.side(), found.sequence);
                     let [queries, keys] = match c.side {
@@ -226,22 +270,17 @@ impl<'k> Tiles<'k> {
                         Side::Keys => [other, found.span],
                     };
                     let spans = [queries, keys];
-                    let work = self.work(k.var(0), found.sequence, head, first(tile), spans);
-                    body(WorkTile { ascending: Some((upwards, true)), ..work });
+                    body(self.work(k.var(0), found.sequence, head, first(tile), spans));
                 });
             }
             Lengths::Full | Lengths::Padded => {
-                let tile = match c.side {
-                    Side::Queries => column,
-                    Side::Keys => self.scheduler.columns() - 1 - column,
-                };
+                let tile = number(column, self.scheduler.columns());
                 let heads = match c.side {
                     Side::Queries => self.heads[0],
                     Side::Keys => self.heads[0] / self.heads[1],
                 };
                 let batch = head / heads;
-                let work = self.tile(batch, head - batch * heads, first(tile));
-                body(WorkTile { ascending: Some((upwards, false)), ..work });
+                body(self.tile(batch, head - batch * heads, first(tile)));
             }
         }
     }
@@ -268,8 +307,8 @@ impl<'k> Tiles<'k> {
         if c.lengths == Lengths::Padded {
             blocks.end = k.select(first.lt(count), blocks.end, 0);
         }
-        let ascending = None;
-        WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks, ascending }
+        let mirror = None;
+        WorkTile { batch, sequence, head, first, queries, keys, bounds, blocks, mirror }
     }
 
     /// Which columns count for a row.

@@ -114,7 +114,7 @@ struct Loaded<'k> {
     x: Vec<Vec<[Reg<'k, u32>; 2]>>,
     /// For each row of groups and each 16 columns, those of both of the lane's.
     scales: Vec<Vec<[Reg<'k, f32>; 2]>>,
-    offsets: Vec<Vec<[Offset<'k>; 2]>>,
+    zeros: Vec<Vec<[Reg<'k, u32>; 2]>>,
 }
 
 impl<'k> Stream<'k, '_> {
@@ -145,10 +145,8 @@ impl<'k> Stream<'k, '_> {
         let totals = zeros();
         let whole =
             c.scheme.group.is_none().then(|| store::column_groups(c, operands, self.lane, column));
-        let always = match &whole {
-            Some(groups) => groups.offsets(decoder),
-            None => vec![[decoder.symmetric(); 2]; (BLOCK / STEP) as usize],
-        };
+        let symmetric = decoder.symmetric();
+        let columns = whole.as_ref().and_then(|groups| groups.zeros.as_ref());
         let stage = k.var(self.ring);
         let end = self.ring + c.slots * self.slot.bytes;
         k.for_(0, self.pairs, 1, |pair| {
@@ -157,7 +155,7 @@ impl<'k> Stream<'k, '_> {
             for block in 0..PAIR {
                 k.cp_async_wait(c.slots - 1);
                 k.bar_warp_sync();
-                let loaded = self.load(decoder, stage, block);
+                let loaded = self.load(stage, block);
                 // All lanes have what they need of the slot.
                 k.bar_warp_sync();
                 let further = pair + c.slots / PAIR;
@@ -170,7 +168,7 @@ impl<'k> Stream<'k, '_> {
                 k.cp_async_commit();
                 stage.increase(self.slot.bytes);
                 match c.scheme.group {
-                    None => self.multiply(decoder, &totals, &loaded, 0..STEPS, &always),
+                    None => self.multiply(decoder, &totals, &loaded, 0..STEPS, symmetric, columns),
                     Some(rows) => {
                         let steps = (rows / STEP).min(STEPS);
                         for number in 0..STEPS / steps {
@@ -178,13 +176,13 @@ impl<'k> Stream<'k, '_> {
                             let first = rows <= BLOCK || block == 0;
                             if first {
                                 let scales = loaded.scales[number as usize].clone();
-                                let offsets = loaded.offsets.get(number as usize);
-                                let offsets = offsets.cloned().unwrap_or_else(|| always.clone());
-                                group = Some((zeros(), scales, offsets));
+                                let points = loaded.zeros.get(number as usize).cloned();
+                                group = Some((zeros(), scales, points));
                             }
-                            let (sums, scales, offsets) = group.as_ref().expect("it begins");
-                            let steps = number * steps..(number + 1) * steps;
-                            self.multiply(decoder, sums, &loaded, steps, offsets);
+                            let (sums, scales, points) = group.as_ref().expect("it begins");
+                            let (steps, points) =
+                                (number * steps..(number + 1) * steps, points.as_ref());
+                            self.multiply(decoder, sums, &loaded, steps, symmetric, points);
                             if rows <= BLOCK || block == PAIR - 1 {
                                 add_scaled(&totals, sums, scales);
                             }
@@ -203,7 +201,7 @@ impl<'k> Stream<'k, '_> {
     }
 
     /// What a lane needs of the slot at `stage`, which has block `block` of a pair.
-    fn load(&self, decoder: &Decoder<'k>, stage: Reg<'k, u32>, block: u32) -> Loaded<'k> {
+    fn load(&self, stage: Reg<'k, u32>, block: u32) -> Loaded<'k> {
         let (k, c, slot) = (self.k, self.c, self.slot);
         let words = stage + self.lane * CHUNK;
         let words = (0..BLOCK / STEP)
@@ -238,28 +236,31 @@ impl<'k> Stream<'k, '_> {
             })
         });
         let scales = scales.collect();
-        let offsets = (0..if c.scheme.zeros { rows } else { 0 }).map(|row| {
+        let zeros = (0..if c.scheme.zeros { rows } else { 0 }).map(|row| {
             let at = stage + column;
-            by_tile(|col| {
-                decoder.zero(k.ld_shared_u8(at.at((slot.zeros + row * BLOCK + col).into())))
-            })
+            by_tile(|col| k.ld_shared_u8(at.at((slot.zeros + row * BLOCK + col).into())))
         });
-        let offsets = offsets.collect();
-        Loaded { words, x, scales, offsets }
+        let zeros = zeros.collect();
+        Loaded { words, x, scales, zeros }
     }
 
-    /// Adds the products of some steps.
+    /// Adds the products of some steps. Without zero points, codes have `symmetric` ones.
     fn multiply(
         &self,
         decoder: &Decoder<'k>,
         sums: &Sums<'k>,
         loaded: &Loaded<'k>,
         steps: std::ops::Range<u32>,
-        offsets: &[[Offset<'k>; 2]],
+        symmetric: Offset<'k>,
+        zeros: Option<&Vec<[Reg<'k, u32>; 2]>>,
     ) {
-        for step in steps {
-            let step = step as usize;
-            for ((words, &offsets), sums) in loaded.words.iter().zip(offsets).zip(sums) {
+        for (tile, (words, sums)) in loaded.words.iter().zip(sums).enumerate() {
+            let offsets = match zeros {
+                Some(zeros) => zeros[tile].map(|zero| decoder.zero(zero)),
+                None => [symmetric; 2],
+            };
+            for step in steps.clone() {
+                let step = step as usize;
                 let a = decoder.fragment(words[step], offsets);
                 for (x, &sum) in loaded.x.iter().zip(sums) {
                     self.k.mma(self.c.half, sum, Mma { a, b: x[step] });

@@ -7,13 +7,12 @@ use crate::kernel::Element;
 use crate::kernel::gemm::result::TileOfResult;
 use crate::kernel::gemm::terms::{Terms, add};
 use crate::kernel::w4::BLOCK;
-use crate::kernel::w4::nibbles::{Decoder, Offset};
 use crate::ptx::{Kernel, Reg};
 
 /// The only group of a lane's columns.
 pub struct ColumnGroups<'k> {
     scales: Vec<[Reg<'k, f32>; 2]>,
-    zeros: Option<Vec<[Reg<'k, u32>; 2]>>,
+    pub zeros: Option<Vec<[Reg<'k, u32>; 2]>>,
 }
 
 /// Loads them: columns past the last one have anyone's.
@@ -40,13 +39,7 @@ pub fn column_groups<'k>(
 }
 
 impl<'k> ColumnGroups<'k> {
-    pub fn offsets(&self, decoder: &Decoder<'k>) -> Vec<[Offset<'k>; 2]> {
-        match &self.zeros {
-            Some(zeros) => zeros.iter().map(|both| both.map(|zero| decoder.zero(zero))).collect(),
-            None => vec![[decoder.symmetric(); 2]; self.scales.len()],
-        }
-    }
-
+    /// Multiplies sums with the scales.
     pub fn scale(&self, sums: &Sums<'k>) {
         for (sums, scales) in sums.iter().zip(&self.scales) {
             for (i, sum) in sums.iter().flat_map(|sum| sum.iter().enumerate()) {

@@ -1,5 +1,6 @@
 //! The choices, and what follows from them.
 
+use super::super::sums;
 use super::super::variant::Variant;
 use super::super::work::KEPT_WORDS;
 use super::super::{Side, TileShape};
@@ -63,6 +64,8 @@ pub enum Pass {
 /// Which gradients a pass over tiles of keys has: both, if a thread has registers for their sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KeySums {
+    /// Those of keys and values, and shares of the queries', which are added up in memory.
+    All,
     /// Those of keys and values.
     Both,
     /// That of the keys.
@@ -85,6 +88,8 @@ pub(super) struct SharedMap {
     pub kept: u32,
     /// What paired warps give each other, to be multiplied with columns as wide as a key (dS) and as a value (P).
     pub given: [u32; 2],
+    /// dS of a block, where shares of dQ are made of it: a line of each key.
+    pub score_grads: u32,
     /// Bytes from stage to stage.
     pub stage_bytes: u32,
     pub bytes: u32,
@@ -107,15 +112,21 @@ impl Pass {
     /// Whether it sums what is as wide as a key, and what is as wide as a value.
     pub(super) fn sums(self) -> [bool; 2] {
         match self {
-            Self::Keys(KeySums::Both) => [true, true],
+            Self::Keys(KeySums::All | KeySums::Both) => [true, true],
             Self::Keys(KeySums::Keys) | Self::Queries => [true, false],
             Self::Keys(KeySums::Values) => [false, true],
             Self::Bias { .. } => [false, false],
         }
     }
 
+    /// Whether it makes shares of the gradient of the queries beside.
+    pub fn shares_queries(self) -> bool {
+        self == Self::Keys(KeySums::All)
+    }
+
     fn name(self) -> &'static str {
         match self {
+            Self::Keys(KeySums::All) => "dqkv80",
             Self::Keys(KeySums::Both) => "dkv80",
             Self::Keys(KeySums::Keys) => "dk80",
             Self::Keys(KeySums::Values) => "dv80",
@@ -261,6 +272,10 @@ impl Config {
                 format!("pairs of {} warps by {} columns", self.warps, self.cols),
             ),
             (
+                !self.pass.shares_queries() || self.can_share_queries(),
+                format!("shares of dQ of {} elements by {} warps", dims[0], self.warps),
+            ),
+            (
                 registers <= most || smallest,
                 format!("{registers} registers of a thread (at most {most})"),
             ),
@@ -285,6 +300,29 @@ impl Config {
         };
         let fits = summed.clone().all(whole) && halves.iter().all(|&half| half == halves[0]);
         fits && !halves.is_empty() && self.warps > 1 && self.cols > 16
+    }
+
+    /// Whether shares of dQ divide into whole steps of a product.
+    fn can_share_queries(&self) -> bool {
+        let columns = self.share_columns();
+        let steps = matches!(columns, 16 | 32) && columns * self.share_warps() == self.dims()[0];
+        let queries = self.warp_cols().is_multiple_of(M16) && self.cols <= sums::BLOCK;
+        matches!(self.element, Element::Half(_)) && steps && queries && self.dims()[0] <= 128
+    }
+
+    /// Warps among which the columns of a share of dQ are divided. Two that are paired divide its rows.
+    pub(super) fn share_warps(&self) -> u32 {
+        self.warps / self.sharers()
+    }
+
+    /// Columns of a warp's share of dQ.
+    pub(super) fn share_columns(&self) -> u32 {
+        self.dims()[0] / self.share_warps()
+    }
+
+    /// dS of a block.
+    pub(super) fn score_grad_tile(&self) -> SwizzledTile {
+        SwizzledTile::new(self.rows(), self.cols, self.element.size())
     }
 
     fn most_registers(&self) -> u32 {
@@ -338,11 +376,14 @@ impl Config {
         }
         let kept = arena.region(KEPT_WORDS * 4, 16);
         let given_bytes = self.given_bytes() * self.warps;
-        let given = self.pass.sums().map(|summed| {
-            let bytes = if summed { given_bytes } else { 0 };
-            arena.region(bytes, 16)
-        });
-        SharedMap { left, right, numbers, kept, given, stage_bytes, bytes: arena.used }
+        let [_, summed] = self.pass.sums();
+        // All warps see dS where shares of dQ are made of it.
+        let shares = self.pass.shares_queries();
+        let mut given = |is: bool| arena.region(if is { given_bytes } else { 0 }, 16);
+        let given = [given(self.pass.sums()[0] && !shares), given(summed)];
+        let bytes = if shares { self.score_grad_tile().bytes() } else { 0 };
+        let score_grads = arena.region(bytes, SwizzledTile::ALIGN);
+        SharedMap { left, right, numbers, kept, given, score_grads, stage_bytes, bytes: arena.used }
     }
 
     /// Bytes of the fragments that a warp gives the other of its pair.

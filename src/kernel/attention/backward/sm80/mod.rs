@@ -1,9 +1,10 @@
-//! The gradients on every GPU from Ampere on, without atomic additions, so that they are the same in each run.
-//! Passes over all pairs of a query and a key rebuild the probabilities, each for other gradients:
+//! The gradients on every GPU from Ampere on. Passes over all pairs of a query and a key rebuild the probabilities,
+//! each for other gradients:
 //!
 //! ```text
 //! rows      columns   a block of columns                            sums in registers
 //! keys      queries   Sᵀ = K·Qᵀ   dPᵀ = V·dOᵀ   Pᵀ, dSᵀ in pairs   dV += Pᵀ·dO   dK += dSᵀ·Q
+//!                                               shares of dQ = dS·K, added up in memory
 //! queries   keys      S  = Q·Kᵀ   dP  = dO·Vᵀ   dS in pairs         dQ += dS·K
 //! queries   keys      S  = Q·Kᵀ   dP  = dO·Vᵀ   of all sequences    dbias += dS
 //!                                               and heads that share a bias
@@ -11,19 +12,23 @@
 //!
 //! As in the forward pass, warps have tiles of 16 rows, and multiply with `mma.sync` what `cp.async` brought to
 //! shared memory. A fragment of sums is the left operand of the next product as it is, so that neither P nor dS
-//! leaves registers. Where a thread has no registers for both dK and dV, each takes a pass.
+//! leaves registers. Where a thread has no registers for both dK and dV, each takes a pass. Shares of dQ come in
+//! whatever order, so that only those of heads of 64 and 128 elements, in 16 bits and where rounding may differ from
+//! run to run, save the pass over tiles of queries.
 
 mod bias;
 mod choose;
 mod config;
 mod pass;
 mod scores;
+mod shares;
 mod store;
 
 pub use choose::{bias, choose};
 pub use config::{Config, KeySums, Pass};
 
 use super::Side;
+use super::sums::{self, DqSums};
 use super::work::Tiles;
 use crate::kernel::ampere::copies::Operand;
 use crate::kernel::attention::Name;
@@ -54,9 +59,26 @@ pub fn emit(config: &Config) -> Source {
     let score_params = ScoreParams::params(k, config.variant.score_mod, config.element);
     let out = Destination::params(k, config.pass);
     let tiles = Tiles::params(k, tile_shape);
+    let dq_sums = config.pass.shares_queries().then(|| {
+        let bytes = sums::BLOCK * config.variant.head_dim * 4;
+        let lengths = config.variant.lengths;
+        DqSums::params(k, lengths, [sums::BLOCK, bytes], tiles.size[0], tiles.sequences())
+    });
     let smem = config.smem();
     let base = k.shared(smem.bytes);
-    let g = Gradients { k, c: config, smem, base, left, right, numbers, score_params, out, tiles };
+    let g = Gradients {
+        k,
+        c: config,
+        smem,
+        base,
+        left,
+        right,
+        numbers,
+        score_params,
+        out,
+        tiles,
+        dq_sums,
+    };
     match config.pass {
         Pass::Keys(_) | Pass::Queries => g.run(),
         Pass::Bias { pairs, shared } => g.run_bias(pairs, shared),
@@ -79,4 +101,5 @@ struct Gradients<'k, 'c> {
     /// Where sums as wide as a key go, and such as wide as a value.
     out: [Option<Destination<'k>>; 2],
     tiles: Tiles<'k>,
+    dq_sums: Option<DqSums<'k>>,
 }

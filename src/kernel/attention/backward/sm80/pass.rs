@@ -235,6 +235,11 @@ impl<'k> Gradients<'k, '_> {
         let block = Block { number: walk.block, stage: t.stage, masked };
         let both = self.block(t, (&work, walk.head), block, By::Products);
         self.add(t, both);
+        if let Some(sums) = self.dq_sums {
+            // All of dS is there.
+            k.sync_block();
+            self.add_share(sums, &self.kept(), (walk.head, walk.block));
+        }
         match c.stages {
             1 => {
                 k.sync_block();

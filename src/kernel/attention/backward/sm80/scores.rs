@@ -194,6 +194,9 @@ impl<'k> Gradients<'k, '_> {
         let left = [(1, p), (0, grads)].into_iter().filter(|&(which, _)| summed[which]);
         let left: Vec<(usize, Vec<_>)> =
             left.map(|(which, sums)| (which, sums.iter().map(fragments).collect())).collect();
+        if let Some((_, score_grads)) = left.last().filter(|_| c.pass.shares_queries()) {
+            self.write_score_grads(score_grads);
+        }
         match c.paired {
             false => {
                 for (which, left) in &left {
@@ -220,7 +223,9 @@ impl<'k> Gradients<'k, '_> {
         let place = |warp: Reg<'k, u32>| self.base + warp * c.given_bytes() + lane.lane * CHUNK;
         let at = |which: usize, i: usize| (self.smem.given[which] + i as u32 * CHUNK * WARP).into();
         let to = place(lane.warp);
-        for (which, left) in left {
+        // Those of dS may be written anyway.
+        let written = |which: usize| which == 0 && c.pass.shares_queries();
+        for (which, left) in left.iter().filter(|&&(which, _)| !written(which)) {
             for (i, &fragment) in left.iter().flatten().enumerate() {
                 k.st_shared(to.at(at(*which, i)), fragment);
             }
@@ -239,9 +244,12 @@ impl<'k> Gradients<'k, '_> {
         for (which, left) in left {
             let each = left[0].len();
             let fragment = |i: usize| k.ld_shared(from.at(at(*which, i)));
-            let others =
-                (0..left.len()).map(|m16| (0..each).map(|i| fragment(m16 * each + i)).collect());
-            self.add_lines(t, *which, &others.collect::<Vec<_>>(), half(*which, own ^ bytes));
+            let given = |m16: usize| (0..each).map(|i| fragment(m16 * each + i)).collect();
+            let others: Vec<Vec<_>> = match written(*which) {
+                true => self.others_score_grads(),
+                false => (0..left.len()).map(given).collect(),
+            };
+            self.add_lines(t, *which, &others, half(*which, own ^ bytes));
         }
     }
 

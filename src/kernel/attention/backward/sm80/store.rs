@@ -29,7 +29,7 @@ impl<'k> Destination<'k> {
         let dv = [Name::DvAt, Name::DvRow, Name::DvHead, Name::DvBatch];
         let [scaled, plain] = match pass {
             Pass::Queries => [Some(dq), None],
-            Pass::Keys(KeySums::Both) => [Some(dk), Some(dv)],
+            Pass::Keys(KeySums::All | KeySums::Both) => [Some(dk), Some(dv)],
             Pass::Keys(KeySums::Keys) => [Some(dk), None],
             Pass::Keys(KeySums::Values) => [None, Some(dv)],
             Pass::Bias { .. } => [None, None],

@@ -3,6 +3,7 @@
 use super::super::Problem;
 use super::keys::{self, Form};
 use super::queries;
+use crate::kernel::attention::{Lengths, Mask};
 use crate::kernel::{Device, Element};
 
 /// Heads up to this width are narrow: dK and dV leave registers for blocks of 128 queries.
@@ -18,11 +19,13 @@ pub fn choose(problem: &Problem, device: &Device) -> (keys::Config, Option<queri
     let [head_dim, value_dim] = [attention.head_dim, attention.value_dim].map(width);
     let widest = head_dim.max(value_dim);
     let scores = attention.score_mod;
-    // What a score modification takes of registers decides about the size of blocks.
+    // What a score modification takes of registers decides about the size of blocks, and so do both ends of a window
+    // and those of sequences.
+    let cut = attention.mask() == Mask::Window && attention.lengths != Lengths::Full;
     let (form, rows) = match () {
         () if scores.bias.is_some() => (Form::Wide, if widest <= MIDDLE { 64 } else { 32 }),
         () if widest > MIDDLE || (scores.softcap && widest > NARROW) => (Form::Wide, 64),
-        () if scores.plain() && widest <= NARROW => (Form::Fused, 128),
+        () if scores.plain() && widest <= NARROW && !cut => (Form::Fused, 128),
         () => (Form::Fused, 64),
     };
     let keys = keys::Config {
@@ -33,6 +36,7 @@ pub fn choose(problem: &Problem, device: &Device) -> (keys::Config, Option<queri
         mask: attention.mask(),
         score_mod: scores,
         lengths: attention.lengths,
+        grouped: attention.heads != attention.kv_heads,
         queries: rows,
         stages: 1,
         ordered: problem.deterministic && form == Form::Fused,

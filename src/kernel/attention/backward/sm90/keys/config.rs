@@ -52,6 +52,8 @@ pub struct Config {
     pub score_mod: ScoreMod,
     /// How long sequences are.
     pub lengths: Lengths,
+    /// Whether several heads of queries share keys.
+    pub grouped: bool,
     /// Queries of a block: 64, or 128 of narrow heads, or 32 of [`Form::Wide`].
     pub queries: u32,
     /// Stages of queries and their gradients.
@@ -114,8 +116,8 @@ impl SharedMap {
 }
 
 impl Config {
-    /// `flash90 dkv 64x128 d128/64 x2 dq ordered, bf16 causal packed`: queries of a block and keys of a tile,
-    /// elements of a query and of a value, stages, the form; type, mask, score modification and lengths.
+    /// `flash90 dkv 64x128 d128/64 x2 dq ordered, bf16 causal packed grouped`: queries of a block and keys of a
+    /// tile, elements of a query and of a value, stages, the form; type, mask, score modification, lengths, heads.
     pub fn name(&self) -> String {
         let Self { element, head_dim, value_dim, queries, stages, .. } = self;
         let form = match self.form {
@@ -124,9 +126,10 @@ impl Config {
             Form::Wide => " wide",
         };
         let words = scores(self.mask, &self.score_mod, self.lengths);
+        let heads = if self.grouped { " grouped" } else { "" };
         let (element, keys) = (element.name(), self.keys());
         format!(
-            "flash90 dkv {queries}x{keys} d{head_dim}/{value_dim} x{stages}{form}, {element}{words}"
+            "flash90 dkv {queries}x{keys} d{head_dim}/{value_dim} x{stages}{form}, {element}{words}{heads}"
         )
     }
 

@@ -13,19 +13,20 @@ impl<'k> Backward<'k, '_> {
     /// the block. Heads take turns, so that blocks of threads stay side by side, and what one has read is in L2.
     fn blocks(&self, work: &WorkTile<'k>, body: impl Fn(Reg<'k, u32>, Reg<'k, i32>)) {
         let k = self.k;
-        let block = k.var(work.blocks.end - 1);
+        let count = k.var(work.blocks.end - 1);
         k.loop_(|exit| {
-            exit.when(block.lt(work.blocks.begin));
-            self.heads(work, |head| body(head, block));
-            block.increase(-1);
+            exit.when(count.lt(work.blocks.begin));
+            let block = work.block(count);
+            match self.c.grouped {
+                true => {
+                    let group = self.tiles.heads[1];
+                    let first = work.head * group;
+                    k.for_(first, first + group, 1, |head| body(head, block));
+                }
+                false => body(work.head, block),
+            }
+            count.increase(-1);
         });
-    }
-
-    /// Runs `body` for each head that shares a tile's keys.
-    pub(super) fn heads(&self, work: &WorkTile<'k>, body: impl FnOnce(Reg<'k, u32>)) {
-        let group = self.tiles.heads[1];
-        let first = work.head * group;
-        self.k.for_(first, first + group, 1, body);
     }
 
     /// Lets TMA fill the rings for all tiles of this block. A warp calls it, one of its threads does the work.
@@ -101,6 +102,8 @@ impl<'k> Backward<'k, '_> {
         let (k, c, smem) = (self.k, self.c, &self.smem);
         let elected = k.elect_sync();
         let groups = || (0..GROUPS).map(|group| k.var(group));
+        // And the turn that has not ended yet.
+        let turns = self.dq_turns.map(|turns| (turns, k.var(0u64)));
         self.schedule.for_each(&self.tiles, |tile| {
             let work = tile.read();
             groups().for_each(|group| smem.dq_empty.of(group).arrive(k));
@@ -109,12 +112,13 @@ impl<'k> Backward<'k, '_> {
                 let first = sums.first(work.batch * heads + head, work.sequence, work.queries);
                 let number = first + block.cast();
                 let mut to = Address::from(sums.block(number));
-                let turn = self.dq_turns.map(|turns| turns.element(number, 4));
+                if let Some((turns, last)) = turns {
+                    let turn = turns.element(number, 4);
+                    k.if_(elected, || self.take_turn(&work, block, turn, last));
+                    last.set(turn);
+                }
                 for (i, group) in (0..).zip(groups()) {
                     smem.dq_full.of(group).sync(k);
-                    if let Some(turn) = turn.filter(|_| i == 0) {
-                        k.if_(elected, || self.wait_for_turn(&work, block, turn));
-                    }
                     let from = self.base + smem.dq + i * c.dq_pitch();
                     let bytes = c.dq_bytes(i);
                     k.if_(elected, || {
@@ -130,13 +134,11 @@ impl<'k> Backward<'k, '_> {
                     k.bar_warp_sync();
                     smem.dq_empty.of(group).arrive(k);
                 }
-                if let Some(turn) = turn {
-                    k.if_(elected, || {
-                        k.tma_wait(0);
-                        k.red_release_add(turn);
-                    });
-                }
             });
+            if let Some((_, last)) = turns {
+                k.if_(elected, || self.end_turn(last));
+                last.set(0);
+            }
             // Until a warpgroup was at its tile's end, where it waits for its last share, too: two arrivals in a row
             // would count for a warp of it that is not there yet.
             groups().for_each(|group| smem.dq_full.of(group).sync(k));
@@ -144,21 +146,41 @@ impl<'k> Backward<'k, '_> {
         k.when(elected, || k.tma_wait(0));
     }
 
-    /// Waits until the tiles before this one in the order have added to a block of queries; `turn` is where how
-    /// many have is counted.
+    /// Ends the turn `before`, if there was one, and waits until the tiles before this one in the order have added to
+    /// a block of queries; `turn` is where how many have is counted.
     ///
-    /// Tiles are taken in their order, by blocks of threads that run: whoever is waited for is at work, or has been.
-    fn wait_for_turn(&self, work: &WorkTile<'k>, block: Reg<'k, i32>, turn: Reg<'k, u64>) {
+    /// It takes about as long until memory says whose turn it is as until what was added last is there, and a block's
+    /// products take not much longer than both together. So it is asked before the last turn ends.
+    ///
+    /// The tiles of a head are taken in the order of their keys, by blocks of threads that run: whoever is waited for is at work, or has been.
+    fn take_turn(
+        &self,
+        work: &WorkTile<'k>,
+        block: Reg<'k, i32>,
+        turn: Reg<'k, u64>,
+        before: Reg<'k, u64>,
+    ) {
         let (k, c) = (self.k, self.c);
         let of_queries = work.bounds.transposed(work.keys.count);
         let first = block * c.queries as i32;
         let last = (first + c.queries as i32).min(work.queries.count);
         let tiles = of_queries.blocks(first, last, c.keys());
         let tile = (work.first.cast::<u32>() / c.keys()).cast::<i32>();
-        let (holds, ascending) = work.ascending.expect("tiles come in an order");
-        let (up, down) = (tile - tiles.begin, tiles.end - 1 - tile);
-        let (if_so, else_) = if ascending { (up, down) } else { (down, up) };
-        let mine = k.select(holds, if_so, else_).cast::<u32>();
-        k.loop_(|exit| exit.when(k.ld_acquire(turn).eq(mine)));
+        let mine = (tile - tiles.begin).cast::<u32>();
+        let now = k.var(k.ld_acquire(turn));
+        self.end_turn(before);
+        k.loop_(|exit| {
+            exit.when(now.eq(mine));
+            now.set(k.ld_acquire(turn));
+        });
+    }
+
+    /// Lets the next tile add to a block of queries as soon as what this one has added is there. No turn is 0.
+    fn end_turn(&self, turn: Reg<'k, u64>) {
+        let k = self.k;
+        k.if_(turn.ne(0), || {
+            k.tma_wait(0);
+            k.red_release_add(turn);
+        });
     }
 }

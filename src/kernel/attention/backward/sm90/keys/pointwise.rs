@@ -38,25 +38,32 @@ impl<'k> Backward<'k, '_> {
         body: impl Fn(&Context<'k, '_>, bool),
     ) {
         let k = self.k;
-        let block = k.var(tile.read().blocks.end - 1);
-        let group = self.tiles.heads[1];
+        let of_head = |head: Reg<'k, u32>, count: Reg<'k, i32>, masked: bool| {
+            let work = tile.read();
+            let (keys, offset) = (work.keys.count, work.keys.count - work.queries.count);
+            let key = first() + (warps.lane.warp * 16 + warps.lane.lane / 4).cast();
+            let positions = [key, key + 8];
+            let scores = self.score_params.of_keys(positions, (work.sequence, head), keys, offset);
+            body(&Context { tile, scores, positions, block: work.block(count) }, masked);
+        };
+        let count = k.var(tile.read().blocks.end - 1);
         BlockRange::walk_of(
             || tile.read().blocks,
-            block,
+            count,
             |masked| {
-                let head = k.var(tile.read().head * group);
-                k.loop_(|exit| {
-                    let work = tile.read();
-                    let key = first() + (warps.lane.warp * 16 + warps.lane.lane / 4).cast();
-                    let positions = [key, key + 8];
-                    let (keys, offset) = (work.keys.count, work.keys.count - work.queries.count);
-                    let scores =
-                        self.score_params.of_keys(positions, (work.sequence, head), keys, offset);
-                    body(&Context { tile, scores, positions, block }, masked);
-                    head.increase(1);
-                    exit.when(head.ge((tile.read().head + 1) * group));
-                });
-                block.increase(-1);
+                match self.c.grouped {
+                    true => {
+                        let group = self.tiles.heads[1];
+                        let left = k.var(group);
+                        k.loop_(|exit| {
+                            of_head((tile.read().head + 1) * group - left, count, masked);
+                            left.increase(u32::MAX);
+                            exit.when(left.eq(0));
+                        });
+                    }
+                    false => of_head(tile.read().head, count, masked),
+                }
+                count.increase(-1);
             },
         );
     }
