@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PyTorch's times for the rows of the benches matmul and attention, as more peers:
+"""PyTorch's times for the rows of the benches matmul, bytes and attention, as more peers:
 
     cargo bench --features cuda --bench matmul -- --list >rows.json
     python3 scripts/torch_peers.py rows.json >torch.json
@@ -130,6 +130,8 @@ def attention(row):
 
 def calls(row):
     """What to time, by the peer's name."""
+    if row["op"] == "bytes":
+        return bytes_calls(row)
     if row["op"] == "host":
         return {}
     if row["op"] == "attention":
@@ -147,6 +149,17 @@ def calls(row):
         upstream = torch.randn(m, n, device="cuda", dtype=dtype)
         return {"torch": lambda: torch.autograd.grad(torch.mm(a, b), (a, b), upstream)}
     return {}
+
+
+def bytes_calls(row):
+    """int8 without scales, to i32; e4m3 with those of rows and columns, without its fast sums. Weights lie along K."""
+    m, n, k = row["m"], row["n"], row["k"]
+    if row["dtype"] == "int8":
+        a, b = (torch.randint(-127, 128, (rows, k), device="cuda", dtype=torch.int8) for rows in (m, n))
+        return {"torch": lambda: torch._int_mm(a, b.t())}
+    a, b = (torch.randn(rows, k, device="cuda").to(torch.float8_e4m3fn) for rows in (m, n))
+    of_a, of_b = torch.rand(m, 1, device="cuda"), torch.rand(1, n, device="cuda")
+    return {"torch": lambda: torch._scaled_mm(a, b.t(), scale_a=of_a, scale_b=of_b, out_dtype=torch.bfloat16)}
 
 
 def read_safetensors(path, device="cuda"):

@@ -72,6 +72,24 @@ pub fn all(device: &Device) -> Vec<Builder> {
             }
             all.push(builder("matmul_int4 few rows", move |d| few_rows_int4(d, [m, 4096])));
             all.push(builder("matmul_int8 few rows", move |d| few_rows_int8(d, [m, 4096])));
+            let int4 = |zero_points| QuantScheme::Int4 { group: 128, zero_points };
+            for (op, scheme, peer) in [
+                ("matmul_quant int4 few rows", int4(false), GgmlDType::Q4_0),
+                ("matmul_quant int4 zero points few rows", int4(true), GgmlDType::Q4_0),
+                ("matmul_quant nf4 few rows", QuantScheme::Nf4 { block: 64 }, GgmlDType::Q4_0),
+                (
+                    "matmul_quant int8 few rows",
+                    QuantScheme::Int8 { per: Per::Channel },
+                    GgmlDType::Q8_0,
+                ),
+                (
+                    "matmul_quant fp8 few rows",
+                    QuantScheme::Fp8 { per: Per::Block },
+                    GgmlDType::Q8_0,
+                ),
+            ] {
+                all.push(builder(op, move |d| few_rows_quant(d, op, scheme, [m, 4096], peer)));
+            }
         }
     }
     let size = if cpu { [256, 4096] } else { [4096, 11_008] };
@@ -211,6 +229,20 @@ fn few_rows_int8(device: &Device, size @ [m, n]: [usize; 2]) -> Result<Case> {
     let (w, scale) = quant::quantize_int8(&random(device, &[n, n], DType::F32)?)?;
     let ours = contestant("kaio-candle", move || a.kaio_matmul_int8(&w, scale).map(drop));
     Ok(by_square("matmul_int8 few rows", size, [ours, gguf(device, size, GgmlDType::Q8_0)?]))
+}
+
+fn few_rows_quant(
+    device: &Device,
+    op: &'static str,
+    scheme: QuantScheme,
+    size @ [m, n]: [usize; 2],
+    peer: GgmlDType,
+) -> Result<Case> {
+    let a = random(device, &[m, n], DType::BF16)?;
+    let w = QuantWeight::quantize(&random(device, &[n, n], DType::BF16)?, &scheme)?;
+    let opts = MatmulOptions::default().out_dtype(DType::F32);
+    let ours = contestant("kaio-candle", move || a.kaio_matmul_quant_with(&w, &opts).map(drop));
+    Ok(by_square(op, size, [ours, gguf(device, size, peer)?]))
 }
 
 /// `m` rows by a square weight, to f32.

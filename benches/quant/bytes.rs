@@ -27,12 +27,16 @@ use kaio_candle::prelude::*;
 use serde_json::{Value, json};
 
 const BF16: &str = "bf16";
+/// Elements of a side of a block.
+const BLOCK: usize = 128;
 
-const GROUPS: [(char, &str); 4] = [
+const GROUPS: [(char, &str); 6] = [
     ('a', "int8, large"),
     ('b', "int8, few rows, weights from memory"),
     ('c', "fp8, large"),
     ('d', "fp8, few rows, weights from memory"),
+    ('e', "fp8 by blocks, large"),
+    ('f', "fp8 by blocks, few rows, weights from memory"),
 ];
 
 #[derive(Clone, Copy)]
@@ -52,13 +56,22 @@ impl Row {
         format!("{}×{}×{}", self.m, self.n, self.k)
     }
 
+    /// Whether blocks have scales, not lines.
+    fn blocks(&self) -> bool {
+        matches!(self.group, 'e' | 'f')
+    }
+
     fn dtype(&self) -> &'static str {
-        if self.int8() { "int8" } else { "e4m3" }
+        match (self.int8(), self.blocks()) {
+            (true, _) => "int8",
+            (_, false) => "e4m3",
+            (_, true) => "e4m3/128",
+        }
     }
 }
 
 fn rows() -> Vec<Row> {
-    const LARGE: [[usize; 3]; 6] = [
+    const LARGE: &[[usize; 3]] = &[
         [4096; 3],
         [8192; 3],
         [4096, 8192, 8192],
@@ -66,12 +79,13 @@ fn rows() -> Vec<Row> {
         [1024, 8192, 8192],
         [256, 8192, 8192],
     ];
-    const FEW: [[usize; 3]; 4] =
-        [[1, 8192, 8192], [16, 8192, 8192], [64, 8192, 8192], [16, 28672, 4096]];
+    const FEW: &[[usize; 3]] =
+        &[[1, 8192, 8192], [16, 8192, 8192], [64, 8192, 8192], [16, 28672, 4096]];
     let of = |group, sizes: &'static [[usize; 3]]| {
         sizes.iter().map(move |&[m, n, k]| Row { group, m, n, k })
     };
-    of('a', &LARGE).chain(of('b', &FEW)).chain(of('c', &LARGE)).chain(of('d', &FEW)).collect()
+    let groups = "abcdef".chars().zip([LARGE, FEW].into_iter().cycle());
+    groups.flat_map(|(group, sizes)| of(group, sizes)).collect()
 }
 
 impl table::Row for Row {
@@ -131,7 +145,7 @@ impl Bench for Bytes {
     const NAME: &str = "bytes";
     const GROUPS: &[(char, &str)] = &GROUPS;
     const LEGEND: &str = "M×N×K; caches are flushed for M ≤ 64 and not for other rows";
-    const COLUMNS: &[(&str, usize)] = &[("shape", 17), ("codes", 6)];
+    const COLUMNS: &[(&str, usize)] = &[("shape", 17), ("codes", 8)];
     const PEERS: &[&'static str] = &[BF16, CANDLE, "torch"];
 
     fn cells(&self, row: &Row) -> Vec<String> {
@@ -141,8 +155,12 @@ impl Bench for Bytes {
     fn prepare(&self, gpu: &mut Gpu, row: &Row) -> Result<Contest> {
         let int8 = row.int8();
         let (a, b) = (codes(gpu, [row.m, row.k], int8)?, codes(gpu, [row.n, row.k], int8)?);
-        let scale = |len: usize| Tensor::rand(0.01f32, 0.02, len, &gpu.device);
-        let scales = [scale(row.m)?, scale(row.n)?];
+        let scale = |dims: &[usize]| Tensor::rand(0.01f32, 0.02, dims, &gpu.device);
+        let [depth, blocks] = [row.k, row.n].map(|len| len.div_ceil(BLOCK));
+        let scales = match row.blocks() {
+            false => [scale(&[row.m])?, scale(&[row.n])?],
+            true => [scale(&[row.m, depth])?, scale(&[depth, blocks])?],
+        };
         let run = {
             let ([a, b], scales) = ([a.0, b.0], scales.clone());
             move || {
@@ -151,12 +169,8 @@ impl Bench for Bytes {
             }
         };
         let (ours, _) = run()?;
-        // Codes are bf16 numbers, so that their product in f32 is as exact as ours.
         let (a, b) = (a.1, b.1.t()?);
-        let opts = MatmulOptions::default().out_dtype(DType::F32);
-        let [rows, cols] = &scales;
-        let wanted = a.kaio_matmul_with(&b, &opts)?.broadcast_mul(&rows.unsqueeze(1)?)?;
-        agree("product", &ours, &wanted.broadcast_mul(cols)?.to_dtype(DType::BF16)?, row.k)?;
+        agree("product", &ours, &expected(row, [&a, &b], &scales)?, row.k)?;
         drop(ours);
 
         let mut contest = Contest::default();
@@ -171,6 +185,28 @@ impl Bench for Bytes {
     fn draw(&self, _: &[Outcome<Row>], _: &Gpu) -> common::Result<()> {
         Ok(())
     }
+}
+
+/// The result by products of bf16, which codes are, in f32: one for each block along the depth.
+fn expected(row: &Row, [a, b]: [&Tensor; 2], [rows, cols]: &[Tensor; 2]) -> Result<Tensor> {
+    let opts = MatmulOptions::default().out_dtype(DType::F32);
+    if !row.blocks() {
+        let sums = a.kaio_matmul_with(b, &opts)?.broadcast_mul(&rows.unsqueeze(1)?)?;
+        return sums.broadcast_mul(cols)?.to_dtype(DType::BF16);
+    }
+    let mut total: Option<Tensor> = None;
+    for (i, first) in (0..row.k).step_by(BLOCK).enumerate() {
+        let len = BLOCK.min(row.k - first);
+        let sums = a.narrow(1, first, len)?.kaio_matmul_with(&b.narrow(0, first, len)?, &opts)?;
+        let of_cols = cols.get(i)?.unsqueeze(1)?.repeat((1, BLOCK))?.flatten_all()?;
+        let sums = sums.broadcast_mul(&rows.narrow(1, i, 1)?)?;
+        let sums = sums.broadcast_mul(&of_cols.narrow(0, 0, row.n)?)?;
+        total = Some(match total {
+            None => sums,
+            Some(total) => (total + sums)?,
+        });
+    }
+    total.expect("there are blocks").to_dtype(DType::BF16)
 }
 
 /// Random codes, and the same as bf16.

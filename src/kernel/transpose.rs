@@ -167,12 +167,9 @@ pub fn emit(_: &Config) -> Source {
         .collect();
     let place = quad ^ (chunk * 4);
     let to = base + (chunk * CHUNK * TILE + place * 4);
-    for group in 0..4 {
-        let words = turned(std::array::from_fn(|i| lines[i][group]));
-        for (i, word) in words.into_iter().enumerate() {
-            let line = (4 * group + i) as i64;
-            k.st_shared(to.at(line * i64::from(TILE)), [word]);
-        }
+    let columns = |group: usize| turned(std::array::from_fn(|i| lines[i][group]));
+    for (line, word) in (0..).zip((0..4).flat_map(columns)) {
+        k.st_shared(to.at(line * i64::from(TILE)), [word]);
     }
     k.sync_block();
 

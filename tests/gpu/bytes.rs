@@ -33,8 +33,17 @@ fn codes(
         return Ok((Tensor::from_vec(bytes, (rows, cols), device)?, values));
     }
     let codes = Tensor::from_vec(values, (rows, cols), &Device::Cpu)?.to_dtype(DType::F8E4M3)?;
-    let values = codes.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+    // By way of f32: candle's cast of e4m3 to f64 never ends (0.11.1, CPU).
+    let values = codes.to_dtype(DType::F32)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
     Ok((codes.to_device(device)?, values))
+}
+
+/// Whether there are kernels for it.
+fn takes_e4m3(device: &Device) -> bool {
+    let one = |dtype| Tensor::zeros((1, 16), DType::F32, &Device::Cpu)?.to_dtype(dtype);
+    let code = one(DType::F8E4M3).and_then(|x| x.to_device(device)).unwrap();
+    let scale = Tensor::ones(1, DType::F32, device).unwrap();
+    tune::matmul_bytes([&code, &code], [&scale, &scale], false, None).is_ok()
 }
 
 /// Each kernel shape: few rows, few columns, tiles that end inside of the matrices, depths that are no multiple of
@@ -93,14 +102,10 @@ fn bytes_products() {
 fn bytes_blocks() {
     let Some(device) = gpu() else { return };
     let mut tally = Tally::new("products of blocks", &device);
-    let sizes = [
-        [1, 8, 16],
-        [16, 256, 300],
-        [33, 100, 128],
-        [65, 300, 1000],
-        [128, 256, 512],
-        [300, 130, 129],
-    ];
+    if !takes_e4m3(&device) {
+        return tally.inapplicable("this GPU has no products of e4m3");
+    }
+    let sizes = [[1, 8, 16], [16, 256, 300], [33, 100, 128], [65, 264, 400], [300, 130, 129]];
     for (seed, [m, n, k]) in (1..).zip(sizes) {
         tally.case(format!("{m}×{n}×{k}"), || {
             let (a, x) = codes(seed, [m, k], false, &device)?;
@@ -139,7 +144,8 @@ fn bytes_quantized() {
     let mut tally = Tally::new("activations rounded to bytes", &device);
     let shapes =
         [(1, 8, 8), (5, 64, 128), (3, 136, 128), (4, 1000, 1000), (2, 4096, 128), (2, 9000, 9000)];
-    for code in [DType::U8, DType::F8E4M3] {
+    let e4m3 = takes_e4m3(&device).then_some(DType::F8E4M3);
+    for code in [Some(DType::U8), e4m3].into_iter().flatten() {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             for (seed, (rows, cols, width)) in (1..).zip(shapes) {
                 tally.case(format!("{rows}×{cols} by {width}, {dtype:?} to {code:?}"), || {

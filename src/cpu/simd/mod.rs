@@ -58,16 +58,16 @@ vectorised! {
 
     /// Code `i` of each word, of four bits, by a table, times the word's own step.
     fn widen_by_table(words: &[u32], i: u32, table: &[f32; 16], steps: &[f32], dst: &mut [f32]) =
-        codes_to_f32(words, i, steps, dst, |codes, _| codes.map(|code| table[code as usize])),
-        codes_to_f32(words, i, steps, dst, |codes, _| x86::lookup(table, codes));
+        codes_to_f32(words, i, steps, dst, |_| (), |codes, ()| codes.map(|code| table[code as usize])),
+        codes_to_f32(words, i, steps, dst, |_| (), |codes, ()| x86::lookup(table, codes));
     /// Code `i` of each word, less the word's own zero point, times its step.
     fn widen_from_zeros(words: &[u32], i: u32, zeros: &[f32], steps: &[f32], dst: &mut [f32]) =
-        codes_to_f32(words, i, steps, dst, from_zeros(zeros)),
-        codes_to_f32(words, i, steps, dst, from_zeros(zeros));
+        codes_to_f32(words, i, steps, dst, |chunk| eighth(zeros, chunk), from_zeros),
+        codes_to_f32(words, i, steps, dst, |chunk| eighth(zeros, chunk), from_zeros);
     /// Bytes read as e4m3.
     fn widen_e4m3(src: &[u8], dst: &mut [f32]) =
         convert(src, dst, eight(e4m3_to_f32)),
-        convert(src, dst, eight(e4m3_to_f32));
+        convert(src, dst, |x| x86::e4m3x8(x));
 
     /// `w·x`.
     fn dot_f32(w: &[f32], x: &[f32]) -> f32 =
@@ -84,7 +84,7 @@ vectorised! {
         dot(w, x, |x| x86::int8x8(x));
     fn dot_e4m3(w: &[u8], x: &[f32]) -> f32 =
         dot(w, x, eight(e4m3_to_f32)),
-        dot(w, x, eight(e4m3_to_f32));
+        dot(w, x, |x| x86::e4m3x8(x));
     /// `w·x` of words and the steps of their groups.
     fn dot_int4(words: &[u32], steps: &[f32], x: &[f32]) -> f32 =
         int4_dot(words, steps, x),
@@ -105,15 +105,15 @@ vectorised! {
         add_rows(w, x, out, |x| x86::int8x8(x));
     fn add_rows_e4m3(w: [&[u8]; 4], x: [f32; 4], out: &mut [f32]) =
         add_rows(w, x, out, eight(e4m3_to_f32)),
-        add_rows(w, x, out, eight(e4m3_to_f32));
+        add_rows(w, x, out, |x| x86::e4m3x8(x));
     /// `out += Σ x·w` over the eight rows of a line of words, whose codes stand for what a table says.
     fn add_by_table(words: &[u32], x: &[f32; 8], table: &[f32; 16], out: &mut [f32]) =
-        add_codes(words, x, out, |codes, _| codes.map(|code| table[code as usize])),
-        add_codes(words, x, out, |codes, _| x86::lookup(table, codes));
+        add_codes(words, x, out, |_| (), |codes, ()| codes.map(|code| table[code as usize])),
+        add_codes(words, x, out, |_| (), |codes, ()| x86::lookup(table, codes));
     /// The same of codes less their columns' zero points.
     fn add_from_zeros(words: &[u32], x: &[f32; 8], zeros: &[f32], out: &mut [f32]) =
-        add_codes(words, x, out, from_zeros(zeros)),
-        add_codes(words, x, out, from_zeros(zeros));
+        add_codes(words, x, out, |chunk| eighth(zeros, chunk), from_zeros),
+        add_codes(words, x, out, |chunk| eighth(zeros, chunk), from_zeros);
 }
 
 /// The bytes of codes that candle's type for them hides.
@@ -161,17 +161,17 @@ fn e4m3_to_f32(x: u8) -> f32 {
     f32::from_bits(value.to_bits() | u32::from(x & 0x80) << 24)
 }
 
-/// Codes less the zero points of the `chunk`th eight columns.
+/// The `chunk`th eight elements.
 #[inline(always)]
-fn from_zeros(zeros: &[f32]) -> impl Fn(&[u32; 8], usize) -> [f32; 8] {
-    move |codes, chunk| {
-        let zeros = match zeros[8 * chunk..].first_chunk() {
-            Some(zeros) => *zeros,
-            None => padded(&zeros[8 * chunk..]),
-        };
-        // Signed numbers are converted by one instruction.
-        std::array::from_fn(|i| codes[i] as i32 as f32 - zeros[i])
-    }
+fn eighth(x: &[f32], chunk: usize) -> [f32; 8] {
+    let x = &x[8 * chunk..];
+    x.first_chunk().copied().unwrap_or_else(|| padded(x))
+}
+
+/// Codes less the zero points of their columns. Signed numbers are converted by one instruction.
+#[inline(always)]
+fn from_zeros(codes: &[u32; 8], zeros: [f32; 8]) -> [f32; 8] {
+    std::array::from_fn(|i| codes[i] as i32 as f32 - zeros[i])
 }
 
 #[inline(always)]
@@ -180,21 +180,22 @@ fn codes(words: &[u32; 8], i: u32) -> [u32; 8] {
 }
 
 #[inline(always)]
-fn codes_to_f32(
+fn codes_to_f32<Z>(
     words: &[u32],
     i: u32,
     steps: &[f32],
     dst: &mut [f32],
-    decode: impl Fn(&[u32; 8], usize) -> [f32; 8],
+    zeros: impl Fn(usize) -> Z,
+    decode: impl Fn(&[u32; 8], Z) -> [f32; 8],
 ) {
     let ((words, last), (out, out_tail)) = (words.as_chunks(), dst.as_chunks_mut::<8>());
     let (steps, last_steps) = steps.as_chunks::<8>();
     for (chunk, ((words, steps), out)) in words.iter().zip(steps).zip(out).enumerate() {
-        let values = decode(&codes(words, i), chunk);
+        let values = decode(&codes(words, i), zeros(chunk));
         *out = std::array::from_fn(|i| values[i] * steps[i]);
     }
     if !last.is_empty() {
-        let values = decode(&codes(&padded(last), i), words.len());
+        let values = decode(&codes(&padded(last), i), zeros(words.len()));
         for ((out, step), value) in out_tail.iter_mut().zip(last_steps).zip(values) {
             *out = value * step;
         }
@@ -202,15 +203,17 @@ fn codes_to_f32(
 }
 
 #[inline(always)]
-fn add_codes(
+fn add_codes<Z: Copy>(
     words: &[u32],
     x: &[f32; 8],
     out: &mut [f32],
-    decode: impl Fn(&[u32; 8], usize) -> [f32; 8],
+    zeros: impl Fn(usize) -> Z,
+    decode: impl Fn(&[u32; 8], Z) -> [f32; 8],
 ) {
     let add = |words: &[u32; 8], chunk: usize, out: &mut [f32; 8]| {
+        let zeros = zeros(chunk);
         for (i, x) in (0..).zip(x) {
-            let values = decode(&codes(words, i), chunk);
+            let values = decode(&codes(words, i), zeros);
             for j in 0..8 {
                 out[j] += values[j] * x;
             }

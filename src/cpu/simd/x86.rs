@@ -37,6 +37,24 @@ pub fn int8x8(src: &[u8; 8]) -> [f32; 8] {
     floats(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))
 }
 
+/// Bytes read as e4m3: [`e4m3_to_f32`](super::e4m3_to_f32) of each.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub fn e4m3x8(src: &[u8; 8]) -> [f32; 8] {
+    let bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(*src)));
+    let magnitude = _mm256_and_si256(bytes, _mm256_set1_epi32(0x7f));
+    let normal = _mm256_slli_epi32::<20>(_mm256_add_epi32(magnitude, _mm256_set1_epi32(120 << 3)));
+    let subnormal = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(1.0 / 512.0));
+    let small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
+    let normal = _mm256_castsi256_ps(normal);
+    let finite = _mm256_blendv_ps(normal, subnormal, _mm256_castsi256_ps(small));
+    let nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f));
+    let quiet = _mm256_and_si256(nan, _mm256_set1_epi32(f32::NAN.to_bits() as i32));
+    let sign = _mm256_slli_epi32::<24>(_mm256_xor_si256(bytes, magnitude));
+    let bits = _mm256_or_si256(quiet, sign);
+    floats(_mm256_or_ps(finite, _mm256_castsi256_ps(bits)))
+}
+
 /// The values of a word: each nibble is shifted to the top, then arithmetically down, which extends
 /// its sign.
 #[target_feature(enable = "avx2,f16c")]

@@ -97,15 +97,16 @@ impl Call<'_> {
         }
     }
 
-    /// `(numel, num_dims, info, ids, inp, out, left_size, src_dim_size, ids_dim_size, right_size)`.
+    /// `(numel, num_dims, info, ids, inp, out, left_size, src_dim_size, ids_dim_size, right_size)`, of which candle makes
+    /// all contiguous.
     fn index_select(&self, id_bytes: usize, bytes: usize) {
-        let (count, dims, info) = (self.arg::<usize>(0), self.arg(1), self.arg(2));
+        let count = self.arg::<usize>(0);
         let [ids, from, to] = [3, 4, 5].map(|i| self.arg::<u64>(i));
         let [dim, many, right] = [7, 8, 9].map(|i| self.arg::<usize>(i));
         for i in 0..count {
             let id = self.memory.get(ids + (i / right % many * id_bytes) as u64, id_bytes) as usize;
             assert!(id < dim, "index {id} of {dim}");
-            let source = self.place((i / right / many * dim + id) * right + i % right, info, dims);
+            let source = (i / right / many * dim + id) * right + i % right;
             self.copy(from + (source * bytes) as u64, to + (i * bytes) as u64, bytes);
         }
     }
@@ -136,7 +137,7 @@ impl Call<'_> {
 /// Bytes of an element.
 fn bytes(kind: &str) -> usize {
     match kind {
-        "u8" => 1,
+        "u8" | "f8e4m3" => 1,
         "f16" | "bf16" | "i16" => 2,
         "f32" | "u32" | "i32" => 4,
         "f64" | "i64" => 8,

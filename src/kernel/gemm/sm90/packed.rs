@@ -202,8 +202,9 @@ impl<'k> Gemm<'k, '_> {
                 ([LeftStep::Registers(fragments[step as usize])], b.operand(step))
             });
         };
-        let (even, odd): (Vec<[Reg<u32>; 4]>, Vec<[Reg<u32>; 4]>) =
-            (0..4).map(|_| (k.regs(), k.regs())).unzip();
+        // Two sets, of stages in turn.
+        let set = || (0..c.depth() / 16).map(|_| k.regs::<u32, 4>()).collect::<Vec<_>>();
+        let (even, odd) = (set(), set());
         let decode_to = |to: &[[Reg<'k, u32>; 4]]| {
             let both = to.iter().flatten().zip(decode().into_iter().flatten());
             both.for_each(|(to, from)| to.set(from));
