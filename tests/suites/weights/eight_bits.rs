@@ -30,6 +30,10 @@ pub fn activations(device: &Device) {
         kinds,
         pairs([DType::F16, DType::BF16], pairs([[1, 1], [3, 5], [1, 40]], [1, 33, 128, 300])),
     ) {
+        // The rest is rounded by kernels of candle's.
+        if results_alone() && !k.is_multiple_of(8) {
+            continue;
+        }
         for x in [Plain, Transposed, Narrowed] {
             let case = format!("{per:?} {dtype:?} {rows:?} {k} {x:?}");
             let dims = [&rows[..], &[k]].concat();
