@@ -28,7 +28,7 @@ pub fn activations(device: &Device) {
     let kinds = [Per::Tensor, Per::Channel, Per::Block];
     for (per, (dtype, (rows, k))) in pairs(
         kinds,
-        pairs([DType::F16, DType::BF16], pairs([[1, 1], [3, 5], [1, 40]], [1, 33, 128, 300])),
+        pairs([DType::F16, DType::BF16], pairs([[1, 1], [3, 5], [1, 40]], [1usize, 33, 128, 300])),
     ) {
         // The rest is rounded by kernels of candle's.
         if results_alone() && !k.is_multiple_of(8) {
