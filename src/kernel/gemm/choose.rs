@@ -6,7 +6,7 @@
 //! shapes are candidates. docs/notebook.md has what was learnt.
 
 use super::sm90::{Config, Launch, Order, Orient, Store};
-use super::{Major, Problem, Scale};
+use super::{BLOCK, Major, Problem, Scale};
 use crate::kernel::Device;
 use crate::kernel::w4::Scheme;
 
@@ -35,7 +35,13 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     let mut all = Vec::with_capacity(32);
     for orient in [Orient::Plain, Orient::Swapped] {
         let [height, width] = orient.order([problem.m, problem.n]);
-        let whole = NARROW.into_iter().find(|&cols| u64::from(cols) >= width);
+        // Scales of blocks of n are those of whole tiles.
+        let divides = |cols: u32| {
+            let blocks = problem.epilogue.scale == Scale::Blocks;
+            !blocks || orient == Orient::Swapped || BLOCK.is_multiple_of(cols)
+        };
+        let mut narrow = NARROW.into_iter().filter(|&cols| divides(cols));
+        let whole = narrow.find(|&cols| u64::from(cols) >= width);
         // Both dimensions small: the larger one fills wgmma's rows.
         let narrow = whole.filter(|_| width <= height);
         let enough = WIDE.iter().position(|&cols| u64::from(cols) >= width);
