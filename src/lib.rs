@@ -30,8 +30,12 @@
 //! | [`kaio_attention_tc`](KaioTensorExt::kaio_attention_tc) | f16 | f32 | no |
 //! | [`kaio_swiglu`](KaioTensorExt::kaio_swiglu), [`kaio_geglu`](KaioTensorExt::kaio_geglu) | f16, bf16, f32 | the same | yes |
 //! | [`kaio_matmul_int8`](KaioTensorExt::kaio_matmul_int8) | int8 in u8 | f32 | no |
-//! | [`kaio_matmul_int4`](KaioTensorExt::kaio_matmul_int4) | f16, int4 in u32 | f32 | no |
-//! | [`kaio_qkv_project_int8`](KaioTensorExt::kaio_qkv_project_int8), [`_int4`](KaioTensorExt::kaio_qkv_project_int4) | f16, int8 or int4 | f16 | no |
+//! | [`kaio_matmul_int8_with`](KaioTensorExt::kaio_matmul_int8_with) | int8 in u8 | f32, f16, bf16 | of the bias |
+//! | [`kaio_matmul_fp8`](KaioTensorExt::kaio_matmul_fp8) | f8e4m3 | f32, f16, bf16 | of the bias |
+//! | [`kaio_matmul_quant`](KaioTensorExt::kaio_matmul_quant), [`_with`](KaioTensorExt::kaio_matmul_quant_with) | f16, bf16 and a [`QuantWeight`](quant::QuantWeight) | the same, f32 | yes |
+//! | [`kaio_qkv_project`](KaioTensorExt::kaio_qkv_project), [`kaio_swiglu_project`](KaioTensorExt::kaio_swiglu_project) | the same | the same | yes |
+//! | [`kaio_matmul_int4`](KaioTensorExt::kaio_matmul_int4) | f16, int4 in u32 | f32 | yes |
+//! | [`kaio_qkv_project_int8`](KaioTensorExt::kaio_qkv_project_int8), [`_int4`](KaioTensorExt::kaio_qkv_project_int4) | f16, int8 or int4 | f16 | yes |
 //!
 //! Ops without a gradient refuse an input that tracks one. Some of candle-nn's do not: they leave what is
 //! upstream of them without a gradient, silently. [The recipes] say which and what to use instead, and have the

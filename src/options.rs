@@ -12,8 +12,8 @@ use candle_core::{DType, Tensor};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Engine {
-    /// The fastest engine that supports the problem: native for matmul, attention and gated linear units,
-    /// kaio-ops for the rest.
+    /// The fastest engine that supports the problem: native, and kaio-ops for attention on GPUs before compute capability
+    /// 8.0.
     #[default]
     Auto,
     /// The kernels of the [`kaio-ops`](https://github.com/dmriding/kaio) crate, for compute capability

@@ -27,9 +27,8 @@ pub(crate) fn matmul_quant(
     weight: &QuantWeight,
     opts: &MatmulOptions,
 ) -> Result<Tensor> {
-    let form = weight.prepared(op)?;
     let bias = opts.bias.as_ref();
-    check_weights(op, x, &[("weight", &form)], bias)?;
+    check_weights(op, x, &[("weight", weight)], bias)?;
     engine(op, x, opts.engine)?;
     let out_dtype = opts.out_dtype.unwrap_or(x.dtype());
     check_out_dtype(op, "out_dtype", out_dtype, "leave it out for the dtype of `x`")?;
@@ -39,7 +38,9 @@ pub(crate) fn matmul_quant(
             int8_depth(op, ("x", weight.dims2().0))?;
             Lhs::Int8 { scale: 1.0, zero_point: 0 }
         }
-        (Activations::Fp8, QuantScheme::Fp8 { per }) => Lhs::Fp8 { width: width(per, &form) },
+        (Activations::Fp8, QuantScheme::Fp8 { per }) => {
+            Lhs::Fp8 { width: width(per, weight.dims2().0) }
+        }
         (activations, scheme) => {
             return Err(Error::Value {
                 op,
@@ -51,8 +52,9 @@ pub(crate) fn matmul_quant(
             .into());
         }
     };
+    let form = weight.prepared(op)?;
     let x = gather(x, &form)?;
-    let call = Call { op, bias, forms: &[form], ..Call::new(op, &x) };
+    let call = Call { bias, forms: &[form], ..Call::new(op, &x) };
     let tracked = x.track_op() || bias.is_some_and(Tensor::track_op);
     let epilogue = Epilogue { out_dtype, activation: opts.activation };
     epilogue.around(tracked, call.is_empty(), |epilogue| {
@@ -79,10 +81,10 @@ fn x_depth(x: &Tensor) -> usize {
 }
 
 /// Elements of a row of activations that share a scale.
-fn width(per: Per, form: &Form) -> usize {
+fn width(per: Per, k: usize) -> usize {
     match per {
         Per::Block => BLOCK,
-        Per::Tensor | Per::Channel => form.planes().dims[0].max(1),
+        Per::Tensor | Per::Channel => k.max(1),
     }
 }
 
@@ -107,8 +109,8 @@ fn projections<const N: usize>(
     weights: [&QuantWeight; N],
     names: [&'static str; N],
 ) -> Result<[Tensor; N]> {
+    check_weights(op, x, &names.into_iter().zip(weights).collect::<Vec<_>>(), None)?;
     let forms = weights.iter().map(|w| w.prepared(op)).collect::<Result<Vec<_>>>()?;
-    check_weights(op, x, &names.into_iter().zip(&forms).collect::<Vec<_>>(), None)?;
     let epilogue = Epilogue::round(x.dtype());
     if forms.iter().all(|form| form.planes().order.is_none()) {
         return Call { forms: &forms, ..Call::new(op, x) }.run(Lhs::Float, epilogue);
@@ -366,19 +368,20 @@ fn check_x(op: &'static str, x: &Tensor, dtypes: &[DType], weights: &[Arg]) -> R
 fn check_weights(
     op: &'static str,
     x: &Tensor,
-    weights: &[(&'static str, &Form)],
+    weights: &[(&'static str, &QuantWeight)],
     bias: Option<&Tensor>,
 ) -> Result<()> {
-    let mut args: Vec<Arg> = weights.iter().map(|(name, w)| (*name, &w.planes().codes)).collect();
+    let forms: Vec<_> = weights.iter().map(|(name, w)| (*name, w.form())).collect();
+    let mut args: Vec<Arg> = forms.iter().map(|(name, w)| (*name, &w.planes().codes)).collect();
     args.extend(bias.map(|bias| ("bias", bias)));
     let k = check_x(op, x, &HALVES, &args)?;
     for (name, weight) in weights {
         let why = format_args!("the K of `x` {:?}", x.dims());
         let fix = "a weight is [K, N]; quantise it transposed";
-        check::dim(op, name, ("K", weight.planes().dims[0]), (k, why), fix)?;
+        check::dim(op, name, ("K", weight.dims2().0), (k, why), fix)?;
     }
     match bias {
-        Some(bias) => check_bias(op, bias, &[DType::F32, x.dtype()], weights[0].1.planes().dims[1]),
+        Some(bias) => check_bias(op, bias, &[DType::F32, x.dtype()], weights[0].1.dims2().1),
         None => Ok(()),
     }
 }

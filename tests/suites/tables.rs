@@ -96,6 +96,7 @@ tables! {
     errors_int8: errors::int8;
     errors_int4: errors::int4;
     errors_qkv: errors::qkv;
+    errors_weights: errors::weights;
     errors_attention_tc: errors::attention_tc;
     errors_flash_attn: errors::flash_attn;
     errors_flash_options: errors::flash_options;

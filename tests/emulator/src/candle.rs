@@ -137,7 +137,7 @@ impl Call<'_> {
 /// Bytes of an element.
 fn bytes(kind: &str) -> usize {
     match kind {
-        "u8" | "f8e4m3" => 1,
+        "u8" | "f8e4m3" | "f8_e4m3" => 1,
         "f16" | "bf16" | "i16" => 2,
         "f32" | "u32" | "i32" => 4,
         "f64" | "i64" => 8,

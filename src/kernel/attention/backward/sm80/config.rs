@@ -381,8 +381,9 @@ impl Config {
         let shares = self.pass.shares_queries();
         let mut given = |is: bool| arena.region(if is { given_bytes } else { 0 }, 16);
         let given = [given(self.pass.sums()[0] && !shares), given(summed)];
-        let bytes = if shares { self.score_grad_tile().bytes() } else { 0 };
-        let score_grads = arena.region(bytes, SwizzledTile::ALIGN);
+        let tile = self.score_grad_tile();
+        let score_grads =
+            if shares { arena.region(tile.bytes(), SwizzledTile::ALIGN) } else { arena.used };
         SharedMap { left, right, numbers, kept, given, score_grads, stage_bytes, bytes: arena.used }
     }
 

@@ -1,0 +1,72 @@
+//! What the products with quantised weights refuse.
+
+use candle_core::{DType, Device, bail};
+use kaio_candle::Error;
+use kaio_candle::prelude::*;
+
+use super::On;
+use crate::suites::{Nd, Tally};
+
+pub fn weights(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of quantised weights", device);
+    let quantized = |scheme: QuantScheme, k, n| {
+        QuantWeight::quantize(&on.f32([k, n]), &scheme).expect("zeros are quantised")
+    };
+    let nf4 = QuantScheme::Nf4 { block: 64 };
+    let (w, narrow) = (&quantized(nf4, 128, 6), &quantized(nf4, 128, 5));
+    let int8 = &quantized(QuantScheme::Int8 { per: Per::Channel }, 128, 6);
+    let x = &on.bf16([4, 128]);
+    let opts = MatmulOptions::default;
+    let with = |opts: MatmulOptions| x.kaio_matmul_quant_with(w, &opts);
+    let op = "kaio_matmul_quant_with";
+    refused! { tally;
+        on.bf16([128]).kaio_matmul_quant(w) => Rank, "kaio_matmul_quant: `x` has shape [128] (rank 1), wanted [.., M, K]; add a dimension with `.unsqueeze(0)?`";
+        on.f32([4, 128]).kaio_matmul_quant(w) => DType, "kaio_matmul_quant: `x` is f32, wanted f16 or bf16; cast it with `.to_dtype(DType::BF16)?`, which keeps the range of f32, or `.to_dtype(DType::F16)?`, which keeps three more bits but ends at 65504";
+        on.bf16([4, 100]).kaio_matmul_quant(w) => Dimension, "kaio_matmul_quant: `weight` has K = 128, wanted 100, the K of `x` [4, 100]; a weight is [K, N]; quantise it transposed";
+        with(opts().bias(on.f32([5]))) => Dimension, "{op}: `bias` has N = 5, wanted 6, the N of the weight; give it one element for each column";
+        with(opts().bias(on.f16([6]))) => DType, "{op}: `bias` is f16, wanted f32 or bf16; cast it with `.to_dtype(DType::F32)?`";
+        with(opts().out_dtype(DType::U8)) => Value, "{op}: `out_dtype` is u8, wanted f32, f16 or bf16; leave it out for the dtype of `x`";
+        with(opts().activations(Activations::Int8)) => Value, "{op}: `activations` is Activations::Int8 with a weight in Nf4 {{ block: 64 }}, wanted those of the weight's scheme, Int8 or Fp8, or Activations::Float; quantise the weight to the same";
+        x.kaio_matmul_quant_with(int8, &opts().activations(Activations::Fp8)) => Value, "{op}: `activations` is Activations::Fp8 with a weight in Int8 {{ per: Channel }}, wanted those of the weight's scheme, Int8 or Fp8, or Activations::Float; quantise the weight to the same";
+        x.kaio_matmul_with(&on.bf16([128, 6]), &opts().activations(Activations::Int8)) => Value, "kaio_matmul_with: `activations` is Activations::Int8, wanted Activations::Float, with a weight that is not quantised; see `kaio_matmul_quant_with`";
+        x.kaio_qkv_project([w, w, &quantized(nf4, 64, 6)]) => Dimension, "kaio_qkv_project: `weights[2]` has K = 64, wanted 128, the K of `x` [4, 128]; a weight is [K, N]; quantise it transposed";
+        x.kaio_swiglu_project(w, narrow) => Dimension, "kaio_swiglu_project: `up` has N = 5, wanted 6, the N of `gate` (128, 6); gate and up have the same width";
+        w.dequantize(DType::U8) => Value, "QuantWeight::dequantize: `dtype` is u8, wanted f32, f16 or bf16; cast what it gives";
+    }
+    if !device.is_cpu() {
+        refused! { tally;
+            with(opts().engine(Engine::KaioOps)) => Unsupported, "{op}: Engine::KaioOps cannot take a `QuantWeight`; leave it to `Engine::Auto`";
+        }
+    }
+
+    let (a, b) = (&on.u8([2, 3, 8]), &on.u8([8, 6]));
+    let int8 = |opts: Int8Options| a.kaio_matmul_int8_with(b, &opts);
+    let opts = Int8Options::default;
+    let op = "kaio_matmul_int8_with";
+    refused! { tally;
+        int8(opts().zero_point(128)) => Value, "{op}: `zero_point` is 128, wanted -128 to 127; it is one of the values that the activations can have";
+        int8(opts().scale(f32::NAN)) => Value, "{op}: `scale` is NaN, wanted a finite number; check how it was computed";
+        int8(opts().lhs_scales(on.f32([6]))) => Value, "{op}: `lhs_scales` is of shape [6], wanted [.., M] or [.., M, 1] of `lhs`; reshape it";
+        int8(opts().lhs_scales(on.f16([2, 3]))) => DType, "{op}: `lhs_scales` is f16, wanted f32; cast it with `.to_dtype(DType::F32)?`";
+        int8(opts().rhs_scales(on.f32([2, 3]))) => Value, "{op}: `rhs_scales` is of shape [2, 3], wanted [N] or [1, N] of `rhs`; reshape it";
+        int8(opts().bias(on.bf16([6]))) => DType, "{op}: `bias` is bf16, wanted f32; cast it with `.to_dtype(DType::F32)?`";
+        int8(opts().out_dtype(DType::I64)) => Value, "{op}: `out_dtype` is i64, wanted f32, f16 or bf16; leave it out for f32";
+    }
+
+    let e4m3 = |dims: &[usize]| {
+        let zeros = Nd::full(dims, 0.0).tensor(DType::F32).and_then(|t| t.to_dtype(DType::F8E4M3));
+        zeros.and_then(|t| t.to_device(device)).expect("zeros")
+    };
+    let (a, b) = (&e4m3(&[2, 3, 200]), &e4m3(&[200, 6]));
+    let fp8 = |opts: Fp8Options| a.kaio_matmul_fp8(b, &opts);
+    let (opts, op) = (Fp8Options::default, "kaio_matmul_fp8");
+    let shape = "`lhs_scales` is of shape [2, 3, 3], wanted one element, [.., M], [.., M, 1] or [.., M, K/128 rounded up] of `lhs`; reshape it";
+    refused! { tally;
+        x.kaio_matmul_fp8(b, &opts()) => DType, "{op}: `lhs` is bf16, wanted f8e4m3; cast it with `.to_dtype(DType::F8E4M3)?`";
+        a.kaio_matmul_fp8(&e4m3(&[100, 6]), &opts()) => Dimension, "{op}: `rhs` has K = 100, wanted 200, the K of `lhs` [2, 3, 200]; transpose the weight with `.t()?`";
+        fp8(opts().lhs_scales(on.f32([2, 3, 3]))) => Value, "{op}: {shape}";
+        fp8(opts().rhs_scales(on.f32([3, 1]))) => Value, "{op}: `scales` is of shape [3, 1], wanted [2, 1]; see the layouts of `QuantWeight`";
+    }
+    tally.finish();
+}
