@@ -19,6 +19,8 @@ use crate::ptx::Reg;
 const LINES: u32 = M16 * SwizzledTile::BYTES;
 /// Bytes of 16 elements along a line.
 const STEP: u32 = 2 * CHUNK;
+/// Fragments of keys that are loaded ahead: more take registers of sums.
+const AHEAD: u32 = 4;
 
 impl<'k> Gradients<'k, '_> {
     /// Writes a warp's dS, left operands of each m16 tile.
@@ -86,7 +88,7 @@ impl<'k> Gradients<'k, '_> {
         let start = (start ^ (before % SwizzledTile::BYTES))
             + before / SwizzledTile::BYTES * tile.panel_bytes();
         let start = self.base + start;
-        for keys in 0..c.rows() / M16 {
+        let add = |keys: u32| {
             let fragment = |m16: u32| {
                 let at = self.smem.score_grads + keys * LINES;
                 vec![k.ldmatrix((score_grads ^ (m16 * STEP)).at(at.into()), true)]
@@ -95,6 +97,11 @@ impl<'k> Gradients<'k, '_> {
             let region = self.smem.left[0] + keys * LINES;
             let lines = Lines { tile: tile.part(M16, columns), start, region };
             product::add_lines(half, &share, &left, lines);
+        };
+        let steps = c.rows() / M16;
+        for keys in (0..steps).step_by(AHEAD as usize) {
+            // A predicate that always holds.
+            k.apart(self.tiles.size[0].ge(0), || (keys..(keys + AHEAD).min(steps)).for_each(add));
         }
 
         let of_head = work.batch * self.tiles.heads[0] + head;
