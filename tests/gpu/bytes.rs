@@ -142,8 +142,16 @@ fn bytes_blocks() {
 fn bytes_quantized() {
     let Some(device) = gpu() else { return };
     let mut tally = Tally::new("activations rounded to bytes", &device);
-    let shapes =
-        [(1, 8, 8), (5, 64, 128), (3, 136, 128), (4, 1000, 1000), (2, 4096, 128), (2, 9000, 9000)];
+    let shapes = [
+        (1, 8, 8),
+        (5, 64, 128),
+        (3, 136, 128),
+        (3, 7, 7),
+        (2, 301, 128),
+        (4, 1000, 1000),
+        (2, 4096, 128),
+        (2, 9000, 9000),
+    ];
     let e4m3 = takes_e4m3(&device).then_some(DType::F8E4M3);
     for code in [Some(DType::U8), e4m3].into_iter().flatten() {
         for dtype in [DType::F32, DType::F16, DType::BF16] {

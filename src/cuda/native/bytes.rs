@@ -9,7 +9,7 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::engines::CudaWeight;
-use super::super::fit::{Fitted, Want, fit};
+use super::super::fit::{Fitted, Want, fit, pack};
 use super::super::{Operand, empty};
 use super::matmul::{Call, CallScales};
 use super::operand::{ALIGN, Lines, element, per_chunk, row};
@@ -85,25 +85,38 @@ pub(crate) fn matmul_fp8(
         return Ok(None);
     }
     let product = |scales| matmul_codes(op, Factor::E4m3, x, weight, scales, bias, epilogue);
-    if !matches!(w.facts.scheme, QuantScheme::Fp8 { per: Per::Block }) {
-        if width < k {
-            return Ok(None);
-        }
+    let blocks = [k, rhs.cols].map(|len| len.div_ceil(BLOCK as usize));
+    let per = match w.facts.scheme {
+        QuantScheme::Fp8 { per } => per,
+        _ => return Ok(None),
+    };
+    if width >= k && per != Per::Block {
         let lines = LineScales::new(x.0, rows, w)?;
         return Ok(Some(product(lines.scales(1.0, None))?));
     }
-    let blocks = k.div_ceil(BLOCK as usize);
-    let whole = |(storage, layout): View<CudaStorage>| {
-        layout.is_contiguous() && storage.dtype() == DType::F32
+    // Of blocks along the depth; scales of more than one are repeated.
+    let grouped = width >= k || width == BLOCK as usize;
+    let (Some(rows), true, Per::Block | Per::Tensor) = (rows, grouped, per) else {
+        return Ok(None);
     };
-    let grouped = width == BLOCK as usize || blocks == 1;
-    match rows {
-        Some(rows) if grouped && rows.1.dims() == [stack.count() * stack.rows, blocks] => {
-            let fits = whole(rows) && whole(w.scales);
-            fits.then(|| product(CodeScales::Blocks { rows, cols: w.scales })).transpose()
-        }
-        _ => Ok(None),
-    }
+    let rows = repeated(rows, [stack.count() * stack.rows, blocks[0]])?;
+    let cols = repeated(w.scales, blocks)?;
+    Ok(Some(product(CodeScales::Blocks { rows: rows.view(), cols: cols.view() })?))
+}
+
+/// A matrix of f32 without gaps, of `dims`: sides of one are repeated.
+fn repeated<'a>((storage, layout): View<'a, CudaStorage>, dims: [usize; 2]) -> Result<Held<'a>> {
+    let [rows, cols] = dims;
+    let stride = |side: usize| match layout.dims()[side] {
+        1 => 0,
+        _ => layout.stride()[side],
+    };
+    let at = Layout::new((rows, cols).into(), vec![stride(0), stride(1)], layout.start_offset());
+    Ok(match storage.dtype() {
+        DType::F32 if at.is_contiguous() => Held::View(storage, at),
+        DType::F32 => Held::Made(pack(storage, &at)?, Layout::contiguous((rows, cols))),
+        _ => Held::Made(storage.to_dtype(&at, DType::F32)?, Layout::contiguous((rows, cols))),
+    })
 }
 
 /// Scales of rows and columns as vectors of f32.

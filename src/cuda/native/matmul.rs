@@ -38,6 +38,8 @@ fn countable(op: &'static str, facts: &Problem) -> Result<()> {
 }
 
 /// What the sums of 8-bit operands are multiplied with: see [`Scale`](gemm::Scale).
+// One for each call, on the stack.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum CallScales<'a> {
     None,
     /// f32 of 1×128 blocks of A and of 128×128 of B.
