@@ -85,8 +85,7 @@ fn bytes_products() {
                         if int8 { sum.abs() * 2f64.powi(-22) } else { size * 2f64.powi(-10) };
                     let allowed = sum.abs() * 2f64.powi(-8) + sums;
                     let error = (f64::from(got[i][j]) - sum).abs();
-                    // Not `error > allowed`, which NaN is not.
-                    if !(error <= allowed) {
+                    if error.is_nan() || error > allowed {
                         bail!("({i}, {j}) is {}, wanted {sum}", got[i][j]);
                     }
                 }
@@ -127,7 +126,8 @@ fn bytes_blocks() {
                 let sum = terms.clone().sum::<f64>();
                 let size = terms.map(f64::abs).sum::<f64>();
                 let allowed = sum.abs() * 2f64.powi(-8) + size * 2f64.powi(-11);
-                if !((f64::from(got[i][j]) - sum).abs() <= allowed) {
+                let error = (f64::from(got[i][j]) - sum).abs();
+                if error.is_nan() || error > allowed {
                     bail!("({i}, {j}) is {}, wanted {sum}", got[i][j]);
                 }
             }
@@ -193,7 +193,7 @@ fn rounds(
     let every: Vec<f32> = match code {
         DType::U8 => (-127..=127).map(|x| x as f32).collect(),
         _ => {
-            let all = (0..=255u8).map(|bits| float8(bits)).filter(|x| x.is_finite());
+            let all = (0..=255u8).map(float8).filter(|x| x.is_finite());
             all.collect()
         }
     };
@@ -218,7 +218,7 @@ fn rounds(
                 let far = |code: f32| (code * scale - x).abs();
                 let nearest = every.iter().map(|&code| far(code)).fold(f32::INFINITY, f32::min);
                 let error = far(values[i * cols + at]);
-                if !(error <= nearest + x.abs() * 1e-6) {
+                if error.is_nan() || error > nearest + x.abs() * 1e-6 {
                     bail!("({i}, {at}) is off by {error}, the nearest code by {nearest}");
                 }
             }
