@@ -54,7 +54,13 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
         for rows in [64, 128] {
             for split in [1, 2, 4, 8] {
                 if let Some(cols) = narrow {
-                    let blocks_per_sm = if cols <= 64 { 2 } else { 1 };
+                    // Registers of a second block are those of the second sums of blocks, or of what a zero point takes.
+                    let most = match problem.epilogue.scale {
+                        Scale::Blocks if rows == 128 => 0,
+                        Scale::ZeroPoint => 32,
+                        _ => 64,
+                    };
+                    let blocks_per_sm = if cols <= most { 2 } else { 1 };
                     let shape = Shape { split, blocks_per_sm, ..Shape::new(orient, rows, cols) };
                     all.extend(shape.config(problem, device));
                 }

@@ -83,7 +83,9 @@ pub fn choose(problem: &Problem, device: &Device) -> Vec<Config> {
     let [all, both, keys, values] =
         [KeySums::All, KeySums::Both, KeySums::Keys, KeySums::Values].map(Pass::Keys);
     let tiles = tiles(problem, [&KEYS, &F32]);
+    // A bias takes the registers of shares.
     if !problem.deterministic
+        && problem.attention.score_mod.bias.is_none()
         && let Some(config) = first(problem, device, all, tiles, false)
     {
         return vec![config];

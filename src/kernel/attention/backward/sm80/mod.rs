@@ -13,8 +13,8 @@
 //! As in the forward pass, warps have tiles of 16 rows, and multiply with `mma.sync` what `cp.async` brought to
 //! shared memory. A fragment of sums is the left operand of the next product as it is, so that neither P nor dS
 //! leaves registers. Where a thread has no registers for both dK and dV, each takes a pass. Shares of dQ come in
-//! whatever order, so that only those of heads of 64 and 128 elements, in 16 bits and where rounding may differ from
-//! run to run, save the pass over tiles of queries.
+//! whatever order, so that only those of heads of 64 and 128 elements, in 16 bits, without a bias, and where rounding may differ
+//! from run to run, save the pass over tiles of queries.
 
 mod bias;
 mod choose;
