@@ -11,27 +11,7 @@ use kaio_candle::quant::{QuantScheme, QuantWeight};
 use kaio_candle::tune::{self, W4};
 
 use super::gpu;
-use super::suites::{Nd, Source, close, identical, product, ulp};
-
-/// As bitsandbytes writes them.
-const NF4: [f64; 16] = [
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-];
+use super::suites::{NF4, Nd, Source, close, identical, product, ulp};
 
 const INT4: Scheme =
     Scheme { codes: Codes::Int4, zeros: false, scale: Element::Half(Half::F16), group: Some(128) };

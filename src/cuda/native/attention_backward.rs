@@ -101,7 +101,7 @@ fn gradients(
     };
     // Each query's delta, and after those, at a multiple of 16 bytes, what kernels add to.
     let deltas = (p.q.count() * p.seq_q()).next_multiple_of(ALIGN);
-    let zeroed = compiled.plan.zeroed(&facts).units() as usize * ALIGN;
+    let zeroed = compiled.plan.zeroed.units() as usize * ALIGN;
     let mut scratch = alloc(deltas + zeroed, DType::F32)?;
     call.order.run(|| {
         let written: Vec<_> = grads.iter_mut().map(|grad| Memory::of_mut(grad, device)).collect();

@@ -18,7 +18,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use kaio_candle::prelude::*;
 
 use super::Layout::Plain;
-use super::{Nd, Source, round};
+use super::{NF4, Nd, Source, round};
 
 const fn int4(group: i32, zero_points: bool) -> QuantScheme {
     QuantScheme::Int4 { group, zero_points }
@@ -41,26 +41,6 @@ pub const SCHEMES: [QuantScheme; 16] = [
     QuantScheme::Fp8 { per: Per::Tensor },
     QuantScheme::Fp8 { per: Per::Channel },
     QuantScheme::Fp8 { per: Per::Block },
-];
-
-/// The quantiles of QLoRA's appendix E.
-const NF4: [f64; 16] = [
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
 ];
 
 /// The nearest of e4m3, ties to even codes.

@@ -36,7 +36,7 @@ pub struct Arguments<'a> {
     pub grads: [Gradient; 3],
     /// The address of that of the bias.
     pub bias_grad: Option<u64>,
-    /// The address of what [`Plan::zeroed`] counts, a multiple of 16.
+    /// The address of what [`Zeroed`] counts, a multiple of 16.
     pub zeroed: u64,
 }
 
@@ -45,7 +45,7 @@ impl params::Arguments for Arguments<'_> {
 
     fn argument(&self, step: usize, name: Name) -> Option<Argument> {
         if name == Name::TilesTaken {
-            let Zeroed { dq_sums, dq_turns, .. } = self.plan.zeroed(self.problem);
+            let Zeroed { dq_sums, dq_turns, .. } = self.plan.zeroed;
             return Some(Argument::Pointer(self.zeroed + 4 * (dq_sums + dq_turns + step as u64)));
         }
         match self.plan.parts.get(step)? {
@@ -122,7 +122,6 @@ impl Arguments<'_> {
         let attention = &self.problem.attention;
         let [dq, dk, dv] = &self.grads;
         let number = |n: u64| Argument::U32(n as u32);
-        let zeroed = || self.plan.zeroed(self.problem);
         Some(match name {
             Name::Out => Argument::Pointer(self.out.address),
             Name::OutRow => self.out.stride(0),
@@ -150,8 +149,8 @@ impl Arguments<'_> {
             Name::DvBatch => Argument::U64(dv.strides[2]),
             Name::GradScale => Argument::F32(self.inputs.scale),
             Name::DqSums | Name::Zeroed => Argument::Pointer(self.zeroed),
-            Name::DqTurns => Argument::Pointer(self.zeroed + 4 * zeroed().dq_sums),
-            Name::ZeroedUnits => number(zeroed().units()),
+            Name::DqTurns => Argument::Pointer(self.zeroed + 4 * self.plan.zeroed.dq_sums),
+            Name::ZeroedUnits => number(self.plan.zeroed.units()),
             Name::DbiasAt => Argument::Pointer(self.bias_grad?),
             Name::BiasHeads => number(attention.heads / self.problem.bias_grad?.repeated[1]),
             Name::RepeatBatch => number(self.problem.bias_grad?.repeated[0]),

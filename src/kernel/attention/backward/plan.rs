@@ -13,6 +13,8 @@ use crate::kernel::{self, Device};
 pub struct Plan {
     /// The kernels.
     pub parts: Vec<Part>,
+    /// What the first one zeroes for the others.
+    pub zeroed: Zeroed,
 }
 
 /// A kernel and the numbers of its launch.
@@ -49,8 +51,9 @@ impl kernel::Plan for Plan {
         passes.extend(problem.bias_grad.map(|grad| {
             Part::sm80(sm80::bias(problem, device, grad.repeated[2]), problem, device)
         }));
+        let zeroed = Zeroed::new(problem, &passes);
         let config = delta::Config {
-            zeroes: passes.iter().any(Part::adds),
+            zeroes: zeroed.units() > 0,
             ..delta::Config::new(
                 attention.out,
                 attention.element,
@@ -62,7 +65,7 @@ impl kernel::Plan for Plan {
         let columns = config.columns(attention.queries);
         let heads = attention.rows() / attention.queries;
         let delta = Part::Delta(config, [columns, heads].map(count));
-        Self { parts: [delta].into_iter().chain(passes).collect() }
+        Self { parts: [delta].into_iter().chain(passes).collect(), zeroed }
     }
 
     fn steps(&self) -> Vec<Step> {
@@ -85,38 +88,6 @@ impl kernel::Plan for Plan {
     }
 }
 
-impl Plan {
-    /// What the first kernel zeroes for the others.
-    pub fn zeroed(&self, problem: &Problem) -> Zeroed {
-        let attention = &problem.attention;
-        // Blocks of sums, of so many queries.
-        let blocks = |queries: u64| {
-            let of_head =
-                sums::blocks(attention.lengths, attention.queries, attention.batch, queries);
-            attention.rows() / attention.queries * of_head
-        };
-        let mut zeroed = Zeroed { dq_sums: 0, dq_turns: 0, tiles_taken: 0 };
-        for part in &self.parts {
-            match part {
-                Part::Keys(config, _) if config.form == keys::Form::Fused => {
-                    let blocks = blocks(config.queries.into());
-                    zeroed.dq_sums = blocks * u64::from(config.dq_block_bytes()) / 4;
-                    zeroed.dq_turns = if config.ordered { blocks } else { 0 };
-                }
-                Part::Sm80(config, _) if config.pass.shares_queries() => {
-                    zeroed.dq_sums = blocks(sums::BLOCK.into())
-                        * u64::from(sums::BLOCK * config.variant.head_dim);
-                    continue;
-                }
-                Part::Keys(..) | Part::Queries(..) => {}
-                Part::Delta(..) | Part::Sm80(..) | Part::Dq(..) => continue,
-            }
-            zeroed.tiles_taken = self.parts.len() as u64;
-        }
-        zeroed
-    }
-}
-
 /// Numbers of 4 bytes that kernels add to, one kind after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Zeroed {
@@ -129,6 +100,37 @@ pub struct Zeroed {
 }
 
 impl Zeroed {
+    /// What the kernels after the first one add to.
+    fn new(problem: &Problem, passes: &[Part]) -> Self {
+        let attention = &problem.attention;
+        // Blocks of sums, of so many queries.
+        let blocks = |queries: u64| {
+            let of_head =
+                sums::blocks(attention.lengths, attention.queries, attention.batch, queries);
+            attention.rows() / attention.queries * of_head
+        };
+        let mut zeroed = Self { dq_sums: 0, dq_turns: 0, tiles_taken: 0 };
+        for part in passes {
+            match part {
+                Part::Keys(config, _) if config.form == keys::Form::Fused => {
+                    let blocks = blocks(config.queries.into());
+                    zeroed.dq_sums = blocks * u64::from(config.dq_block_bytes()) / 4;
+                    zeroed.dq_turns = if config.ordered { blocks } else { 0 };
+                }
+                Part::Sm80(config, _) if config.pass.shares_queries() => {
+                    zeroed.dq_sums = blocks(sums::BLOCK.into())
+                        * u64::from(sums::BLOCK * config.variant.head_dim);
+                }
+                _ => {}
+            }
+            if matches!(part, Part::Keys(..) | Part::Queries(..)) {
+                // Counted by the kernel's place in the plan.
+                zeroed.tiles_taken = passes.len() as u64 + 1;
+            }
+        }
+        zeroed
+    }
+
     /// How many times [`ZEROED_UNIT`] bytes they are together.
     pub fn units(&self) -> u64 {
         (4 * (self.dq_sums + self.dq_turns + self.tiles_taken)).div_ceil(ZEROED_UNIT.into())
@@ -162,15 +164,6 @@ impl Part {
             portable: !by_tma(device, attention.element),
         };
         Self::Dq(config, Launch::new(&config.tile_shape(), attention, device.multiprocessors))
-    }
-
-    /// Whether it adds to numbers that are 0 at first.
-    fn adds(&self) -> bool {
-        match self {
-            Self::Keys(..) | Self::Queries(..) => true,
-            Self::Sm80(config, _) => config.pass.shares_queries(),
-            Self::Delta(..) | Self::Dq(..) => false,
-        }
     }
 
     /// A pass by a configuration.

@@ -376,11 +376,11 @@ impl Config {
         }
         let kept = arena.region(KEPT_WORDS * 4, 16);
         let given_bytes = self.given_bytes() * self.warps;
-        let [_, summed] = self.pass.sums();
+        let [keys, values] = self.pass.sums();
         // All warps see dS where shares of dQ are made of it.
         let shares = self.pass.shares_queries();
         let mut given = |is: bool| arena.region(if is { given_bytes } else { 0 }, 16);
-        let given = [given(self.pass.sums()[0] && !shares), given(summed)];
+        let given = [given(keys && !shares), given(values)];
         let tile = self.score_grad_tile();
         let score_grads =
             if shares { arena.region(tile.bytes(), SwizzledTile::ALIGN) } else { arena.used };
