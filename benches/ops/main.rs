@@ -5,7 +5,7 @@
 //! shows the median µs from start to end (device events on a GPU; caches are not flushed), and the
 //! host's µs until the call returned in the fastest round. `bridge` is what this crate adds to a
 //! direct call of kaio-ops into a result that exists, less `alloc`, what candle takes to allocate and
-//! free the result; it is shown for the ops that this crate hands to kaio-ops.
+//! free the result; it is shown for the ops that kaio-ops has, too.
 //!
 //! The table goes to the terminal, the same as JSON and as a chart to `out/bench`
 //! (`KAIO_BENCH_DIR`). An argument keeps only the rows whose op contains it.

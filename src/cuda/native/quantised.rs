@@ -54,7 +54,7 @@ pub(crate) fn unpack(op: &'static str, planes: &Planes) -> Result<Planes> {
     Ok(Planes { codes, ..planes.clone() })
 }
 
-fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+pub(super) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 

@@ -1,11 +1,11 @@
 //! For the benches: products and attention by configurations that nobody chose.
 
-use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor, bail};
+use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
 
 use super::bytes::{CodeScales, codes_call};
 use super::matmul::Call;
 use super::plan::Compiled;
+use super::quantised::tensor;
 use super::{attention, quantize, w4};
 use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
@@ -28,15 +28,23 @@ pub fn matmul(
     let (Storage::Cuda(sa), Storage::Cuda(sb)) = (&*sa, &*sb) else { bail!("not on a GPU") };
     let problem = MatmulProblem::new("tune", la, lb)?;
     let call = Call::new("tune", &problem, Epilogue::round(out), sa, sb, None)?;
+    product(&call, config, problem.out.clone())
+}
+
+/// The product of a call by `config`, or by the chooser's, and its problem.
+fn product(
+    call: &Call,
+    config: Option<Config>,
+    shape: impl Into<Shape>,
+) -> Result<(Tensor, Problem)> {
     let device = &call.gpu.device;
     let plan = match config {
         Some(config) => gemm::Plan::of(&config, &call.facts, device),
         None => Some(gemm::Plan::new(&call.facts, device)),
     };
     let Some(plan) = plan else { bail!("not a product") };
-    let storage = Storage::Cuda(call.run(&Compiled::new("tune", &call.gpu, plan)?)?);
-    let tensor = Tensor::from_storage(storage, problem.out.clone(), BackpropOp::none(), false);
-    Ok((tensor, call.facts))
+    let storage = call.run(&Compiled::new("tune", &call.gpu, plan)?)?;
+    Ok((tensor(storage, shape), call.facts))
 }
 
 /// bf16 `rows · cols · a·bᵀ` of bytes `[M, K]` and `[N, K]`, int8 or else e4m3, with f32 scales `[M]` and `[N]`, or of
@@ -67,15 +75,7 @@ pub fn matmul_bytes(
     let factor = if int8 { Factor::S8 } else { Factor::E4m3 };
     let out = Epilogue::round(DType::BF16);
     let call = codes_call("tune", factor, (sa, &x), (sb, &w), scales, None, out)?;
-    let device = &call.gpu.device;
-    let plan = match config {
-        Some(config) => gemm::Plan::of(&config, &call.facts, device),
-        None => Some(gemm::Plan::new(&call.facts, device)),
-    };
-    let Some(plan) = plan else { bail!("not a product") };
-    let storage = Storage::Cuda(call.run(&Compiled::new("tune", &call.gpu, plan)?)?);
-    let tensor = Tensor::from_storage(storage, (x.rows, w.cols), BackpropOp::none(), false);
-    Ok((tensor, call.facts))
+    product(&call, config, (x.rows, w.cols))
 }
 
 /// A matrix rounded to int8 or e4m3, and the scales of each row's groups of `width` elements.
@@ -85,11 +85,8 @@ pub fn quantize_rows(x: &Tensor, dtype: DType, width: usize) -> Result<[Tensor; 
     let stack = Stack::new(layout);
     let rounded = quantize::quantize_rows("tune", (storage, &stack), dtype, width)?;
     let Some((codes, scales)) = rounded else { bail!("no kernel") };
-    let tensor = |storage, cols| {
-        let shape = (stack.rows, cols);
-        Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
-    };
-    Ok([tensor(codes, stack.cols), tensor(scales, stack.cols.div_ceil(width))])
+    let groups = stack.cols.div_ceil(width);
+    Ok([tensor(codes, (stack.rows, stack.cols)), tensor(scales, (stack.rows, groups))])
 }
 
 /// Attention by `config`, or by the chooser's, of `[B, H, S, D]` with as many heads of keys, on one GPU;
@@ -117,9 +114,8 @@ pub fn flash_attn(
     };
     let Some(plan) = plan else { bail!("not attention") };
     let compiled = Compiled::new("tune", &call.gpu, plan)?;
-    let storage = Storage::Cuda(call.run(&problem, &compiled)?.out);
-    let shape = problem.shape.clone();
-    Ok((Tensor::from_storage(storage, shape, BackpropOp::none(), false), call.facts))
+    let out = call.run(&problem, &compiled)?.out;
+    Ok((tensor(out, problem.shape.clone()), call.facts))
 }
 
 /// A weight of four bits as [`w4_matmul`] takes it: on one GPU, packed codes, u32, from [`w4_pack`], and a row of scales
@@ -212,8 +208,4 @@ pub fn w4_matmul(
         call.run(&Compiled::new("tune", &call.gpu, plan)?)
     })?;
     Ok(tensor(out, (stack.count() * stack.rows, weight.size[1])))
-}
-
-fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
-    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
