@@ -18,8 +18,6 @@ pub struct Case {
     pub rounds: usize,
     /// This crate, then a direct call of kaio-ops into a result that exists, then candle.
     pub contestants: Vec<Contestant>,
-    /// Elements and dtype of the result, which this crate allocates in each call.
-    pub result: (usize, DType),
 }
 
 type Build = Box<dyn FnOnce(&Device) -> Result<Case>>;
@@ -32,15 +30,6 @@ pub struct Builder {
 
 fn builder(op: &'static str, build: impl FnOnce(&Device) -> Result<Case> + 'static) -> Builder {
     Builder { op, build: Box::new(build) }
-}
-
-/// Allocates and frees a result as the bridge does in each call, for the host's time that is not the
-/// bridge's own.
-#[allow(unsafe_code)]
-pub fn allocation(name: &'static str, device: &Device, (len, dtype): (usize, DType)) -> Contestant {
-    let device = device.clone();
-    // SAFETY: nothing reads the elements.
-    contestant(name, move || unsafe { Tensor::empty(len, dtype, &device) }.map(drop))
 }
 
 pub fn all(device: &Device) -> Vec<Builder> {
@@ -136,7 +125,6 @@ fn matmul(device: &Device, op: &'static str, dtype: DType, n: usize) -> Result<C
         flops: 2.0 * (n as f64).powi(3),
         // The smallest shows the host's part, which needs many rounds.
         rounds: if n == 64 { 300 } else { 30 },
-        result: (n * n, DType::F32),
         contestants: vec![
             ours,
             #[cfg(feature = "cuda")]
@@ -158,7 +146,6 @@ fn int8(device: &Device, m: usize, n: usize) -> Result<Case> {
         shape: format!("{m}×{n}×{n}"),
         flops: 2.0 * (m * n * n) as f64,
         rounds: 30,
-        result: (m * n, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || a.kaio_matmul_int8(&w, scale).map(drop)),
             #[cfg(feature = "cuda")]
@@ -180,7 +167,6 @@ fn int4(device: &Device, m: usize, n: usize) -> Result<Case> {
         shape: format!("{m}×{n}×{n}"),
         flops: 2.0 * (m * n * n) as f64,
         rounds: 30,
-        result: (m * n, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || a.kaio_matmul_int4(&w, &s).map(drop)),
             #[cfg(feature = "cuda")]
@@ -252,7 +238,6 @@ fn by_square(op: &'static str, [m, n]: [usize; 2], contestants: [Contestant; 2])
         shape: format!("{m}×{n}×{n}"),
         flops: 2.0 * (m * n * n) as f64,
         rounds: 30,
-        result: (m * n, DType::F32),
         contestants: contestants.into(),
     }
 }
@@ -277,7 +262,6 @@ fn qkv_int8(device: &Device, m: usize, n: usize) -> Result<Case> {
         shape: format!("3·{m}×{n}×{n}"),
         flops: 6.0 * (m * n * n) as f64,
         rounds: 30,
-        result: (3 * m * n, DType::F16),
         contestants: vec![
             contestant("kaio-candle", move || {
                 x.kaio_qkv_project_int8([&w, &w, &w], [scale; 3]).map(drop)
@@ -300,7 +284,6 @@ fn qkv_int4(device: &Device, m: usize, n: usize) -> Result<Case> {
         shape: format!("3·{m}×{n}×{n}"),
         flops: 6.0 * (m * n * n) as f64,
         rounds: 30,
-        result: (3 * m * n, DType::F16),
         contestants: vec![
             contestant("kaio-candle", move || {
                 x.kaio_qkv_project_int4([&w, &w, &w], [&s, &s, &s]).map(drop)
@@ -323,7 +306,6 @@ fn swiglu(device: &Device, [m, n]: [usize; 2]) -> Result<Case> {
         shape: format!("bf16 {m}×{n}"),
         flops: 3.0 * (m * n) as f64,
         rounds: 30,
-        result: (m * n, DType::BF16),
         contestants: vec![
             contestant("kaio-candle", move || gate.kaio_swiglu(&up).map(drop)),
             contestant("candle bf16", move || (pg.silu()? * &pu).map(drop)),
@@ -342,7 +324,6 @@ fn swiglu_backward(device: &Device, [m, n]: [usize; 2]) -> Result<Case> {
         shape: format!("bf16 {m}×{n}"),
         flops: 8.0 * (m * n) as f64,
         rounds: 10,
-        result: (2 * m * n, DType::BF16),
         contestants: vec![
             contestant("kaio-candle", move || ours.backward().map(drop)),
             contestant("candle bf16", move || peer.backward().map(drop)),
@@ -373,7 +354,6 @@ fn attention_tc(device: &Device, op: &'static str, causal: bool) -> Result<Case>
         shape: format!("H{heads} S{s} D{d}"),
         flops: attention_flops(heads, s, d, causal),
         rounds: 100,
-        result: (heads * s * d, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || q.kaio_attention_tc(&k, &v, causal).map(drop)),
             #[cfg(feature = "cuda")]
@@ -401,7 +381,6 @@ fn flash(
         shape: format!("f32 H{heads} S{s} D{d}"),
         flops: attention_flops(heads, s, d, causal),
         rounds: 30,
-        result: (heads * s * d, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || q.kaio_flash_attn(&k, &v, causal).map(drop)),
             #[cfg(feature = "cuda")]
@@ -433,7 +412,6 @@ fn flash_backward(
         shape: format!("f32 H{heads} S{s} D{d}"),
         flops: 2.5 * attention_flops(heads, s, d, causal),
         rounds: 10,
-        result: (3 * heads * s * d, DType::F32),
         contestants: vec![
             contestant("kaio-candle", move || ours.backward().map(drop)),
             #[cfg(feature = "cuda")]

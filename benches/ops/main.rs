@@ -3,9 +3,8 @@
 //!
 //! Each row runs its contestants in turn, round by round, after warm-up rounds, on random inputs, and
 //! shows the median µs from start to end (device events on a GPU; caches are not flushed), and the
-//! host's µs until the call returned in the fastest round. `bridge` is what this crate adds to a
-//! direct call of kaio-ops into a result that exists, less `alloc`, what candle takes to allocate and
-//! free the result; it is shown for the ops that kaio-ops has, too.
+//! host's µs until the call returned in the fastest round, ours and that of a direct call of kaio-ops
+//! into a result that exists, where it has the op.
 //!
 //! The table goes to the terminal, the same as JSON and as a chart to `out/bench`
 //! (`KAIO_BENCH_DIR`). An argument keeps only the rows whose op contains it.
@@ -29,9 +28,7 @@ use timing::Timing;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-const ALLOCATION: &str = "allocation";
-
-/// A case and the timing of each contestant, the bridge first.
+/// A case and the timing of each contestant, ours first.
 struct Row {
     case: Case,
     timings: Vec<Timing>,
@@ -60,7 +57,7 @@ fn main() -> Result<()> {
         ["op", "shape", "µs", "TFLOP/s"],
         ["kaio-ops", "ratio"],
         ["candle", "ratio", "its op"],
-        ["host", "direct", "alloc", "bridge"],
+        ["host", "direct"],
     );
     let mut rows = Vec::new();
     for case in cases::all(&device) {
@@ -68,9 +65,6 @@ fn main() -> Result<()> {
             continue;
         }
         let mut case = (case.build)(&device)?;
-        if !device.is_cpu() {
-            case.contestants.push(cases::allocation(ALLOCATION, &device, case.result));
-        }
         let timings = timing::contest(&device, &mut case.contestants, case.rounds)?;
         let row = Row { case, timings };
         show(&row);
@@ -92,13 +86,13 @@ fn device() -> Result<(Device, String)> {
     Ok((Device::Cpu, format!("CPU, {} threads", rayon::current_num_threads())))
 }
 
-fn print(ours: [&str; 4], direct: [&str; 2], candle: [&str; 3], host: [&str; 4]) {
+fn print(ours: [&str; 4], direct: [&str; 2], candle: [&str; 3], host: [&str; 2]) {
     let [op, shape, us, tflops] = ours;
     let ([direct, direct_ratio], [candle, ratio, its_op]) = (direct, candle);
-    let [host, host_direct, alloc, bridge] = host;
+    let [host, host_direct] = host;
     println!(
         "{op:<26} {shape:<18} {us:>9} {tflops:>8} | {direct:>9} {direct_ratio:>5} | {candle:>9} \
-         {ratio:>5} {its_op:<26} | {host:>8} {host_direct:>8} {alloc:>6} {bridge:>7}"
+         {ratio:>5} {its_op:<26} | {host:>8} {host_direct:>8}"
     );
 }
 
@@ -111,23 +105,11 @@ fn show(row: &Row) {
         |peer: Option<&Timing>| or_dash(peer.map(|t| format!("{:.2}", t.total_us / ours.total_us)));
     let direct = row.of("kaio-ops");
     let (its_op, candle) = row.all().find(|(name, _)| name.starts_with("candle")).unzip();
-    let alloc = row.of(ALLOCATION);
-    // These do not end in the same call: this crate's own kernels multiply, also weights of int4, and
-    // attend; a backward pass also walks candle's graph.
-    let otherwise = ["matmul_tc", "matmul_int4", "attention_tc", "flash_attn"];
-    let comparable =
-        direct.zip(alloc).filter(|_| !otherwise.iter().any(|name| row.case.op.contains(name)));
-    let bridge = comparable.map(|(d, a)| format!("{:+.1}", ours.host_us - d.host_us - a.host_us));
     print(
         [row.case.op, &row.case.shape, &number(ours.total_us), &format!("{:.2}", row.tflops(ours))],
         [&us(direct), &ratio(direct)],
         [&us(candle), &ratio(candle), its_op.unwrap_or("–")],
-        [
-            &number(ours.host_us),
-            &or_dash(direct.map(|t| number(t.host_us))),
-            &or_dash(alloc.map(|t| number(t.host_us))),
-            &or_dash(bridge),
-        ],
+        [&number(ours.host_us), &or_dash(direct.map(|t| number(t.host_us)))],
     );
 }
 
@@ -157,9 +139,8 @@ fn save(rows: &[Row], device: &str, directory: &Path, kind: &str) -> Result<()> 
 
 /// One op's bars.
 fn group(row: &Row) -> (String, Vec<(String, f64)>) {
-    let raced = || row.all().filter(|(name, _)| *name != ALLOCATION);
-    let best = raced().map(|(_, t)| t.total_us).fold(f64::INFINITY, f64::min);
-    let bars = raced().map(|(name, t)| {
+    let best = row.all().map(|(_, t)| t.total_us).fold(f64::INFINITY, f64::min);
+    let bars = row.all().map(|(name, t)| {
         let family = if name.starts_with("candle") { "candle" } else { name };
         (family.to_string(), 100.0 * best / t.total_us)
     });
