@@ -18,6 +18,7 @@ pub mod params;
 mod plan;
 pub mod quantize;
 mod raster;
+pub mod strided;
 pub mod transpose;
 pub mod w4;
 
@@ -96,6 +97,8 @@ kernels! {
     Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.
     Transpose(transpose::Config) by transpose::emit;
+    /// A copy of bytes without gaps, on any GPU.
+    Strided(strided::Config) by strided::emit;
     /// A product of a few rows with a weight of four bits, on any GPU from Ampere on.
     W4Stream(w4::stream::Config) by w4::stream::emit;
     /// Codes of four bits in another form, or elements, on any GPU.

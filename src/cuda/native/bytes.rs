@@ -26,9 +26,23 @@ use crate::stack::Stack;
 
 static TRANSPOSITIONS: Plans<transpose::Plan> = Plans::new();
 
-/// The form in which the kernels read a weight of bytes: its codes lie along K, each column of a multiple of 16 bytes.
-/// `None` if they do.
-pub(super) fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Planes>> {
+/// The form in which the kernels read a weight of bytes, if it is another one: codes along K, each column of a multiple of
+/// 16 bytes, and scales in f32.
+pub(super) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Planes>> {
+    let codes = along_k(op, planes)?;
+    let scales = (planes.scales.dtype() != DType::F32).then(|| planes.scales.to_dtype(DType::F32));
+    let scales = scales.transpose()?;
+    if codes.is_none() && scales.is_none() {
+        return Ok(None);
+    }
+    let mut planes = planes.clone();
+    planes.codes = codes.unwrap_or(planes.codes);
+    planes.scales = scales.unwrap_or(planes.scales);
+    Ok(Some(planes))
+}
+
+/// Codes that lie along K, if they do not.
+fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Tensor>> {
     let [k, n] = planes.dims;
     let (storage, layout) = planes.codes.storage_and_layout();
     let Storage::Cuda(codes) = &*storage else { return Ok(None) };
@@ -41,7 +55,7 @@ pub(super) fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Planes
     let shape = (n, lines.stride);
     let rows = Tensor::from_storage(Storage::Cuda(along), shape, BackpropOp::none(), false);
     drop(storage);
-    Ok(Some(Planes { codes: rows.narrow(1, 0, k)?.t()?, ..planes.clone() }))
+    Ok(Some(rows.narrow(1, 0, k)?.t()?))
 }
 
 /// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)` of int8 bytes; neither the result nor the depth is

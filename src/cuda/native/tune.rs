@@ -84,12 +84,12 @@ pub fn quantize_rows(x: &Tensor, dtype: DType, width: usize) -> Result<[Tensor; 
     let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
     let stack = Stack::new(layout);
     let rounded = quantize::quantize_rows("tune", (storage, &stack), dtype, width)?;
-    let Some((codes, scales)) = rounded else { bail!("no kernel") };
     let tensor = |storage, cols| {
         let shape = (stack.rows, cols);
         Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
     };
-    Ok([tensor(codes, stack.cols), tensor(scales, stack.cols.div_ceil(width))])
+    let codes = tensor(rounded.codes, rounded.row).narrow(1, 0, stack.cols)?;
+    Ok([codes, tensor(rounded.scales, stack.cols.div_ceil(width))])
 }
 
 /// Attention by `config`, or by the chooser's, of `[B, H, S, D]` with as many heads of keys, on one GPU;

@@ -6,6 +6,7 @@ mod dequant;
 mod glu;
 mod products;
 mod quantize;
+mod strided;
 mod transpose;
 mod w4;
 
@@ -193,6 +194,7 @@ families! {
     Dequant(dequant::Dequants): (&ALL, 4);
     Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
     Transpose(transpose::Transpositions): (&ALL, 1);
+    Strided(strided::Copies): (&ALL, 1);
     W4(w4::Products): (&HOPPERS, 1), (&ALL, 1);
     W4Layout(w4::Layouts): (&ALL, 3);
 }
