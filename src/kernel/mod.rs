@@ -38,6 +38,16 @@ pub struct Device {
     pub shared_per_block: u32,
 }
 
+impl Device {
+    /// What kernels that need nothing of Ada's are assembled for.
+    fn target_without_e4m3(&self) -> Target {
+        match self.target {
+            Target::Sm80 | Target::Sm89 => Target::Sm80,
+            Target::Sm90a => Target::Sm90a,
+        }
+    }
+}
+
 /// The kernels: of each, what it is, the type of its configuration, and its emitter. A configuration has a
 /// `name()`.
 macro_rules! kernels {

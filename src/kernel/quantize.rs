@@ -101,7 +101,7 @@ impl Config {
 
     fn target(&self) -> Target {
         match self.code {
-            Factor::E4m3 if self.rounds => Target::Sm90a,
+            Factor::E4m3 if self.rounds => Target::Sm89,
             _ => Target::Sm80,
         }
     }
@@ -136,7 +136,7 @@ impl super::Plan for Plan {
             chunks: count(if long { most / 2 } else { chunks }),
             long,
             whole,
-            rounds: code == Factor::S8 || device.target == Target::Sm90a,
+            rounds: code == Factor::S8 || device.target != Target::Sm80,
         };
         let lines = u64::from(config.threads() / config.team);
         Self { config, blocks: count(problem.lines().div_ceil(lines)) }

@@ -38,11 +38,11 @@ fn codes(
     Ok((codes.to_device(device)?, values))
 }
 
-/// Whether there are kernels for it.
-fn takes_e4m3(device: &Device) -> bool {
+/// Whether there are kernels for e4m3 with scales of blocks.
+fn takes_blocks(device: &Device) -> bool {
     let one = |dtype| Tensor::zeros((1, 16), DType::F32, &Device::Cpu)?.to_dtype(dtype);
     let code = one(DType::F8E4M3).and_then(|x| x.to_device(device)).unwrap();
-    let scale = Tensor::ones(1, DType::F32, device).unwrap();
+    let scale = Tensor::ones((1, 1), DType::F32, device).unwrap();
     tune::matmul_bytes([&code, &code], [&scale, &scale], false, None).is_ok()
 }
 
@@ -101,8 +101,8 @@ fn bytes_products() {
 fn bytes_blocks() {
     let Some(device) = gpu() else { return };
     let mut tally = Tally::new("products of blocks", &device);
-    if !takes_e4m3(&device) {
-        return tally.inapplicable("this GPU has no products of e4m3");
+    if !takes_blocks(&device) {
+        return tally.inapplicable("this GPU has no products with scales of blocks");
     }
     let sizes = [[1, 8, 16], [16, 256, 300], [33, 100, 128], [65, 264, 400], [300, 130, 129]];
     for (seed, [m, n, k]) in (1..).zip(sizes) {

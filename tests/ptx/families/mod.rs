@@ -26,7 +26,11 @@ pub struct Gpu {
 }
 
 const fn gpu(arch: &'static str, multiprocessors: u32, shared_per_block: u32) -> Gpu {
-    let target = if arch.len() > 5 { Target::Sm90a } else { Target::Sm80 };
+    let target = match arch.as_bytes() {
+        [_, _, _, _, _, _] => Target::Sm90a,
+        [.., b'8', b'9'] => Target::Sm89,
+        _ => Target::Sm80,
+    };
     Gpu { arch, device: Device { target, multiprocessors, shared_per_block } }
 }
 
