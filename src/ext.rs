@@ -308,7 +308,8 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// # Errors
     ///
-    /// As there; scales or a bias of another dtype or shape; a zero point outside −128 to 127.
+    /// As there; scales or a bias of another dtype or shape; a zero point outside −128 to 127, and with one other than 0 K
+    /// over 65793 (`K · 255 · 128` has to fit i32).
     ///
     /// # Example
     ///

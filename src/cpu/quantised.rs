@@ -53,7 +53,7 @@ pub(crate) fn matmul_int8(
     let rhs = Stack::new(weight.codes.1);
     let rows = x.scales.map(floats).transpose()?;
     let cols = floats(weight.scales)?;
-    // Σ (x − z)·w = Σ x·w − z·Σ w, which may take more than 32 bits.
+    // Σ (x − z)·w = Σ x·w − z·Σ w.
     let sums = if zero_point == 0 { Vec::new() } else { column_sums(weight.codes.0, &rhs)? };
     let finish = |[row, first]: [usize; 2], exact: &[i32], out: &mut [f32]| {
         let at = |row: usize, of: &[f32]| of[if of.len() == 1 { 0 } else { row }];

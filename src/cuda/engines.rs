@@ -152,24 +152,27 @@ pub(crate) fn matmul_fp8(
     })
 }
 
-/// Activations rounded to int8 in u8 or to e4m3, and the scales of groups of `width` elements of each row.
+/// Activations rounded to int8 in u8 or to e4m3, the elements from row to row of these, and the scales of groups of
+/// `width` elements of each row.
 pub(crate) fn quantize_rows(
     op: &'static str,
     x: View<CudaStorage>,
     dtype: DType,
     width: usize,
-) -> Result<(CudaStorage, CudaStorage)> {
+) -> Result<(CudaStorage, usize, CudaStorage)> {
     on_gpu!({
         match x.1.shape().elem_count() {
             0 => {
                 let (rows, k) = x.1.dims().split_at(x.1.dims().len() - 1);
                 let groups = rows.iter().product::<usize>() * k[0].div_ceil(width);
-                Ok((empty::zeros(x.0, 0, dtype)?, empty::zeros(x.0, groups, DType::F32)?))
+                Ok((empty::zeros(x.0, 0, dtype)?, k[0], empty::zeros(x.0, groups, DType::F32)?))
             }
-            _ => match native::quantize_rows(op, (x.0, &Stack::new(x.1)), dtype, width)? {
-                Some(rounded) => Ok(rounded),
-                None => scaled::quantize_rows(op, x, dtype, width),
-            },
+            _ => {
+                let rows = (x.0, &Stack::new(x.1));
+                let native::Rounded { codes, row, scales } =
+                    native::quantize_rows(op, rows, dtype, width)?;
+                Ok((codes, row, scales))
+            }
         }
     })
 }

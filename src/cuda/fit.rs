@@ -1,10 +1,11 @@
 //! Making an operand fit a kernel: row-major, aligned, padded, cast. What fits already is taken as it
-//! is; otherwise one copy is made on candle's stream, with candle's own kernels.
+//! is; otherwise one copy is made on candle's stream, with candle's own kernels where there are any.
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CudaStorage, DType, Layout, Result, Shape};
 
 use super::driver::memory::uninit;
+use super::native;
 pub(super) use crate::check::copyable;
 use crate::stack::Stack;
 
@@ -95,6 +96,7 @@ pub(super) fn fit<'a>(
     let layout = once.layout();
     let mut copy = match (dtype == storage.dtype(), want.factor) {
         (true, Some(factor)) => storage.affine(&layout, f64::from(factor), 0.0)?,
+        (true, None) if dtype == DType::F8E4M3 => native::packed_bytes(op, storage, &layout)?,
         (true, None) => pack(storage, &layout)?,
         (false, None) => storage.to_dtype(&layout, dtype)?,
         (false, Some(factor)) => {
@@ -122,7 +124,7 @@ pub(super) fn is_aligned(stack: &Stack, dtype: DType, align: usize) -> bool {
     align <= size || stack.origins().all(|elements| (elements * size).is_multiple_of(align))
 }
 
-/// A contiguous copy of a view.
+/// A contiguous copy of a view, but not of e4m3.
 pub(super) fn pack(storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
     let mut out = uninit(storage.device(), layout.shape(), storage.dtype())?;
     storage.copy_strided_src(&mut out, 0, layout)?;

@@ -18,6 +18,7 @@ pub mod params;
 mod plan;
 pub mod quantize;
 mod raster;
+pub mod strided;
 pub mod transpose;
 pub mod w4;
 
@@ -35,6 +36,16 @@ pub struct Device {
     pub multiprocessors: u32,
     /// Bytes of shared memory that a block can have.
     pub shared_per_block: u32,
+}
+
+impl Device {
+    /// What kernels that need nothing of Ada's are assembled for.
+    fn target_without_e4m3(&self) -> Target {
+        match self.target {
+            Target::Sm80 | Target::Sm89 => Target::Sm80,
+            Target::Sm90a => Target::Sm90a,
+        }
+    }
 }
 
 /// The kernels: of each, what it is, the type of its configuration, and its emitter. A configuration has a
@@ -96,6 +107,8 @@ kernels! {
     Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.
     Transpose(transpose::Config) by transpose::emit;
+    /// A copy of bytes without gaps, on any GPU.
+    Strided(strided::Config) by strided::emit;
     /// A product of a few rows with a weight of four bits, on any GPU from Ampere on.
     W4Stream(w4::stream::Config) by w4::stream::emit;
     /// Codes of four bits in another form, or elements, on any GPU.

@@ -15,8 +15,12 @@ use crate::{Activation, Activations, Engine, Fp8Options, Int8Options, MatmulOpti
 
 mod activations;
 
-/// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`.
-const INT8_MAX_K: usize = (i32::MAX / (128 * 128)) as usize;
+/// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`, and, where codes of activations stand
+/// for their distance from a zero point, `K · 255 · 128 < 2³¹`.
+fn int8_max_k(zero_point: i32) -> usize {
+    let farthest = if zero_point == 0 { 128 } else { 255 };
+    (i32::MAX / (farthest * 128)) as usize
+}
 
 const HALVES: [DType; 2] = [DType::F16, DType::BF16];
 
@@ -35,7 +39,7 @@ pub(crate) fn matmul_quant(
     let lhs = match (opts.activations, weight.scheme()) {
         (Activations::Float, _) => Lhs::Float,
         (Activations::Int8, QuantScheme::Int8 { .. }) => {
-            int8_depth(op, ("x", weight.dims2().0))?;
+            int8_depth(op, ("x", weight.dims2().0), 0)?;
             Lhs::Int8 { scale: 1.0, zero_point: 0 }
         }
         (Activations::Fp8, QuantScheme::Fp8 { per }) => {
@@ -227,13 +231,13 @@ fn int8_product(
     check_operands(op, [a, b], DType::U8, scales, opts.bias.as_ref())?;
     let k = check::activations(op, a)?;
     check::int8_weight(op, ("lhs", lhs, k), b)?;
-    int8_depth(op, ("lhs", k))?;
     check::finite(op, "scale", scale)?;
     if !(-128..=127).contains(&zero_point) {
         let (got, want) = (zero_point.to_string(), "-128 to 127".into());
         let fix = "it is one of the values that the activations can have";
         return Err(Error::Value { op, name: "zero_point", got, want, fix }.into());
     }
+    int8_depth(op, ("lhs", k), zero_point)?;
     let rows = opts.lhs_scales.as_ref().map(|scales| {
         let each = scales.elem_count();
         match row_groups(lhs, scales) {
@@ -288,8 +292,9 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
     let (scheme, dims) = (QuantScheme::Fp8 { per }, rhs.dims2()?.into());
     let codes = rhs.clone();
     let planes = Planes { scheme, dims, codes, scales: cols, zeros: None, order: None };
-    // Scales of rows are those of one matrix.
-    let x = if lhs.elem_count() == 0 { lhs.clone() } else { lhs.contiguous()? };
+    // Scales of rows are those of one matrix, which a GPU makes itself.
+    let whole = lhs.elem_count() > 0 && lhs.device().is_cpu();
+    let x = if whole { lhs.contiguous()? } else { lhs.clone() };
     let call = Call {
         scales: Some(&rows),
         bias: opts.bias.as_ref(),
@@ -386,8 +391,9 @@ fn check_weights(
     }
 }
 
-fn int8_depth(op: &'static str, (arg, k): (&'static str, usize)) -> Result<()> {
-    if k <= INT8_MAX_K {
+fn int8_depth(op: &'static str, (arg, k): (&'static str, usize), zero_point: i32) -> Result<()> {
+    let most = int8_max_k(zero_point);
+    if k <= most {
         return Ok(());
     }
     Err(Error::Dimension {
@@ -395,7 +401,7 @@ fn int8_depth(op: &'static str, (arg, k): (&'static str, usize)) -> Result<()> {
         arg,
         dim: "K",
         got: k,
-        want: format!("at most {INT8_MAX_K}, so that the i32 sum cannot overflow"),
+        want: format!("at most {most}, so that the i32 sum cannot overflow"),
         fix: "split K and add the products".into(),
     }
     .into())

@@ -54,6 +54,8 @@ use reg::Class;
 pub enum Target {
     /// Ampere and everything later.
     Sm80,
+    /// Ada and everything later: `mma.sync` of 8-bit floats, and conversions to them.
+    Sm89,
     /// Hopper with its own instructions: wgmma, setmaxnreg. Runs on compute capability 9.0 alone.
     Sm90a,
 }
@@ -63,6 +65,7 @@ impl Target {
     pub fn name(self) -> &'static str {
         match self {
             Self::Sm80 => "sm_80",
+            Self::Sm89 => "sm_89",
             Self::Sm90a => "sm_90a",
         }
     }
@@ -126,6 +129,7 @@ impl Kernel {
     pub fn new(entry: &'static str, target: Target, threads: u32) -> Self {
         let version = match target {
             Target::Sm80 => (7, 0),
+            Target::Sm89 => (7, 8),
             Target::Sm90a => (8, 0),
         };
         let state = State { version, cluster: 1, ..State::default() };

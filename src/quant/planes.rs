@@ -13,7 +13,7 @@ pub(crate) struct Planes {
     pub scheme: QuantScheme,
     pub dims: [usize; 2],
     /// Of four bits: u32 `[⌈k/8⌉, n]`, eight rows of a column in a word, the first one lowest; rows past the last
-    /// have the code of 0. Of eight bits: `[k, n]`, u8 that holds int8, or e4m3.
+    /// have the code of 0. Of eight bits: `[k, n]`, u8 that holds int8, or e4m3; on a GPU of any strides.
     pub codes: Tensor,
     /// `[⌈k/gk⌉, ⌈n/gn⌉]` of the scheme's groups, f16, bf16 or f32.
     pub scales: Tensor,
@@ -24,7 +24,7 @@ pub(crate) struct Planes {
 }
 
 impl Planes {
-    /// Checked shapes and dtypes, contiguous. Their elements are for [`check_values`](Self::check_values).
+    /// Checked shapes and dtypes, contiguous but for bytes on a GPU. Their elements are for [`check_values`](Self::check_values).
     pub fn new(op: &'static str, planes: Self) -> Result<Self> {
         let Self { scheme, dims: dims @ [k, n], codes, scales, zeros, order } = planes;
         scheme.check(op)?;
@@ -64,10 +64,12 @@ impl Planes {
             shape(op, ("order", order), &[k])?;
         }
         let whole = |t: Tensor| if t.elem_count() == 0 { Ok(t) } else { t.contiguous() };
+        // Bytes on a GPU are read as they lie, and laid otherwise where the kernels want that.
+        let as_they_lie = !scheme.is_4bit() && codes.device().is_cuda();
         Ok(Self {
             scheme,
             dims,
-            codes: whole(codes)?,
+            codes: if as_they_lie { codes } else { whole(codes)? },
             scales: whole(scales)?,
             zeros: zeros.map(whole).transpose()?,
             order: order.map(whole).transpose()?,

@@ -175,7 +175,11 @@ fn an_unknown_architecture_is_an_error() {
         return;
     }
     let said = child("an_error", &[("KAIO_ARCH", OsStr::new("sm_70"))]);
-    let best = if said["capability"] == "(9, 0)" { "sm_90a or sm_80" } else { "sm_80" };
+    let best = match said["capability"].as_str() {
+        "(9, 0)" => "sm_90a or sm_89 or sm_80",
+        "(8, 0)" | "(8, 6)" | "(8, 7)" => "sm_80",
+        _ => "sm_89 or sm_80",
+    };
     assert_eq!(
         said["error"],
         format!(

@@ -180,7 +180,7 @@ fn w4_products() -> Result<()> {
 fn w4_stream_shapes() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
     let target = match std::env::var("KAIO_ARCH").as_deref() {
-        Ok("sm_80") => Target::Sm80,
+        Ok("sm_80" | "sm_89") => Target::Sm80,
         _ => Target::Sm90a,
     };
     let mut count = 0;

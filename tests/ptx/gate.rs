@@ -195,6 +195,7 @@ fn every_instruction_assembles() {
     let cache = cache();
     for (name, source) in instructions::kernels() {
         let archs: &[_] = match source.target {
+            kaio_candle::ptx::Target::Sm89 => &["sm_89", "sm_90"],
             kaio_candle::ptx::Target::Sm80 => &["sm_80", "sm_89", "sm_90"],
             kaio_candle::ptx::Target::Sm90a => &["sm_90a"],
         };

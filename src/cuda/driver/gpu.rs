@@ -81,17 +81,23 @@ fn target(op: &'static str, capability: Capability, forced: Option<OsString>) ->
             fix: "move the tensors to the CPU, whose path has no such limit".into(),
         });
     }
-    let best = if capability == (9, 0) { Target::Sm90a } else { Target::Sm80 };
+    let best = match capability {
+        (9, 0) => Target::Sm90a,
+        (8, ..9) => Target::Sm80,
+        _ => Target::Sm89,
+    };
     let Some(name) = forced.filter(|name| !name.is_empty()) else { return Ok(best) };
-    let found = [best, Target::Sm80].into_iter().find(|target| name == target.name());
+    let all = [Target::Sm90a, Target::Sm89, Target::Sm80];
+    let possible = all.into_iter().skip_while(|&target| target != best);
+    let found = possible.clone().find(|target| name == target.name());
     found.ok_or_else(|| Error::Value {
         op,
         name: "KAIO_ARCH",
         got: name.to_string_lossy().into_owned(),
-        want: match best {
-            Target::Sm80 => "sm_80 on this GPU".into(),
-            best => format!("{} or sm_80 on this GPU", best.name()),
-        },
+        want: format!(
+            "{} on this GPU",
+            possible.map(Target::name).collect::<Vec<_>>().join(" or ")
+        ),
         fix: "unset the environment variable, and the first is taken",
     })
 }
@@ -109,10 +115,11 @@ mod tests {
     fn each_gpu_has_its_target() {
         for (capability, target) in [
             ((8, 0), Target::Sm80),
-            ((8, 9), Target::Sm80),
+            ((8, 6), Target::Sm80),
+            ((8, 9), Target::Sm89),
             ((9, 0), Target::Sm90a),
-            ((10, 0), Target::Sm80),
-            ((12, 0), Target::Sm80),
+            ((10, 0), Target::Sm89),
+            ((12, 0), Target::Sm89),
         ] {
             assert_eq!(ask(capability, None), Ok(target));
             assert_eq!(ask(capability, Some("")), Ok(target));

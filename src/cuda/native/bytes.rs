@@ -26,9 +26,23 @@ use crate::stack::Stack;
 
 static TRANSPOSITIONS: Plans<transpose::Plan> = Plans::new();
 
-/// The form in which the kernels read a weight of bytes: its codes lie along K, each column of a multiple of 16 bytes.
-/// `None` if they do.
-pub(super) fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Planes>> {
+/// The form in which the kernels read a weight of bytes, if it is another one: codes along K, each column of a multiple of
+/// 16 bytes, and scales in f32.
+pub(super) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Planes>> {
+    let codes = along_k(op, planes)?;
+    let scales = (planes.scales.dtype() != DType::F32).then(|| planes.scales.to_dtype(DType::F32));
+    let scales = scales.transpose()?;
+    if codes.is_none() && scales.is_none() {
+        return Ok(None);
+    }
+    let mut planes = planes.clone();
+    planes.codes = codes.unwrap_or(planes.codes);
+    planes.scales = scales.unwrap_or(planes.scales);
+    Ok(Some(planes))
+}
+
+/// Codes that lie along K, if they do not.
+fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Tensor>> {
     let [k, n] = planes.dims;
     let (storage, layout) = planes.codes.storage_and_layout();
     let Storage::Cuda(codes) = &*storage else { return Ok(None) };
@@ -41,7 +55,7 @@ pub(super) fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Planes
     let shape = (n, lines.stride);
     let rows = Tensor::from_storage(Storage::Cuda(along), shape, BackpropOp::none(), false);
     drop(storage);
-    Ok(Some(Planes { codes: rows.narrow(1, 0, k)?.t()?, ..planes.clone() }))
+    Ok(Some(rows.narrow(1, 0, k)?.t()?))
 }
 
 /// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)` of int8 bytes; neither the result nor the depth is
@@ -81,16 +95,17 @@ pub(crate) fn matmul_fp8(
 ) -> Result<Option<CudaStorage>> {
     let (stack, rhs) = (Stack::new(layout), Stack::new(w.codes.1));
     let (x, weight, k) = ((x, &stack), (w.codes.0, &rhs), stack.cols);
-    if !takes_e4m3(op, x.0.device())? {
-        return Ok(None);
-    }
-    let product = |scales| matmul_codes(op, Factor::E4m3, x, weight, scales, bias, epilogue);
-    let blocks = [k, rhs.cols].map(|len| len.div_ceil(BLOCK as usize));
     let per = match w.facts.scheme {
         QuantScheme::Fp8 { per } => per,
         _ => return Ok(None),
     };
-    if width >= k && per != Per::Block {
+    let lines = width >= k && per != Per::Block;
+    if !takes_e4m3(op, x.0.device(), lines)? {
+        return Ok(None);
+    }
+    let product = |scales| matmul_codes(op, Factor::E4m3, x, weight, scales, bias, epilogue);
+    let blocks = [k, rhs.cols].map(|len| len.div_ceil(BLOCK as usize));
+    if lines {
         let lines = LineScales::new(x.0, rows, w)?;
         return Ok(Some(product(lines.scales(1.0, None))?));
     }
@@ -220,9 +235,13 @@ impl<'a> CodeScales<'a> {
     }
 }
 
-/// Whether the kernels multiply e4m3 on a GPU.
-fn takes_e4m3(op: &'static str, device: &CudaDevice) -> Result<bool> {
-    Ok(Gpu::of(op, device)?.device.target == Target::Sm90a)
+/// Whether the kernels multiply e4m3 on a GPU, with scales of lines or else of blocks.
+fn takes_e4m3(op: &'static str, device: &CudaDevice, lines: bool) -> Result<bool> {
+    Ok(match Gpu::of(op, device)?.device.target {
+        Target::Sm80 => false,
+        Target::Sm89 => lines,
+        Target::Sm90a => true,
+    })
 }
 
 /// `act(scales · (x - zero)·w + bias)` of bytes, int8 or e4m3; `[.., M, K]` and `[K, N]`, which are not empty.
@@ -247,8 +266,12 @@ pub(super) fn codes_call<'a>(
     bias: Option<View<'a, CudaStorage>>,
     op::Epilogue { out_dtype, activation }: op::Epilogue,
 ) -> Result<Call<'a>> {
-    if factor == Factor::E4m3 && !takes_e4m3(op, x.0.device())? {
-        let (what, fix) = ("this crate".into(), "take one of compute capability 9.0".into());
+    let lines = matches!(scales, CodeScales::Lines { .. });
+    if factor == Factor::E4m3 && !takes_e4m3(op, x.0.device(), lines)? {
+        let (what, fix) = (
+            "this crate".into(),
+            "take one of compute capability 9.0, or without scales of blocks 8.9".into(),
+        );
         let limit = "has no kernels for e4m3 on this GPU".into();
         return Err(Error::Unsupported { op, what, limit, fix }.into());
     }

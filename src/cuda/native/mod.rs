@@ -9,6 +9,7 @@ mod operand;
 mod plan;
 mod quantised;
 mod quantize;
+mod strided;
 pub mod tune;
 pub(crate) mod w4;
 
@@ -19,4 +20,5 @@ pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
 pub(super) use quantised::{Codewords, Panel};
 pub(crate) use quantised::{dequantize, matmul_quant, repack, unpack};
-pub(crate) use quantize::quantize_rows;
+pub(crate) use quantize::{Rounded, quantize_rows};
+pub(super) use strided::packed_bytes;

@@ -27,7 +27,7 @@ static PLANS: Plans<Plan> = Plans::new();
 const LINE: usize = 16;
 
 /// The form in which the kernels read a weight, if it is another one: codes of four bits are packed, and those
-/// of eight lie along K.
+/// of eight lie along K, with scales in f32.
 pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {
     let Form::Plain(planes) = form else { return Ok(None) };
     let [k, n] = planes.dims;
@@ -35,7 +35,7 @@ pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {
         return Ok(None);
     }
     if !planes.scheme.is_4bit() {
-        return Ok(bytes::along_k(op, planes)?.map(Form::Plain));
+        return Ok(bytes::repack(op, planes)?.map(Form::Plain));
     }
     let (storage, layout) = planes.codes.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { return Ok(None) };

@@ -1,72 +1,75 @@
 //! Activations rounded to eight bits.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, DType, Layout, Result, Shape};
+use candle_core::{CudaStorage, DType, Result, Shape};
 
 use super::super::Operand;
 use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
-use super::super::fit::{Want, fit, pack};
-use super::bytes::activations;
-use super::operand::{ALIGN, element, per_chunk};
+use super::super::fit::{Fitted, Want, fit, is_aligned};
+use super::operand::{ALIGN, element};
 use super::plan::Plans;
+use crate::error::Error;
 use crate::kernel::quantize::{Arguments, Plan, Problem};
 use crate::ptx::Factor;
+use crate::stack::Stack;
 
 static PLANS: Plans<Plan> = Plans::new();
 
-/// Rows rounded to int8 bytes in u8 or to e4m3, packed, and the f32 scale of each group of `width` elements of a row;
-/// `None` if there is no kernel for it. The operand is not empty.
+/// Rounded rows, and the f32 scale of each group of `width` elements of a row.
+pub(crate) struct Rounded {
+    pub codes: CudaStorage,
+    /// Codes from row to row.
+    pub row: usize,
+    pub scales: CudaStorage,
+}
+
+/// Rows rounded to int8 bytes in u8 or to e4m3, in groups of `width` elements: a multiple of 16, or a whole row. The
+/// operand is not empty.
 pub(crate) fn quantize_rows(
     op: &'static str,
     (storage, stack): Operand,
     dtype: DType,
     width: usize,
-) -> Result<Option<(CudaStorage, CudaStorage)>> {
+) -> Result<Rounded> {
     let device = storage.device().clone();
     let gpu = Gpu::of(op, &device)?;
-    let (rows, cols) = (stack.count() * stack.rows, stack.cols);
-    // Zeros at the end of a row change no scale.
-    let padded = cols.next_multiple_of(per_chunk(storage.dtype()));
+    let rows = stack.fold_rows().filter(|rows| rows.cols == 1 || rows.col_stride == 1);
+    let fitted = match rows {
+        Some(rows) => Fitted::view(storage, rows),
+        None => fit(op, (storage, stack), Want { folded: true, ..Want::default() })?,
+    };
+    let Stack { rows, cols, row_stride, .. } = fitted.stack;
+    let row_bytes = row_stride * storage.dtype().size_in_bytes();
     let problem = Problem {
         rows: rows as u64,
-        cols: padded as u64,
-        width: if width < cols { width } else { padded } as u64,
+        cols: cols as u64,
+        width: width.min(cols) as u64,
         element: element(storage.dtype()),
         code: if dtype == DType::U8 { Factor::S8 } else { Factor::E4m3 },
+        aligned: is_aligned(&fitted.stack, storage.dtype(), ALIGN)
+            && (rows == 1 || row_bytes.is_multiple_of(ALIGN)),
     };
-    if !problem.is_supported(&gpu.device) {
-        return Ok(None);
+    if let Some((got, most)) = problem.limit() {
+        let (what, limit) = ("this crate".into(), format!("cannot round {got} (at most {most})"));
+        let fix = "split it and join the results with `Tensor::cat`".into();
+        return Err(Error::Unsupported { op, what, limit, fix }.into());
     }
-    let (fitted, stride) = match padded == cols {
-        true => {
-            let (fitted, lines) = activations(op, (storage, stack))?;
-            (fitted, lines.stride)
-        }
-        false => {
-            let want = Want { cols: padded, align: ALIGN, folded: true, ..Want::default() };
-            (fit(op, (storage, stack), want)?, padded)
-        }
-    };
     let order = Order::new(op, device.cuda_stream(), [storage]);
     let compiled = PLANS.get(op, &gpu, &problem)?;
-    let groups = cols.div_ceil(width.min(cols));
-    let mut codes = uninit(&device, &Shape::from(rows * padded), dtype)?;
-    let mut scales = uninit(&device, &Shape::from(rows * groups), DType::F32)?;
+    let row = problem.out_row() as usize;
+    let mut codes = uninit(&device, &Shape::from(rows * row), dtype)?;
+    let mut scales = uninit(&device, &Shape::from(rows * cols.div_ceil(width)), DType::F32)?;
     {
         let input = Memory::of(fitted.storage(), &device);
         let results = [Memory::of_mut(&mut codes, &device), Memory::of_mut(&mut scales, &device)];
         let arguments = Arguments {
             problem: &problem,
-            input: (input.at(fitted.offset(0)), stride as u64),
+            input: (input.at(fitted.offset(0)), row_stride as u64),
             results: results.each_ref().map(Memory::address),
         };
         order.run(|| Ok(compiled.launch(op, &device, &arguments)?))?;
     }
-    if padded != cols {
-        let kept = Layout::new((rows, cols).into(), vec![padded, 1], 0);
-        codes = pack(&codes, &kept)?;
-    }
-    Ok(Some((codes, scales)))
+    Ok(Rounded { codes, row, scales })
 }

@@ -84,9 +84,8 @@ pub fn quantize_rows(x: &Tensor, dtype: DType, width: usize) -> Result<[Tensor; 
     let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
     let stack = Stack::new(layout);
     let rounded = quantize::quantize_rows("tune", (storage, &stack), dtype, width)?;
-    let Some((codes, scales)) = rounded else { bail!("no kernel") };
-    let groups = stack.cols.div_ceil(width);
-    Ok([tensor(codes, (stack.rows, stack.cols)), tensor(scales, (stack.rows, groups))])
+    let codes = tensor(rounded.codes, (stack.rows, rounded.row)).narrow(1, 0, stack.cols)?;
+    Ok([codes, tensor(rounded.scales, (stack.rows, stack.cols.div_ceil(width)))])
 }
 
 /// Attention by `config`, or by the chooser's, of `[B, H, S, D]` with as many heads of keys, on one GPU;

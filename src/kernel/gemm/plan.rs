@@ -23,7 +23,7 @@ impl kernel::Plan for Plan {
     fn new(problem: &Problem, device: &Device) -> Self {
         match device.target {
             Target::Sm90a => Self::sm90(choose::choose(problem, device), problem, device),
-            Target::Sm80 => Self::sm80(sm80::choose(problem, device), problem),
+            Target::Sm80 | Target::Sm89 => Self::sm80(sm80::choose(problem, device), problem),
         }
     }
 

@@ -47,14 +47,14 @@ impl plan::Plan for Plan {
 
     fn new(problem: &Problem, device: &Device) -> Self {
         match (device.target, problem.m) {
-            (_, ..=stream::MOST) | (Target::Sm80, ..=STREAMED) => {
+            (_, ..=stream::MOST) | (Target::Sm80 | Target::Sm89, ..=STREAMED) => {
                 Self::stream(stream::choose(problem, device), problem)
             }
             (Target::Sm90a, _) => {
                 let config = tiles::choose(problem, device).into();
                 Self::tiles(&config, problem, device).expect("it is one")
             }
-            (Target::Sm80, _) => Self::panel(problem, device),
+            (Target::Sm80 | Target::Sm89, _) => Self::panel(problem, device),
         }
     }
 
@@ -74,7 +74,7 @@ impl plan::Plan for Plan {
 /// The kernels worth a try for a problem.
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<kernel::Config> {
     let mut all = vec![];
-    if problem.m <= stream::MOST || device.target == Target::Sm80 {
+    if problem.m <= stream::MOST || device.target != Target::Sm90a {
         all.extend(stream::candidates(problem, device).into_iter().map(kernel::Config::from));
     }
     if device.target == Target::Sm90a {

@@ -14,10 +14,11 @@ pub(super) fn quantize(
     width: usize,
 ) -> Result<(Tensor, Tensor)> {
     let [codes, scales] = eval(&Quantize { name: op, dtype, width: width.max(1) }, &[x])?;
-    Ok((codes, scales))
+    let last = x.rank() - 1;
+    Ok((codes.narrow(last, 0, x.dims()[last])?, scales))
 }
 
-/// Inputs: x. Results: codes and scales.
+/// Inputs: x. Results: codes, whose rows may be longer on a GPU, and scales.
 struct Quantize {
     name: &'static str,
     /// u8 for int8, or e4m3.
@@ -42,8 +43,11 @@ impl Op for Quantize {
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let (x, layout) = inputs[0];
-        let (codes, scales) = cuda::quantize_rows(self.name, (x, layout), self.dtype, self.width)?;
-        Ok(vec![(codes, layout.shape().clone()), (scales, self.groups(layout.dims()))])
+        let (codes, row, scales) =
+            cuda::quantize_rows(self.name, (x, layout), self.dtype, self.width)?;
+        let mut dims = layout.dims().to_vec();
+        *dims.last_mut().expect("rank checked") = row;
+        Ok(vec![(codes, Shape::from(dims)), (scales, self.groups(layout.dims()))])
     }
 }
 

@@ -6,6 +6,7 @@ mod dequant;
 mod glu;
 mod products;
 mod quantize;
+mod strided;
 mod transpose;
 mod w4;
 
@@ -25,7 +26,11 @@ pub struct Gpu {
 }
 
 const fn gpu(arch: &'static str, multiprocessors: u32, shared_per_block: u32) -> Gpu {
-    let target = if arch.len() > 5 { Target::Sm90a } else { Target::Sm80 };
+    let target = match arch.as_bytes() {
+        [_, _, _, _, _, _] => Target::Sm90a,
+        [.., b'8', b'9'] => Target::Sm89,
+        _ => Target::Sm80,
+    };
     Gpu { arch, device: Device { target, multiprocessors, shared_per_block } }
 }
 
@@ -193,6 +198,7 @@ families! {
     Dequant(dequant::Dequants): (&ALL, 4);
     Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
     Transpose(transpose::Transpositions): (&ALL, 1);
+    Strided(strided::Copies): (&ALL, 1);
     W4(w4::Products): (&HOPPERS, 1), (&ALL, 1);
     W4Layout(w4::Layouts): (&ALL, 3);
 }

@@ -18,9 +18,14 @@ impl Family for Products {
         products(extent).chain(byte_products(extent)).collect()
     }
 
-    /// `mma.sync` takes no e4m3 on Ampere.
+    /// `mma.sync` takes no e4m3 on Ampere, and none with scales of blocks.
     fn applies(problem: &Problem, device: &Device) -> bool {
-        device.target == Target::Sm90a || problem.elements[0] != Factor::E4m3
+        problem.elements[0] != Factor::E4m3
+            || match device.target {
+                Target::Sm80 => false,
+                Target::Sm89 => problem.epilogue.scale != Scale::Blocks,
+                Target::Sm90a => true,
+            }
     }
 
     /// What comes after the sum: for a third of the kernels one such thing, all of them for those that do
@@ -218,6 +223,7 @@ impl Family for Products {
         };
         let portable = [
             ("sm80_int8", int8),
+            ("sm89_e4m3", sm80::Config { elements: [Factor::E4m3; 2], ..int8 }),
             ("sm80_large", large),
             ("sm80_silu", small),
             ("sm80_split_batched", split),

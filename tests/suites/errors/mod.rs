@@ -154,6 +154,7 @@ pub fn int8(device: &Device) {
         a.kaio_matmul_int8(&on.u32([8, 6]), 1.0) => DType, "kaio_matmul_int8: `rhs` is u32, wanted u8; quantise it with `quant::quantize_int8`";
         a.kaio_matmul_int8(&a, 1.0) => Dimension, "kaio_matmul_int8: `rhs` has K = 4, wanted 8, the K of `lhs` [4, 8]; transpose the weight with `.t()?`";
         long.0.kaio_matmul_int8(&long.1, 1.0) => Dimension, "kaio_matmul_int8: `lhs` has K = 131072, wanted at most 131071, so that the i32 sum cannot overflow; split K and add the products";
+        long.0.kaio_matmul_int8_with(&long.1, &Int8Options::default().zero_point(1)) => Dimension, "kaio_matmul_int8_with: `lhs` has K = 131072, wanted at most 65793, so that the i32 sum cannot overflow; split K and add the products";
         a.kaio_matmul_int8(&b, f32::NAN) => Value, "kaio_matmul_int8: `scale` is NaN, wanted a finite number; check how it was computed";
         a.kaio_matmul_int8(&b, f32::NEG_INFINITY) => Value, "kaio_matmul_int8: `scale` is -inf, wanted a finite number; check how it was computed";
     }
@@ -163,6 +164,10 @@ pub fn int8(device: &Device) {
         quant::quantize_int8(&nan) => Value, "quantize_int8: `t` is a tensor with an infinite or NaN element, wanted finite elements; check how it was computed";
         quant::dequantize_int8(&nan, 1.0) => DType, "dequantize_int8: `q` is f32, wanted u8; quantise it with `quant::quantize_int8`";
     }
+    tally.case("kaio_matmul_int8_with: K = 65793 with a zero point", || {
+        let opts = Int8Options::default().zero_point(-128);
+        on.u8([1, 65_793]).kaio_matmul_int8_with(&on.u8([65_793, 1]), &opts).map(drop)
+    });
     tally.case("kaio_matmul_int8: K = 131071", || {
         on.u8([1, 131_071]).kaio_matmul_int8(&on.u8([131_071, 1]), 1.0).map(drop)
     });

@@ -2,7 +2,7 @@
 
 use super::layout::{Layout, Side};
 use crate::kernel::Element;
-use crate::kernel::gemm::{Epilogue, Major, lies_along_k, multiplied};
+use crate::kernel::gemm::{Epilogue, Major, Scale, lies_along_k, multiplied};
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::ptx::Factor;
@@ -136,6 +136,7 @@ impl Config {
             (multiplied(self.elements).is_some(), "operands that are not of one type".into()),
             lies_along_k(self.elements, [self.lhs, self.rhs]),
             self.epilogue.rule(multiplied(self.elements)),
+            (self.epilogue.scale != Scale::Blocks, "scales of blocks".into()),
             (
                 matches!(self.depth * self.elements[0].size(), 64 | 128),
                 format!("a depth of {} (64 or 128 bytes)", self.depth),

@@ -42,7 +42,8 @@ pub fn emit(config: &Config) -> Source {
 }
 
 fn emit_sums<S: Sum>(config: &Config) -> Source {
-    let k = &Kernel::new("matmul", Target::Sm80, config.threads());
+    let target = if config.factor() == Factor::E4m3 { Target::Sm89 } else { Target::Sm80 };
+    let k = &Kernel::new("matmul", target, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
     let (lhs, rhs, out) = (k.pointer(Name::Lhs), k.pointer(Name::Rhs), k.pointer(Name::Out));
     let terms = Terms::params(k, config.first_epilogue());

@@ -38,7 +38,7 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     let resident = if tokens > 8 { 8 } else { 16 };
     let splits: &[u32] = match device.target {
         Target::Sm90a => &[1, 2, 4, 8],
-        Target::Sm80 => &[1, 2, 4, 8, 16, 32],
+        Target::Sm80 | Target::Sm89 => &[1, 2, 4, 8, 16, 32],
     };
     let mut all = vec![];
     for &split in splits {
@@ -51,7 +51,7 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                 continue;
             }
             let config = Config {
-                target: device.target,
+                target: device.target_without_e4m3(),
                 half: problem.half,
                 scheme: problem.scheme,
                 tokens,
@@ -78,7 +78,7 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
 /// One block of four warps.
 fn small(problem: &Problem, device: &Device, tokens: u32) -> Option<Config> {
     let config = Config {
-        target: device.target,
+        target: device.target_without_e4m3(),
         half: problem.half,
         scheme: problem.scheme,
         tokens,
@@ -120,7 +120,7 @@ fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
     let sums = match (c.split, c.target) {
         (1, _) => 0.0,
         (_, Target::Sm90a) => CLUSTER,
-        (_, Target::Sm80) => LAUNCH,
+        (_, Target::Sm80 | Target::Sm89) => LAUNCH,
     };
     compute.max(bytes / rate + BLOCK) + sums
 }

@@ -62,7 +62,7 @@ impl Config {
         let (scheme, scale) = (self.scheme.name(), self.scheme.scale.name());
         let (half, epilogue) = (self.half.name(), self.epilogue.name());
         let target = match self.target {
-            Target::Sm80 => " portable",
+            Target::Sm80 | Target::Sm89 => " portable",
             Target::Sm90a => "",
         };
         format!(
@@ -146,7 +146,7 @@ impl Config {
             (
                 match self.target {
                     Target::Sm90a => matches!(self.split, 1 | 2 | 4 | 8),
-                    Target::Sm80 => (1..=64).contains(&self.split),
+                    Target::Sm80 | Target::Sm89 => (1..=64).contains(&self.split),
                 },
                 format!("a split of {}", self.split),
             ),
