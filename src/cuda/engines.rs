@@ -64,9 +64,22 @@ pub(crate) fn unpack(op: &'static str, packed: &Planes) -> Result<Planes> {
     on_gpu!(native::unpack(op, packed))
 }
 
-/// The form in which products read a weight, if it is another one than that in which it is.
-pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {
-    on_gpu!(native::repack(op, form))
+/// The form in which products read a weight that is in the plain one, if it is another.
+pub(crate) fn repack(op: &'static str, plain: &Planes) -> Result<Option<Form>> {
+    on_gpu!(native::repack(op, plain))
+}
+
+/// The same of a weight in the layout of `quantize_int4`, of any strides and not empty.
+pub(crate) fn pack_signed(op: &'static str, planes: &Planes) -> Result<Form> {
+    on_gpu!(native::pack_signed(op, planes))
+}
+
+/// How many elements a storage has.
+pub(crate) fn elements(storage: &CudaStorage) -> usize {
+    #[cfg(feature = "cuda")]
+    return super::driver::memory::elements(storage);
+    #[cfg(not(feature = "cuda"))]
+    0
 }
 
 /// The kernels that some work launches in this thread, by their names.

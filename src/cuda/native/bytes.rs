@@ -26,8 +26,8 @@ use crate::stack::Stack;
 
 static TRANSPOSITIONS: Plans<transpose::Plan> = Plans::new();
 
-/// The form in which the kernels read a weight of bytes: its codes lie along K, each column of a multiple of 16 bytes.
-/// `None` if they do.
+/// The form in which the kernels read a weight of bytes: its codes lie along K, `[n, ..]` with each row of a multiple of 16
+/// bytes. `None` if the plain form is such, too.
 pub(super) fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Planes>> {
     let [k, n] = planes.dims;
     let (storage, layout) = planes.codes.storage_and_layout();
@@ -39,9 +39,9 @@ pub(super) fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Planes
     let (fitted, lines) = weight(op, (codes, &stack))?;
     let Some(along) = fitted.into_copy() else { return Ok(None) };
     let shape = (n, lines.stride);
-    let rows = Tensor::from_storage(Storage::Cuda(along), shape, BackpropOp::none(), false);
+    let codes = Tensor::from_storage(Storage::Cuda(along), shape, BackpropOp::none(), false);
     drop(storage);
-    Ok(Some(Planes { codes: rows.narrow(1, 0, k)?.t()?, ..planes.clone() }))
+    Ok(Some(Planes { codes, ..planes.clone() }))
 }
 
 /// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)` of int8 bytes; neither the result nor the depth is

@@ -18,5 +18,5 @@ pub(crate) use bytes::{matmul_fp8, matmul_int8};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
 pub(super) use quantised::{Codewords, Panel};
-pub(crate) use quantised::{dequantize, matmul_quant, repack, unpack};
+pub(crate) use quantised::{dequantize, matmul_quant, pack_signed, repack, unpack};
 pub(crate) use quantize::quantize_rows;
