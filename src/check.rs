@@ -1,6 +1,6 @@
 //! Argument checks shared by the ops. Each runs before any allocation or launch.
 
-use candle_core::{DType, DeviceLocation, Tensor};
+use candle_core::{DType, Device, DeviceLocation, Tensor};
 
 use crate::{
     error::{Error, Result},
@@ -43,14 +43,23 @@ fn one_device(op: &'static str, args: &[Arg]) -> Result<()> {
             fix: "move it to the CPU or a CUDA device with `.to_device(..)?`".into(),
         });
     }
-    for &(arg, t) in &args[1..] {
-        let got = t.device().location();
-        if got != want {
-            let (got, want) = (place(got), place(want));
-            return Err(Error::Device { op, arg, got, with, want });
-        }
+    args[1..]
+        .iter()
+        .try_for_each(|&(arg, t)| same_device(op, (arg, t.device()), (with, first.device())))
+}
+
+/// Both arguments are on the CPU, or on the GPU of one ordinal.
+pub(crate) fn same_device(
+    op: &'static str,
+    (arg, got): (&'static str, &Device),
+    (with, want): (&'static str, &Device),
+) -> Result<()> {
+    let [got, want] = [got, want].map(Device::location);
+    if got == want {
+        return Ok(());
     }
-    Ok(())
+    let (got, want) = (place(got), place(want));
+    Err(Error::Device { op, arg, got, with, want })
 }
 
 /// The argument has one of the dtypes `want`.

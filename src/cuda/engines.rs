@@ -2,7 +2,7 @@
 //! them with, the same functions say that it is missing.
 #![cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 
-use candle_core::{CudaStorage, DType, Result};
+use candle_core::{CudaStorage, DType, Result, Tensor};
 
 use super::Operand;
 use crate::Engine;
@@ -64,9 +64,27 @@ pub(crate) fn unpack(op: &'static str, packed: &Planes) -> Result<Planes> {
     on_gpu!(native::unpack(op, packed))
 }
 
-/// The form in which products read a weight, if it is another one than that in which it is.
-pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {
-    on_gpu!(native::repack(op, form))
+/// The form in which products read a weight that is in the plain one, if it is another.
+pub(crate) fn repack(op: &'static str, plain: &Planes) -> Result<Option<Form>> {
+    on_gpu!(native::repack(op, plain))
+}
+
+/// The same of a weight in the layout of `quantize_int4`, of any strides and not empty.
+pub(crate) fn pack_signed(op: &'static str, planes: &Planes) -> Result<Form> {
+    on_gpu!(native::pack_signed(op, planes))
+}
+
+/// How many elements a storage has.
+pub(crate) fn elements(storage: &CudaStorage) -> usize {
+    #[cfg(feature = "cuda")]
+    return super::driver::memory::elements(storage);
+    #[cfg(not(feature = "cuda"))]
+    0
+}
+
+/// A tensor's elements, row by row, in memory of their own.
+pub(crate) fn copy(op: &'static str, tensor: &Tensor) -> Result<Tensor> {
+    on_gpu!(native::copy(op, tensor))
 }
 
 /// The kernels that some work launches in this thread, by their names.

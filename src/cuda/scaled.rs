@@ -43,7 +43,6 @@ pub(super) fn matmul_fp8(
         group,
         codes: (rows.storage(), &lhs_layout),
         scales,
-        zeros: None,
     };
     let by_row = u32::from(lhs_scales.1.dims()[0] > 1);
     if blocks {

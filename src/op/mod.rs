@@ -51,6 +51,12 @@ pub(crate) trait Differentiable: Op {
         true
     }
 
+    /// Whether the gradient of any input reads an input, counted from 0. The graph keeps no others, and
+    /// [`grad`](Self::grad) is given a tensor of one element for each of them.
+    fn reads(&self, _input: usize) -> bool {
+        true
+    }
+
     /// The gradients of the inputs; `None`, or what is then dropped, for those that track none.
     ///
     /// `results` are all that the op computed, also what its caller does not see. `grads` are the

@@ -49,8 +49,8 @@ pub(crate) fn apply<O: Differentiable, const N: usize>(
         true => for_caller.into_iter().map(tensor).collect(),
         false => {
             let node = Node {
+                inputs: kept(&op, inputs)?,
                 op,
-                inputs: inputs.iter().map(|&t| t.clone()).collect(),
                 saved: results.map(tensor).collect(),
                 results: OnceLock::new(),
                 passes: Passes::default(),
@@ -59,6 +59,17 @@ pub(crate) fn apply<O: Differentiable, const N: usize>(
         }
     };
     results.try_into().map_err(|_| candle_core::Error::msg("an op with too few results"))
+}
+
+/// What the graph keeps of an op's inputs.
+fn kept<O: Differentiable>(op: &O, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let all_read = (0..inputs.len()).all(|i| op.reads(i));
+    let nothing = if all_read { None } else { Some(tensor(unread(inputs[0].device())?)) };
+    let keep = |(i, t): (usize, &&Tensor)| match &nothing {
+        Some(nothing) if !op.reads(i) => nothing.clone(),
+        _ => Tensor::clone(t),
+    };
+    Ok(inputs.iter().enumerate().map(keep).collect())
 }
 
 /// Puts an op's results into the graph.

@@ -4,7 +4,8 @@ use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor}
 
 use super::matmul::{RESULT, Scaled, bias_gradient};
 use super::{Computed, Differentiable, Epilogue, Op, View, eval};
-use crate::quant::planes::{Facts, Form, Weight};
+use crate::quant::QuantWeight;
+use crate::quant::planes::{Facts, Weight};
 use crate::stack::Stack;
 use crate::{check, cpu, cuda};
 
@@ -129,6 +130,14 @@ impl Differentiable for Project {
         [self.differentiable(), self.bias_at()].contains(&Some(input))
     }
 
+    /// Codes of x, and their scales, are for the product alone.
+    fn reads(&self, input: usize) -> bool {
+        match self.differentiable() {
+            Some(x) => input >= x,
+            None => self.bias_at() == Some(input),
+        }
+    }
+
     /// `dx = Σ dC·Wᵀ` over the weights. Where x is rounded to eight bits, the rounding counts as the identity. Never asked of a
     /// product with an activation, unless that is empty.
     fn grad(
@@ -218,19 +227,17 @@ impl Op for Backward {
 }
 
 /// A weight `[K, N]` in a float dtype, rows in their order.
-pub(crate) fn dequantize(op: &'static str, form: &Form, dtype: DType) -> Result<Tensor> {
+pub(crate) fn dequantize(op: &'static str, weight: &QuantWeight, dtype: DType) -> Result<Tensor> {
     super::matmul::check_out_dtype(op, "dtype", dtype, "cast what it gives")?;
-    let facts = form.facts();
-    let [weight] = eval(&Dequantize { name: op, facts, dtype }, &form.operands())?;
+    let form = weight.prepared(op)?;
+    let operands = form.operands()?;
+    let [rows] = eval(
+        &Dequantize { name: op, facts: form.facts(), dtype },
+        &operands.iter().collect::<Vec<_>>(),
+    )?;
     match &form.planes().order {
-        Some(order) if weight.elem_count() > 0 => {
-            // Row order[i] is row i of the codes.
-            let order = order.to_vec1::<u32>()?;
-            let mut rows = vec![0u32; order.len()];
-            (0..).zip(&order).for_each(|(i, &row)| rows[row as usize] = i);
-            weight.index_select(&Tensor::new(rows, weight.device())?, 0)
-        }
-        _ => Ok(weight),
+        Some(order) if rows.elem_count() > 0 => rows.index_select(&order.inverse, 0),
+        _ => Ok(rows),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::matmul::check_out_dtype;
+use super::matmul::{RESULT, check_out_dtype};
 use super::project::{Lhs, Project};
 use super::{Epilogue, apply, glu};
 use crate::check::{self, Arg, INT4_GROUP};
@@ -11,7 +11,7 @@ use crate::options::Gate;
 use crate::quant::planes::{Form, Planes};
 use crate::quant::scheme::BLOCK;
 use crate::quant::{Per, QuantScheme, QuantWeight, scales_of};
-use crate::{Activation, Activations, Engine, Fp8Options, Int8Options, MatmulOptions};
+use crate::{Activation, Activations, Engine, Fp8Options, Int8Options, MatmulOptions, cuda};
 
 mod activations;
 
@@ -57,7 +57,7 @@ pub(crate) fn matmul_quant(
         }
     };
     let form = weight.prepared(op)?;
-    let x = gather(x, &form)?;
+    let x = gather(x, form)?;
     let call = Call { bias, forms: &[form], ..Call::new(op, &x) };
     let tracked = x.track_op() || bias.is_some_and(Tensor::track_op);
     let epilogue = Epilogue { out_dtype, activation: opts.activation };
@@ -122,11 +122,10 @@ fn projections<const N: usize>(
     // Each has its own order of the columns of x.
     let one = |form: &Form| -> Result<Tensor> {
         let x = gather(x, form)?;
-        let [out] = Call { forms: std::slice::from_ref(form), ..Call::new(op, &x) }
-            .run(Lhs::Float, epilogue)?;
+        let [out] = Call { forms: &[form], ..Call::new(op, &x) }.run(Lhs::Float, epilogue)?;
         Ok(out)
     };
-    let all = forms.iter().map(one).collect::<Result<Vec<_>>>()?;
+    let all = forms.iter().map(|form| one(form)).collect::<Result<Vec<_>>>()?;
     all.try_into().map_err(|_| candle_core::Error::msg("a result for each weight"))
 }
 
@@ -144,31 +143,33 @@ pub(crate) fn qkv_project_of(x: &Tensor, weights: QkvWeights) -> Result<(Tensor,
     let (op, forms) = match weights {
         QkvWeights::Int8 { weights, scales } => {
             let op = "kaio_qkv_project_int8";
-            let k = check_x(
-                op,
-                x,
-                &[DType::F16],
-                &WEIGHTS.into_iter().zip(weights).collect::<Vec<_>>(),
-            )?;
-            let form = |i: usize| {
-                check::dtype(op, (WEIGHTS[i], weights[i]), &[DType::U8])?;
-                check::int8_weight(op, ("x", x, k), (WEIGHTS[i], weights[i]))?;
+            let args: Vec<_> = WEIGHTS.into_iter().zip(weights).collect();
+            let k = check_x(op, x, &[DType::F16], &args)?;
+            for (i, &arg) in args.iter().enumerate() {
+                check::dtype(op, arg, &[DType::U8])?;
+                check::int8_weight(op, ("x", x, k), arg)?;
                 check::finite(op, SCALES[i], scales[i])?;
-                check::untracked(op, &[(WEIGHTS[i], weights[i])])?;
-                int8_form(weights[i], Tensor::full(scales[i], (1, 1), x.device())?, Per::Tensor)
+                check::untracked(op, &[arg])?;
+            }
+            let form = |(weight, scale)| {
+                int8_form(weight, Tensor::full(scale, (1, 1), x.device())?, Per::Tensor)
             };
-            (op, (0..3).map(form).collect::<Result<Vec<_>>>()?)
+            (op, weights.into_iter().zip(scales).map(form).collect::<Result<Vec<_>>>()?)
         }
         QkvWeights::Int4 { packed, scales } => {
             let op = "kaio_qkv_project_int4";
-            let args = WEIGHTS.into_iter().zip(packed).chain(SCALES.into_iter().zip(scales));
-            let k = check_x(op, x, &[DType::F16], &args.collect::<Vec<_>>())?;
-            let form =
-                |i: usize| int4_form(op, ("x", k), (WEIGHTS[i], packed[i]), (SCALES[i], scales[i]));
-            (op, (0..3).map(form).collect::<Result<Vec<_>>>()?)
+            let packed = WEIGHTS.into_iter().zip(packed);
+            let pairs: Vec<_> = packed.zip(SCALES.into_iter().zip(scales)).collect();
+            let (packed, scales): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
+            let k = check_x(op, x, &[DType::F16], &[packed, scales].concat())?;
+            for &(packed, scales) in &pairs {
+                check_int4(op, ("x", k), packed, scales)?;
+            }
+            let form = |((_, packed), (_, scales))| int4_form(op, k, packed, scales);
+            (op, pairs.into_iter().map(form).collect::<Result<Vec<_>>>()?)
         }
     };
-    let call = Call { forms: &forms, ..Call::new(op, x) };
+    let call = Call { forms: &forms.iter().collect::<Vec<_>>(), ..Call::new(op, x) };
     let [q, k, v] = call.run(Lhs::Float, Epilogue::round(DType::F16))?;
     Ok((q, k, v))
 }
@@ -180,26 +181,35 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     check::tensors(OP, &[a, b, s])?;
     check::dtype(OP, a, &[DType::F16])?;
     let k = check::activations(OP, a)?;
-    let form = int4_form(OP, ("lhs", k), b, s)?;
-    let call = Call { forms: &[form], ..Call::new(OP, lhs) };
+    check_int4(OP, ("lhs", k), b, s)?;
+    let form = int4_form(OP, k, packed, scales)?;
+    let call = Call { forms: &[&form], ..Call::new(OP, lhs) };
     let [out] = call.run(Lhs::Float, Epilogue::round(DType::F32))?;
     Ok(out)
 }
 
-/// A weight in the layout of `quantize_int4`, as it is.
-fn int4_form(op: &'static str, k: (&'static str, usize), packed: Arg, scales: Arg) -> Result<Form> {
+/// A weight in the layout of `quantize_int4`.
+fn check_int4(op: &'static str, k: (&'static str, usize), packed: Arg, scales: Arg) -> Result<()> {
     check::int4_words(op, packed)?;
     check::dtype(op, scales, &[DType::F16])?;
     check::int4_weight(op, k, packed, scales)?;
-    check::untracked(op, &[packed, scales])?;
-    Ok(Form::Signed(Planes {
+    Ok(check::untracked(op, &[packed, scales])?)
+}
+
+/// The same as products read it: on a GPU packed for this call alone.
+fn int4_form(op: &'static str, k: usize, packed: &Tensor, scales: &Tensor) -> Result<Form> {
+    let planes = Planes {
         scheme: QuantScheme::Int4 { group: INT4_GROUP as i32, zero_points: false },
-        dims: [k.1, packed.1.dims()[1]],
-        codes: packed.1.clone(),
-        scales: scales.1.clone(),
+        dims: [k, packed.dims()[1]],
+        codes: packed.clone(),
+        scales: scales.clone(),
         zeros: None,
         order: None,
-    }))
+    };
+    match packed.device().is_cuda() && packed.elem_count() > 0 {
+        true => cuda::pack_signed(op, &planes),
+        false => Ok(Form::Signed(planes)),
+    }
 }
 
 /// A weight of int8 bytes, as it is.
@@ -246,6 +256,7 @@ fn int8_product(
         }
     });
     let rows = rows.transpose()?;
+    check_codes_out_dtype(op, opts.out_dtype)?;
     let (per, cols) = match &opts.rhs_scales {
         None => (Per::Tensor, Tensor::ones((1, 1), DType::F32, lhs.device())?),
         Some(scales) => match scales_of(op, b, scales)? {
@@ -258,7 +269,7 @@ fn int8_product(
     let call = Call {
         scales: rows.as_ref(),
         bias: opts.bias.as_ref(),
-        forms: &[int8_form(rhs, cols, per)?],
+        forms: &[&int8_form(rhs, cols, per)?],
         ..Call::new(op, lhs)
     };
     call.finish(Lhs::Int8 { scale, zero_point }, opts.out_dtype, opts.activation)
@@ -272,6 +283,7 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
     check_operands(OP, [a, b], DType::F8E4M3, scales, opts.bias.as_ref())?;
     let k = check::activations(OP, a)?;
     check::int8_weight(OP, ("lhs", lhs, k), b)?;
+    check_codes_out_dtype(OP, opts.out_dtype)?;
     let each = lhs.dims()[..lhs.rank() - 1].iter().product::<usize>();
     let (width, rows) = match &opts.lhs_scales {
         None => (k, Tensor::ones((1, 1), DType::F32, lhs.device())?),
@@ -292,13 +304,14 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
     let (scheme, dims) = (QuantScheme::Fp8 { per }, rhs.dims2()?.into());
     let codes = rhs.clone();
     let planes = Planes { scheme, dims, codes, scales: cols, zeros: None, order: None };
+    planes.check(OP)?;
     // Scales of rows are those of one matrix, which a GPU makes itself.
     let whole = lhs.elem_count() > 0 && lhs.device().is_cpu();
     let x = if whole { lhs.contiguous()? } else { lhs.clone() };
     let call = Call {
         scales: Some(&rows),
         bias: opts.bias.as_ref(),
-        forms: &[Form::Plain(Planes::new(OP, planes)?)],
+        forms: &[&Form::Plain(planes)],
         ..Call::new(OP, &x)
     };
     call.finish(Lhs::Fp8 { width: width.max(1) }, opts.out_dtype, opts.activation)
@@ -313,6 +326,11 @@ fn row_groups(x: &Tensor, scales: &Tensor) -> Option<usize> {
         [dims @ .., groups] if dims == rows && *groups == k.div_ceil(BLOCK) => Some(*groups),
         _ => None,
     }
+}
+
+/// The dtype that a product of codes is asked for is one of floats.
+fn check_codes_out_dtype(op: &'static str, dtype: Option<DType>) -> Result<()> {
+    check_out_dtype(op, "out_dtype", dtype.unwrap_or(DType::F32), "leave it out for f32")
 }
 
 fn scales_shape(
@@ -376,14 +394,18 @@ fn check_weights(
     weights: &[(&'static str, &QuantWeight)],
     bias: Option<&Tensor>,
 ) -> Result<()> {
-    let forms: Vec<_> = weights.iter().map(|(name, w)| (*name, w.form())).collect();
-    let mut args: Vec<Arg> = forms.iter().map(|(name, w)| (*name, &w.planes().codes)).collect();
-    args.extend(bias.map(|bias| ("bias", bias)));
-    let k = check_x(op, x, &HALVES, &args)?;
+    let device = ("x", x.device());
+    weights.iter().try_for_each(|(name, w)| check::same_device(op, (*name, w.device()), device))?;
+    let bias_arg: Vec<Arg> = bias.into_iter().map(|bias| ("bias", bias)).collect();
+    let k = check_x(op, x, &HALVES, &bias_arg)?;
+    let mut result = x.dims().to_vec();
     for (name, weight) in weights {
         let why = format_args!("the K of `x` {:?}", x.dims());
         let fix = "a weight is [K, N]; quantise it transposed";
-        check::dim(op, name, ("K", weight.dims2().0), (k, why), fix)?;
+        let (depth, n) = weight.dims2();
+        check::dim(op, name, ("K", depth), (k, why), fix)?;
+        result[x.rank() - 1] = n;
+        check::size(op, RESULT, &result, DType::F32)?;
     }
     match bias {
         Some(bias) => check_bias(op, bias, &[DType::F32, x.dtype()], weights[0].1.dims2().1),
@@ -419,7 +441,9 @@ fn engine(op: &'static str, x: &Tensor, engine: Engine) -> Result<()> {
 /// The columns of x in the order of the rows of a weight's codes. candle differentiates it.
 fn gather(x: &Tensor, form: &Form) -> Result<Tensor> {
     match &form.planes().order {
-        Some(order) if x.elem_count() > 0 => x.contiguous()?.index_select(order, x.rank() - 1),
+        Some(order) if x.elem_count() > 0 => {
+            x.contiguous()?.index_select(&order.rows, x.rank() - 1)
+        }
         _ => Ok(x.clone()),
     }
 }
@@ -432,7 +456,7 @@ struct Call<'a> {
     scales: Option<&'a Tensor>,
     source: Option<&'a Tensor>,
     bias: Option<&'a Tensor>,
-    forms: &'a [Form],
+    forms: &'a [&'a Form],
 }
 
 impl<'a> Call<'a> {
@@ -454,11 +478,13 @@ impl<'a> Call<'a> {
             scales: scales.is_some(),
             source: source.is_some(),
             bias: bias.is_some(),
-            weights: forms.iter().map(Form::facts).collect(),
+            weights: forms.iter().map(|form| form.facts()).collect(),
             epilogue,
         };
         let own = [Some(x), scales, source, bias].into_iter().flatten();
-        let inputs: Vec<_> = own.chain(forms.iter().flat_map(Form::operands)).collect();
+        let operands = forms.iter().map(|form| form.operands()).collect::<Result<Vec<_>>>()?;
+        let mut inputs: Vec<&Tensor> = own.collect();
+        inputs.extend(operands.iter().flatten());
         apply(project, &inputs)
     }
 
@@ -470,7 +496,6 @@ impl<'a> Call<'a> {
         activation: Option<Activation>,
     ) -> Result<Tensor> {
         let out_dtype = out_dtype.unwrap_or(DType::F32);
-        check_out_dtype(self.op, "out_dtype", out_dtype, "leave it out for f32")?;
         let tracked = self.bias.is_some_and(Tensor::track_op);
         Epilogue { out_dtype, activation }.around(tracked, self.is_empty(), |epilogue| {
             let [out] = self.run(lhs, epilogue)?;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor, safetensors};
 
+use super::order::Order;
 use super::planes::Planes;
 use super::scheme::{Per, QuantScheme};
 use super::weight::QuantWeight;
@@ -50,7 +51,7 @@ impl QuantWeight {
     ///
     /// What the driver refuses.
     pub fn to_tensors(&self, prefix: &str) -> Result<HashMap<String, Tensor>> {
-        let planes = self.plain()?.to_device(&Device::Cpu)?;
+        let planes = self.form().plain("QuantWeight::to_tensors", &Device::Cpu)?;
         let format = format(planes.scheme, planes.dims).into_bytes();
         let format = Tensor::new(format.as_slice(), &Device::Cpu)?;
         let named = planes.tensors().into_iter().map(|(name, t)| (name, t.clone()));
@@ -97,7 +98,7 @@ impl QuantWeight {
                 codes: need("codes")?,
                 scales: need("scales")?,
                 zeros: find("zeros"),
-                order: find("order"),
+                order: find("order").map(|rows| Order::new(OP, &rows)).transpose()?,
             },
         )
     }

@@ -29,6 +29,7 @@ mod file;
 mod int4;
 mod int8;
 mod load;
+mod order;
 pub(crate) mod planes;
 pub(crate) mod quantize;
 pub(crate) mod scheme;

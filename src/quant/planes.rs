@@ -1,32 +1,35 @@
-//! A quantised weight as tensors: the plain form, which the CPU multiplies with and files hold.
+//! A quantised weight as tensors: the plain form, which the CPU multiplies with and files hold, and that which kernels
+//! read.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
 
+use super::order::Order;
 use super::scheme::QuantScheme;
-use crate::check;
 use crate::error::Error;
 use crate::op::cast;
+use crate::{check, cuda};
 
-/// Codes, scales and what else a weight `[k, n]` consists of, row-major and on one device.
+/// Codes, scales and what else a weight `[k, n]` consists of, on one device.
 #[derive(Clone)]
 pub(crate) struct Planes {
     pub scheme: QuantScheme,
     pub dims: [usize; 2],
     /// Of four bits: u32 `[⌈k/8⌉, n]`, eight rows of a column in a word, the first one lowest; rows past the last
-    /// have the code of 0. Of eight bits: `[k, n]`, u8 that holds int8, or e4m3; on a GPU of any strides.
+    /// have the code of 0. Of eight bits: `[k, n]`, u8 that holds int8, or e4m3.
     pub codes: Tensor,
     /// `[⌈k/gk⌉, ⌈n/gn⌉]` of the scheme's groups, f16, bf16 or f32.
     pub scales: Tensor,
     /// u8 like the scales, 0 to 16.
     pub zeros: Option<Tensor>,
-    /// u32 `[k]`: row `i` of the codes is row `order[i]` of the weight.
-    pub order: Option<Tensor>,
+    /// Where the rows of the codes are those of the weight in another order.
+    pub order: Option<Order>,
 }
 
 impl Planes {
-    /// Checked shapes and dtypes, contiguous but for bytes on a GPU. Their elements are for [`check_values`](Self::check_values).
-    pub fn new(op: &'static str, planes: Self) -> Result<Self> {
-        let Self { scheme, dims: dims @ [k, n], codes, scales, zeros, order } = planes;
+    /// Shapes and dtypes fit together. Their elements are for [`check_values`](Self::check_values).
+    pub fn check(&self, op: &'static str) -> Result<()> {
+        let Self { scheme, dims: dims @ [k, n], codes, scales, zeros, order } = self;
+        let (scheme, dims, k, n) = (*scheme, *dims, *k, *n);
         scheme.check(op)?;
         let words = if scheme.is_4bit() { k.div_ceil(8) } else { k };
         let dtype = match scheme {
@@ -34,16 +37,16 @@ impl Planes {
             QuantScheme::Int8 { .. } => DType::U8,
             _ => DType::U32,
         };
-        check::dtype(op, ("codes", &codes), &[dtype])?;
+        check::dtype(op, ("codes", codes), &[dtype])?;
         let [rows, cols] = groups(scheme, dims);
-        let mut args = vec![("codes", &codes), ("scales", &scales)];
+        let mut args = vec![("codes", codes), ("scales", scales)];
         args.extend(zeros.as_ref().map(|t| ("zeros", t)));
-        args.extend(order.as_ref().map(|t| ("order", t)));
+        args.extend(order.as_ref().map(|order| ("order", &order.rows)));
         check::tensors(op, &args)?;
         check::untracked(op, &args)?;
-        shape(op, ("codes", &codes), &[words, n])?;
-        check::dtype(op, ("scales", &scales), &[DType::F16, DType::BF16, DType::F32])?;
-        shape(op, ("scales", &scales), &[rows, cols])?;
+        shape(op, ("codes", codes), &[words, n])?;
+        check::dtype(op, ("scales", scales), &[DType::F16, DType::BF16, DType::F32])?;
+        shape(op, ("scales", scales), &[rows, cols])?;
         let zero_points = scheme.has_zero_points();
         if zero_points != zeros.is_some() {
             return Err(Error::Value {
@@ -55,29 +58,28 @@ impl Planes {
             }
             .into());
         }
-        if let Some(zeros) = &zeros {
+        if let Some(zeros) = zeros {
             check::dtype(op, ("zeros", zeros), &[DType::U8])?;
             shape(op, ("zeros", zeros), &[rows, cols])?;
         }
-        if let Some(order) = &order {
-            check::dtype(op, ("order", order), &[DType::U32])?;
-            shape(op, ("order", order), &[k])?;
+        if let Some(order) = order {
+            shape(op, ("order", &order.rows), &[k])?;
         }
-        let whole = |t: Tensor| if t.elem_count() == 0 { Ok(t) } else { t.contiguous() };
-        // Bytes on a GPU are read as they lie, and laid otherwise where the kernels want that.
-        let as_they_lie = !scheme.is_4bit() && codes.device().is_cuda();
+        Ok(())
+    }
+
+    /// Row-major, each tensor in memory of its own.
+    pub fn alone(self, op: &'static str) -> Result<Self> {
+        let Self { codes, scales, zeros, .. } = self;
         Ok(Self {
-            scheme,
-            dims,
-            codes: if as_they_lie { codes } else { whole(codes)? },
-            scales: whole(scales)?,
-            zeros: zeros.map(whole).transpose()?,
-            order: order.map(whole).transpose()?,
+            codes: alone(op, &codes)?,
+            scales: alone(op, &scales)?,
+            zeros: zeros.as_ref().map(|zeros| alone(op, zeros)).transpose()?,
+            ..self
         })
     }
 
-    /// Their elements are what kernels and the formula rely on, read on the host: finite scales, zero points up to 16,
-    /// and an order in which each row comes once.
+    /// Their elements are what kernels and the formula rely on, read on the host: finite scales, zero points up to 16.
     pub fn check_values(&self, op: &'static str) -> Result<()> {
         let bad = |name, got, want: &str, fix| -> Result<()> {
             Err(Error::Value { op, name, got, want: want.into(), fix }.into())
@@ -94,20 +96,6 @@ impl Planes {
                 return bad("zeros", got, "0 to 16", "unpack words of zero points first");
             }
         }
-        if let Some(order) = &self.order {
-            let order = host(order, DType::U32)?.to_vec1::<u32>()?;
-            let mut seen = vec![false; order.len()];
-            for (i, &row) in order.iter().enumerate() {
-                match seen.get_mut(row as usize) {
-                    Some(seen) if !*seen => *seen = true,
-                    _ => {
-                        let got = format!("{row} at element {i}");
-                        let want = format!("each of 0 to {} once", order.len() - 1);
-                        return bad("order", got, &want, "check the file that it comes from");
-                    }
-                }
-            }
-        }
         Ok(())
     }
 
@@ -119,24 +107,27 @@ impl Planes {
     pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
         let mut all = vec![("codes", &self.codes), ("scales", &self.scales)];
         all.extend(self.zeros.as_ref().map(|t| ("zeros", t)));
-        all.extend(self.order.as_ref().map(|t| ("order", t)));
+        all.extend(self.order.as_ref().map(|order| ("order", &order.rows)));
         all
     }
 
     /// The same on another device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        self.map(|t| t.to_device(device))
-    }
-
-    /// The same with all tensors changed.
-    pub fn map(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let to = |t: &Tensor| t.to_device(device);
         Ok(Self {
-            codes: change(&self.codes)?,
-            scales: change(&self.scales)?,
-            zeros: self.zeros.as_ref().map(&change).transpose()?,
-            order: self.order.as_ref().map(&change).transpose()?,
+            codes: to(&self.codes)?,
+            scales: to(&self.scales)?,
+            zeros: self.zeros.as_ref().map(to).transpose()?,
+            order: self.order.as_ref().map(|order| order.to_device(device)).transpose()?,
             ..*self
         })
+    }
+
+    /// The bytes of all tensors, of which none shares its memory.
+    pub fn bytes(&self) -> usize {
+        let bytes = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+        let order = self.order.as_ref().map_or(0, |order| bytes(&order.inverse));
+        self.tensors().into_iter().map(|(_, t)| bytes(t)).sum::<usize>() + order
     }
 }
 
@@ -145,9 +136,11 @@ impl Planes {
 pub(crate) enum Form {
     /// As [`Planes`] says.
     Plain(Planes),
-    /// Of the layout of [`quantize_int4`](super::quantize_int4), whose nibbles are two's complement; strides are any.
+    /// On a CPU, of the layout of [`quantize_int4`](super::quantize_int4), whose nibbles are two's complement; strides are
+    /// any.
     Signed(Planes),
-    /// On a GPU, with codes of four bits as its kernels read them: words in the order of [`crate::kernel::w4`].
+    /// On a GPU, with codes as its kernels read them. Of four bits: words in the order of [`crate::kernel::w4`]. Of eight:
+    /// `[n, k]`, each row with as many elements more as make a multiple of 16 bytes.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // Made on a GPU alone.
     Packed(Planes),
 }
@@ -165,10 +158,36 @@ impl Form {
         Facts { scheme, dims, signed, packed }
     }
 
-    /// What a product reads: all but the order of rows, which the columns of the other operand take on instead.
-    pub fn operands(&self) -> Vec<&Tensor> {
-        let Planes { codes, scales, zeros, .. } = self.planes();
-        [Some(codes), Some(scales), zeros.as_ref()].into_iter().flatten().collect()
+    /// What a product reads: all but the order of rows, which the columns of the other operand take on instead. Codes of
+    /// eight bits are `[k, n]` in either form.
+    pub fn operands(&self) -> Result<Vec<Tensor>> {
+        let Planes { scheme, codes, scales, zeros, .. } = self.planes();
+        let codes = match self {
+            Self::Packed(planes) if !scheme.is_4bit() => planes.across()?,
+            _ => codes.clone(),
+        };
+        Ok([Some(codes), Some(scales.clone()), zeros.clone()].into_iter().flatten().collect())
+    }
+
+    /// On a device, in the form that files hold: of a weight that a user has, which is never signed.
+    pub fn plain(&self, op: &'static str, device: &Device) -> Result<Planes> {
+        match self {
+            Self::Plain(planes) | Self::Signed(planes) => planes.to_device(device),
+            Self::Packed(planes) if planes.scheme.is_4bit() => {
+                cuda::unpack(op, planes)?.to_device(device)
+            }
+            Self::Packed(planes) => {
+                let planes = planes.to_device(device)?;
+                Ok(Planes { codes: planes.across()?.contiguous()?, ..planes })
+            }
+        }
+    }
+}
+
+impl Planes {
+    /// Packed codes of eight bits as a matrix `[k, n]`.
+    fn across(&self) -> Result<Tensor> {
+        self.codes.narrow(1, 0, self.dims[0])?.t()
     }
 }
 
@@ -226,6 +245,39 @@ fn shape(op: &'static str, (arg, t): check::Arg, want: &[usize]) -> Result<()> {
 }
 
 /// All elements on the CPU.
-fn host(t: &Tensor, dtype: DType) -> Result<Tensor> {
+pub(super) fn host(t: &Tensor, dtype: DType) -> Result<Tensor> {
     cast(&t.to_device(&Device::Cpu)?, dtype)?.flatten_all()
+}
+
+/// A tensor whose memory holds its elements, row by row, and nothing else: a view would keep all of what it is of.
+pub(super) fn alone(op: &'static str, t: &Tensor) -> Result<Tensor> {
+    if t.elem_count() == 0 {
+        return Tensor::zeros(t.shape(), t.dtype(), t.device());
+    }
+    let held = {
+        let (storage, _) = t.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => cpu_elements(storage),
+            Storage::Cuda(storage) => Some(cuda::elements(storage)),
+            Storage::Metal(_) => None,
+        }
+    };
+    match held == Some(t.elem_count()) && t.is_contiguous() {
+        true => Ok(t.clone()),
+        false if t.device().is_cuda() => cuda::copy(op, t),
+        false => t.force_contiguous(),
+    }
+}
+
+/// Elements of a storage of what codes, scales and zero points are.
+fn cpu_elements(storage: &CpuStorage) -> Option<usize> {
+    match storage {
+        CpuStorage::U8(all) => Some(all.len()),
+        CpuStorage::U32(all) => Some(all.len()),
+        CpuStorage::F8E4M3(all) => Some(all.len()),
+        CpuStorage::F16(all) => Some(all.len()),
+        CpuStorage::BF16(all) => Some(all.len()),
+        CpuStorage::F32(all) => Some(all.len()),
+        _ => None,
+    }
 }

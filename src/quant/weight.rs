@@ -1,11 +1,11 @@
 //! A quantised weight as users hold it.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::planes::{Form, Planes};
+use super::planes::{Form, Planes, alone};
 use super::quantize::quantize;
 use super::scheme::{Per, QuantScheme};
 use crate::check::{self, Arg, INT4_GROUP};
@@ -40,7 +40,10 @@ struct Shared {
     scheme: QuantScheme,
     dims: [usize; 2],
     device: Device,
-    form: Mutex<Form>,
+    /// As it was made, until it is prepared.
+    made: Mutex<Option<Form>>,
+    /// As products read it: on a CPU from the beginning.
+    prepared: OnceLock<Form>,
 }
 
 impl QuantWeight {
@@ -75,22 +78,29 @@ impl QuantWeight {
         const OP: &str = "QuantWeight::from_int4";
         let args = [("packed", packed), ("scales", scales)];
         check::tensors(OP, &args)?;
+        check::untracked(OP, &args)?;
         check::int4_words(OP, args[0])?;
         check::rank(OP, args[0], 2..=2, "[K/8, N]", "a weight is one matrix")?;
-        let (words, n) = packed.dims2()?;
-        let k = words.saturating_mul(8);
+        let k = packed.dims()[0].saturating_mul(8);
         check::int4_weight(OP, ("packed", k), args[0], args[1])?;
-        let scheme = QuantScheme::Int4 { group: INT4_GROUP as i32, zero_points: false };
-        // Eight more, as a number of four bits, is another topmost bit.
-        let flip = |t: &Tensor| -> Result<Tensor> {
-            let signed = t.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<u32>()?;
-            let plain = signed.into_iter().map(|word| word ^ 0x8888_8888).collect();
-            Tensor::from_vec(plain, (words, n), &Device::Cpu)?.to_device(t.device())
+        check::dtype(OP, args[1], &[DType::F16, DType::BF16, DType::F32])?;
+        let planes = Planes {
+            scheme: QuantScheme::Int4 { group: INT4_GROUP as i32, zero_points: false },
+            dims: [k, packed.dims()[1]],
+            codes: packed.clone(),
+            scales: alone(OP, scales)?,
+            zeros: None,
+            order: None,
         };
-        let codes = if packed.elem_count() == 0 { packed.clone() } else { flip(packed)? };
-        let scales = scales.clone();
-        let planes = Planes { scheme, dims: [k, n], codes, scales, zeros: None, order: None };
-        Self::from_planes(OP, planes)
+        planes.check_values(OP)?;
+        if packed.device().is_cuda() && packed.elem_count() > 0 {
+            return Ok(Self::of(cuda::pack_signed(OP, &planes)?));
+        }
+        // Eight more, as a number of four bits, is another topmost bit.
+        let words = packed.flatten_all()?.to_vec1::<u32>()?.into_iter();
+        let words = words.map(|word| word ^ 0x8888_8888).collect();
+        let codes = Tensor::from_vec(words, packed.dims2()?, packed.device())?;
+        Ok(Self::of(Form::Plain(Planes { codes, ..planes })))
     }
 
     /// From int8 bytes, as [`quantize_int8`](super::quantize_int8) makes them, with a scale for all or one for each
@@ -139,15 +149,19 @@ impl QuantWeight {
 
     /// A weight of tensors that are checked here: what every constructor from tensors ends in.
     pub(crate) fn from_planes(op: &'static str, planes: Planes) -> Result<Self> {
-        let planes = Planes::new(op, planes)?;
+        planes.check(op)?;
         planes.check_values(op)?;
-        Ok(Self::of(Form::Plain(planes)))
+        Ok(Self::of(Form::Plain(planes.alone(op)?)))
     }
 
     fn of(form: Form) -> Self {
         let planes = form.planes();
         let (scheme, dims, device) = (planes.scheme, planes.dims, planes.device().clone());
-        Self(Arc::new(Shared { scheme, dims, device, form: Mutex::new(form) }))
+        let (made, prepared) = match form {
+            Form::Plain(_) if device.is_cuda() => (Some(form), OnceLock::new()),
+            _ => (None, OnceLock::from(form)),
+        };
+        Self(Arc::new(Shared { scheme, dims, device, made: Mutex::new(made), prepared }))
     }
 
     /// How it is quantised.
@@ -167,9 +181,7 @@ impl QuantWeight {
 
     /// The bytes of all that it holds.
     pub fn bytes(&self) -> usize {
-        let form = self.form();
-        let bytes = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
-        form.planes().tensors().iter().map(|(_, t)| bytes(t)).sum()
+        self.form().planes().bytes()
     }
 
     /// The same weight on another device.
@@ -181,24 +193,27 @@ impl QuantWeight {
         if device.same_device(&self.0.device) {
             return Ok(self.clone());
         }
-        Ok(Self::of(Form::Plain(self.plain()?.to_device(device)?)))
+        Ok(Self::of(Form::Plain(self.form().plain("QuantWeight::to_device", device)?)))
     }
 
     /// The weight `[K, N]` in floats: `scale · (code − zero)`, computed in f32 and rounded once.
     ///
     /// # Errors
     ///
-    /// Another dtype than f32, f16 or bf16.
+    /// Another dtype than f32, f16 or bf16, and those of [`prepare`](Self::prepare).
     pub fn dequantize(&self, dtype: DType) -> Result<Tensor> {
-        op::dequantize("QuantWeight::dequantize", &self.form(), dtype)
+        op::dequantize("QuantWeight::dequantize", self, dtype)
     }
 
     /// Brings a weight on a GPU into the form that the kernels read, which its first product would do else. The rest
     /// of its life it takes no more memory than that.
     ///
+    /// A product that is captured in a CUDA graph needs a weight that is prepared: what is allocated in a capture
+    /// belongs to the graph, and nothing is computed there.
+    ///
     /// # Errors
     ///
-    /// What the driver refuses.
+    /// A weight that is not prepared, while its stream is captured; what the driver refuses.
     pub fn prepare(&self) -> Result<()> {
         self.prepared("QuantWeight::prepare").map(drop)
     }
@@ -245,26 +260,33 @@ impl QuantWeight {
 
     /// As it is held now.
     pub(crate) fn form(&self) -> Form {
-        self.0.form.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        if let Some(form) = self.0.prepared.get() {
+            return form.clone();
+        }
+        match &*self.made() {
+            Some(form) => form.clone(),
+            None => self.0.prepared.get().expect("what was made is given up for it").clone(),
+        }
+    }
+
+    fn made(&self) -> MutexGuard<'_, Option<Form>> {
+        self.0.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// In the form that products read.
-    pub(crate) fn prepared(&self, op: &'static str) -> Result<Form> {
-        let mut form = self.0.form.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.0.device.is_cuda()
-            && let Some(other) = cuda::repack(op, &form)?
-        {
-            *form = other;
+    pub(crate) fn prepared(&self, op: &'static str) -> Result<&Form> {
+        let prepared = &self.0.prepared;
+        if let Some(form) = prepared.get() {
+            return Ok(form);
         }
-        Ok(form.clone())
-    }
-
-    /// In the form that files hold.
-    pub(crate) fn plain(&self) -> Result<Planes> {
-        match self.form() {
-            Form::Plain(planes) | Form::Signed(planes) => Ok(planes),
-            Form::Packed(planes) => cuda::unpack("QuantWeight", &planes),
+        // One thread prepares it, and others wait for what they need as well.
+        let mut made = self.made();
+        if let Some(form) = &*made {
+            let other = cuda::repack(op, form.planes())?;
+            prepared.get_or_init(|| other.unwrap_or_else(|| form.clone()));
+            *made = None;
         }
+        Ok(prepared.get().expect("what was made is given up for it"))
     }
 }
 

@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use cudarc::driver::sys;
+use kaio_candle::Error;
 use kaio_candle::prelude::*;
 use kaio_candle::tune::FlashAttnBackward;
 
@@ -106,7 +107,31 @@ pub fn capture_and_replay() -> Result<()> {
     };
     let backward =
         |deterministic| FlashAttnOptions::default().causal(true).deterministic(deterministic);
+    let quantized = |scheme: QuantScheme, activations: Activations| {
+        let mut source = Source::new(&format!("{scheme:?}"), &Device::Cpu);
+        let w = source.tensor(DType::F32, &[256, 136], Layout::Plain)?;
+        let w = QuantWeight::quantize(&w, &scheme)?.to_device(&device)?;
+        let opts = MatmulOptions::default().activations(activations);
+        Ok::<_, candle_core::Error>(move |t: &[Tensor]| t[0].kaio_matmul_quant_with(&w, &opts))
+    };
+    let int4 = QuantScheme::Int4 { group: 64, zero_points: true };
+    let nf4 = QuantScheme::Nf4 { block: 64 };
+    let int8 = QuantScheme::Int8 { per: Per::Channel };
     let nodes = [
+        Node::new(&device, "int4, a row", &[&[1, 256]], quantized(int4, Activations::Float)?)?,
+        Node::new(&device, "int4, tiles", &[&[70, 256]], quantized(int4, Activations::Float)?)?,
+        Node::new(&device, "nf4, many rows", &[&[300, 256]], quantized(nf4, Activations::Float)?)?,
+        Node::new(&device, "int8 weights", &[&[40, 256]], quantized(int8, Activations::Float)?)?,
+        Node::new(&device, "rounded rows", &[&[40, 256]], quantized(int8, Activations::Int8)?)?,
+        Node::new(&device, "a gradient", &[&[70, 256], &[70, 136]], {
+            let multiply = quantized(int4, Activations::Float)?;
+            move |t| {
+                let x = Var::from_tensor(&t[0])?;
+                let out = multiply(&[x.as_tensor().clone()])?;
+                let grads = (out * &t[1])?.sum_all()?.backward()?;
+                grads.get(&x).cloned().ok_or_else(|| candle_core::Error::msg("no gradient"))
+            }
+        })?,
         Node::new(&device, "stored by TMA", &[&[256, 192], &[192, 256]], plain(&bf16))?,
         Node::new(&device, "many tiles", &[&[1000, 512], &[512, 1536]], plain(&bf16))?,
         Node::new(&device, "odd columns", &[&[100, 72], &[72, 77]], plain(&f32))?,
@@ -163,6 +188,9 @@ pub fn capture_and_replay() -> Result<()> {
     };
     let want = (0..CONTENTS).map(eager).collect::<Result<Vec<_>>>()?;
 
+    let unprepared = Tensor::ones((256, 8), DType::F32, &Device::Cpu)?;
+    let unprepared = QuantWeight::quantize(&unprepared, &int4)?.to_device(&device)?;
+
     // candle uploads the strides of what it copies; this keeps them, as none is uploaded in a capture.
     let _strides = cuda.enable_cuda_graph_htod_cache();
     let run = || nodes.iter().try_for_each(Node::run);
@@ -173,10 +201,14 @@ pub fn capture_and_replay() -> Result<()> {
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
     stream.begin_capture(mode).map_err(failed)?;
     let captured = run();
+    let refused = nodes[0].leaves[0].kaio_matmul_quant(&unprepared);
     // Also after a failure: the stream is of no use before.
     let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags).map_err(failed);
     captured?;
+    let refused = refused.unwrap_err();
+    assert!(matches!(Error::of(&refused), Some(Error::Unsupported { .. })), "{refused}");
+    assert!(refused.to_string().contains("QuantWeight::prepare"), "{refused}");
     let Some(graph) = graph? else { bail!("nothing was captured") };
 
     let nan = |node: &Node| node.result.zeros_like()?.affine(0.0, f64::NAN);
@@ -193,6 +225,8 @@ pub fn capture_and_replay() -> Result<()> {
     }
     drop(graph);
     run()?; // Of the last contents.
+    // What was refused has lost nothing.
+    nodes[0].leaves[0].kaio_matmul_quant(&unprepared)?;
     for (i, (node, want)) in nodes.iter().zip(&want[1]).enumerate() {
         assert!(node.agrees(want), "result {i} after the graph");
     }

@@ -1,4 +1,5 @@
-//! What attention keeps for its backward pass, and what that allocates: the driver's own count.
+//! What attention keeps for its backward pass, and what that allocates; what a quantised weight takes: the driver's own
+//! count.
 #![allow(unsafe_code)] // The count.
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
@@ -143,5 +144,53 @@ pub fn of_attention() -> Result<()> {
         }
     }
     say(&format!("suite attention memory: {} ran", 2 * cases.len()));
+    Ok(())
+}
+
+/// A prepared weight takes its codes and scales, and nothing is left of what it was made of.
+///
+/// In a process of its own, whose memory nobody else takes.
+pub fn of_weights() -> Result<()> {
+    let device = Device::new_cuda_with_stream(0)?;
+    let pool = Pool::new(&device)?;
+    let schemes = [
+        QuantScheme::Int4 { group: 128, zero_points: false },
+        QuantScheme::Int4 { group: 64, zero_points: true },
+        QuantScheme::Nf4 { block: 64 },
+        QuantScheme::Int8 { per: Per::Channel },
+    ];
+    let (k, n) = (1024, 768);
+    for scheme in schemes {
+        let mut source = Source::new(&format!("{scheme:?}"), &Device::Cpu);
+        let w = source.tensor(DType::F16, &[k, n], Layout::Plain)?;
+        let host = QuantWeight::quantize(&w, &scheme)?;
+        // Compiles the kernels.
+        host.to_device(&device)?.prepare()?;
+        let (weight, taken) = pool.measure(|| {
+            let weight = host.to_device(&device)?;
+            weight.prepare()?;
+            Ok(weight)
+        })?;
+        // What allocations are rounded up by.
+        let constant = 4 << 10;
+        let own = weight.bytes() as u64;
+        assert!(taken.kept <= own + constant, "{scheme:?}: {} are kept, {own} its own", taken.kept);
+        assert_eq!(own, host.bytes() as u64, "{scheme:?}");
+        let codes =
+            (if matches!(scheme, QuantScheme::Int8 { .. }) { k * n } else { k * n / 2 }) as u64;
+        let allowed = own + codes + constant;
+        assert!(taken.most <= allowed, "{scheme:?}: {} at most, {own} its own", taken.most);
+        // A view of a large matrix does not keep it.
+        if let QuantScheme::Int8 { .. } = scheme {
+            let (part, taken) = pool.measure(|| {
+                let codes = Tensor::zeros((8 * k, n), DType::U8, &device)?;
+                let scale = Tensor::ones(1, DType::F32, &device)?;
+                QuantWeight::from_int8(&codes.narrow(0, k, k)?, &scale)
+            })?;
+            let own = part.bytes() as u64;
+            assert!(taken.kept <= own + constant, "{} are kept, {own} its own", taken.kept);
+        }
+    }
+    say(&format!("suite memory of weights: {} ran", schemes.len()));
     Ok(())
 }

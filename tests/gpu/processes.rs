@@ -170,6 +170,13 @@ fn memory_of_attention() {
 }
 
 #[test]
+fn memory_of_weights() {
+    if gpu().is_some() {
+        child("weights_alone", &[]);
+    }
+}
+
+#[test]
 fn an_unknown_architecture_is_an_error() {
     if gpu().is_none() {
         return;
@@ -286,6 +293,13 @@ fn graphs() {
 fn attention_alone() {
     let (true, Some(_)) = (is_child(), gpu()) else { return };
     memory::of_attention().unwrap();
+}
+
+#[test]
+#[ignore = "run in a process of its own"]
+fn weights_alone() {
+    let (true, Some(_)) = (is_child(), gpu()) else { return };
+    memory::of_weights().unwrap();
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Many threads, each on the stream that candle gives it or on one for all.
 
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Result, Var, bail};
@@ -43,6 +44,41 @@ fn many_threads() -> Result<()> {
             });
         }
     });
+    Ok(())
+}
+
+/// The first products with a weight, of many threads at once: one prepares it, all multiply with what it made.
+#[test]
+fn threads_race_for_a_weight() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    const THREADS: usize = 8;
+    let schemes = [
+        QuantScheme::Int4 { group: 64, zero_points: true },
+        QuantScheme::Nf4 { block: 64 },
+        QuantScheme::Int8 { per: Per::Channel },
+    ];
+    for scheme in schemes {
+        let mut source = Source::new(&format!("{scheme:?}"), &Device::Cpu);
+        let w = source.tensor(DType::F32, &[512, 200], Layout::Plain)?;
+        let host = QuantWeight::quantize(&w, &scheme)?;
+        let x = source.tensor(DType::BF16, &[5, 512], Layout::Plain)?.to_device(&gpu)?;
+        let alone = bits(&x.kaio_matmul_quant(&host.to_device(&gpu)?)?);
+        for _ in 0..10 {
+            let weight = host.to_device(&gpu)?;
+            gpu.synchronize()?;
+            let (start, weight, x, alone) = (Barrier::new(THREADS), &weight, &x, &alone);
+            std::thread::scope(|scope| {
+                for _ in 0..THREADS {
+                    scope.spawn(|| {
+                        start.wait();
+                        let got = bits(&x.kaio_matmul_quant(weight).unwrap());
+                        assert!(got == *alone, "{scheme:?} differs");
+                        assert!(weight.bytes() <= host.bytes() + 16 * 200);
+                    });
+                }
+            });
+        }
+    }
     Ok(())
 }
 

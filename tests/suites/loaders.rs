@@ -287,8 +287,14 @@ pub fn small(device: &Device) {
         let shape = Tensor::new(&[n as i64, k as i64], device)?;
         let zeros = Tensor::new(&[[zeros]], device)?;
         let zeros = Some(&zeros);
-        let weight = QuantWeight::from_compressed_tensors(&packed, &scale, &shape, zeros, None)?;
-        same(&weight.dequantize(DType::F32)?.to_device(&Device::Cpu)?, &expected()?)
+        // As a file has it whose rows are in order.
+        let unset = Tensor::new(vec![-1i64; k], device)?;
+        for g_idx in [None, Some(&unset)] {
+            let weight =
+                QuantWeight::from_compressed_tensors(&packed, &scale, &shape, zeros, g_idx)?;
+            same(&weight.dequantize(DType::F32)?.to_device(&Device::Cpu)?, &expected()?)?;
+        }
+        Ok(())
     });
     // Scales for each output, or one, in a file of compressed-tensors' `float-quantized`.
     for (dims, scales) in [(vec![3, 1], [0.5f32, 2., 4.]), (vec![1], [0.5; 3]), (vec![], [0.5; 3])]

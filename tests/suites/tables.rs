@@ -44,6 +44,7 @@ tables! {
     loaders_mapped_files: loaders::mapped_files;
     loaders_damaged: loaders::damaged;
     weights_products: weights::products;
+    weights_extreme_scales: weights::extreme_scales;
     weights_dequantized: weights::dequantized;
     weights_projections: weights::projections;
     weights_explained: weights::explained;
@@ -52,6 +53,7 @@ tables! {
     weights_int8: weights::int8;
     weights_fp8: weights::fp8;
     weights_quantisers: weights::quantisers;
+    weights_random: weights::random;
     weights_refusals: weights::refusals;
     weights_files: weights::files;
     weights_bad_files: weights::bad_files;

@@ -58,6 +58,11 @@ macro_rules! with_slice {
     }};
 }
 
+/// How many elements a storage has.
+pub fn elements(storage: &CudaStorage) -> usize {
+    with_slice!(&storage.slice, slice => slice.len())
+}
+
 impl<'a> Memory<'a> {
     /// A storage, to be read. A tensor's elements begin at `start_offset()` of its layout: see
     /// [`at`](Self::at).

@@ -20,25 +20,27 @@ use crate::kernel::gemm::{BLOCK, Epilogue, Major, Scale};
 use crate::kernel::transpose;
 use crate::op::{self, View};
 use crate::ptx::{Factor, Target};
-use crate::quant::planes::Planes;
+use crate::quant::planes::{Form, Planes};
 use crate::quant::{Per, QuantScheme};
 use crate::stack::Stack;
 
 static TRANSPOSITIONS: Plans<transpose::Plan> = Plans::new();
 
-/// The form in which the kernels read a weight of bytes, if it is another one: codes along K, each column of a multiple of
-/// 16 bytes, and scales in f32.
-pub(super) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Planes>> {
+/// The form in which the kernels read a weight of bytes, if it is another one: codes along K, `[n, ..]` with each row of a
+/// multiple of 16 bytes, and scales in f32.
+pub(super) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Form>> {
     let codes = along_k(op, planes)?;
     let scales = (planes.scales.dtype() != DType::F32).then(|| planes.scales.to_dtype(DType::F32));
     let scales = scales.transpose()?;
-    if codes.is_none() && scales.is_none() {
-        return Ok(None);
-    }
-    let mut planes = planes.clone();
-    planes.codes = codes.unwrap_or(planes.codes);
-    planes.scales = scales.unwrap_or(planes.scales);
-    Ok(Some(planes))
+    let with = |codes: &Tensor, scales: Option<Tensor>| Planes {
+        codes: codes.clone(),
+        scales: scales.unwrap_or_else(|| planes.scales.clone()),
+        ..planes.clone()
+    };
+    Ok(match codes {
+        Some(codes) => Some(Form::Packed(with(&codes, scales))),
+        None => scales.map(|scales| Form::Plain(with(&planes.codes, Some(scales)))),
+    })
 }
 
 /// Codes that lie along K, if they do not.
@@ -53,9 +55,9 @@ fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Tensor>> {
     let (fitted, lines) = weight(op, (codes, &stack))?;
     let Some(along) = fitted.into_copy() else { return Ok(None) };
     let shape = (n, lines.stride);
-    let rows = Tensor::from_storage(Storage::Cuda(along), shape, BackpropOp::none(), false);
+    let codes = Tensor::from_storage(Storage::Cuda(along), shape, BackpropOp::none(), false);
     drop(storage);
-    Ok(Some(rows.narrow(1, 0, k)?.t()?))
+    Ok(Some(codes))
 }
 
 /// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)` of int8 bytes; neither the result nor the depth is

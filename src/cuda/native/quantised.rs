@@ -3,6 +3,8 @@
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
+use cudarc::driver::DriverError;
+use cudarc::driver::sys::CUstreamCaptureStatus;
 
 use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
@@ -26,23 +28,50 @@ static PLANS: Plans<Plan> = Plans::new();
 /// Bytes at whose multiples lines of codes begin, if a thread is to load as many at once.
 const LINE: usize = 16;
 
-/// The form in which the kernels read a weight, if it is another one: codes of four bits are packed, and those
-/// of eight lie along K, with scales in f32.
-pub(crate) fn repack(op: &'static str, form: &Form) -> Result<Option<Form>> {
-    let Form::Plain(planes) = form else { return Ok(None) };
+/// The form in which the kernels read a weight that is in the plain one, if it is another: codes of four bits are packed,
+/// and those of eight lie along K, with scales in f32.
+pub(crate) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Form>> {
+    let stream = planes.device().as_cuda_device()?.cuda_stream();
     let [k, n] = planes.dims;
     if k * n == 0 {
         return Ok(None);
     }
-    if !planes.scheme.is_4bit() {
-        return Ok(bytes::repack(op, planes)?.map(Form::Plain));
+    let failed = |e: DriverError| Error::Driver { op, message: e.to_string() };
+    if stream.capture_status().map_err(failed)?
+        != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
+    {
+        // Its memory would be the graph's, and nothing in it before a launch.
+        let (what, fix) = ("this crate".into(), "call `QuantWeight::prepare` before".into());
+        let limit = "cannot prepare a weight while a CUDA graph is captured".into();
+        return Err(Error::Unsupported { op, what, limit, fix }.into());
     }
+    let form = match planes.scheme.is_4bit() {
+        true => Some(pack(op, planes, false)?),
+        false => bytes::repack(op, planes)?,
+    };
+    if stream.cu_stream() as usize == PER_THREAD {
+        // The weight is everyone's, but this stream another one in each thread.
+        stream.synchronize().map_err(failed)?;
+    }
+    Ok(form)
+}
+
+/// The default stream of whatever thread (`CU_STREAM_PER_THREAD`), which candle takes unless it is told otherwise.
+const PER_THREAD: usize = 2;
+
+/// A weight in the layout of `quantize_int4`, as the kernels read it.
+pub(crate) fn pack_signed(op: &'static str, planes: &Planes) -> Result<Form> {
+    pack(op, planes, true)
+}
+
+fn pack(op: &'static str, planes: &Planes, signed: bool) -> Result<Form> {
     let (storage, layout) = planes.codes.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else { return Ok(None) };
+    let Storage::Cuda(storage) = &*storage else { unreachable!("it is on a GPU") };
     let scheme = w4_scheme(planes.scheme, planes.scales.dtype());
-    let codes = w4::pack(op, (storage, &Stack::new(layout)), planes.dims, &scheme)?;
+    let codes = w4::pack(op, (storage, &Stack::new(layout)), planes.dims, &scheme, signed)?;
+    let [k, n] = planes.dims;
     let codes = tensor(codes, w4::packed_words(k, n));
-    Ok(Some(Form::Packed(Planes { codes, ..planes.clone() })))
+    Ok(Form::Packed(Planes { codes, ..planes.clone() }))
 }
 
 /// Packed codes in the plain form.
@@ -66,6 +95,11 @@ fn w4_scheme(scheme: QuantScheme, scales: DType) -> Scheme {
     };
     let group = (!scheme.spans()[0]).then(|| scheme.group([1, 1])[0] as u32);
     Scheme { codes, zeros: scheme.has_zero_points(), scale: element(scales), group }
+}
+
+/// Whether codes are packed ones of four bits.
+fn is_w4(facts: &Facts) -> bool {
+    facts.packed && facts.scheme.is_4bit()
 }
 
 /// A packed weight.
@@ -94,7 +128,7 @@ pub(crate) fn matmul_quant(
     epilogue: Epilogue,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
-    if weight.facts.packed && !transposed {
+    if is_w4(&weight.facts) && !transposed {
         let rows = Stack::new(x.1);
         return with_w4(weight, |w| w4::matmul(op, (x.0, &rows), w, epilogue, bias));
     }
@@ -126,25 +160,22 @@ pub(in crate::cuda) struct Panel {
 
 impl Panel {
     fn new(op: &'static str, weight: &CudaWeight, dtype: DType) -> Result<Self> {
-        let Facts { scheme, dims, signed, packed } = weight.facts;
-        if packed {
+        let Facts { scheme, dims, .. } = weight.facts;
+        if is_w4(&weight.facts) {
             let storage = with_w4(weight, |w| w4::dequantize(op, w, dtype, false))?;
             return Ok(Self { storage, layout: Layout::contiguous((dims[0], dims[1])) });
         }
-        let kind = kind(scheme, signed);
-        Codewords {
-            kind,
-            dims,
-            group: group(scheme),
-            codes: weight.codes,
-            scales: weight.scales,
-            zeros: weight.zeros,
-        }
-        .panel(op, dtype)
+        let kind = match scheme {
+            QuantScheme::Fp8 { .. } => Codes::E4m3,
+            QuantScheme::Int8 { .. } => Codes::Int8,
+            _ => unreachable!("codes of four bits are packed"),
+        };
+        let (codes, scales) = (weight.codes, weight.scales);
+        Codewords { kind, dims, group: group(scheme), codes, scales }.panel(op, dtype)
     }
 }
 
-/// A matrix of codes.
+/// A matrix of codes of eight bits.
 pub(in crate::cuda) struct Codewords<'a> {
     pub kind: Codes,
     pub dims: [usize; 2],
@@ -152,29 +183,24 @@ pub(in crate::cuda) struct Codewords<'a> {
     pub group: [u32; 2],
     pub codes: View<'a, CudaStorage>,
     pub scales: View<'a, CudaStorage>,
-    pub zeros: Option<View<'a, CudaStorage>>,
 }
 
 impl Codewords<'_> {
     /// In floats.
     pub fn panel(&self, op: &'static str, dtype: DType) -> Result<Panel> {
-        let Self { kind, dims, mut group, .. } = *self;
-        let (codes, scales, zeros) = (self.codes.0, self.scales.0, self.zeros);
-        let (device, nibbles) = (codes.device().clone(), kind.are_nibbles());
+        let Self { kind, dims, mut group, codes: (codes, codes_at), scales: (scales, scales_at) } =
+            *self;
+        let device = codes.device().clone();
         let gpu = Gpu::of(op, &device)?;
-        let inputs = [Some(codes), Some(scales), zeros.map(|(zeros, _)| zeros)];
-        let order = Order::new(op, device.cuda_stream(), inputs.into_iter().flatten());
-        let mut steps = Stack::new(self.scales.1);
-        let stack = Stack::new(self.codes.1);
-        let turned = stack.rows > 1 && stack.row_stride == 1 && stack.col_stride != 1;
-        // Columns of bytes are rows of the transposed weight, but a column of words is not eight rows of words.
-        let down = turned && nibbles && dims[0].is_multiple_of(8);
-        let transposed = turned && !nibbles;
+        let order = Order::new(op, device.cuda_stream(), [codes, scales]);
+        let (mut stack, mut steps) = (Stack::new(codes_at), Stack::new(scales_at));
+        // Columns are rows of the transposed matrix.
+        let transposed = stack.rows > 1 && stack.row_stride == 1 && stack.col_stride != 1;
         if transposed {
             group.reverse();
-            steps = steps.t();
+            (stack, steps) = (stack.t(), steps.t());
         }
-        let lines = lines(op, codes, if turned && (down || !nibbles) { stack.t() } else { stack })?;
+        let lines = lines(op, codes, stack)?;
         let [rows, cols] = if transposed { [dims[1], dims[0]] } else { dims };
         let facts = Problem {
             rows: rows as u64,
@@ -182,7 +208,6 @@ impl Codewords<'_> {
             codes: kind,
             scale: element(scales.dtype()),
             out: element(dtype),
-            down,
             aligned: fit::is_aligned(&lines.stack, codes.dtype(), LINE)
                 && row_aligned(&lines.stack, codes.dtype()),
             group,
@@ -192,8 +217,6 @@ impl Codewords<'_> {
         let mut storage = uninit(&device, &Shape::from((dims[0], dims[1])), dtype)?;
         {
             let inputs = [lines.storage(), scales].map(|storage| Memory::of(storage, &device));
-            let zeros =
-                zeros.map(|(zeros, layout)| (Memory::of(zeros, &device), Stack::new(layout)));
             let out = Memory::of_mut(&mut storage, &device);
             let arguments = Arguments {
                 problem: &facts,
@@ -203,14 +226,11 @@ impl Codewords<'_> {
                     inputs[1].at(steps.matrix_offset(0)),
                     [steps.row_stride, steps.col_stride].map(|stride| stride as u64),
                 ),
-                zeros: zeros.as_ref().map(|(memory, stack)| {
-                    (memory.at(stack.matrix_offset(0)), stack.row_stride as u64)
-                }),
                 out: out.address(),
             };
             order.run(|| Ok(compiled.launch(op, &device, &arguments)?))?;
         }
-        let layout = match down || transposed {
+        let layout = match transposed {
             true => Layout::contiguous((dims[1], dims[0])).transpose(0, 1)?,
             false => Layout::contiguous((dims[0], dims[1])),
         };
@@ -229,16 +249,6 @@ fn lines<'a>(op: &'static str, codes: &'a CudaStorage, stack: Stack) -> Result<F
 /// Whether rows begin at multiples of as many bytes as the first one.
 fn row_aligned(stack: &Stack, dtype: DType) -> bool {
     stack.rows <= 1 || (stack.row_stride * dtype.size_in_bytes()).is_multiple_of(LINE)
-}
-
-fn kind(scheme: QuantScheme, signed: bool) -> Codes {
-    match scheme {
-        QuantScheme::Int4 { zero_points: true, .. } => Codes::Uint4,
-        QuantScheme::Int4 { .. } => Codes::Int4 { signed },
-        QuantScheme::Nf4 { .. } => Codes::Table(scheme.table().map(f32::to_bits)),
-        QuantScheme::Int8 { .. } => Codes::Int8,
-        QuantScheme::Fp8 { .. } => Codes::E4m3,
-    }
 }
 
 /// Rows and columns that share a scale, 0 for all.

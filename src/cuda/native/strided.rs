@@ -1,16 +1,28 @@
 //! Copies of e4m3, for which candle (0.11.1) asks for kernels by names that its own do not have.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, Layout, Result, Shape};
+use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
 use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::plan::Plans;
+use super::quantised::tensor;
 use crate::error::Error;
 use crate::kernel::strided::{Arguments, MOST_DIMS, Plan, Problem};
 
 static PLANS: Plans<Plan> = Plans::new();
+
+/// A tensor's elements, row by row, in memory of their own.
+pub(crate) fn copy(op: &'static str, view: &Tensor) -> Result<Tensor> {
+    let (storage, layout) = view.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) if storage.dtype() == DType::F8E4M3 => {
+            Ok(tensor(packed_bytes(op, storage, layout)?, view.shape()))
+        }
+        _ => view.force_contiguous(),
+    }
+}
 
 /// A view of bytes without gaps, at the beginning of a storage that may be longer. It is not empty.
 pub(in crate::cuda) fn packed_bytes(

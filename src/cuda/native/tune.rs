@@ -133,11 +133,11 @@ pub struct W4 {
     pub zeros: Option<Tensor>,
 }
 
-/// Packed codes of plain ones, contiguous u32 `[⌈k/8⌉, n]`.
+/// Packed codes of plain ones, u32 `[⌈k/8⌉, n]`.
 pub fn w4_pack(plain: &Tensor, size: [usize; 2], scheme: &Scheme) -> Result<Tensor> {
     let (storage, layout) = plain.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
-    let codes = w4::pack("tune", (storage, &Stack::new(layout)), size, scheme)?;
+    let codes = w4::pack("tune", (storage, &Stack::new(layout)), size, scheme, false)?;
     Ok(tensor(codes, w4::packed_words(size[0], size[1])))
 }
 

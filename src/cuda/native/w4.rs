@@ -42,21 +42,20 @@ pub(crate) fn packed_words(k: usize, n: usize) -> usize {
     (w4::blocks(k as u64, n as u64) * u64::from(BLOCK_BYTES / 4)) as usize
 }
 
-/// Packed codes of plain ones, u32 `[⌈k/8⌉, n]` without gaps. No dimension is 0.
+/// Packed codes of plain ones, u32 `[⌈k/8⌉, n]` of any strides, or of the same in two's complement. No dimension is 0.
 pub(crate) fn pack(
     op: &'static str,
-    plain: Operand,
+    (storage, stack): Operand,
     [k, n]: [usize; 2],
     scheme: &Scheme,
+    signed: bool,
 ) -> Result<CudaStorage> {
-    let (storage, stack) = plain;
-    debug_assert!(stack.is_row_major());
-    let config = layout::Config::Pack { zero: scheme.zero_code() };
-    let first = stack.matrix_offset(0);
+    let config = layout::Config::Pack { zero: scheme.zero_code(), signed };
+    let (first, strides) = (stack.matrix_offset(0), [stack.row_stride, stack.col_stride]);
     convert(op, config, [k, n], storage, &[], (packed_words(k, n), DType::U32), |call| {
         layout::Arguments {
             problem: call.problem,
-            plain: Some(call.input.at(first)),
+            plain: Some((call.input.at(first), strides.map(|stride| stride as u64))),
             codes: call.result,
             scales: None,
             zeros: None,
@@ -74,7 +73,7 @@ pub(crate) fn unpack(
     let words = (k.div_ceil(8) * n, DType::U32);
     convert(op, layout::Config::Unpack, [k, n], codes, &[], words, |call| layout::Arguments {
         problem: call.problem,
-        plain: Some(call.result),
+        plain: Some((call.result, [n as u64, 1])),
         codes: call.input.address(),
         scales: None,
         zeros: None,

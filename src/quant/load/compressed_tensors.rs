@@ -18,7 +18,7 @@ impl QuantWeight {
     /// | `weight_scale` | `[N, G]` | bf16, f16 or f32 |
     /// | `weight_shape` | `[2]`: N and K | i64, i32 or u32 |
     /// | `weight_zero_point` | `[⌈N/8⌉, G]`, the lowest n in the lowest four bits; where there is none, all are 0 | i32 or u32 |
-    /// | `weight_g_idx` | `[K]`, the group of each row of W | i32, u32 or i64 |
+    /// | `weight_g_idx` | `[K]`, the group of each row of W; −1 for all of them is none | i32, u32 or i64 |
     ///
     /// A group is 32 or 64 rows, a multiple of 128, or all (`channel`). Where all zero points are 0 the weight has none.
     ///
@@ -97,6 +97,8 @@ impl QuantWeight {
             let why = "the K of `weight_shape`";
             check::dim(OP, "weight_g_idx", ("K", g_idx.len()), (k, why), FIX)?;
         }
+        // As the package initialises it: groups follow each other.
+        let g_idx = g_idx.filter(|g_idx| g_idx.iter().any(|&group| group != -1));
         let by = g_idx.as_deref().map(|g_idx| ("weight_g_idx", g_idx));
         let groups = Groups::new(OP, k, ("weight_scale", count), by)?;
         let words = super::transpose(&words, [n, words_of_row]);

@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::groups::Groups;
-use crate::quant::{QuantScheme, QuantWeight, planes::Planes};
+use crate::quant::{QuantScheme, QuantWeight, order::Order, planes::Planes};
 
 /// Codes of a word.
 pub const CODES: usize = 8;
@@ -47,7 +47,7 @@ impl Int4<'_> {
                 .transpose()?,
             order: groups
                 .order
-                .map(|order| Tensor::from_vec(order, k, &Device::Cpu))
+                .map(|order| Order::new(op, &Tensor::from_vec(order, k, &Device::Cpu)?))
                 .transpose()?,
         };
         QuantWeight::from_planes(op, planes)?.to_device(device)

@@ -196,7 +196,8 @@ impl Family for Layouts {
 
     fn problems(_: Extent) -> Vec<layout::Problem> {
         let mut configs = vec![layout::Config::Unpack];
-        configs.extend([0, 7, 8].map(|zero| layout::Config::Pack { zero }));
+        configs.extend([0, 7, 8].map(|zero| layout::Config::Pack { zero, signed: false }));
+        configs.push(layout::Config::Pack { zero: 8, signed: true });
         for scale in [F16, BF16, Element::F32] {
             for scheme in schemes(scale) {
                 for out in [F16, BF16, Element::F32] {
@@ -234,7 +235,7 @@ impl Family for Layouts {
                 zeros = scheme.zeros.then(|| (address(), problem.n));
                 out = Some((address(), problem.n));
             }
-            _ => plain = Some(address()),
+            _ => plain = Some((address(), [problem.n, 1])),
         }
         let codes = address();
         let arguments = layout::Arguments { problem: *problem, plain, codes, scales, zeros, out };
@@ -245,7 +246,7 @@ impl Family for Layouts {
         let scheme = Scheme { codes: Codes::Int4, zeros: true, scale: F16, group: Some(32) };
         let elements = layout::Config::Elements { scheme, out: BF16, transposed: false };
         vec![
-            ("w4_pack", Config::W4Layout(layout::Config::Pack { zero: 8 })),
+            ("w4_pack", Config::W4Layout(layout::Config::Pack { zero: 8, signed: true })),
             ("w4_unpack", Config::W4Layout(layout::Config::Unpack)),
             ("w4_elements", Config::W4Layout(elements)),
         ]

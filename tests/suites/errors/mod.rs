@@ -312,7 +312,7 @@ const WITH_GRADIENT: [Method; 11] = [
     }),
 ];
 
-const WITHOUT_GRADIENT: [Method; 6] = [
+const WITHOUT_GRADIENT: [Method; 9] = [
     ("kaio_matmul_int8", &[("lhs", U8, [4, 128]), ("rhs", U8, [128, 6])], |t| {
         t[0].kaio_matmul_int8(&t[1], 1.0).map(drop)
     }),
@@ -353,6 +353,25 @@ const WITHOUT_GRADIENT: [Method; 6] = [
         "QuantWeight::from_awq",
         &[("qweight", U32, [128, 3]), ("qzeros", U32, [2, 3]), ("scales", F16, [2, 24])],
         |t| QuantWeight::from_awq(&t[0], &t[1], &t[2]).map(drop),
+    ),
+    ("QuantWeight::from_int4", &[("packed", U32, [16, 6]), ("scales", F32, [1, 6])], |t| {
+        QuantWeight::from_int4(&t[0], &t[1]).map(drop)
+    }),
+    ("QuantWeight::from_int8", &[("codes", U8, [128, 6]), ("scales", F32, [1, 6])], |t| {
+        QuantWeight::from_int8(&t[0], &t[1]).map(drop)
+    }),
+    (
+        "kaio_matmul_int8_with",
+        &[
+            ("lhs", U8, [4, 128]),
+            ("rhs", U8, [128, 6]),
+            ("lhs_scales", F32, [4, 1]),
+            ("rhs_scales", F32, [1, 6]),
+        ],
+        |t| {
+            let opts = Int8Options::default().lhs_scales(t[2].clone()).rhs_scales(t[3].clone());
+            t[0].kaio_matmul_int8_with(&t[1], &opts).map(drop)
+        },
     ),
 ];
 

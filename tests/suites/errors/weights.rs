@@ -4,7 +4,7 @@ use candle_core::{DType, Device, bail};
 use kaio_candle::Error;
 use kaio_candle::prelude::*;
 
-use super::On;
+use super::{On, WORDS};
 use crate::suites::{Nd, Tally};
 
 pub fn weights(device: &Device) {
@@ -33,6 +33,18 @@ pub fn weights(device: &Device) {
         x.kaio_qkv_project([w, w, &quantized(nf4, 64, 6)]) => Dimension, "kaio_qkv_project: `weights[2]` has K = 64, wanted 128, the K of `x` [4, 128]; a weight is [K, N]; quantise it transposed";
         x.kaio_swiglu_project(w, narrow) => Dimension, "kaio_swiglu_project: `up` has N = 5, wanted 6, the N of `gate` (128, 6); gate and up have the same width";
         w.dequantize(DType::U8) => Value, "QuantWeight::dequantize: `dtype` is u8, wanted f32, f16 or bf16; cast what it gives";
+    }
+    let (words, scales) = (&on.u32([16, 6]), &on.f16([1, 6]));
+    let infinite = &(on.f32([1, 6]) / 0.0).expect("a quotient");
+    refused! { tally;
+        QuantWeight::from_int4(&on.zeros(DType::I32, [16, 6]), scales) => DType, "QuantWeight::from_int4: `packed` is i32, wanted u32; {WORDS}";
+        QuantWeight::from_int4(&on.u32([8, 6]), scales) => Dimension, "QuantWeight::from_int4: `packed` has K = 64, wanted a multiple of 128, the rows that share a scale; pad it with zeros, and the weight too before it is quantised";
+        QuantWeight::from_int4(words, infinite) => Value, "QuantWeight::from_int4: `scales` is NaN at element 0, wanted finite numbers; check the file that it comes from";
+        QuantWeight::from_int8(&on.u8([8]), scales) => Rank, "QuantWeight::from_int8: `codes` has shape [8] (rank 1), wanted [K, N]; a weight is one matrix";
+        QuantWeight::from_int8(&on.u8([128, 6]), &on.f32([2, 6])) => Value, "QuantWeight::from_int8: `per` is Per::Block, wanted Per::Tensor or Per::Channel; take `QuantScheme::Fp8` for scales of blocks";
+        QuantWeight::quantize(&on.f32([8]), &nf4) => Rank, "QuantWeight::quantize: `weight` has shape [8] (rank 1), wanted [K, N]; quantise one matrix at a time";
+        QuantWeight::quantize(&on.f32([8, 6]), &QuantScheme::Nf4 { block: 16 }) => Value, "QuantWeight::quantize: `block` is 16, wanted 32, 64 or 128; 64 is what bitsandbytes has";
+        QuantWeight::quantize(&on.f32([8, 6]), &QuantScheme::Int4 { group: 16, zero_points: true }) => Value, "QuantWeight::quantize: `group` is 16, wanted 32, 64, 128, or -1 for a whole column; 128 is what most checkpoints have";
     }
     if !device.is_cpu() {
         refused! { tally;

@@ -51,7 +51,7 @@ pub fn files(device: &Device) {
             } else {
                 0
             };
-            let want = codes + 2 * groups + zeros + if order { 4 * k } else { 0 };
+            let want = codes + 2 * groups + zeros + if order { 2 * 4 * k } else { 0 };
             if device.is_cpu() && w.bytes() != want {
                 bail!("{} bytes, wanted {want}", w.bytes());
             }

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kaio_candle::prelude::*;
 
-use super::{SCHEMES, as_multiplied, int4, value_of, weight};
+use super::{SCHEMES, as_multiplied, int4, tensors, value_of, weight};
 use crate::suites::Layout::{self, *};
 use crate::suites::{
     Nd, Source, Tally, close, identical, pairs, plain_product, product_within, results_alone, ulp,
@@ -100,6 +100,31 @@ pub fn products(device: &Device) {
                 allowed + 2.0 * ulp(DType::F32, with_bias.data[i])
             })?;
             identical("x", &x, &before)
+        });
+    }
+    tally.finish();
+}
+
+/// Scales near both ends of f32's range and of bf16's, which has the same.
+pub fn extreme_scales(device: &Device) {
+    let mut tally = Tally::new("extreme scales of weights", device);
+    for ((scheme, scale), (factor, m)) in
+        pairs(pairs(SCHEMES, [DType::BF16, DType::F32]), pairs([1e-30, 1e30], [1, 20, 300]))
+    {
+        let case = format!("{scheme:?} {scale:?} {factor:e} {m}");
+        tally.case(&case, || {
+            let source = &mut Source::new(&case, device);
+            let mut all = tensors(source, scheme, [160, 72], DType::F32, false)?;
+            let scales = all["scales"].affine(factor, 0.0)?.to_dtype(scale)?;
+            all.insert("scales".into(), scales);
+            let w = QuantWeight::from_tensors("", &all)?.to_device(device)?;
+            let x = source.tensor(DType::BF16, &[m, 160], Plain)?;
+            let value = value_of(&w)?;
+            let plain = as_multiplied(device, DType::BF16, &value);
+            let (want, allowed) = product_within(&Nd::of(&x)?, &value, &plain)?;
+            let opts = MatmulOptions::default().out_dtype(DType::F32);
+            let got = x.kaio_matmul_quant_with(&w, &opts)?;
+            close("result", &got, &want, |i| allowed + ulp(DType::F32, want.data[i]))
         });
     }
     tally.finish();

@@ -4,9 +4,13 @@ use candle_core::{DType, Device, Result, bail};
 use kaio_candle::Error;
 use kaio_candle::prelude::*;
 
-use super::{NF4, SCHEMES, e4m3, group, value_of};
+use proptest::prelude::*;
+
+use super::{NF4, SCHEMES, as_multiplied, e4m3, group, value_of};
 use crate::suites::Layout::*;
-use crate::suites::{Nd, Source, Tally, close, identical, pairs};
+use crate::suites::{
+    Nd, Source, Tally, close, identical, pairs, product_within, property, random_cases, ulp,
+};
 
 /// How elements are made.
 type Element = fn(&mut Source) -> f64;
@@ -50,6 +54,39 @@ pub fn quantisers(device: &Device) {
             close("back", &w.dequantize(DType::F32)?, &Nd::full(&dims, 0.0), |_| 0.0)
         });
     }
+    tally.finish();
+}
+
+/// Any scheme, size, layout and magnitude: round trips as above, through the tensors of a file, and products with what the
+/// codes stand for.
+pub fn random(device: &Device) {
+    let mut tally = Tally::new("random quantised weights", device);
+    let dims = (1usize..300, 1usize..150).prop_map(|(k, n)| [k, n]);
+    let layouts = prop::sample::select(vec![Plain, Transposed, Columns, Narrowed]);
+    let schemes = prop::sample::select(SCHEMES.to_vec());
+    let halves = prop::sample::select(vec![DType::F16, DType::BF16]);
+    let problems = (schemes, dims, layouts, -6i32..7, 1usize..40, halves, any::<u32>());
+    property(&mut tally, random_cases(device, 150, 300), problems, |problem| {
+        let (scheme, dims, layout, exponent, m, dtype, seed) = problem;
+        let source = &mut Source::new(&format!("{seed}"), device);
+        let element = |s: &mut Source| s.unit() * 2f64.powi(exponent);
+        let weight = source.tensor_of(DType::F32, &dims, layout, element)?;
+        let w = QuantWeight::quantize(&weight, &scheme)?;
+        check(&w, &Nd::of(&weight)?)?;
+        let tensors = w.to_tensors("layer.")?;
+        let same = QuantWeight::from_tensors("layer.", &tensors)?.to_device(device)?;
+        let value = value_of(&w)?;
+        identical(
+            "the same of a file",
+            &same.dequantize(DType::F32)?,
+            &Nd::of(&w.dequantize(DType::F32)?)?,
+        )?;
+        let x = source.tensor(dtype, &[m, dims[0]], Plain)?;
+        let plain = as_multiplied(device, dtype, &value);
+        let (want, allowed) = product_within(&Nd::of(&x)?, &value, &plain)?;
+        let got = x.kaio_matmul_quant(&same)?;
+        close("product", &got, &want, |i| allowed + ulp(dtype, want.data[i]))
+    });
     tally.finish();
 }
 

@@ -9,6 +9,7 @@ mod words;
 pub use params::{Arguments, Name};
 
 use super::{BLOCK, Scheme};
+use crate::kernel::name::given;
 use crate::kernel::plan::{self, count};
 use crate::kernel::{Device, Element, Step};
 use crate::ptx::Source;
@@ -25,8 +26,10 @@ pub enum Config {
     Pack {
         /// The code of zero.
         zero: u32,
+        /// Whether plain codes are two's complement: packed ones are 8 more.
+        signed: bool,
     },
-    /// Plain codes of packed ones.
+    /// Plain codes of packed ones, row-major.
     Unpack,
     /// Elements of packed codes.
     Elements {
@@ -43,7 +46,9 @@ impl Config {
     /// `w4layout elements int4 zeros g128, f16→bf16 nk`
     pub fn name(&self) -> String {
         match self {
-            Self::Pack { zero } => format!("w4layout pack, zero{zero}"),
+            Self::Pack { zero, signed } => {
+                format!("w4layout pack{}, zero{zero}", given(*signed, " signed"))
+            }
             Self::Unpack => "w4layout unpack, plain".into(),
             Self::Elements { scheme, out, transposed } => {
                 let order = if *transposed { "nk" } else { "kn" };
@@ -57,7 +62,7 @@ impl Config {
 /// The kernel. Its parameters are those of [`Name`]; the grid has a block for each of the codes', along K in x.
 pub fn emit(config: &Config) -> Source {
     match *config {
-        Config::Pack { zero } => words::pack(zero),
+        Config::Pack { zero, signed } => words::pack(zero, signed),
         Config::Unpack => words::unpack(),
         Config::Elements { scheme, out, transposed } => elements::emit(&scheme, out, transposed),
     }

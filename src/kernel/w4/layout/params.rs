@@ -9,6 +9,10 @@ names! {
     pub enum Name {
         /// Plain codes: the address of `[⌈K/8⌉, N]`.
         Plain "plain",
+        /// Elements from row to row.
+        PlainRow "plain_row",
+        /// Elements from column to column.
+        PlainCol "plain_col",
         /// Packed ones, at a multiple of 16.
         Codes "codes",
         /// Scales: the address of `[groups, N]`.
@@ -35,8 +39,8 @@ names! {
 pub struct Arguments {
     /// What is computed.
     pub problem: Problem,
-    /// The address of plain codes, from which or to which.
-    pub plain: Option<u64>,
+    /// The address of plain codes, from which or to which, and elements from row to row and from column to column.
+    pub plain: Option<(u64, [u64; 2])>,
     /// That of packed ones.
     pub codes: u64,
     /// Address and elements from row to row.
@@ -53,7 +57,9 @@ impl params::Arguments for Arguments {
     fn argument(&self, _: usize, name: Name) -> Option<Argument> {
         let pointer = Argument::Pointer;
         match name {
-            Name::Plain => self.plain.map(pointer),
+            Name::Plain => self.plain.map(|(address, _)| pointer(address)),
+            Name::PlainRow => self.plain.map(|(_, [row, _])| Argument::U64(row)),
+            Name::PlainCol => self.plain.map(|(_, [_, col])| Argument::U64(col)),
             Name::Codes => Some(pointer(self.codes)),
             Name::Scales => self.scales.map(|(address, _)| pointer(address)),
             Name::ScaleLine => self.scales.map(|(_, line)| Argument::U64(line)),

@@ -24,10 +24,14 @@ impl<'k> Place<'k> {
     }
 }
 
+/// The topmost bit of each code of a word: a number of four bits in two's complement, and one that is 8 more, differ in it.
+const TOPMOST: u32 = 0x8888_8888;
+
 /// A thread has the 16 bytes that a thread of a product will have.
-pub fn pack(zero: u32) -> Source {
+pub fn pack(zero: u32, signed: bool) -> Source {
     let k = &Kernel::new("w4_pack", Target::Sm80, THREADS);
     let (plain, codes) = (k.pointer(Name::Plain), k.pointer(Name::Codes));
+    let (row_stride, col_stride) = (k.param::<u64>(Name::PlainRow), k.param::<u64>(Name::PlainCol));
     let (rows, cols) = (k.param::<u32>(Name::K), k.param::<u32>(Name::N));
     let (thread, place) = (k.thread(), Place::new(k, codes, rows));
     let plain_rows = rows.div_ceil(ROWS);
@@ -41,8 +45,9 @@ pub fn pack(zero: u32) -> Source {
             let column = if right == 0 { column } else { column + right };
             let word = k.var(zeros);
             k.if_(row.lt(plain_rows) & column.lt(cols), || {
-                let at = row.mul_wide(cols) + column.wide();
-                word.set(k.ld_global_nc::<u32, 1>(plain + at * 4u64)[0]);
+                let at = row.wide() * row_stride + column.wide() * col_stride;
+                let [codes] = k.ld_global_nc::<u32, 1>(plain + at * 4u64);
+                word.set(if signed { codes ^ TOPMOST } else { codes });
             });
             let byte = word >> shift;
             (byte & 0xf) | ((byte & 0xf0) << 12)
