@@ -1,11 +1,12 @@
 //! For the benches: products and attention by configurations that nobody chose.
 
 use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor, bail};
+use candle_core::{DType, Result, Storage, Tensor, bail};
 
 use super::bytes::{CodeScales, codes_call};
 use super::matmul::Call;
 use super::plan::Compiled;
+use super::quantised::tensor;
 use super::{attention, quantize, w4};
 use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
@@ -157,21 +158,17 @@ pub fn w4_unpack(codes: &Tensor, size @ [k, n]: [usize; 2]) -> Result<Tensor> {
 fn with_w4<T>(weight: &W4, with: impl FnOnce(&w4::Weight) -> Result<T>) -> Result<T> {
     let W4 { scheme, size: [k, n], ref codes, ref scales, ref zeros } = *weight;
     let (codes, _) = codes.storage_and_layout();
-    let (scales, scales_at) = scales.storage_and_layout();
-    let zeros = zeros.as_ref().map(Tensor::storage_and_layout);
-    let (Storage::Cuda(codes), Storage::Cuda(scales)) = (&*codes, &*scales) else {
-        bail!("not on a GPU")
-    };
-    let scales_at = Stack::new(scales_at);
-    let zeros = match &zeros {
-        None => None,
+    let Storage::Cuda(codes) = &*codes else { bail!("not on a GPU") };
+    let all = [Some(scales), zeros.as_ref()].map(|t| t.map(Tensor::storage_and_layout));
+    let groups = |i: usize| match &all[i] {
         Some((storage, layout)) => match &**storage {
-            Storage::Cuda(storage) => Some((storage, Stack::new(layout))),
+            Storage::Cuda(storage) => Ok(Some((storage, Stack::new(layout)))),
             _ => bail!("not on a GPU"),
         },
+        None => Ok(None),
     };
-    let zeros = zeros.as_ref().map(|(storage, stack)| (*storage, stack));
-    with(&w4::Weight { scheme, k, n, codes, scales: (scales, &scales_at), zeros })
+    let (Some(scales), zeros) = (groups(0)?, groups(1)?) else { unreachable!("scales are there") };
+    with(&w4::Weight { scheme, k, n, codes, scales, zeros })
 }
 
 /// The elements of a weight, `[k, n]`, or `[n, k]` where they are transposed.
@@ -212,8 +209,4 @@ pub fn w4_matmul(
         call.run(&Compiled::new("tune", &call.gpu, plan)?)
     })?;
     Ok(tensor(out, (stack.count() * stack.rows, weight.size[1])))
-}
-
-fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
-    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
