@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PyTorch's times for the rows of the benches matmul, bytes and attention, as more peers:
+"""PyTorch's times for the rows of the benches matmul, quant and attention, as more peers:
 
     cargo bench --features cuda --bench matmul -- --list >rows.json
     python3 scripts/torch_peers.py rows.json >torch.json
@@ -130,8 +130,8 @@ def attention(row):
 
 def calls(row):
     """What to time, by the peer's name."""
-    if row["op"] == "bytes":
-        return bytes_calls(row)
+    if row["op"] == "quant":
+        return quantised(row)
     if row["op"] == "host":
         return {}
     if row["op"] == "attention":
@@ -151,10 +151,33 @@ def calls(row):
     return {}
 
 
-def bytes_calls(row):
+def quantised(row):
+    """Of products: torch.mm of a weight in 16 bits, and the int4 kernel where its scheme is the row's."""
+    if row["of"] == "codes":
+        return codes(row)
+    if row["of"] != "product":
+        return {}
+    m, n, k, group = row["m"], row["n"], row["k"], row["int4_group"]
+    like = {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
+    x, weight = torch.randn(m, k, **like), torch.randn(k, n, **like)
+
+    @functools.cache
+    def packed():
+        pairs = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+        scales_and_zeros = torch.rand(k // group, n, 2, **like)
+        return torch.ops.aten._convert_weight_to_int4pack(pairs, 8), group, scales_and_zeros
+
+    peers = {"torch": lambda: torch.mm(x, weight)}
+    # It always has zero points.
+    if row["dtype"] == "bf16" and group in (32, 64, 128):
+        peers["tinygemm"] = lambda: torch.ops.aten._weight_int4pack_mm(x, *packed())
+    return peers
+
+
+def codes(row):
     """int8 without scales, to i32; e4m3 with those of rows and columns, without its fast sums. Weights lie along K."""
     m, n, k = row["m"], row["n"], row["k"]
-    if row["dtype"] == "int8":
+    if row["weight"].startswith("int8"):
         a, b = (torch.randint(-127, 128, (rows, k), device="cuda", dtype=torch.int8) for rows in (m, n))
         return {"torch": lambda: torch._int_mm(a, b.t())}
     a, b = (torch.randn(rows, k, device="cuda").to(torch.float8_e4m3fn) for rows in (m, n))

@@ -2,9 +2,7 @@
 
 use std::rc::Rc;
 
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, Var, bail,
-};
+use candle_core::{DType, Result, Tensor, Var, bail};
 use kaio_candle::prelude::*;
 
 use super::common::contest::{CANDLE, Contest, OURS, agree};
@@ -12,6 +10,7 @@ use super::common::gpu::Gpu;
 use super::common::table::Row as _;
 use super::cublaslt::{Library, Product};
 use super::rows::{Op, Row};
+use super::upstream::Upstream;
 
 pub const LT: &str = "cuBLASLt";
 pub const LT_BEST: &str = "cuBLASLt best";
@@ -183,27 +182,4 @@ fn view(t: &Tensor, transposed: bool) -> Result<Tensor> {
 fn operands(gpu: &Gpu, row: &Row) -> Result<[Tensor; 2]> {
     let ([a, b], [a_t, b_t]) = (inputs(gpu, row)?, row.transposed());
     Ok([view(&a, a_t)?, view(&b, b_t)?])
-}
-
-/// Hands `self.0` to its input as the gradient. A loss would add elementwise kernels to the time.
-struct Upstream(Tensor);
-
-impl CustomOp1 for Upstream {
-    fn name(&self) -> &'static str {
-        "upstream"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        bail!("the bench runs on a GPU")
-    }
-
-    fn cuda_fwd(&self, input: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let device = input.device.clone();
-        let one = device.alloc_zeros::<f32>(1)?;
-        Ok((CudaStorage::wrap_cuda_slice(one, device), Shape::from(1)))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
-    }
 }

@@ -27,6 +27,8 @@ mod contest;
 mod cublaslt;
 mod rows;
 mod sweep;
+#[path = "../common/upstream.rs"]
+mod upstream;
 
 use std::rc::Rc;
 use std::time::Instant;

@@ -1,69 +1,206 @@
-//! Who competes in a row: before anyone is timed, our result is compared with candle's product, in f32, of the
-//! weight's elements.
+//! Who competes in a row: before anyone is timed, our result is compared with candle's product, in f32, of what the
+//! codes stand for.
 
-use candle_core::{DType, Result, Tensor};
-use kaio_candle::MatmulOptions;
-use kaio_candle::kernel::Element;
-use kaio_candle::kernel::w4::Scheme;
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use candle_core::{D, DType, Device, Result, Tensor, Var};
 use kaio_candle::prelude::*;
-use kaio_candle::tune::{self, W4};
 
-use super::common::contest::{CANDLE, Contest, OURS, agree};
+use super::codes;
+use super::common::contest::{CANDLE, Contest, OURS, agree, agree_after};
 use super::common::gpu::Gpu;
-use super::rows::Row;
+use super::rows::{Op, Row};
+use super::upstream::Upstream;
 
-/// Our own product of 16-bit operands.
+/// Our own products of 16-bit operands.
 pub const DENSE: &str = "16 bits";
+/// Our own product with each weight, one after the other.
+pub const APART: &str = "apart";
 
-/// A random weight.
-pub fn weight(gpu: &Gpu, scheme: Scheme, size @ [k, n]: [usize; 2]) -> Result<W4> {
-    // SplitMix64.
-    let mut state = (k * n) as u64;
-    let words = (0..k.div_ceil(8) * n).map(|_| {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb) as u32
-    });
-    let words = Tensor::from_iter(words, &gpu.device)?.reshape((k.div_ceil(8), n))?;
-    let groups = scheme.groups(k as u64) as usize;
-    let dtype = match scheme.scale {
-        Element::F32 => DType::F32,
-        Element::Half(kaio_candle::ptx::Half::F16) => DType::F16,
-        Element::Half(kaio_candle::ptx::Half::Bf16) => DType::BF16,
-    };
-    let scales = Tensor::rand(0.005f32, 0.015, (groups, n), &gpu.device)?.to_dtype(dtype)?;
-    let zeros = match scheme.zeros {
-        false => None,
-        true => {
-            let zeros = Tensor::rand(0f32, 16.0, (groups, n), &gpu.device)?;
-            Some(zeros.to_dtype(DType::U8)?)
+/// A weight's scheme, what it was quantised from, and which one of a row's it is.
+type Key = (QuantScheme, DType, [usize; 2], usize);
+
+/// Weights that rows have in common.
+#[derive(Default)]
+pub struct Weights(RefCell<HashMap<Key, QuantWeight>>);
+
+impl Weights {
+    pub fn prepare(&self, gpu: &Gpu, row: &Row) -> Result<Contest> {
+        match row.op {
+            Op::Product(how) => product(gpu, row, how, &self.get(gpu, row)?[0]),
+            Op::Codes => codes::prepare(gpu, row),
+            Op::Qkv => qkv(gpu, row, &self.get(gpu, row)?),
+            Op::Swiglu => swiglu(gpu, row, &self.get(gpu, row)?),
+            Op::Gradient => gradient(gpu, row, &self.get(gpu, row)?[0]),
+            Op::Quantize => quantize(gpu, row),
+            Op::Dequantize => dequantize(row, &self.get(gpu, row)?[0]),
         }
-    };
-    let codes = tune::w4_pack(&words, size, &scheme)?;
-    Ok(W4 { scheme, size, codes, scales, zeros })
+    }
+
+    /// Those of a row.
+    fn get(&self, gpu: &Gpu, row: &Row) -> Result<Vec<QuantWeight>> {
+        let mut all = self.0.borrow_mut();
+        let one = |(i, n)| -> Result<QuantWeight> {
+            let key = (row.scheme, row.dtype, [n, row.k], i);
+            if let Some(weight) = all.get(&key) {
+                return Ok(weight.clone());
+            }
+            let weight = QuantWeight::quantize(&elements(gpu, row, n)?, &row.scheme)?;
+            all.insert(key, weight.clone());
+            Ok(weight)
+        };
+        row.widths().into_iter().enumerate().map(one).collect()
+    }
 }
 
-/// Activations for it.
-pub fn activations(gpu: &Gpu, m: usize, k: usize, dtype: DType) -> Result<Tensor> {
-    Tensor::randn(0f32, 1., (m, k), &gpu.device)?.to_dtype(dtype)
+/// A random weight, with which results are about as large as activations.
+fn elements(gpu: &Gpu, row: &Row, n: usize) -> Result<Tensor> {
+    let deviation = 1.0 / (row.k as f32).sqrt();
+    Tensor::randn(0f32, deviation, (row.k, n), &gpu.device)?.to_dtype(row.dtype)
 }
 
-pub fn prepare(gpu: &Gpu, row: &Row) -> Result<Contest> {
-    let &Row { dtype, m, n, k, .. } = row;
-    let weight = weight(gpu, row.weight.scheme(dtype), [k, n])?;
-    let x = activations(gpu, m, k, dtype)?;
-    let options = MatmulOptions::default().out_dtype(dtype);
-    let ours = tune::w4_matmul(&x, &weight, &options, None)?;
-    let exact = tune::w4_dequantize(&weight, DType::F32, false)?;
-    let exact = x.to_dtype(DType::F32)?.matmul(&exact)?.to_dtype(dtype)?;
-    agree(CANDLE, &ours, &exact, k)?;
-    let elements = tune::w4_dequantize(&weight, dtype, false)?;
+fn activations(gpu: &Gpu, row: &Row) -> Result<Tensor> {
+    Tensor::randn(0f32, 1., (row.m, row.k), &gpu.device)?.to_dtype(row.dtype)
+}
+
+/// `x·W` in f32, rounded to the row's dtype.
+fn exact(row: &Row, x: &Tensor, weight: &QuantWeight) -> Result<Tensor> {
+    x.to_dtype(DType::F32)?.matmul(&weight.dequantize(DType::F32)?)?.to_dtype(row.dtype)
+}
+
+fn product(gpu: &Gpu, row: &Row, how: Activations, weight: &QuantWeight) -> Result<Contest> {
+    let x = activations(gpu, row)?;
+    let opts = MatmulOptions::default().activations(how);
+    let ours = x.kaio_matmul_quant_with(weight, &opts)?;
+    agree("product", &ours, &exact(row, &rounded(row, how, &x)?, weight)?, row.k)?;
+    drop(ours);
 
     let mut contest = Contest::default();
-    let (a, opts) = (x.clone(), options.clone());
-    contest.add(OURS, move || tune::w4_matmul(&a, &weight, &opts, None).map(drop));
-    let (a, b) = (x.clone(), elements.clone());
-    contest.add_if_able(CANDLE, move || a.matmul(&b).map(drop));
-    contest.add(DENSE, move || x.kaio_matmul_with(&elements, &options).map(drop));
+    let (a, w) = (x.clone(), weight.clone());
+    contest.add(OURS, move || a.kaio_matmul_quant_with(&w, &opts).map(drop));
+    contest.add_dense(row, &x, std::slice::from_ref(weight))?;
     Ok(contest)
+}
+
+/// What codes of the activations stand for.
+fn rounded(row: &Row, how: Activations, x: &Tensor) -> Result<Tensor> {
+    let (most, width) = match how {
+        Activations::Int8 => (127.0, row.k),
+        Activations::Fp8 => (448.0, if row.blocks() { 128 } else { row.k }),
+        _ => return Ok(x.clone()),
+    };
+    let groups = x.to_dtype(DType::F32)?.reshape((row.m, row.k / width, width))?;
+    let scales = (groups.abs()?.max_keepdim(D::Minus1)? / most)?;
+    let codes = groups.broadcast_div(&scales)?;
+    let codes = match how {
+        Activations::Int8 => codes.round()?,
+        _ => codes::e4m3(&codes)?.1,
+    };
+    codes.broadcast_mul(&scales)?.reshape((row.m, row.k))
+}
+
+fn qkv(gpu: &Gpu, row: &Row, weights: &[QuantWeight]) -> Result<Contest> {
+    let x = activations(gpu, row)?;
+    let run = {
+        let (x, weights) = (x.clone(), weights.to_vec());
+        move || x.kaio_qkv_project([&weights[0], &weights[1], &weights[2]])
+    };
+    let (q, k, v) = run()?;
+    for ((name, ours), weight) in [("q", q), ("k", k), ("v", v)].into_iter().zip(weights) {
+        agree(name, &ours, &exact(row, &x, weight)?, row.k)?;
+    }
+
+    let mut contest = Contest::default();
+    contest.add(OURS, move || run().map(drop));
+    let (a, all) = (x.clone(), weights.to_vec());
+    contest.add(APART, move || all.iter().try_for_each(|w| a.kaio_matmul_quant(w).map(drop)));
+    contest.add_dense(row, &x, weights)?;
+    Ok(contest)
+}
+
+fn swiglu(gpu: &Gpu, row: &Row, weights: &[QuantWeight]) -> Result<Contest> {
+    let x = activations(gpu, row)?;
+    let [gate, up] = [weights[0].clone(), weights[1].clone()];
+    let ours = x.kaio_swiglu_project(&gate, &up)?;
+    let [g, u] = [&gate, &up].map(|w| exact(row, &x, w)?.to_dtype(DType::F32));
+    let want = (g?.silu()? * u?)?.to_dtype(row.dtype)?;
+    // Gate and up are rounded before.
+    agree_after("swiglu", &ours, &want, row.k, 3)?;
+    drop((ours, want));
+
+    let mut contest = Contest::default();
+    let (a, [g, u]) = (x.clone(), [gate.clone(), up.clone()]);
+    contest.add(OURS, move || a.kaio_swiglu_project(&g, &u).map(drop));
+    let (a, [g, u]) = (x.clone(), [gate.clone(), up.clone()]);
+    contest.add(APART, move || {
+        a.kaio_matmul_quant(&g)?.kaio_swiglu(&a.kaio_matmul_quant(&u)?).map(drop)
+    });
+    let [g, u] = [gate.dequantize(row.dtype)?, up.dequantize(row.dtype)?];
+    let opts = MatmulOptions::default().out_dtype(row.dtype);
+    let (a, [b, c]) = (x.clone(), [g.clone(), u.clone()]);
+    contest.add(DENSE, move || {
+        a.kaio_matmul_with(&b, &opts)?.kaio_swiglu(&a.kaio_matmul_with(&c, &opts)?).map(drop)
+    });
+    contest.add_if_able(CANDLE, move || (x.matmul(&g)?.silu()? * x.matmul(&u)?).map(drop));
+    Ok(contest)
+}
+
+/// `backward` of a graph that is there, from a given upstream gradient.
+fn gradient(gpu: &Gpu, row: &Row, weight: &QuantWeight) -> Result<Contest> {
+    let x = Var::from_tensor(&activations(gpu, row)?)?;
+    let upstream = Tensor::randn(0f32, 1., (row.m, row.n), &gpu.device)?.to_dtype(row.dtype)?;
+    let dense = weight.dequantize(row.dtype)?;
+    let opts = MatmulOptions::default().out_dtype(row.dtype);
+    let ours = x.kaio_matmul_quant(weight)?.apply_op1(Upstream(upstream.clone()))?;
+    let peer = x.kaio_matmul_with(&dense, &opts)?.apply_op1(Upstream(upstream.clone()))?;
+    let grads = ours.backward()?;
+    let Some(grad) = grads.get(&x) else { candle_core::bail!("the gradient is missing") };
+    let transposed = weight.dequantize(DType::F32)?.t()?;
+    let want = upstream.to_dtype(DType::F32)?.matmul(&transposed)?.to_dtype(row.dtype)?;
+    agree("gradient", grad, &want, row.n)?;
+
+    let mut contest = Contest::default();
+    contest.add(OURS, move || ours.backward().map(drop));
+    contest.add(DENSE, move || peer.backward().map(drop));
+    contest.notes.push("with candle's graph, which adds each gradient to zeros".into());
+    Ok(contest)
+}
+
+fn quantize(gpu: &Gpu, row: &Row) -> Result<Contest> {
+    let weight = elements(gpu, row, row.n)?;
+    let ours = QuantWeight::quantize(&weight, &row.scheme)?.dequantize(DType::F32)?;
+    let host = QuantWeight::quantize(&weight.to_device(&Device::Cpu)?, &row.scheme)?;
+    agree("elements", &ours, &host.dequantize(DType::F32)?.to_device(&gpu.device)?, 1)?;
+    drop(ours);
+
+    let (mut contest, scheme) = (Contest::default(), row.scheme);
+    contest.add(OURS, move || QuantWeight::quantize(&weight, &scheme).map(drop));
+    Ok(contest)
+}
+
+fn dequantize(row: &Row, weight: &QuantWeight) -> Result<Contest> {
+    // Products read this form.
+    weight.prepare()?;
+    let host = weight.to_device(&Device::Cpu)?.dequantize(row.dtype)?;
+    agree("elements", &weight.dequantize(row.dtype)?, &host.to_device(weight.device())?, 1)?;
+
+    let (mut contest, weight, dtype) = (Contest::default(), weight.clone(), row.dtype);
+    contest.add(OURS, move || weight.dequantize(dtype).map(drop));
+    Ok(contest)
+}
+
+impl Contest {
+    /// The products with weights of 16 bits, ours and candle's.
+    fn add_dense(&mut self, row: &Row, x: &Tensor, weights: &[QuantWeight]) -> Result<()> {
+        let dense = weights.iter().map(|w| w.dequantize(row.dtype)).collect::<Result<Vec<_>>>()?;
+        let opts = MatmulOptions::default().out_dtype(row.dtype);
+        let (a, all) = (x.clone(), dense.clone());
+        self.add(DENSE, move || {
+            all.iter().try_for_each(|w| a.kaio_matmul_with(w, &opts).map(drop))
+        });
+        let a = x.clone();
+        self.add_if_able(CANDLE, move || dense.iter().try_for_each(|w| a.matmul(w).map(drop)));
+        Ok(())
+    }
 }

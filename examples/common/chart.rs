@@ -101,6 +101,37 @@ pub fn pair_chart(
     })
 }
 
+/// Draws each series as a line with dots on logarithmic axes, the first one along powers of two. A series may be empty.
+pub fn log_chart(
+    path: &Path,
+    title: &str,
+    x_label: &str,
+    y_label: &str,
+    series: &[Series],
+) -> Result<()> {
+    let [x, y] = [span(series, |&(x, _)| x)?, span(series, |&(_, y)| y)?];
+    if x.start <= 0.0 || y.start <= 0.0 {
+        return Err(format!("the chart {title:?} has a point off a logarithmic axis").into());
+    }
+    let x = (x.start / 1.1..x.end * 1.1).log_scale().base(2.0);
+    let y = (y.start / 1.3..y.end * 1.3).log_scale();
+    plot(path, title, (x_label, x), (y_label, y), SeriesLabelPosition::UpperLeft, |chart| {
+        for (line, color) in series.iter().zip(PALETTE.iter().cycle()) {
+            if line.points.is_empty() {
+                continue;
+            }
+            let style = color.stroke_width(3);
+            let points = || line.points.iter().copied();
+            chart.draw_series(points().map(|p| Circle::new(p, 4, color.filled())))?;
+            chart
+                .draw_series(LineSeries::new(points(), style))?
+                .label(&line.name)
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
+        }
+        Ok(())
+    })
+}
+
 /// Draws each series as points of (FLOP a byte, TFLOP/s) on logarithmic axes, under the roofs that
 /// the memory (TB/s) and the arithmetic (TFLOP/s) set.
 pub fn roofline(

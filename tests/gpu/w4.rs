@@ -315,7 +315,7 @@ fn w4_views() -> Result<()> {
     Ok(())
 }
 
-/// What users hold: packed by the first product, and in no other form then; back as it was; gradients go through.
+/// What users hold: packed by the first product, and in no other form then; back as it was.
 #[test]
 fn w4_weights_of_users() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };

@@ -71,7 +71,22 @@ fn pack(op: &'static str, planes: &Planes, signed: bool) -> Result<Form> {
     let codes = w4::pack(op, (storage, &Stack::new(layout)), planes.dims, &scheme, signed)?;
     let [k, n] = planes.dims;
     let codes = tensor(codes, w4::packed_words(k, n));
-    Ok(Form::Packed(Planes { codes, ..planes.clone() }))
+    let scales = in_lines(op, &planes.scales)?;
+    let zeros = planes.zeros.as_ref().map(|zeros| in_lines(op, zeros)).transpose()?;
+    Ok(Form::Packed(Planes { codes, scales, zeros, ..planes.clone() }))
+}
+
+/// Scales or zero points whose rows begin where the kernels want them, so that no product has to make such ones.
+fn in_lines(op: &'static str, groups: &Tensor) -> Result<Tensor> {
+    let (rows, cols) = groups.dims2()?;
+    let (storage, layout) = groups.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { unreachable!("they are with the codes") };
+    let lines = w4::lines(op, (storage, &Stack::new(layout)))?;
+    let pitch = lines.stack.cols;
+    match lines.into_copy() {
+        None => Ok(groups.clone()),
+        Some(copy) => tensor(copy, (rows, pitch)).narrow(1, 0, cols),
+    }
 }
 
 /// Packed codes in the plain form.
@@ -80,7 +95,10 @@ pub(crate) fn unpack(op: &'static str, planes: &Planes) -> Result<Planes> {
     let Storage::Cuda(storage) = &*storage else { unreachable!("packed codes are on a GPU") };
     let [k, n] = planes.dims;
     let codes = tensor(w4::unpack(op, storage, planes.dims)?, (k.div_ceil(8), n));
-    Ok(Planes { codes, ..planes.clone() })
+    // Without what is between the lines.
+    let scales = planes.scales.contiguous()?;
+    let zeros = planes.zeros.as_ref().map(Tensor::contiguous).transpose()?;
+    Ok(Planes { codes, scales, zeros, ..planes.clone() })
 }
 
 pub(super) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
@@ -103,18 +121,17 @@ fn is_w4(facts: &Facts) -> bool {
 }
 
 /// A packed weight.
-fn with_w4<T>(weight: &CudaWeight, with: impl FnOnce(&w4::Weight) -> Result<T>) -> Result<T> {
+fn packed<'a>(weight: &CudaWeight<'a>) -> w4::Weight<'a> {
     let Facts { scheme, dims: [k, n], .. } = weight.facts;
-    let scales = Stack::new(weight.scales.1);
-    let zeros = weight.zeros.map(|(storage, layout)| (storage, Stack::new(layout)));
-    with(&w4::Weight {
+    let groups = |(storage, layout): View<'a, CudaStorage>| (storage, Stack::new(layout));
+    w4::Weight {
         scheme: w4_scheme(scheme, weight.scales.0.dtype()),
         k,
         n,
         codes: weight.codes.0,
-        scales: (weight.scales.0, &scales),
-        zeros: zeros.as_ref().map(|(storage, stack)| (*storage, stack)),
-    })
+        scales: groups(weight.scales),
+        zeros: weight.zeros.map(groups),
+    }
 }
 
 /// `act(x·W + bias)`, or `x·Wᵀ`. Packed codes have kernels of their own for the former. Else the weight is made floats of
@@ -130,7 +147,7 @@ pub(crate) fn matmul_quant(
 ) -> Result<CudaStorage> {
     if is_w4(&weight.facts) && !transposed {
         let rows = Stack::new(x.1);
-        return with_w4(weight, |w| w4::matmul(op, (x.0, &rows), w, epilogue, bias));
+        return w4::matmul(op, (x.0, &rows), &packed(weight), epilogue, bias);
     }
     let panel = Panel::new(op, weight, x.0.dtype())?;
     let layout = if transposed { panel.layout.transpose(0, 1)? } else { panel.layout };
@@ -162,7 +179,7 @@ impl Panel {
     fn new(op: &'static str, weight: &CudaWeight, dtype: DType) -> Result<Self> {
         let Facts { scheme, dims, .. } = weight.facts;
         if is_w4(&weight.facts) {
-            let storage = with_w4(weight, |w| w4::dequantize(op, w, dtype, false))?;
+            let storage = w4::dequantize(op, &packed(weight), dtype, false)?;
             return Ok(Self { storage, layout: Layout::contiguous((dims[0], dims[1])) });
         }
         let kind = match scheme {

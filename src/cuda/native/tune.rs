@@ -152,21 +152,17 @@ pub fn w4_unpack(codes: &Tensor, size @ [k, n]: [usize; 2]) -> Result<Tensor> {
 fn with_w4<T>(weight: &W4, with: impl FnOnce(&w4::Weight) -> Result<T>) -> Result<T> {
     let W4 { scheme, size: [k, n], ref codes, ref scales, ref zeros } = *weight;
     let (codes, _) = codes.storage_and_layout();
-    let (scales, scales_at) = scales.storage_and_layout();
-    let zeros = zeros.as_ref().map(Tensor::storage_and_layout);
-    let (Storage::Cuda(codes), Storage::Cuda(scales)) = (&*codes, &*scales) else {
-        bail!("not on a GPU")
-    };
-    let scales_at = Stack::new(scales_at);
-    let zeros = match &zeros {
-        None => None,
+    let Storage::Cuda(codes) = &*codes else { bail!("not on a GPU") };
+    let all = [Some(scales), zeros.as_ref()].map(|t| t.map(Tensor::storage_and_layout));
+    let groups = |i: usize| match &all[i] {
         Some((storage, layout)) => match &**storage {
-            Storage::Cuda(storage) => Some((storage, Stack::new(layout))),
+            Storage::Cuda(storage) => Ok(Some((storage, Stack::new(layout)))),
             _ => bail!("not on a GPU"),
         },
+        None => Ok(None),
     };
-    let zeros = zeros.as_ref().map(|(storage, stack)| (*storage, stack));
-    with(&w4::Weight { scheme, k, n, codes, scales: (scales, &scales_at), zeros })
+    let (Some(scales), zeros) = (groups(0)?, groups(1)?) else { unreachable!("scales are there") };
+    with(&w4::Weight { scheme, k, n, codes, scales, zeros })
 }
 
 /// The elements of a weight, `[k, n]`, or `[n, k]` where they are transposed.

@@ -25,17 +25,20 @@ static LAYOUTS: Plans<layout::Plan> = Plans::new();
 /// Bytes at whose multiples rows begin.
 const LINE: usize = 16;
 
-/// A packed weight `[k, n]`. Scales and zero points are matrices of a row for each group.
-#[derive(Clone, Copy)]
+/// A packed weight `[k, n]`.
+#[derive(Clone)]
 pub(crate) struct Weight<'a> {
     pub scheme: Scheme,
     pub k: usize,
     pub n: usize,
     /// From the first element of the storage on.
     pub codes: &'a CudaStorage,
-    pub scales: Operand<'a>,
-    pub zeros: Option<Operand<'a>>,
+    pub scales: Groups<'a>,
+    pub zeros: Option<Groups<'a>>,
 }
+
+/// A row of scales or zero points for each group.
+pub(crate) type Groups<'a> = (&'a CudaStorage, Stack);
 
 /// Words of the packed form of a weight `[k, n]`.
 pub(crate) fn packed_words(k: usize, n: usize) -> usize {
@@ -88,9 +91,9 @@ pub(crate) fn dequantize(
     dtype: DType,
     transposed: bool,
 ) -> Result<CudaStorage> {
-    let Weight { scheme, k, n, codes, scales, zeros } = *weight;
+    let &Weight { scheme, k, n, codes, ref scales, ref zeros } = weight;
     let config = layout::Config::Elements { scheme, out: element(dtype), transposed };
-    let others: Vec<_> = [Some(scales), zeros].into_iter().flatten().collect();
+    let others: Vec<_> = [Some(scales), zeros.as_ref()].into_iter().flatten().collect();
     convert(op, config, [k, n], codes, &others, (k * n, dtype), |call| layout::Arguments {
         problem: call.problem,
         plain: None,
@@ -115,18 +118,21 @@ fn convert(
     config: layout::Config,
     [k, n]: [usize; 2],
     input: &CudaStorage,
-    others: &[Operand],
+    others: &[&Groups],
     (len, dtype): (usize, DType),
     arguments: impl Fn(&Conversion) -> layout::Arguments,
 ) -> Result<CudaStorage> {
     let device = input.device().clone();
     let gpu = Gpu::of(op, &device)?;
-    let inputs = others.iter().map(|&(storage, _)| storage);
+    let inputs = others.iter().map(|&&(storage, _)| storage);
     let order = Order::new(op, device.cuda_stream(), [input].into_iter().chain(inputs));
     let problem = layout::Problem { k: k as u64, n: n as u64, config };
     countable(op, problem.limit())?;
     let compiled = LAYOUTS.get(op, &gpu, &problem)?;
-    let others = others.iter().map(|&other| lines(op, other)).collect::<Result<Vec<_>>>()?;
+    let others = others
+        .iter()
+        .map(|(storage, stack)| lines(op, (storage, stack)))
+        .collect::<Result<Vec<_>>>()?;
     let mut result = uninit(&device, &Shape::from(len), dtype)?;
     {
         let memories: Vec<_> = others.iter().map(|o| Memory::of(o.storage(), &device)).collect();
@@ -146,7 +152,10 @@ fn countable(op: &'static str, limit: Option<(String, u64)>) -> Result<()> {
 }
 
 /// All rows of an operand as those of one matrix, which begin at multiples of 16 bytes.
-fn lines<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<Fitted<'a>> {
+pub(super) fn lines<'a>(
+    op: &'static str,
+    (storage, stack): (&'a CudaStorage, &Stack),
+) -> Result<Fitted<'a>> {
     let unit = LINE / storage.dtype().size_in_bytes();
     let fits = |folded: &Stack| {
         (folded.cols <= 1 || folded.col_stride == 1)
@@ -164,6 +173,18 @@ fn lines<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<Fitted<'
             fit(op, (storage, stack), Want { cols, align: LINE, folded: true, ..Want::default() })
         }
     }
+}
+
+/// The same of scales and zero points, of which those of whole columns are loaded one by one.
+fn lines_of_groups<'a>(
+    op: &'static str,
+    scheme: &Scheme,
+    (storage, stack): &Groups<'a>,
+) -> Result<Fitted<'a>> {
+    if scheme.group.is_none() && (stack.cols <= 1 || stack.col_stride == 1) {
+        return Ok(Fitted::view(storage, stack.clone()));
+    }
+    lines(op, (storage, stack))
 }
 
 /// Address and elements from row to row.
@@ -210,19 +231,19 @@ impl<'a> Call<'a> {
     ) -> Result<Self> {
         let device = x.device().clone();
         let gpu = Gpu::of(op, &device)?;
-        let &Weight { scheme, k, n, codes, scales, zeros } = weight;
+        let &Weight { scheme, k, n, codes, ref scales, ref zeros } = weight;
         let inputs = [
             Some(x),
             Some(codes),
             Some(scales.0),
-            zeros.map(|(storage, _)| storage),
+            zeros.as_ref().map(|(storage, _)| *storage),
             bias.map(|(storage, _)| storage),
         ];
         let order = Order::new(op, device.cuda_stream(), inputs.into_iter().flatten());
         let m = rows.count() * rows.rows;
         let x = lines(op, (x, rows))?;
-        let (scales, zeros) =
-            (lines(op, scales)?, zeros.map(|zeros| lines(op, zeros)).transpose()?);
+        let of_groups = |groups: &Groups<'a>| lines_of_groups(op, &scheme, groups);
+        let (scales, zeros) = (of_groups(scales)?, zeros.as_ref().map(of_groups).transpose()?);
         let bias = bias.map(|bias| row(op, bias)).transpose()?;
         let Element::Half(half) = element(x.storage().dtype()) else {
             unreachable!("activations are f16 or bf16")

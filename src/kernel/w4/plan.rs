@@ -8,8 +8,6 @@ use crate::ptx::{Half, Target};
 
 /// Rows of `x` that Ampere's kernel for a few rows takes sixteen at a time. Beyond, a weight's elements are worth making.
 const STREAMED: u64 = 256;
-/// Whether those lie as `Wᵀ`.
-const TRANSPOSED: bool = true;
 
 /// `act(x·W + bias)`, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,7 +35,7 @@ pub enum Plan {
     Split(stream::Config, stream::Launch, sm80::Reduce),
     /// For more: the products' kernels, with a packed operand.
     Tiles(gemm::Plan),
-    /// The weight's elements, and their product: the former's blocks, and whether they are transposed.
+    /// The weight's elements, as `Wᵀ`, and their product.
     Panel(layout::Plan, gemm::Plan),
 }
 
@@ -116,7 +114,7 @@ impl Plan {
     pub fn panel(problem: &Problem, device: &Device) -> Self {
         let &Problem { k, n, half, scheme, .. } = problem;
         let out = Element::Half(half);
-        let config = layout::Config::Elements { scheme, out, transposed: TRANSPOSED };
+        let config = layout::Config::Elements { scheme, out, transposed: true };
         let elements = layout::Plan::new(&layout::Problem { k, n, config }, device);
         Self::Panel(elements, gemm::Plan::new(&problem.product(), device))
     }
@@ -125,7 +123,7 @@ impl Plan {
     /// bytes.
     pub fn panel_elements(&self, problem: &Problem) -> Option<u64> {
         match self {
-            Self::Panel(..) => Some(problem.panel_lines() * problem.panel_line()),
+            Self::Panel(..) => Some(problem.n * problem.panel_line()),
             _ => None,
         }
     }
@@ -154,19 +152,13 @@ impl Problem {
     pub fn product(&self) -> gemm::Problem {
         let Self { m, n, k, half, epilogue, .. } = *self;
         let elements = [half.into(); 2];
-        let (lhs, rhs) = (Major::K, if TRANSPOSED { Major::K } else { Major::Outer });
+        let (lhs, rhs) = (Major::K, Major::K);
         gemm::Problem { m, n, k, batch: 1, elements, lhs, rhs, epilogue }
     }
 
-    /// Lines of the weight's elements, which lie as [`product`](Self::product) says.
-    fn panel_lines(&self) -> u64 {
-        if TRANSPOSED { self.n } else { self.k }
-    }
-
-    /// Elements from line to line.
+    /// From column to column of the weight's elements, in elements.
     pub(super) fn panel_line(&self) -> u64 {
-        let length = if TRANSPOSED { self.k } else { self.n };
-        length.next_multiple_of(Element::Half(self.half).per_chunk().into())
+        self.k.next_multiple_of(Element::Half(self.half).per_chunk().into())
     }
 
     pub(super) fn columns(&self) -> u32 {

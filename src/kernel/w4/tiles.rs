@@ -46,3 +46,72 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     }
     all
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Element;
+    use crate::kernel::gemm::Epilogue;
+    use crate::kernel::w4::{Codes, Scheme, stream};
+    use crate::ptx::{Half, Target};
+
+    /// An H200, and a slice of one.
+    const DEVICES: [Device; 2] = [
+        Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 },
+        Device { target: Target::Sm90a, multiprocessors: 16, shared_per_block: 232_448 },
+    ];
+
+    fn schemes() -> Vec<Scheme> {
+        let kinds = [(Codes::Int4, false), (Codes::Int4, true), (Codes::Nf4, false)];
+        let groups = [None, Some(32), Some(64), Some(128)];
+        let scales = [Element::Half(Half::Bf16), Element::F32];
+        let all = kinds.into_iter().flat_map(|kind| groups.map(|group| (kind, group)));
+        let all = all.flat_map(|of| scales.map(|scale| (of, scale)));
+        all.map(|(((codes, zeros), group), scale)| Scheme { codes, zeros, scale, group }).collect()
+    }
+
+    fn problem([m, n, k]: [u64; 3], scheme: Scheme) -> Problem {
+        let epilogue = Epilogue::round(Element::Half(Half::Bf16));
+        Problem { m, n, k, half: Half::Bf16, scheme, epilogue }
+    }
+
+    #[test]
+    fn every_problem_has_a_choice_that_can_be_built() {
+        const SIZES: [u64; 6] = [1, 64, 100, 1024, 14_336, 128_256];
+        const ROWS: [u64; 8] = [stream::MOST + 1, 24, 33, 64, 100, 256, 1000, 100_000];
+        for device in DEVICES {
+            for scheme in schemes() {
+                for m in ROWS {
+                    for (n, k) in SIZES.into_iter().flat_map(|n| SIZES.map(|k| (n, k))) {
+                        let problem = problem([m, n, k], scheme);
+                        let c = choose(&problem, &device);
+                        c.check(device.shared_per_block).unwrap_or_else(|why| {
+                            panic!("{m}x{n}x{k} {scheme:?} {}: {why}", c.name());
+                        });
+                        assert_eq!((c.weight, c.orient), (Some(scheme), Orient::Swapped));
+                        assert!(u64::from(c.split) <= k.div_ceil(64), "{} of {k}", c.name());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_few_rows_are_one_column_of_tiles() {
+        for scheme in schemes() {
+            for m in [17, 24, 32, 48, 64] {
+                let c = choose(&problem([m, 8192, 8192], scheme), &DEVICES[0]);
+                assert!(u64::from(c.cols) >= m, "{m} rows: {}", c.name());
+            }
+        }
+    }
+
+    #[test]
+    fn few_columns_are_split_and_prompts_are_not() {
+        let scheme = schemes()[6];
+        let c = choose(&problem([32, 1024, 8192], scheme), &DEVICES[0]);
+        assert!(c.split > 1, "{}", c.name());
+        let c = choose(&problem([8192, 8192, 8192], scheme), &DEVICES[0]);
+        assert_eq!(c.split, 1, "{}", c.name());
+    }
+}

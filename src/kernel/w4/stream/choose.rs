@@ -33,9 +33,8 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
 
 /// Those worth an estimate, the simplest first.
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
-    let tokens = count_of_tokens(problem.m);
     // Of more tokens a warp has so many sums that half as many warps have the registers for them.
-    let resident = if tokens > 8 { 8 } else { 16 };
+    let resident = if count_of_tokens(problem.m) > 8 { 8 } else { 16 };
     let splits: &[u32] = match device.target {
         Target::Sm90a => &[1, 2, 4, 8],
         Target::Sm80 | Target::Sm89 => &[1, 2, 4, 8, 16, 32],
@@ -50,19 +49,8 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             if warps > resident {
                 continue;
             }
-            let config = Config {
-                target: device.target_without_e4m3(),
-                half: problem.half,
-                scheme: problem.scheme,
-                tokens,
-                several: problem.m > MOST,
-                warps,
-                slots: 2,
-                split,
-                blocks_per_sm: resident / warps,
-                unit: if problem.n.is_multiple_of(4) { 4 } else { 1 },
-                epilogue: problem.epilogue,
-            };
+            let blocks_per_sm = resident / warps;
+            let config = Config { warps, split, blocks_per_sm, ..small(problem, device) };
             let slots = config.max_slots(device.shared_per_block).min(8);
             let config = Config { slots, ..config };
             all.extend(config.check(device.shared_per_block).is_ok().then_some(config));
@@ -70,18 +58,19 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     }
     if all.is_empty() {
         // Where there is little shared memory, a table leaves room for one small block.
-        all.extend(small(problem, device, tokens));
+        let config = small(problem, device);
+        all.extend(config.check(device.shared_per_block).is_ok().then_some(config));
     }
     all
 }
 
-/// One block of four warps.
-fn small(problem: &Problem, device: &Device, tokens: u32) -> Option<Config> {
-    let config = Config {
+/// The least that a multiprocessor can have: one block of four warps.
+fn small(problem: &Problem, device: &Device) -> Config {
+    Config {
         target: device.target_without_e4m3(),
         half: problem.half,
         scheme: problem.scheme,
-        tokens,
+        tokens: count_of_tokens(problem.m),
         several: problem.m > MOST,
         warps: 4,
         slots: 2,
@@ -89,8 +78,7 @@ fn small(problem: &Problem, device: &Device, tokens: u32) -> Option<Config> {
         blocks_per_sm: 1,
         unit: if problem.n.is_multiple_of(4) { 4 } else { 1 },
         epilogue: problem.epilogue,
-    };
-    config.check(device.shared_per_block).is_ok().then_some(config)
+    }
 }
 
 /// The power of two that has room for them.
