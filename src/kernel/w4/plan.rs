@@ -1,6 +1,6 @@
 //! The plan of a product.
 
-use super::{Scheme, layout, stream, tiles};
+use super::{Codes, Scheme, layout, stream, tiles};
 use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80};
 use crate::kernel::plan::{self, Plan as _, count};
 use crate::kernel::{self, Device, Element, Step};
@@ -82,6 +82,16 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<kernel::Config> {
 }
 
 impl Plan {
+    /// Whether there are kernels for so many rows of `x` and a weight of such codes, other than by way of its elements,
+    /// which those of codes of eight bits are no part of here.
+    pub fn takes(codes: Codes, m: u64, target: Target) -> bool {
+        let most = match target {
+            Target::Sm90a => stream::MOST,
+            Target::Sm80 | Target::Sm89 => STREAMED,
+        };
+        !codes.are_bytes() || m <= most
+    }
+
     /// With a configuration that nobody chose; `None` for a kernel of another family.
     pub fn of(config: &kernel::Config, problem: &Problem, device: &Device) -> Option<Self> {
         match *config {

@@ -97,6 +97,8 @@ impl Family for Products {
             plan,
             x: (address(), problem.k.next_multiple_of(8)),
             codes: address(),
+            codes_line: problem.k.next_multiple_of(16),
+            scale_each: true,
             scales: (address(), lines),
             zeros: problem.scheme.zeros.then(|| (address(), lines)),
             bias: problem.epilogue.bias.map(|_| address()),
