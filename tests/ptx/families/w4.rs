@@ -17,6 +17,12 @@ fn schemes(scale: Element) -> Vec<Scheme> {
     all.map(|((codes, zeros), group)| Scheme { codes, zeros, scale, group }).collect()
 }
 
+/// Of bytes.
+fn schemes_of_bytes() -> [Scheme; 3] {
+    [(Codes::Int8, None), (Codes::E4m3, None), (Codes::E4m3, Some(128))]
+        .map(|(codes, group)| Scheme { codes, zeros: false, scale: Element::F32, group })
+}
+
 pub struct Products;
 
 impl Family for Products {
@@ -38,7 +44,9 @@ impl Family for Products {
                 for (half, scale) in
                     [(Half::F16, F16), (Half::Bf16, BF16), (Half::Bf16, Element::F32)]
                 {
-                    for scheme in schemes(scale) {
+                    // As they are prepared, bytes have scales in f32; for many rows another family has them.
+                    let bytes = (scale != Element::F32 && m <= 128).then(schemes_of_bytes);
+                    for scheme in schemes(scale).into_iter().chain(bytes.into_iter().flatten()) {
                         let out = [Element::Half(half), Element::F32][(i + j) % 2];
                         let epilogue = match (i + j) % 3 {
                             0 => Epilogue {
@@ -61,7 +69,12 @@ impl Family for Products {
         match kernel {
             Config::W4Stream(config) => {
                 config.check(gpu.device.shared_per_block)?;
-                rule(config.target == gpu.device.target, "another target")?;
+                // What Ada has beyond Ampere is nothing to them.
+                let target = match gpu.device.target {
+                    Target::Sm80 | Target::Sm89 => Target::Sm80,
+                    Target::Sm90a => Target::Sm90a,
+                };
+                rule(config.target == target, "another target")?;
                 let room = config.several || problem.m <= config.tokens.into();
                 rule(room, "more tokens than there is room for")?;
                 rule(problem.n.is_multiple_of(config.unit.into()), "units of a row")?;
@@ -148,6 +161,21 @@ impl Family for Products {
             split: 1,
             ..plain
         };
+        let bytes = stream::Config {
+            scheme: schemes_of_bytes()[0],
+            tokens: 16,
+            slots: 2,
+            split: 1,
+            blocks_per_sm: 1,
+            ..plain
+        };
+        let blocks = stream::Config {
+            half: Half::Bf16,
+            scheme: schemes_of_bytes()[2],
+            epilogue: Epilogue::round(BF16),
+            tokens: 1,
+            ..bytes
+        };
         let tile = sm90::Config {
             elements: [Factor::Half(Half::Bf16); 2],
             weight: Some(Scheme { scale: BF16, ..scheme }),
@@ -184,6 +212,8 @@ impl Family for Products {
             ("w4_stream_zeros", Config::W4Stream(zeros)),
             ("w4_stream_nf4", Config::W4Stream(table)),
             ("w4_stream_column", Config::W4Stream(column)),
+            ("w8_stream", Config::W4Stream(bytes)),
+            ("w8_stream_blocks", Config::W4Stream(blocks)),
             ("w4_tile", Config::MatmulSm90(tile)),
             ("w4_tile_zeros", Config::MatmulSm90(small)),
         ]
