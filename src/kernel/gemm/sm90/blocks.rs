@@ -1,5 +1,5 @@
-//! Sums of e4m3 whose scales change along the depth: those of a stage are multiplied with them, and added up in f32.
-//! That is more exact, too: tensor cores keep fewer bits of a sum.
+//! Sums of e4m3 in two places: those of a stage are added up in f32, of which tensor cores keep fewer bits. Where scales
+//! change along the depth, they are multiplied with them before.
 //!
 //! ```text
 //! group 0   products of stage 0 │ wait, multiply, add │ products of stage 1 │ ..
@@ -49,12 +49,11 @@ impl<'k> TileScales<'k> {
 }
 
 impl<'k> Gemm<'k, '_> {
-    /// [`multiply`](Self::multiply) with scales of blocks, which `sums` are those of.
-    pub(super) fn multiply_blocks(
+    /// [`multiply`](Self::multiply), stage by stage, with scales of blocks if there are any.
+    pub(super) fn promote(
         &self,
         sums: &[Reg<'k, f32>],
         place: Cursor<'k>,
-        scales: BlockScales<'k>,
         tile: Tile<'k>,
         (thread, group, leader): (Reg<'k, u32>, Reg<'k, u32>, Reg<'k, bool>),
     ) {
@@ -64,7 +63,8 @@ impl<'k> Gemm<'k, '_> {
         let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
         let Share { first, count } = self.share();
         let of_stage: Vec<_> = sums.iter().map(|_| k.reg::<f32>()).collect();
-        let scales = self.tile_scales(scales, tile, Lane::new(thread), group, first);
+        let of_tile = |blocks| self.tile_scales(blocks, tile, Lane::new(thread), group, first);
+        let scales = self.blocks.map(of_tile);
         sums.iter().for_each(|sum| sum.set(0.0));
         k.for_(0, count, 1, |_| {
             place.wait();
@@ -74,7 +74,7 @@ impl<'k> Gemm<'k, '_> {
                 ([LeftStep::Shared(a.operand(step))], b.operand(step))
             });
             // On their way while the products are.
-            let scales = scales.next(k);
+            let scales = scales.as_ref().map(|scales| scales.next(k));
             k.wgmma_wait(0);
             k.when(leader, || place.done().arrive());
             place.advance();
@@ -83,7 +83,10 @@ impl<'k> Gemm<'k, '_> {
                     Orient::Plain => i / 2 % 2,
                     Orient::Swapped => i / 4 * 2 + i % 2,
                 };
-                sum.set(part.fma(scales[line], *sum));
+                sum.set(match &scales {
+                    Some(scales) => part.fma(scales[line], *sum),
+                    None => *part + *sum,
+                });
             }
         });
     }
