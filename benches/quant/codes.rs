@@ -70,7 +70,7 @@ fn expected(row: &Row, [a, b]: [&Tensor; 2], [rows, cols]: [&Tensor; 2]) -> Resu
 }
 
 /// Random bytes `[rows, k]`, and the numbers that they stand for in f32.
-fn int8_codes(gpu: &Gpu, rows: usize, k: usize) -> Result<(Tensor, Tensor)> {
+pub fn int8_codes(gpu: &Gpu, rows: usize, k: usize) -> Result<(Tensor, Tensor)> {
     let values =
         Tensor::randn(0f32, 30., (rows, k), &gpu.device)?.round()?.clamp(-127f32, 127f32)?;
     // A byte above 127 is 256 more than the number that it stands for.

@@ -8,7 +8,7 @@
 //! - `--rows a,b`: only these groups (`rows.rs` has them)
 //! - `--quick`: fewer rounds
 //! - `--torch FILE`, `--list`: as for the bench `matmul`
-//! - `--sweep all`: instead, every candidate of the choosers of int4 and nf4 on many problems, or on those named
+//! - `--sweep all`: instead, every candidate of the choosers of all schemes on many problems, or on those named
 //!   (`1x4096x4096 int4-g128,…`)
 //!
 //! Contestants take turns, on random inputs; weights come from memory where M ≤ 64: see benches/README.md.
@@ -23,6 +23,7 @@ mod common;
 mod contest;
 mod rows;
 mod sweep;
+mod sweep_bytes;
 #[path = "../common/upstream.rs"]
 mod upstream;
 

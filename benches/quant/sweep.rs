@@ -16,7 +16,7 @@ use super::common::args::directory;
 use super::common::gpu::Gpu;
 use super::common::turns::median;
 
-const H200: Device =
+pub const H200: Device =
     Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
 
 pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
@@ -67,7 +67,7 @@ pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
             }
         }
     }
-    Ok(())
+    super::sweep_bytes::run(gpu, filter, &mut file)
 }
 
 /// A random weight with scales in bf16.

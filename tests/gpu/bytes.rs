@@ -1,6 +1,11 @@
 //! Products of int8 and e4m3 codes with scales of lines, and activations rounded to them.
 
+use std::collections::HashSet;
+
 use candle_core::{DType, Device, Result, Tensor, bail};
+use kaio_candle::kernel::gemm::{Epilogue, Major, Problem, Scale, choose};
+use kaio_candle::kernel::{self, Config, Element};
+use kaio_candle::ptx::{Factor, Half, Target};
 use kaio_candle::tune;
 
 use super::gpu;
@@ -46,6 +51,40 @@ fn takes_blocks(device: &Device) -> bool {
     tune::matmul_bytes([&code, &code], [&scale, &scale], false, None).is_ok()
 }
 
+/// A product with scales of lines by a configuration, or by the chooser's, is what it should be, but for `lost` of the
+/// magnitude of its terms.
+fn with_lines(
+    seed: u64,
+    [m, n, k]: [usize; 3],
+    int8: bool,
+    lost: f64,
+    config: Option<Config>,
+    device: &Device,
+) -> Result<()> {
+    let (a, x) = codes(seed, [m, k], int8, device)?;
+    let (b, w) = codes(seed + 100, [n, k], int8, device)?;
+    let mut noise = noise(seed + 200);
+    let mut scales = |len: usize| (0..len).map(|_| 1.5 + noise()).collect::<Vec<_>>();
+    let (rows, cols) = (scales(m), scales(n));
+    let on_gpu = |scales: &[f32]| Tensor::new(scales, device);
+    let scales = [&on_gpu(&rows)?, &on_gpu(&cols)?];
+    let (got, _) = tune::matmul_bytes([&a, &b], scales, int8, config)?;
+    let got = got.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+        let terms = (0..k).map(|t| x[i * k + t] * w[j * k + t]);
+        let scale = f64::from(rows[i]) * f64::from(cols[j]);
+        let sum = terms.clone().sum::<f64>() * scale;
+        let size = terms.map(f64::abs).sum::<f64>() * scale;
+        // Rounded to bf16, and once or twice to f32 before.
+        let allowed = sum.abs() * (2f64.powi(-8) + 2f64.powi(-22)) + size * lost;
+        let error = (f64::from(got[i][j]) - sum).abs();
+        if error.is_nan() || error > allowed {
+            bail!("({i}, {j}) is {}, wanted {sum}", got[i][j]);
+        }
+    }
+    Ok(())
+}
+
 /// Each kernel shape: few rows, few columns, tiles that end inside of the matrices, depths that are no multiple of
 /// anything.
 #[test]
@@ -65,35 +104,47 @@ fn bytes_products() {
     for int8 in [true, false] {
         for (seed, [m, n, k]) in (1..).zip(sizes) {
             tally.case(format!("{m}×{n}×{k}, int8: {int8}"), || {
-                let (a, x) = codes(seed, [m, k], int8, &device)?;
-                let (b, w) = codes(seed + 100, [n, k], int8, &device)?;
-                let mut noise = noise(seed + 200);
-                let mut scales = |len: usize| (0..len).map(|_| 1.5 + noise()).collect::<Vec<_>>();
-                let (rows, cols) = (scales(m), scales(n));
-                let on_gpu = |scales: &[f32]| Tensor::new(scales, &device);
-                let scales = [&on_gpu(&rows)?, &on_gpu(&cols)?];
-                let (got, _) = tune::matmul_bytes([&a, &b], scales, int8, None)?;
-                let got = got.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                    let terms = (0..k).map(|t| x[i * k + t] * w[j * k + t]);
-                    let scale = f64::from(rows[i]) * f64::from(cols[j]);
-                    let sum = terms.clone().sum::<f64>() * scale;
-                    let size = terms.map(f64::abs).sum::<f64>() * scale;
-                    // Tensor cores keep some 13 bits of a sum of e4m3. Sums of int8 are exact, and rounded twice in
-                    // f32.
-                    let sums =
-                        if int8 { sum.abs() * 2f64.powi(-22) } else { size * 2f64.powi(-10) };
-                    let allowed = sum.abs() * 2f64.powi(-8) + sums;
-                    let error = (f64::from(got[i][j]) - sum).abs();
-                    if error.is_nan() || error > allowed {
-                        bail!("({i}, {j}) is {}, wanted {sum}", got[i][j]);
-                    }
-                }
-                Ok(())
+                // Tensor cores keep some 13 bits of a sum of e4m3. Sums of int8 are exact.
+                let lost = if int8 { 0.0 } else { 2f64.powi(-10) };
+                with_lines(seed, [m, n, k], int8, lost, None, &device)
             });
         }
     }
     tally.finish();
+}
+
+/// Sums of e4m3 that are added up in f32 every 128 terms lose no more of a long sum than of a short one.
+#[test]
+fn bytes_promoted() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let mut tally = Tally::new("products of bytes with promoted sums", &device);
+    if !takes_blocks(&device) {
+        tally.inapplicable("this GPU has no kernels that promote sums");
+        return Ok(());
+    }
+    let hopper =
+        kernel::Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
+    for (seed, [m, n, k]) in (1..).zip([[16, 256, 4096], [65, 100, 1100], [130, 264, 300]]) {
+        let epilogue =
+            Epilogue { scale: Scale::Lines, ..Epilogue::round(Element::Half(Half::Bf16)) };
+        let [m64, n64, k64] = [m, n, k].map(|size| size as u64);
+        let (lhs, rhs) = (Major::K, Major::K);
+        let elements = [Factor::E4m3; 2];
+        let problem = Problem { m: m64, n: n64, k: k64, batch: 1, elements, lhs, rhs, epilogue };
+        let mut shapes = HashSet::new();
+        for config in choose::promoting(&problem, &hopper) {
+            if !shapes.insert((config.orient, config.rows, config.cols)) {
+                continue;
+            }
+            tally.case(format!("{m}×{n}×{k} {}", config.name()), || {
+                let lost = 2f64.powi(-11);
+                with_lines(seed, [m, n, k], false, lost, Some(config.into()), &device)
+            });
+        }
+        assert!(!shapes.is_empty(), "{m}×{n}×{k}");
+    }
+    tally.finish();
+    Ok(())
 }
 
 /// Each stage's sums are multiplied with scales of their own: block scales that differ by orders of magnitude.

@@ -14,6 +14,7 @@ use super::super::{Operand, empty};
 use super::matmul::{Call, CallScales};
 use super::operand::{ALIGN, Lines, element, per_chunk, row};
 use super::plan::Plans;
+use super::w4::CodeLines;
 use crate::error::Error;
 use crate::kernel::Element;
 use crate::kernel::gemm::{BLOCK, Epilogue, Major, Scale};
@@ -41,6 +42,14 @@ pub(super) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Form>> 
         Some(codes) => Some(Form::Packed(with(&codes, scales))),
         None => scales.map(|scales| Form::Plain(with(&planes.codes, Some(scales)))),
     })
+}
+
+/// Where codes are that lie along K.
+pub(super) fn code_lines(weight: &CudaWeight) -> Option<CodeLines> {
+    let (codes, layout) = weight.codes;
+    let along = Stack::new(layout).t();
+    let lines = lies_along_k(&along, codes.dtype())?;
+    Some(CodeLines { first: along.matrix_offset(0), line: lines.stride })
 }
 
 /// Codes that lie along K, if they do not.

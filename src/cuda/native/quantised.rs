@@ -2,7 +2,7 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUstreamCaptureStatus;
 
@@ -17,7 +17,7 @@ use super::plan::Plans;
 use super::w4;
 use crate::error::Error;
 use crate::kernel::dequant::{Arguments, Codes, Plan, Problem};
-use crate::kernel::w4::Scheme;
+use crate::kernel::w4::{Plan as ProductPlan, Scheme};
 use crate::op::{Epilogue, MatmulProblem, View};
 use crate::quant::QuantScheme;
 use crate::quant::planes::{Facts, Form, Planes};
@@ -105,11 +105,13 @@ pub(super) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
-/// How a weight of four bits is quantised, as its kernels know it.
+/// How a weight is quantised, as the kernels for its codes know it.
 fn w4_scheme(scheme: QuantScheme, scales: DType) -> Scheme {
     let codes = match scheme {
         QuantScheme::Nf4 { .. } => w4::Codes::Nf4,
-        _ => w4::Codes::Int4,
+        QuantScheme::Int4 { .. } => w4::Codes::Int4,
+        QuantScheme::Int8 { .. } => w4::Codes::Int8,
+        QuantScheme::Fp8 { .. } => w4::Codes::E4m3,
     };
     let group = (!scheme.spans()[0]).then(|| scheme.group([1, 1])[0] as u32);
     Scheme { codes, zeros: scheme.has_zero_points(), scale: element(scales), group }
@@ -120,8 +122,8 @@ fn is_w4(facts: &Facts) -> bool {
     facts.packed && facts.scheme.is_4bit()
 }
 
-/// A packed weight.
-fn packed<'a>(weight: &CudaWeight<'a>) -> w4::Weight<'a> {
+/// A packed weight, or one of bytes that lie in `lines`.
+fn packed<'a>(weight: &CudaWeight<'a>, lines: w4::CodeLines) -> w4::Weight<'a> {
     let Facts { scheme, dims: [k, n], .. } = weight.facts;
     let groups = |(storage, layout): View<'a, CudaStorage>| (storage, Stack::new(layout));
     w4::Weight {
@@ -129,12 +131,30 @@ fn packed<'a>(weight: &CudaWeight<'a>) -> w4::Weight<'a> {
         k,
         n,
         codes: weight.codes.0,
+        lines,
         scales: groups(weight.scales),
         zeros: weight.zeros.map(groups),
     }
 }
 
-/// `act(x·W + bias)`, or `x·Wᵀ`. Packed codes have kernels of their own for the former. Else the weight is made floats of
+/// The weight, if there are kernels that multiply with its codes.
+fn multiplied<'a>(
+    op: &'static str,
+    weight: &CudaWeight<'a>,
+    rows: &Stack,
+    device: &CudaDevice,
+) -> Result<Option<w4::Weight<'a>>> {
+    if is_w4(&weight.facts) {
+        return Ok(Some(packed(weight, w4::CodeLines::default())));
+    }
+    let Some(lines) = bytes::code_lines(weight) else { return Ok(None) };
+    let packed = packed(weight, lines);
+    let m = (rows.count() * rows.rows) as u64;
+    let target = Gpu::of(op, device)?.device.target;
+    Ok(ProductPlan::takes(packed.scheme.codes, m, target).then_some(packed))
+}
+
+/// `act(x·W + bias)`, or `x·Wᵀ`. There are kernels for the codes of the former. Else the weight is made floats of
 /// x's dtype in a panel that lives as long as the call, and multiplied by the kernels for those. Neither the result nor
 /// the depth is empty.
 pub(crate) fn matmul_quant(
@@ -145,9 +165,11 @@ pub(crate) fn matmul_quant(
     epilogue: Epilogue,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
-    if is_w4(&weight.facts) && !transposed {
+    if !transposed {
         let rows = Stack::new(x.1);
-        return w4::matmul(op, (x.0, &rows), &packed(weight), epilogue, bias);
+        if let Some(weight) = multiplied(op, weight, &rows, x.0.device())? {
+            return w4::matmul(op, (x.0, &rows), &weight, epilogue, bias);
+        }
     }
     let panel = Panel::new(op, weight, x.0.dtype())?;
     let layout = if transposed { panel.layout.transpose(0, 1)? } else { panel.layout };
@@ -179,7 +201,7 @@ impl Panel {
     fn new(op: &'static str, weight: &CudaWeight, dtype: DType) -> Result<Self> {
         let Facts { scheme, dims, .. } = weight.facts;
         if is_w4(&weight.facts) {
-            let storage = w4::dequantize(op, &packed(weight), dtype, false)?;
+            let storage = w4::dequantize(op, &packed(weight, Default::default()), dtype, false)?;
             return Ok(Self { storage, layout: Layout::contiguous((dims[0], dims[1])) });
         }
         let kind = match scheme {

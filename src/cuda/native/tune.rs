@@ -117,15 +117,15 @@ pub fn flash_attn(
     Ok((tensor(out, problem.shape.clone()), call.facts))
 }
 
-/// A weight of four bits as [`w4_matmul`] takes it: on one GPU, packed codes, u32, from [`w4_pack`], and a row of scales
-/// and of zero points for each group.
+/// A weight as [`w4_matmul`] takes it: on one GPU, packed codes, u32, from [`w4_pack`], or bytes `[N, K]` whose rows begin
+/// at multiples of 16 bytes; and a row of scales and of zero points for each group.
 #[derive(Clone, Debug)]
 pub struct W4 {
     /// How it is quantised.
     pub scheme: Scheme,
     /// Rows and columns.
     pub size: [usize; 2],
-    /// The packed codes.
+    /// The codes.
     pub codes: Tensor,
     /// f16, bf16 or f32, as the scheme says.
     pub scales: Tensor,
@@ -151,7 +151,7 @@ pub fn w4_unpack(codes: &Tensor, size @ [k, n]: [usize; 2]) -> Result<Tensor> {
 /// Calls `with` for the storages of a weight.
 fn with_w4<T>(weight: &W4, with: impl FnOnce(&w4::Weight) -> Result<T>) -> Result<T> {
     let W4 { scheme, size: [k, n], ref codes, ref scales, ref zeros } = *weight;
-    let (codes, _) = codes.storage_and_layout();
+    let (codes, at) = codes.storage_and_layout();
     let Storage::Cuda(codes) = &*codes else { bail!("not on a GPU") };
     let all = [Some(scales), zeros.as_ref()].map(|t| t.map(Tensor::storage_and_layout));
     let groups = |i: usize| match &all[i] {
@@ -162,7 +162,11 @@ fn with_w4<T>(weight: &W4, with: impl FnOnce(&w4::Weight) -> Result<T>) -> Resul
         None => Ok(None),
     };
     let (Some(scales), zeros) = (groups(0)?, groups(1)?) else { unreachable!("scales are there") };
-    with(&w4::Weight { scheme, k, n, codes, scales, zeros })
+    let lines = match scheme.codes.are_bytes() {
+        true => w4::CodeLines { first: at.start_offset(), line: at.stride()[0] },
+        false => w4::CodeLines::default(),
+    };
+    with(&w4::Weight { scheme, k, n, codes, lines, scales, zeros })
 }
 
 /// The elements of a weight, `[k, n]`, or `[n, k]` where they are transposed.

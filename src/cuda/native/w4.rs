@@ -31,10 +31,19 @@ pub(crate) struct Weight<'a> {
     pub scheme: Scheme,
     pub k: usize,
     pub n: usize,
-    /// From the first element of the storage on.
+    /// From the first element of the storage on, unless they are bytes.
     pub codes: &'a CudaStorage,
+    pub lines: CodeLines,
     pub scales: Groups<'a>,
     pub zeros: Option<Groups<'a>>,
+}
+
+/// Where codes of eight bits are, each column's along K: the first one, and from column to column, in bytes. Nothing of
+/// others.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct CodeLines {
+    pub first: usize,
+    pub line: usize,
 }
 
 /// A row of scales or zero points for each group.
@@ -91,7 +100,7 @@ pub(crate) fn dequantize(
     dtype: DType,
     transposed: bool,
 ) -> Result<CudaStorage> {
-    let &Weight { scheme, k, n, codes, ref scales, ref zeros } = weight;
+    let &Weight { scheme, k, n, codes, ref scales, ref zeros, .. } = weight;
     let config = layout::Config::Elements { scheme, out: element(dtype), transposed };
     let others: Vec<_> = [Some(scales), zeros.as_ref()].into_iter().flatten().collect();
     convert(op, config, [k, n], codes, &others, (k * n, dtype), |call| layout::Arguments {
@@ -181,7 +190,9 @@ fn lines_of_groups<'a>(
     scheme: &Scheme,
     (storage, stack): &Groups<'a>,
 ) -> Result<Fitted<'a>> {
-    if scheme.group.is_none() && (stack.cols <= 1 || stack.col_stride == 1) {
+    // Those of bytes are loaded one by one as well.
+    let single = scheme.group.is_none() || scheme.codes.are_bytes();
+    if single && (stack.cols <= 1 || stack.col_stride == 1) {
         return Ok(Fitted::view(storage, stack.clone()));
     }
     lines(op, (storage, stack))
@@ -214,6 +225,7 @@ pub(super) struct Call<'a> {
     pub gpu: Arc<Gpu>,
     pub facts: Problem,
     codes: &'a CudaStorage,
+    code_lines: CodeLines,
     x: Fitted<'a>,
     scales: Fitted<'a>,
     zeros: Option<Fitted<'a>>,
@@ -231,7 +243,7 @@ impl<'a> Call<'a> {
     ) -> Result<Self> {
         let device = x.device().clone();
         let gpu = Gpu::of(op, &device)?;
-        let &Weight { scheme, k, n, codes, ref scales, ref zeros } = weight;
+        let &Weight { scheme, k, n, codes, lines: code_lines, ref scales, ref zeros } = weight;
         let inputs = [
             Some(x),
             Some(codes),
@@ -263,7 +275,20 @@ impl<'a> Call<'a> {
         };
         countable(op, facts.limit())?;
         let out_dtype = epilogue.out_dtype;
-        Ok(Self { op, device, order, gpu, facts, codes, x, scales, zeros, bias, out_dtype })
+        Ok(Self {
+            op,
+            device,
+            order,
+            gpu,
+            facts,
+            codes,
+            code_lines,
+            x,
+            scales,
+            zeros,
+            bias,
+            out_dtype,
+        })
     }
 
     /// By what the chooser says.
@@ -291,7 +316,9 @@ impl<'a> Call<'a> {
             problem,
             plan: &compiled.plan,
             x: x.expect("it is there"),
-            codes: codes.address(),
+            codes: codes.at(self.code_lines.first),
+            codes_line: self.code_lines.line as u64,
+            scale_each: self.scales.stack.cols > 1,
             scales: scales.expect("they are there"),
             zeros,
             bias: bias.map(|(address, _)| address),

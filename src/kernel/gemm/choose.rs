@@ -82,6 +82,16 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     all
 }
 
+/// Those of e4m3 with scales of lines, of which each has its sums in two places: exacter ones. Nobody chooses them; what
+/// they cost is for the benches to say.
+pub fn promoting(problem: &Problem, device: &Device) -> Vec<Config> {
+    let promotes = |config| Config { promotes: true, ..config };
+    let fits = |config: &Config| config.check(device.shared_per_block).is_ok();
+    let all = candidates(problem, device).into_iter().map(promotes);
+    // A second block has no registers for the second sums of more columns.
+    all.filter(|c| fits(c) && (c.blocks_per_sm == 1 || (c.rows == 64 && c.cols <= 64))).collect()
+}
+
 /// The choices that decide most about speed.
 pub(in crate::kernel) struct Shape {
     pub orient: Orient,
@@ -135,6 +145,7 @@ impl Shape {
             store_stages: 2,
             order: Order::Grid,
             blocks_per_sm,
+            promotes: false,
             batched: problem.batch > 1,
             store: if tma { Store::Tma } else { Store::Staged { unit } },
             epilogue: problem.epilogue,

@@ -68,12 +68,17 @@ names! {
         Rows "rows",
         /// Columns of `C`.
         Cols "cols",
-        /// A right operand of four bits: the address of its [packed](crate::kernel::w4) codes, a multiple of 16.
+        /// A right operand of four or eight bits by 16-bit floats: the address of its [codes](crate::kernel::w4), a
+        /// multiple of 16.
         Codes "codes",
+        /// Where they are bytes along K: from column to column.
+        CodesLine "codes_line",
         /// Its scales: the address of `[groups, columns]`, a multiple of 16, as are the bytes of a row.
         Scales "scales",
         /// From row to row.
         ScaleLine "scale_line",
+        /// Of bytes with a scale for each column 1, or 0 if there is one for all.
+        ScaleStep "scale_step",
         /// Its zero points, likewise.
         Zeros "zeros",
         /// From row to row.

@@ -1,8 +1,10 @@
-//! Weights of four bits, `W[k, n] = scale · (decode(code[k, n]) − zero)`, on a GPU.
+//! Weights of four or eight bits, `W[k, n] = scale · (decode(code[k, n]) − zero)`, by 16-bit activations on a GPU.
+//!
+//! Codes of eight bits are read where products of bytes by bytes read them, too: along K, a line for each column.
 //!
 //! # The packed form
 //!
-//! Codes lie as the tensor cores want a left operand `Wᵀ`, so that no kernel has to move them between lanes: in
+//! Codes of four bits lie as the tensor cores want a left operand `Wᵀ`, so that no kernel has to move them between lanes: in
 //! blocks of 64 columns of `W` by 64 of its rows, 2 KiB each; those of the same columns follow each other. A block
 //! has 16 bytes for each of 128 threads, a word for each 16 rows. A word's nibbles, the lowest first, are elements
 //! of the registers `a0..a3` of `mma.m16n8k16`, or of `wgmma` with its left operand in registers:
@@ -18,6 +20,7 @@
 //! file or goes there is the plain form: words of eight rows of a column, the first row in the lowest nibble.
 //! [`layout`] has the way from one to the other, and to elements.
 
+mod bytes;
 pub mod layout;
 pub(super) mod nibbles;
 mod params;
@@ -44,6 +47,17 @@ pub enum Codes {
     Int4,
     /// A quantile of the normal distribution.
     Nf4,
+    /// A byte of two's complement.
+    Int8,
+    /// A float of eight bits with four of exponent.
+    E4m3,
+}
+
+impl Codes {
+    /// Whether codes are bytes.
+    pub fn are_bytes(self) -> bool {
+        matches!(self, Self::Int8 | Self::E4m3)
+    }
 }
 
 /// How a weight is quantised.
@@ -55,7 +69,8 @@ pub struct Scheme {
     pub zeros: bool,
     /// The type of the scales.
     pub scale: Element,
-    /// Rows of a column that share a scale: 32, 64 or 128; `None`: all of them.
+    /// Rows of a column that share a scale: 32, 64 or 128; `None`: all of them. Of e4m3 128 with 128 columns, or all
+    /// rows of a column or of the weight.
     pub group: Option<u32>,
 }
 
@@ -65,6 +80,8 @@ impl Scheme {
         let codes = match self.codes {
             Codes::Int4 => "int4",
             Codes::Nf4 => "nf4",
+            Codes::Int8 => "int8",
+            Codes::E4m3 => "e4m3",
         };
         let zeros = given(self.zeros, " zeros");
         let group = self.group.map_or("column".into(), |rows| format!("g{rows}"));
@@ -75,7 +92,7 @@ impl Scheme {
     pub fn zero_code(&self) -> u32 {
         match (self.codes, self.zeros) {
             (Codes::Int4, false) => 8,
-            (Codes::Int4, true) => 0,
+            (Codes::Int4, true) | (Codes::Int8 | Codes::E4m3, _) => 0,
             (Codes::Nf4, _) => 7,
         }
     }
@@ -89,6 +106,10 @@ impl Scheme {
     pub(super) fn check(&self) -> Result<(), String> {
         match (self.codes, self.zeros, self.group) {
             (Codes::Nf4, true, _) => Err("zero points of nf4".into()),
+            (Codes::Int8 | Codes::E4m3, true, _) => Err("zero points of bytes".into()),
+            (Codes::Int8, _, Some(rows)) | (Codes::E4m3, _, Some(rows @ (32 | 64))) => {
+                Err(format!("groups of {rows} rows of bytes"))
+            }
             (.., None | Some(32 | 64 | 128)) => Ok(()),
             (.., Some(rows)) => Err(format!("groups of {rows} rows (32, 64 or 128)")),
         }

@@ -12,6 +12,7 @@
 //! nf4: a table in shared memory has the pairs of all values, in each lane's bank a copy.
 
 use super::Codes;
+use super::bytes::Bytes;
 use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Half, Kernel, Logic3, Reg};
 
@@ -56,6 +57,7 @@ pub struct Decoder<'k> {
 enum How<'k> {
     Integers { one: Reg<'k, u32>, sixteenth: Reg<'k, u32> },
     Table { mine: Reg<'k, u32> },
+    Bytes(Bytes<'k>),
 }
 
 impl<'k> Decoder<'k> {
@@ -69,7 +71,7 @@ impl<'k> Decoder<'k> {
     /// Bytes of shared memory that it needs.
     pub const fn shared_bytes(codes: Codes) -> u32 {
         match codes {
-            Codes::Int4 => 0,
+            Codes::Int4 | Codes::Int8 | Codes::E4m3 => 0,
             Codes::Nf4 => Self::PAIRS * Self::LINE + Self::VALUES,
         }
     }
@@ -85,6 +87,7 @@ impl<'k> Decoder<'k> {
                 fill(k, half, table, threads);
                 How::Table { mine: table + k.lane() * 4 }
             }
+            Codes::Int8 | Codes::E4m3 => How::Bytes(Bytes::new(k, half, codes)),
         };
         Self { k, half, how }
     }
@@ -141,6 +144,15 @@ impl<'k> Decoder<'k> {
                 }
             }
             How::Table { mine } => self.look_up(word, mine),
+            How::Bytes(_) => unreachable!("bytes have no nibbles"),
+        }
+    }
+
+    /// That of codes of eight bits.
+    pub fn bytes(&self) -> Option<&Bytes<'k>> {
+        match &self.how {
+            How::Bytes(bytes) => Some(bytes),
+            How::Integers { .. } | How::Table { .. } => None,
         }
     }
 

@@ -16,8 +16,12 @@ pub struct Arguments<'a> {
     pub x: (u64, u64),
     /// The address of the packed codes, a multiple of 16.
     pub codes: u64,
+    /// Of codes of eight bits: bytes from column to column, a multiple of 16.
+    pub codes_line: u64,
     /// The address of the scales and elements from row to row: bytes of both are multiples of 16.
     pub scales: (u64, u64),
+    /// Whether each column has its own, of codes of eight bits that have no groups.
+    pub scale_each: bool,
     /// The zero points', likewise.
     pub zeros: Option<(u64, u64)>,
     /// The address of the bias.
@@ -58,6 +62,8 @@ impl Arguments<'_> {
             Name::Lhs => Argument::Pointer(self.x.0),
             Name::LhsLine => Argument::U64(self.x.1),
             Name::Codes => Argument::Pointer(self.codes),
+            Name::CodesLine => Argument::U64(self.codes_line),
+            Name::ScaleStep => Argument::U32(self.scale_each.into()),
             Name::Scales => Argument::Pointer(self.scales.0),
             Name::ScaleLine => Argument::U64(self.scales.1),
             Name::Zeros => Argument::Pointer(self.zeros?.0),

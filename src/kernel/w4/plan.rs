@@ -1,6 +1,6 @@
 //! The plan of a product.
 
-use super::{Scheme, layout, stream, tiles};
+use super::{Codes, Scheme, layout, stream, tiles};
 use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80};
 use crate::kernel::plan::{self, Plan as _, count};
 use crate::kernel::{self, Device, Element, Step};
@@ -8,6 +8,9 @@ use crate::ptx::{Half, Target};
 
 /// Rows of `x` that Ampere's kernel for a few rows takes sixteen at a time. Beyond, a weight's elements are worth making.
 const STREAMED: u64 = 256;
+/// The same on Hopper of codes of eight bits, which its kernels for more do not take. Estimated, not measured: to make the
+/// elements of 8192 × 8192 codes takes as long as 160 rows.
+const STREAMED_BYTES: u64 = 128;
 
 /// `act(x·W + bias)`, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,7 +48,7 @@ impl plan::Plan for Plan {
 
     fn new(problem: &Problem, device: &Device) -> Self {
         match (device.target, problem.m) {
-            (_, ..=stream::MOST) | (Target::Sm80 | Target::Sm89, ..=STREAMED) => {
+            (target, m) if m <= streamed(problem.scheme.codes, target) => {
                 Self::stream(stream::choose(problem, device), problem)
             }
             (Target::Sm90a, _) => {
@@ -69,19 +72,36 @@ impl plan::Plan for Plan {
     }
 }
 
+/// The most rows of `x` that the kernel for a few takes.
+fn streamed(codes: Codes, target: Target) -> u64 {
+    match target {
+        Target::Sm80 | Target::Sm89 => STREAMED,
+        Target::Sm90a if codes.are_bytes() => STREAMED_BYTES,
+        Target::Sm90a => stream::MOST,
+    }
+}
+
 /// The kernels worth a try for a problem.
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<kernel::Config> {
     let mut all = vec![];
-    if problem.m <= stream::MOST || device.target != Target::Sm90a {
+    let bytes = problem.scheme.codes.are_bytes();
+    if problem.m <= streamed(problem.scheme.codes, device.target) || device.target != Target::Sm90a
+    {
         all.extend(stream::candidates(problem, device).into_iter().map(kernel::Config::from));
     }
-    if device.target == Target::Sm90a {
+    if device.target == Target::Sm90a && !bytes {
         all.extend(tiles::candidates(problem, device).into_iter().map(kernel::Config::from));
     }
     all
 }
 
 impl Plan {
+    /// Whether there are kernels for so many rows of `x` and a weight of such codes, other than by way of its elements,
+    /// which those of codes of eight bits are no part of here.
+    pub fn takes(codes: Codes, m: u64, target: Target) -> bool {
+        !codes.are_bytes() || m <= streamed(codes, target)
+    }
+
     /// With a configuration that nobody chose; `None` for a kernel of another family.
     pub fn of(config: &kernel::Config, problem: &Problem, device: &Device) -> Option<Self> {
         match *config {

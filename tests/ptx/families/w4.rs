@@ -17,6 +17,12 @@ fn schemes(scale: Element) -> Vec<Scheme> {
     all.map(|((codes, zeros), group)| Scheme { codes, zeros, scale, group }).collect()
 }
 
+/// Of bytes.
+fn schemes_of_bytes() -> [Scheme; 3] {
+    [(Codes::Int8, None), (Codes::E4m3, None), (Codes::E4m3, Some(128))]
+        .map(|(codes, group)| Scheme { codes, zeros: false, scale: Element::F32, group })
+}
+
 pub struct Products;
 
 impl Family for Products {
@@ -38,7 +44,9 @@ impl Family for Products {
                 for (half, scale) in
                     [(Half::F16, F16), (Half::Bf16, BF16), (Half::Bf16, Element::F32)]
                 {
-                    for scheme in schemes(scale) {
+                    // As they are prepared, bytes have scales in f32; for many rows another family has them.
+                    let bytes = (scale != Element::F32 && m <= 128).then(schemes_of_bytes);
+                    for scheme in schemes(scale).into_iter().chain(bytes.into_iter().flatten()) {
                         let out = [Element::Half(half), Element::F32][(i + j) % 2];
                         let epilogue = match (i + j) % 3 {
                             0 => Epilogue {
@@ -97,6 +105,8 @@ impl Family for Products {
             plan,
             x: (address(), problem.k.next_multiple_of(8)),
             codes: address(),
+            codes_line: problem.k.next_multiple_of(16),
+            scale_each: true,
             scales: (address(), lines),
             zeros: problem.scheme.zeros.then(|| (address(), lines)),
             bias: problem.epilogue.bias.map(|_| address()),
@@ -146,6 +156,21 @@ impl Family for Products {
             split: 1,
             ..plain
         };
+        let bytes = stream::Config {
+            scheme: schemes_of_bytes()[0],
+            tokens: 16,
+            slots: 2,
+            split: 1,
+            blocks_per_sm: 1,
+            ..plain
+        };
+        let blocks = stream::Config {
+            half: Half::Bf16,
+            scheme: schemes_of_bytes()[2],
+            epilogue: Epilogue::round(BF16),
+            tokens: 1,
+            ..bytes
+        };
         let tile = sm90::Config {
             elements: [Factor::Half(Half::Bf16); 2],
             weight: Some(Scheme { scale: BF16, ..scheme }),
@@ -162,6 +187,7 @@ impl Family for Products {
             store_stages: 2,
             order: sm90::Order::Raster,
             blocks_per_sm: 1,
+            promotes: false,
             batched: false,
             store: sm90::Store::Tma,
             epilogue: Epilogue::round(BF16),
@@ -182,6 +208,8 @@ impl Family for Products {
             ("w4_stream_zeros", Config::W4Stream(zeros)),
             ("w4_stream_nf4", Config::W4Stream(table)),
             ("w4_stream_column", Config::W4Stream(column)),
+            ("w8_stream", Config::W4Stream(bytes)),
+            ("w8_stream_blocks", Config::W4Stream(blocks)),
             ("w4_tile", Config::MatmulSm90(tile)),
             ("w4_tile_zeros", Config::MatmulSm90(small)),
         ]

@@ -1,5 +1,5 @@
-//! Sums of e4m3 whose scales change along the depth: those of a stage are multiplied with them, and added up in f32.
-//! That is more exact, too: tensor cores keep fewer bits of a sum.
+//! Sums of e4m3 in two places: those of a stage are added up in f32, of which tensor cores keep fewer bits. Where scales
+//! change along the depth, they are multiplied with them before.
 //!
 //! ```text
 //! group 0   products of stage 0 │ wait, multiply, add │ products of stage 1 │ ..
@@ -24,37 +24,37 @@ pub(super) struct BlockScales<'k> {
     pub cols: Reg<'k, u64>,
 }
 
-/// Where a thread finds the scales of a tile: those of its rows or columns of the left operand, and that of the right
-/// one's block.
+/// Where a thread finds the scales of a tile: those of its rows or columns of the left operand, and those of the right
+/// one's blocks: one for the tile, or for each 64 of its columns.
 struct TileScales<'k> {
     lines: Vec<Reg<'k, u64>>,
-    block: Reg<'k, u64>,
+    blocks: Vec<Reg<'k, u64>>,
     /// Bytes from a block to the next along the depth.
     stride: Reg<'k, u64>,
 }
 
 impl<'k> TileScales<'k> {
-    /// Loads those of a stage and goes to the next: a product of both for each line.
-    fn next(&self, k: &'k Kernel) -> Vec<Reg<'k, f32>> {
-        let [block] = k.ld_global_nc::<f32, 1>(self.block);
-        let lines = self.lines.iter().map(|&line| {
-            let [scale] = k.ld_global_nc::<f32, 1>(line);
+    /// Loads those of a stage and goes to the next: of each block, a product of both for each line.
+    fn next(&self, k: &'k Kernel) -> Vec<Vec<Reg<'k, f32>>> {
+        let load = |&from: &Reg<'k, u64>| {
+            let [scale] = k.ld_global_nc::<f32, 1>(from);
             scale
-        });
-        let scales: Vec<_> = lines.collect();
-        self.block.increase(self.stride);
+        };
+        let blocks: Vec<_> = self.blocks.iter().map(load).collect();
+        let lines: Vec<_> = self.lines.iter().map(load).collect();
+        self.blocks.iter().for_each(|block| block.increase(self.stride));
         self.lines.iter().for_each(|line| line.increase(4u64));
-        scales.into_iter().map(|scale| scale * block).collect()
+        let of_block = |&block| lines.iter().map(|&line| line * block).collect();
+        blocks.iter().map(of_block).collect()
     }
 }
 
 impl<'k> Gemm<'k, '_> {
-    /// [`multiply`](Self::multiply) with scales of blocks, which `sums` are those of.
-    pub(super) fn multiply_blocks(
+    /// [`multiply`](Self::multiply), stage by stage, with scales of blocks if there are any.
+    pub(super) fn promote(
         &self,
         sums: &[Reg<'k, f32>],
         place: Cursor<'k>,
-        scales: BlockScales<'k>,
         tile: Tile<'k>,
         (thread, group, leader): (Reg<'k, u32>, Reg<'k, u32>, Reg<'k, bool>),
     ) {
@@ -64,7 +64,8 @@ impl<'k> Gemm<'k, '_> {
         let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
         let Share { first, count } = self.share();
         let of_stage: Vec<_> = sums.iter().map(|_| k.reg::<f32>()).collect();
-        let scales = self.tile_scales(scales, tile, Lane::new(thread), group, first);
+        let of_tile = |blocks| self.tile_scales(blocks, tile, Lane::new(thread), group, first);
+        let scales = self.blocks.map(of_tile);
         sums.iter().for_each(|sum| sum.set(0.0));
         k.for_(0, count, 1, |_| {
             place.wait();
@@ -74,7 +75,7 @@ impl<'k> Gemm<'k, '_> {
                 ([LeftStep::Shared(a.operand(step))], b.operand(step))
             });
             // On their way while the products are.
-            let scales = scales.next(k);
+            let scales = scales.as_ref().map(|scales| scales.next(k));
             k.wgmma_wait(0);
             k.when(leader, || place.done().arrive());
             place.advance();
@@ -83,7 +84,10 @@ impl<'k> Gemm<'k, '_> {
                     Orient::Plain => i / 2 % 2,
                     Orient::Swapped => i / 4 * 2 + i % 2,
                 };
-                sum.set(part.fma(scales[line], *sum));
+                sum.set(match &scales {
+                    Some(scales) => part.fma(scales[i / 32 % scales.len()][line], *sum),
+                    None => *part + *sum,
+                });
             }
         });
     }
@@ -118,11 +122,16 @@ impl<'k> Gemm<'k, '_> {
             k.var(rows + (row.wide() * self.depth.wide() + first.wide()) * 4u64)
         };
         let blocks = n.div_ceil(BLOCK);
-        let block = (col / BLOCK).min(blocks - 1);
-        let block = first.wide() * blocks.wide() + block.wide();
+        let of_column = |col: Reg<'k, u32>| {
+            let block = (col / BLOCK).min(blocks - 1);
+            let block = first.wide() * blocks.wide() + block.wide();
+            self.k.var(cols + block * 4u64)
+        };
+        let [_, extent] = c.orient.order([c.rows, c.cols]);
+        let each = if BLOCK.is_multiple_of(extent) { extent } else { SLAB };
         TileScales {
             lines: lines.into_iter().map(at).collect(),
-            block: self.k.var(cols + block * 4u64),
+            blocks: (0..extent / each).map(|i| of_column(col + i * each)).collect(),
             stride: blocks.wide() * 4u64,
         }
     }

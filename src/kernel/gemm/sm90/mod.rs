@@ -199,15 +199,14 @@ impl<'k> Gemm<'k, '_> {
             let scales = self.copy_scales(tile, thread, group);
             // Those of packed codes and of blocks are floats: see `Config::check`.
             let floats = || accumulators[0].iter().map(|sum| sum.cast()).collect::<Vec<_>>();
-            match (&self.lhs, self.blocks) {
-                (Left::Packed(packed), _) => {
+            match &self.lhs {
+                Left::Packed(packed) => {
                     self.multiply_packed(packed, &floats(), place, tile, (thread, group));
                 }
-                (Left::Matrix(_), Some(blocks)) => {
-                    let thread = (thread, group, leader);
-                    self.multiply_blocks(&floats(), place, blocks, tile, thread);
+                Left::Matrix(_) if self.blocks.is_some() || c.promotes => {
+                    self.promote(&floats(), place, tile, (thread, group, leader));
                 }
-                (Left::Matrix(_), None) => {
+                Left::Matrix(_) => {
                     self.multiply(&accumulators, place, group, turn, leader);
                 }
             }

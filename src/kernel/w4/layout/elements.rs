@@ -53,6 +53,7 @@ pub fn emit(scheme: &Scheme, out: Element, transposed: bool) -> Source {
             };
             let zero = match (scheme.codes, zeros) {
                 (Codes::Nf4, _) => None,
+                (Codes::Int8 | Codes::E4m3, _) => unreachable!("bytes are not packed"),
                 (Codes::Int4, None) => Some(k.var(EXACT | 8)),
                 (Codes::Int4, Some((zeros, line))) => {
                     let at = zeros + (group * line + column);

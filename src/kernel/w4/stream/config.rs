@@ -6,7 +6,7 @@ use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::w4::nibbles::Decoder;
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme};
-use crate::ptx::{Half, Target};
+use crate::ptx::{Half, Kernel, Reg, Target};
 
 /// Bytes of a row of `x` in a slot: as many elements as a block of codes has rows.
 pub(super) const LINE: u32 = 2 * BLOCK;
@@ -81,17 +81,29 @@ impl Config {
         self.tokens.div_ceil(TOKENS)
     }
 
-    /// Rows of scales that come with a block of codes; with groups of two blocks, with each second one.
+    /// Rows of scales that come with a block of codes; with groups of two blocks, with each second one. Bytes have one
+    /// for all of a block, which comes another way.
     pub(super) fn scale_rows(&self) -> u32 {
-        self.scheme.group.map_or(0, |rows| BLOCK.div_ceil(rows))
+        match self.scheme.group {
+            Some(rows) if !self.scheme.codes.are_bytes() => BLOCK.div_ceil(rows),
+            _ => 0,
+        }
     }
 
     pub(super) fn slot(&self) -> Slot {
-        let x = BLOCK_BYTES;
+        let x = if self.scheme.codes.are_bytes() { BLOCK * BLOCK } else { BLOCK_BYTES };
         let scales = x + self.tokens * LINE;
         let zeros = scales + self.scale_rows() * BLOCK * self.scheme.scale.size();
         let zero_bytes = if self.scheme.zeros { self.scale_rows() * BLOCK } else { 0 };
         Slot { x, scales, zeros, bytes: (zeros + zero_bytes).next_multiple_of(LINE) }
+    }
+
+    /// A scale from memory.
+    pub(super) fn load_scale<'k>(&self, k: &'k Kernel, at: Reg<'k, u64>) -> Reg<'k, f32> {
+        match self.scheme.scale {
+            Element::F32 => k.ld_global_nc::<f32, 1>(at)[0],
+            Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
+        }
     }
 
     /// Bytes of the warps' rings.

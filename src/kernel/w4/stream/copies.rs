@@ -1,6 +1,7 @@
 //! A lane's copies of what a block of codes needs.
 
 use super::config::{Config, LINE, Slot};
+use super::lines::LineCopies;
 use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::gemm::Name;
@@ -16,8 +17,12 @@ pub const PAIR: u32 = 2;
 pub struct Operands<'k> {
     x: Reg<'k, u64>,
     x_line: Reg<'k, u64>,
-    codes: Reg<'k, u64>,
+    pub codes: Reg<'k, u64>,
+    /// Of bytes: from column to column.
+    codes_line: Option<Reg<'k, u64>>,
     scales: Lines<'k>,
+    /// Of bytes whose columns have one each, or all the same: from one to the next.
+    pub scale_step: Option<Reg<'k, u32>>,
     zeros: Option<Lines<'k>>,
     pub m: Reg<'k, u32>,
     pub n: Reg<'k, u32>,
@@ -41,11 +46,14 @@ impl<'k> Operands<'k> {
             line: k.param::<u64>(line),
             size,
         };
+        let bytes = scheme.codes.are_bytes();
         Self {
             x: k.pointer(Name::Lhs),
             x_line: k.param(Name::LhsLine),
             codes: k.pointer(Name::Codes),
+            codes_line: bytes.then(|| k.param(Name::CodesLine)),
             scales: lines(Name::Scales, Name::ScaleLine, scheme.scale.size()),
+            scale_step: (bytes && scheme.group.is_none()).then(|| k.param(Name::ScaleStep)),
             zeros: scheme.zeros.then(|| lines(Name::Zeros, Name::ZeroLine, 1)),
             m: k.param(Name::M),
             n: k.param(Name::N),
@@ -56,6 +64,11 @@ impl<'k> Operands<'k> {
     /// The addresses of the scales and zero points of the first group.
     pub fn first_group(&self) -> (Reg<'k, u64>, Option<Reg<'k, u64>>) {
         (self.scales.address, self.zeros.map(|zeros| zeros.address))
+    }
+
+    /// That of the scales, and elements from group to group.
+    pub fn scale_lines(&self) -> (Reg<'k, u64>, Reg<'k, u64>) {
+        (self.scales.address, self.scales.line)
     }
 
     /// Blocks of codes along K.
@@ -79,6 +92,8 @@ pub struct Copies<'k> {
     pair: Reg<'k, u32>,
     step: u32,
     codes: Reg<'k, u64>,
+    /// Codes that are bytes.
+    lines: Option<LineCopies<'k>>,
     /// Rows of `x`: of each some lanes have a chunk.
     x: Vec<Reg<'k, u64>>,
     x_place: Reg<'k, u32>,
@@ -126,7 +141,9 @@ impl<'k> Copies<'k> {
             operands.x + (line.wide() * operands.x_line + along.wide()) * 2u64
         });
         let x = x.collect();
-        let groups = config.scheme.group.map_or(vec![], |group| {
+        let lines =
+            operands.codes_line.map(|line| LineCopies::new(&operands, line, lane, column, first));
+        let groups = config.scheme.group.filter(|_| lines.is_none()).map_or(vec![], |group| {
             let scales = (operands.scales, slot.scales);
             let zeros = operands.zeros.map(|zeros| (zeros, slot.zeros));
             let copies =
@@ -141,6 +158,7 @@ impl<'k> Copies<'k> {
             pair: k.var(first),
             step: config.warps,
             codes: k.var(codes),
+            lines,
             x,
             x_place: SwizzledTile::place(line, chunk),
             x_chunk: chunk * (CHUNK / 2),
@@ -153,15 +171,9 @@ impl<'k> Copies<'k> {
     pub fn copy(&self, block: u32, slot: Reg<'k, u32>) {
         let k = self.k;
         let number = self.pair * PAIR + block;
-        let to = slot + self.lane * CHUNK;
-        let all = k.select(number.lt(self.operands.blocks()), k.var(CHUNK), 0);
-        for part in (0..BLOCK_BYTES).step_by((WARP * CHUNK) as usize) {
-            let from = self.codes.at((block * BLOCK_BYTES + part).into());
-            // Of a pair the first block is there.
-            match block {
-                0 => k.cp_async(to.at(part.into()), from, CHUNK),
-                _ => k.cp_async(to.at(part.into()), from, all),
-            }
+        match &self.lines {
+            Some(lines) => lines.copy(block, number, slot),
+            None => self.copy_packed(block, number, slot),
         }
         let at = number * BLOCK + self.x_chunk;
         let left = self.operands.k.max(at) - at;
@@ -182,10 +194,28 @@ impl<'k> Copies<'k> {
         }
     }
 
+    /// The codes of a block.
+    fn copy_packed(&self, block: u32, number: Reg<'k, u32>, slot: Reg<'k, u32>) {
+        let k = self.k;
+        let to = slot + self.lane * CHUNK;
+        let all = k.select(number.lt(self.operands.blocks()), k.var(CHUNK), 0);
+        for part in (0..BLOCK_BYTES).step_by((WARP * CHUNK) as usize) {
+            let from = self.codes.at((block * BLOCK_BYTES + part).into());
+            // Of a pair the first block is there.
+            match block {
+                0 => k.cp_async(to.at(part.into()), from, CHUNK),
+                _ => k.cp_async(to.at(part.into()), from, all),
+            }
+        }
+    }
+
     /// Goes to the warp's next pair.
     pub fn advance(&self) {
         self.pair.increase(self.step);
-        self.codes.increase(u64::from(self.step * PAIR * BLOCK_BYTES));
+        match &self.lines {
+            Some(lines) => lines.advance(self.step),
+            None => self.codes.increase(u64::from(self.step * PAIR * BLOCK_BYTES)),
+        }
         for x in &self.x {
             x.increase(u64::from(self.step * PAIR * LINE));
         }

@@ -17,6 +17,7 @@ mod choose;
 mod config;
 mod copies;
 mod launch;
+mod lines;
 mod store;
 
 pub use choose::{MOST, candidates, choose};
@@ -35,6 +36,7 @@ use crate::kernel::w4::nibbles::{Decoder, Offset};
 use crate::ptx::{Kernel, Mma, Reg, Source, Target};
 use config::{LINE, Slot, TOKENS};
 use copies::{Copies, Operands, PAIR};
+use lines::PairScales;
 use store::Tile;
 
 /// Rows of `W` of an `mma`, columns of `W`, and such steps of a block.
@@ -73,13 +75,15 @@ pub fn emit(config: &Config) -> Source {
         }
     };
     let share = Share::new(operands.pairs(), config.split, || part);
+    let first = share.first + warp;
     let s = Stream {
         k,
         c: config,
         slot: config.slot(),
         lane,
         ring: base + warp * (config.slots * config.slot().bytes),
-        copies: Copies::new(config, operands, lane, [token, column], share.first + warp),
+        copies: Copies::new(config, operands, lane, [token, column], first),
+        first,
         // Of a share of fewer pairs than warps, the last ones have none.
         pairs: (share.count + (config.warps - 1) - warp) / config.warps,
     };
@@ -102,13 +106,15 @@ struct Stream<'k, 'c> {
     /// Where the warp's ring begins.
     ring: Reg<'k, u32>,
     copies: Copies<'k>,
+    /// Its first pair.
+    first: Reg<'k, u32>,
     /// How many it has.
     pairs: Reg<'k, u32>,
 }
 
 /// What a lane loads of a slot.
 struct Loaded<'k> {
-    /// For each 16 columns of `W`, a word for each 16 of its rows.
+    /// For each 16 columns of `W`, or of bytes for each eight, a word for each 16 of its rows.
     words: Vec<[Reg<'k, u32>; STEPS as usize]>,
     /// For each eight tokens, the right operands of all steps.
     x: Vec<Vec<[Reg<'k, u32>; 2]>>,
@@ -145,6 +151,12 @@ impl<'k> Stream<'k, '_> {
         let totals = zeros();
         let whole =
             c.scheme.group.is_none().then(|| store::column_groups(c, operands, self.lane, column));
+        let of_pairs = match c.scheme.group {
+            Some(_) if c.scheme.codes.are_bytes() => {
+                Some(PairScales::new(c, &operands, column, self.first))
+            }
+            _ => None,
+        };
         let symmetric = decoder.symmetric();
         let columns = whole.as_ref().and_then(|groups| groups.zeros.as_ref());
         let stage = k.var(self.ring);
@@ -152,6 +164,10 @@ impl<'k> Stream<'k, '_> {
         k.for_(0, self.pairs, 1, |pair| {
             // A group of two blocks has its scales from the first one on.
             let mut group = None;
+            let of_pair = of_pairs.as_ref().map(|scales| {
+                let scale = scales.of(c, pair);
+                by_tile(|_| scale)
+            });
             for block in 0..PAIR {
                 k.cp_async_wait(c.slots - 1);
                 k.bar_warp_sync();
@@ -175,7 +191,10 @@ impl<'k> Stream<'k, '_> {
                             // The second block of a pair that shares a group adds to the same sums.
                             let first = rows <= BLOCK || block == 0;
                             if first {
-                                let scales = loaded.scales[number as usize].clone();
+                                let scales = match &of_pair {
+                                    Some(scales) => scales.clone(),
+                                    None => loaded.scales[number as usize].clone(),
+                                };
                                 let points = loaded.zeros.get(number as usize).cloned();
                                 group = Some((zeros(), scales, points));
                             }
@@ -203,17 +222,30 @@ impl<'k> Stream<'k, '_> {
     /// What a lane needs of the slot at `stage`, which has block `block` of a pair.
     fn load(&self, stage: Reg<'k, u32>, block: u32) -> Loaded<'k> {
         let (k, c, slot) = (self.k, self.c, self.slot);
-        let words = stage + self.lane * CHUNK;
-        let words = (0..BLOCK / STEP)
-            .map(|tile| k.ld_shared(words.at((tile * WARP * CHUNK).into())))
-            .collect();
+        let bytes = c.scheme.codes.are_bytes();
+        let words = match bytes {
+            true => lines::load(k, stage, self.lane),
+            false => {
+                let words = stage + self.lane * CHUNK;
+                let tiles = 0..BLOCK / STEP;
+                tiles.map(|tile| k.ld_shared(words.at((tile * WARP * CHUNK).into()))).collect()
+            }
+        };
         // Four chunks of eight lines: the right operands of two steps. Of fewer tokens, some are taken twice.
-        let line = self.lane % c.tokens.min(TOKENS);
-        let place = SwizzledTile::place(line, self.lane / TOKENS);
+        let (line, chunk) = match bytes {
+            true => (self.lane / 4, lines::chunk(self.lane)),
+            false => (self.lane, self.lane / TOKENS),
+        };
+        let place = SwizzledTile::place(line % c.tokens.min(TOKENS), chunk);
         let x = (0..c.token_tiles()).map(|tile| {
+            let tokens = slot.x + tile * TOKENS * LINE;
+            if bytes {
+                let chunk = |more: u32| (stage + (place ^ (more * CHUNK))).at(tokens.into());
+                return lines::right(k, [0, 1].map(chunk));
+            }
             let steps = (0..STEPS / 2).flat_map(|two| {
                 let at = stage + (place ^ (two * 4 * CHUNK));
-                let [a, b, c, d] = k.ldmatrix(at.at((slot.x + tile * TOKENS * LINE).into()), false);
+                let [a, b, c, d] = k.ldmatrix(at.at(tokens.into()), false);
                 [[a, b], [c, d]]
             });
             steps.collect()
@@ -254,14 +286,18 @@ impl<'k> Stream<'k, '_> {
         symmetric: Offset<'k>,
         zeros: Option<&Vec<[Reg<'k, u32>; 2]>>,
     ) {
-        for (tile, (words, sums)) in loaded.words.iter().zip(sums).enumerate() {
+        let of_tile = loaded.words.len() / sums.len();
+        for (tile, (words, sums)) in loaded.words.chunks(of_tile).zip(sums).enumerate() {
             let offsets = match zeros {
                 Some(zeros) => zeros[tile].map(|zero| decoder.zero(zero)),
                 None => [symmetric; 2],
             };
             for step in steps.clone() {
                 let step = step as usize;
-                let a = decoder.fragment(words[step], offsets);
+                let a = match (decoder.bytes(), words) {
+                    (Some(bytes), &[first, second]) => bytes.fragment([first[step], second[step]]),
+                    _ => decoder.fragment(words[0][step], offsets),
+                };
                 for (x, &sum) in loaded.x.iter().zip(sums) {
                     self.k.mma(self.c.half, sum, Mma { a, b: x[step] });
                 }

@@ -3,7 +3,6 @@
 use super::config::Config;
 use super::copies::Operands;
 use super::{Sums, by_tile};
-use crate::kernel::Element;
 use crate::kernel::gemm::result::TileOfResult;
 use crate::kernel::gemm::terms::{Terms, add};
 use crate::kernel::w4::BLOCK;
@@ -27,11 +26,9 @@ pub fn column_groups<'k>(
     let last = operands.n - 1;
     let (scales, zeros) = operands.first_group();
     let scales = by_tile(|col| {
-        let at = scales.element((first + col).min(last), c.scheme.scale.size());
-        match c.scheme.scale {
-            Element::F32 => k.ld_global_nc::<f32, 1>(at)[0],
-            Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
-        }
+        let col = (first + col).min(last);
+        let number = operands.scale_step.map_or(col, |step| col * step);
+        c.load_scale(k, scales.element(number, c.scheme.scale.size()))
     });
     let zeros =
         zeros.map(|zeros| by_tile(|col| k.ld_global_nc_u8(zeros + (first + col).min(last).wide())));

@@ -1,0 +1,77 @@
+//! From bytes to the registers of a left operand.
+//!
+//! int8: in f16 a byte, its topmost bit flipped, is the last bits of 1024 + 128 + code. In bf16, which has too few bits
+//! for that, the lower seven are those of 128 + them, and the topmost makes −256 of the −128 that is added to it.
+//!
+//! e4m3: its bits are those of a 16-bit float with another bias of the exponent, a power of two that one product takes
+//! away, subnormal numbers included. NaN, all bits but the sign set, carries into the exponent when one is added.
+
+use super::Codes;
+use crate::ptx::{Half, Kernel, Logic3, Reg};
+
+/// Decodes words of four codes.
+#[derive(Clone, Copy)]
+pub struct Bytes<'k> {
+    k: &'k Kernel,
+    half: Half,
+    codes: Codes,
+    /// What a pair is multiplied with.
+    factor: Reg<'k, u32>,
+    /// What is added to one, where it is the same for all.
+    offset: Reg<'k, u32>,
+}
+
+impl<'k> Bytes<'k> {
+    pub fn new(k: &'k Kernel, half: Half, codes: Codes) -> Self {
+        let (factor, offset): (u32, u32) = match (codes, half) {
+            (Codes::E4m3, Half::F16) => (0x5c00, 0x8000),
+            (Codes::E4m3, Half::Bf16) => (0x7b80, 0x8000),
+            (_, Half::F16) => (0x3c00, 0xe480),
+            (_, Half::Bf16) => (0x3f80, 0),
+        };
+        let both = |bits: u32| k.var(bits << 16 | bits);
+        Self { k, half, codes, factor: both(factor), offset: both(offset) }
+    }
+
+    /// The two lower codes of a word, or its two upper ones, as floats.
+    pub fn pair(&self, word: Reg<'k, u32>, upper: bool) -> Reg<'k, u32> {
+        let k = self.k;
+        // Each byte in the lower, or in the upper half of 16 bits.
+        let (low, high) = if upper { (0x4342, 0x3424) } else { (0x4140, 0x1404) };
+        match (self.codes, self.half) {
+            (Codes::E4m3, half) => {
+                let bits = k.prmt(word, 0, high);
+                let (shift, mask, one, exponent) = match half {
+                    Half::F16 => (1, 0x3f80_3f80, 0x0080_0080, 0x4000_4000),
+                    Half::Bf16 => (4, 0x07f0_07f0, 0x0010_0010, 0x0800_0800),
+                };
+                let magnitude = (bits >> shift) & mask;
+                let float = k.lop3(Logic3::AND_OR, bits, 0x8000_8000, magnitude);
+                let nan = (magnitude + one) & exponent;
+                let nan = match half {
+                    Half::F16 => nan,
+                    // All bits of the exponent from there on.
+                    Half::Bf16 => nan * 15,
+                };
+                k.fma_x2(half, float | nan, self.factor, self.offset)
+            }
+            (_, Half::F16) => {
+                let float = k.prmt(word ^ 0x8080_8080, 0x6464_6464, low);
+                k.fma_x2(Half::F16, float, self.factor, self.offset)
+            }
+            (_, Half::Bf16) => {
+                let bits = k.prmt(word, 0, low);
+                let float = k.lop3(Logic3::AND_OR, bits, 0x007f_007f, 0x4300_4300);
+                let offset = k.lop3(Logic3::AND_OR, bits, 0x0080_0080, 0xc300_c300);
+                k.fma_x2(Half::Bf16, float, self.factor, offset)
+            }
+        }
+    }
+
+    /// The left operand of 16 rows of `K` in an order in which each lane has four that follow each other: `words` of
+    /// both of its columns of `W`.
+    pub fn fragment(&self, [first, second]: [Reg<'k, u32>; 2]) -> [Reg<'k, u32>; 4] {
+        [(first, false), (second, false), (first, true), (second, true)]
+            .map(|(word, upper)| self.pair(word, upper))
+    }
+}

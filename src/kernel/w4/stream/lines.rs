@@ -1,0 +1,157 @@
+//! Codes of eight bits, which lie along K: each column of `W` is a line of its own.
+//!
+//! A block of 64 columns by 64 rows is copied as it lies. Of a column a lane has 16 rows that follow each other, four
+//! for each `mma`; as a sum does not ask for the order of its terms, it has the same ones of `x`.
+//!
+//! ```text
+//!             row  0 .. 15   16 .. 31   32 .. 47   48 .. 63
+//!  column 0        lane 0    lane 1     lane 2     lane 3       16 bytes each: what a lane copied,
+//!  column 1        lane 4    lane 5     lane 6     lane 7       it loads
+//!  ⋮
+//!  column 8        lane 0    lane 1     ⋮
+//! ```
+
+use super::STEPS;
+use super::config::Config;
+use super::copies::{Operands, PAIR};
+use crate::kernel::ampere::swizzle::CHUNK;
+use crate::kernel::multiprocessor::WARP;
+use crate::kernel::w4::BLOCK;
+use crate::ptx::{Address, Kernel, Reg};
+
+/// Lanes that share a column.
+const TOGETHER: u32 = BLOCK / CHUNK;
+/// Columns that a warp copies at once, and how often for a block.
+const COLUMNS: u32 = WARP / TOGETHER;
+const COPIES: u32 = BLOCK / COLUMNS;
+
+/// A lane's copies.
+pub struct LineCopies<'k> {
+    /// Of its first column, for the next pair of blocks.
+    from: Reg<'k, u64>,
+    /// Bytes from one of its columns to the next.
+    apart: Reg<'k, u64>,
+    /// Columns from the first on that there are.
+    columns: Reg<'k, u32>,
+    /// Its first row in a block.
+    row: Reg<'k, u32>,
+    /// Rows of `W`.
+    rows: Reg<'k, u32>,
+}
+
+impl<'k> LineCopies<'k> {
+    pub fn new(
+        operands: &Operands<'k>,
+        line: Reg<'k, u64>,
+        lane: Reg<'k, u32>,
+        column: Reg<'k, u32>,
+        first: Reg<'k, u32>,
+    ) -> Self {
+        let k = lane.kernel();
+        let column = column * BLOCK + lane / TOGETHER;
+        let row = lane % TOGETHER * CHUNK;
+        let from = operands.codes + column.wide() * line + (first * (PAIR * BLOCK) + row).wide();
+        Self {
+            from: k.var(from),
+            apart: line * u64::from(COLUMNS),
+            columns: operands.n.max(column) - column,
+            row,
+            rows: operands.k,
+        }
+    }
+
+    /// Begins to copy block `block` of the next pair, number `number` of all, to a slot. What is past the end becomes
+    /// zeros.
+    pub fn copy(&self, block: u32, number: Reg<'k, u32>, slot: Reg<'k, u32>) {
+        let k = slot.kernel();
+        let row = number * BLOCK + self.row;
+        let bytes = (self.rows.max(row) - row).min(CHUNK);
+        let to = slot + k.lane() * CHUNK;
+        let from = k.var(self.from);
+        for copy in 0..COPIES {
+            let there = k.select(self.columns.gt(copy * COLUMNS), bytes, 0);
+            let to = to.at((copy * WARP * CHUNK).into());
+            k.cp_async(to, from.at((block * BLOCK).into()), there);
+            from.increase(self.apart);
+        }
+    }
+
+    /// Goes to the warp's next pair, so many further.
+    pub fn advance(&self, pairs: u32) {
+        self.from.increase(u64::from(pairs * PAIR * BLOCK));
+    }
+}
+
+/// What a lane has of a slot's codes: for each eight columns a word for each step.
+pub fn load<'k>(
+    k: &'k Kernel,
+    stage: Reg<'k, u32>,
+    lane: Reg<'k, u32>,
+) -> Vec<[Reg<'k, u32>; STEPS as usize]> {
+    let at = stage + lane * CHUNK;
+    (0..COPIES).map(|copy| k.ld_shared(at.at((copy * WARP * CHUNK).into()))).collect()
+}
+
+/// The chunks of a line of `x` that belong to them, the first of two, for a lane.
+pub fn chunk<'k>(lane: Reg<'k, u32>) -> Reg<'k, u32> {
+    lane % TOGETHER * 2
+}
+
+/// The right operands of all steps, given the address of the lane's first chunk and that of its second.
+pub fn right<'k>(k: &'k Kernel, chunks: [Address<'k, u32>; 2]) -> Vec<[Reg<'k, u32>; 2]> {
+    let steps = chunks.map(|at| {
+        let [a, b, c, d] = k.ld_shared(at);
+        [[a, b], [c, d]]
+    });
+    steps.concat()
+}
+
+/// The scales of blocks of 128 rows and columns, one for each pair of blocks of codes.
+pub struct PairScales<'k> {
+    /// That of the first group of the columns, and bytes from group to group.
+    address: Reg<'k, u64>,
+    line: Reg<'k, u64>,
+    /// The warp's first pair, and how many it leaves to others before its next one.
+    first: Reg<'k, u32>,
+    step: u32,
+    /// The last one.
+    last: Reg<'k, u32>,
+    /// Of as many pairs as a warp has lanes, one each.
+    held: Reg<'k, u32>,
+}
+
+impl<'k> PairScales<'k> {
+    /// Columns that share a scale, in blocks of codes.
+    const COLUMNS: u32 = 2;
+
+    pub fn new(
+        c: &Config,
+        operands: &Operands<'k>,
+        column: Reg<'k, u32>,
+        first: Reg<'k, u32>,
+    ) -> Self {
+        let k = column.kernel();
+        let size = u64::from(c.scheme.scale.size());
+        let (address, line) = operands.scale_lines();
+        Self {
+            address: address + (column / Self::COLUMNS).wide() * size,
+            line: line * size,
+            first,
+            step: c.warps,
+            last: operands.pairs() - 1,
+            held: k.var(0u32),
+        }
+    }
+
+    /// That of the warp's pair `pair`: all of its lanes ask for each in turn.
+    pub fn of(&self, c: &Config, pair: Reg<'k, u32>) -> Reg<'k, f32> {
+        let k = pair.kernel();
+        let lane = pair % WARP;
+        k.if_(lane.eq(0), || {
+            let group = (self.first + (pair + k.lane()) * self.step).min(self.last);
+            let scale = c.load_scale(k, self.address + group.wide() * self.line);
+            self.held.set(scale.cast());
+        });
+        k.shfl_idx(self.held, lane).cast()
+    }
+}
