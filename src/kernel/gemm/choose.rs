@@ -300,7 +300,7 @@ fn decoded(config: &Config, scheme: &Scheme, multiply: f64, together: f64) -> f6
     let first = match (scheme.codes, scheme.zeros) {
         (Codes::Int4, false) => 190.0,
         (Codes::Int4, true) => 200.0,
-        (Codes::Nf4, _) => 250.0,
+        _ => 250.0,
     };
     let decode = first + 140.0 * f64::from(config.consumers()) * together;
     // Wide tiles of other widths took longer than the wider ones.

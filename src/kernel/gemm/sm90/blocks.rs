@@ -1,9 +1,11 @@
 //! Sums of e4m3 in two places: those of a stage are added up in f32, of which tensor cores keep fewer bits. Where scales
 //! change along the depth, they are multiplied with them before.
 //!
+//! Where there are registers for sums of two stages, those of one are added up while the products of the next are made:
+//!
 //! ```text
-//! group 0   products of stage 0 │ wait, multiply, add │ products of stage 1 │ ..
-//! group 1         products of stage 0       │ wait, multiply, add │ products of stage 1
+//! tensor cores   stage 0 │ stage 1       │ stage 2       │ ..
+//! registers              │ add stage 0   │ add stage 1   │ ..
 //! ```
 
 use super::{Gemm, descriptor};
@@ -11,6 +13,7 @@ use crate::kernel::gemm::BLOCK;
 use crate::kernel::gemm::share::Share;
 use crate::kernel::gemm::sm90::Orient;
 use crate::kernel::hopper::SLAB_BYTES;
+use crate::kernel::hopper::barriers::Mbarrier;
 use crate::kernel::hopper::product::{LeftStep, products};
 use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{Lane, SLAB};
@@ -49,6 +52,12 @@ impl<'k> TileScales<'k> {
     }
 }
 
+/// The sums of a stage, and what they are multiplied with: of each block of columns, a scale for each line.
+struct Part<'k> {
+    sums: Vec<Reg<'k, f32>>,
+    scales: Vec<Reg<'k, f32>>,
+}
+
 impl<'k> Gemm<'k, '_> {
     /// [`multiply`](Self::multiply), stage by stage, with scales of blocks if there are any.
     pub(super) fn promote(
@@ -63,33 +72,90 @@ impl<'k> Gemm<'k, '_> {
         let lhs = descriptor(self.base + self.smem.lhs + first_rows, c.lhs, c.rows, c.depth());
         let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
         let Share { first, count } = self.share();
-        let of_stage: Vec<_> = sums.iter().map(|_| k.reg::<f32>()).collect();
         let of_tile = |blocks| self.tile_scales(blocks, tile, Lane::new(thread), group, first);
         let scales = self.blocks.map(of_tile);
-        sums.iter().for_each(|sum| sum.set(0.0));
-        k.for_(0, count, 1, |_| {
+        // Begins a stage's products, and fetches its scales meanwhile.
+        let begin = |part: &Part<'k>| {
             place.wait();
             let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
-            products(c.factor(), &[&of_stage], c.depth(), false, |step| {
+            products(c.factor(), &[&part.sums], c.depth(), false, |step| {
                 ([LeftStep::Shared(a.operand(step))], b.operand(step))
             });
-            // On their way while the products are.
-            let scales = scales.as_ref().map(|scales| scales.next(k));
-            k.wgmma_wait(0);
-            k.when(leader, || place.done().arrive());
-            place.advance();
-            for (i, (sum, part)) in sums.iter().zip(&of_stage).enumerate() {
+            if let Some(scales) = &scales {
+                let next = scales.next(k).into_iter().flatten();
+                part.scales.iter().zip(next).for_each(|(to, from)| to.set(from));
+            }
+        };
+        let add = |part: &Part<'k>| {
+            let lines = scales.as_ref().map(|scales| scales.lines.len());
+            for (i, (sum, of_stage)) in sums.iter().zip(&part.sums).enumerate() {
                 let line = match c.orient {
                     Orient::Plain => i / 2 % 2,
                     Orient::Swapped => i / 4 * 2 + i % 2,
                 };
-                sum.set(match &scales {
-                    Some(scales) => part.fma(scales[i / 32 % scales.len()][line], *sum),
-                    None => *part + *sum,
+                sum.set(match lines {
+                    Some(lines) => {
+                        let block = i / 32 % (part.scales.len() / lines);
+                        of_stage.fma(part.scales[block * lines + line], *sum)
+                    }
+                    None => *of_stage + *sum,
                 });
             }
+        };
+        let part = || Part {
+            sums: sums.iter().map(|_| k.reg()).collect(),
+            scales: {
+                let count =
+                    scales.as_ref().map_or(0, |scales| scales.lines.len() * scales.blocks.len());
+                (0..count).map(|_| k.reg()).collect()
+            },
+        };
+        sums.iter().for_each(|sum| sum.set(0.0));
+        if !c.two_parts() {
+            let part = part();
+            k.for_(0, count, 1, |_| {
+                begin(&part);
+                k.wgmma_wait(0);
+                k.when(leader, || place.done().arrive());
+                place.advance();
+                add(&part);
+            });
+            return;
+        }
+        let (even, odd) = (part(), part());
+        // The barrier of the stage whose products were begun last.
+        let before = Mbarrier::unset(k);
+        let go_on = |next: &Part<'k>, last: &Part<'k>| {
+            begin(next);
+            let done = place.done();
+            place.advance();
+            k.wgmma_wait(1);
+            k.when(leader, || before.arrive());
+            before.set(done);
+            add(last);
+        };
+        let end = |last: &Part<'k>| {
+            k.wgmma_wait(0);
+            k.when(leader, || before.arrive());
+            add(last);
+        };
+        begin(&even);
+        before.set(place.done());
+        place.advance();
+        let others = count - 1;
+        k.for_(0, others / 2, 1, |_| {
+            go_on(&odd, &even);
+            go_on(&even, &odd);
         });
+        k.if_else(
+            (others % 2).eq(0),
+            || end(&even),
+            || {
+                go_on(&odd, &even);
+                end(&odd);
+            },
+        );
     }
 
     fn tile_scales(

@@ -179,6 +179,16 @@ impl Config {
         self.consumers() == 2 && self.blocks_per_sm == 1
     }
 
+    /// Whether promoted sums of two stages fit a thread's registers.
+    pub(super) fn two_parts(&self) -> bool {
+        let most = match self.orient {
+            Orient::Plain => 128,
+            // Each column has a scale.
+            Orient::Swapped => 32,
+        };
+        self.cols <= most
+    }
+
     /// The boxes of a stage of the left operand.
     pub fn lhs_boxes(&self) -> Boxes {
         Boxes::new(self.lhs, self.rows, self.lhs_lines, self.elements[0])
