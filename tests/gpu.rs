@@ -36,6 +36,8 @@ mod tables;
 mod threads;
 #[path = "gpu/w4.rs"]
 mod w4;
+#[path = "gpu/w8.rs"]
+mod w8;
 #[path = "gpu/work.rs"]
 mod work;
 

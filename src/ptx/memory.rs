@@ -181,9 +181,14 @@ impl Kernel {
 
     /// The two floats of a register, the low half's first.
     pub fn unpack<'k>(&'k self, half: Half, pair: Reg<'k, u32>) -> [Reg<'k, f32>; 2] {
+        self.halves(pair).map(|x| self.widen(half, x))
+    }
+
+    /// The low and the high half of a register.
+    pub fn halves<'k>(&'k self, pair: Reg<'k, u32>) -> [Reg<'k, u16>; 2] {
         let halves = self.regs::<u16, 2>();
         self.emit(format_args!("mov.b32 {}, {pair}", list(&halves)));
-        halves.map(|x| self.widen(half, x))
+        halves
     }
 
     /// The value of lane `lane` for all lanes of the warp (`shfl.sync.idx`): tells the assembler that

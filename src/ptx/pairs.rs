@@ -65,6 +65,12 @@ impl Kernel {
         self.binary("cvt.rn.satfinite.e4m3x2.f32", high, low)
     }
 
+    /// `cvt.rn.f16x2.e4m3x2` (sm_89): the numbers that two 8-bit floats are.
+    pub fn cvt_f16x2_e4m3x2<'k>(&'k self, codes: Reg<'k, u16>) -> Reg<'k, u32> {
+        self.needs(8, 1);
+        self.unary("cvt.rn.f16x2.e4m3x2", codes)
+    }
+
     /// Two 16-bit values as one register.
     pub fn pack<'k>(&'k self, low: Reg<'k, u16>, high: Reg<'k, u16>) -> Reg<'k, u32> {
         let d = self.reg();

@@ -222,6 +222,8 @@ fn hopper() -> Source {
             let [x, y] = [k.var(1f32), k.var(2f32)];
             let pair = k.cvt_e4m3x2(x, y);
             keep(k, out, &[k.pack(pair, pair)]);
+            let [codes, _] = k.halves(k.cvt_f16x2_e4m3x2(pair));
+            keep(k, out, &[k.pack(codes, codes)]);
             k.wgmma_fence();
             for (half, accumulate) in [(Half::Bf16, false.into()), (Half::Bf16, n.ne(0).into())] {
                 k.wgmma(

@@ -4,10 +4,11 @@
 //! for that, the lower seven are those of 128 + them, and the topmost makes −256 of the −128 that is added to it.
 //!
 //! e4m3: its bits are those of a 16-bit float with another bias of the exponent, a power of two that one product takes
-//! away, subnormal numbers included. NaN, all bits but the sign set, carries into the exponent when one is added.
+//! away, subnormal numbers included. NaN, all bits but the sign set, carries into the exponent when one is added. Hopper
+//! has an instruction for f16, from which bf16 is one rounding, of nothing.
 
 use super::Codes;
-use crate::ptx::{Half, Kernel, Logic3, Reg};
+use crate::ptx::{Half, Kernel, Logic3, Reg, Target};
 
 /// Decodes words of four codes.
 #[derive(Clone, Copy)]
@@ -39,6 +40,16 @@ impl<'k> Bytes<'k> {
         // Each byte in the lower, or in the upper half of 16 bits.
         let (low, high) = if upper { (0x4342, 0x3424) } else { (0x4140, 0x1404) };
         match (self.codes, self.half) {
+            (Codes::E4m3, half) if k.target() == Target::Sm90a => {
+                let floats = k.cvt_f16x2_e4m3x2(k.halves(word)[usize::from(upper)]);
+                match half {
+                    Half::F16 => floats,
+                    Half::Bf16 => {
+                        let [first, second] = k.unpack(Half::F16, floats);
+                        k.cvt_rn_x2(Half::Bf16, first, second)
+                    }
+                }
+            }
             (Codes::E4m3, half) => {
                 let bits = k.prmt(word, 0, high);
                 let (shift, mask, one, exponent) = match half {

@@ -47,8 +47,10 @@ impl plan::Plan for Plan {
     type Name = Name;
 
     fn new(problem: &Problem, device: &Device) -> Self {
+        let bytes = problem.scheme.codes.are_bytes();
         match (device.target, problem.m) {
-            (target, m) if m <= streamed(problem.scheme.codes, target) => {
+            // Bytes have no other kernel, however many rows there are.
+            (target, m) if bytes || m <= streamed(problem.scheme.codes, target) => {
                 Self::stream(stream::choose(problem, device), problem)
             }
             (Target::Sm90a, _) => {

@@ -168,6 +168,10 @@ pub fn function(name: &str) -> Option<Function> {
         "cvt.rn.satfinite.e4m3x2.f32" => {
             each!(|[a, b, ..]| u64::from(to_e4m3(f(b))) | u64::from(to_e4m3(f(a))) << 8)
         }
+        "cvt.rn.f16x2.e4m3x2" => each!(|[a, ..]| {
+            let float = |code: u64| f16::from_f32(e4m3(code as u8)).to_bits();
+            pair(float(a >> 8), float(a))
+        }),
         "cvt.rn.f32.s32" => each!(|[a, ..]| bits(s(a) as f32)),
         "cvt.rn.f32.u32" => each!(|[a, ..]| bits(u(a) as f32)),
         "cvt.f32.f16" => each!(|[a, ..]| bits(f16::from_bits(a as u16).to_f32())),

@@ -323,6 +323,7 @@ impl Config {
                     || (self.orient == Orient::Swapped
                         && !self.pingpong
                         && !self.batched
+                        && self.weight.is_none_or(|scheme| !scheme.codes.are_bytes())
                         && matches!(self.elements[0], Factor::Half(_))),
                 "a weight of four bits that is no left operand of a single swapped product".into(),
             ),
