@@ -11,6 +11,7 @@ use crate::op::{
     AttentionWants, Epilogue, MatmulProblem, View,
 };
 use crate::options::Gate;
+use crate::quant::QuantScheme;
 use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
 
@@ -72,6 +73,16 @@ pub(crate) fn repack(op: &'static str, plain: &Planes) -> Result<Option<Form>> {
 /// The same of a weight in the layout of `quantize_int4`, of any strides and not empty.
 pub(crate) fn pack_signed(op: &'static str, planes: &Planes) -> Result<Form> {
     on_gpu!(native::pack_signed(op, planes))
+}
+
+/// A weight `[K, N]` on a GPU rounded to codes: finite floats, at least one.
+pub(crate) fn encode(op: &'static str, weight: &Tensor, scheme: QuantScheme) -> Result<Planes> {
+    on_gpu!(native::encode(op, weight, scheme))
+}
+
+/// The largest magnitude of a matrix of floats on a GPU, of which it is all that is read: infinite or NaN if any is.
+pub(crate) fn peak(op: &'static str, matrix: &Tensor) -> Result<f32> {
+    on_gpu!(native::peak(op, matrix))
 }
 
 /// How many elements a storage has.

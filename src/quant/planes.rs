@@ -79,19 +79,25 @@ impl Planes {
         })
     }
 
-    /// Their elements are what kernels and the formula rely on, read on the host: finite scales, zero points up to 16.
+    /// Their elements are what kernels and the formula rely on: finite scales, zero points up to 16. On a GPU the largest are
+    /// found there, and what is bad is read for the message alone.
     pub fn check_values(&self, op: &'static str) -> Result<()> {
         let bad = |name, got, want: &str, fix| -> Result<()> {
             Err(Error::Value { op, name, got, want: want.into(), fix }.into())
         };
-        let scales = host(&self.scales, DType::F32)?.to_vec1::<f32>()?;
-        if let Some(i) = scales.iter().position(|x| !x.is_finite()) {
-            let got = format!("{} at element {i}", scales[i]);
-            return bad("scales", got, "finite numbers", "check the file that it comes from");
+        let on_gpu = self.device().is_cuda();
+        if !(on_gpu && cuda::peak(op, &self.scales)?.is_finite()) {
+            let scales = host(&self.scales, DType::F32)?.to_vec1::<f32>()?;
+            if let Some(i) = scales.iter().position(|x| !x.is_finite()) {
+                let got = format!("{} at element {i}", scales[i]);
+                return bad("scales", got, "finite numbers", "check the file that it comes from");
+            }
         }
-        if let Some(zeros) = &self.zeros {
+        let Some(zeros) = &self.zeros else { return Ok(()) };
+        const MOST: u8 = 16;
+        if !(on_gpu && cuda::peak(op, &cast(zeros, DType::F32)?)? <= MOST.into()) {
             let zeros = host(zeros, DType::U8)?.to_vec1::<u8>()?;
-            if let Some(i) = zeros.iter().position(|&z| z > 16) {
+            if let Some(i) = zeros.iter().position(|&z| z > MOST) {
                 let got = format!("{} at element {i}", zeros[i]);
                 return bad("zeros", got, "0 to 16", "unpack words of zero points first");
             }
