@@ -85,16 +85,20 @@ fn product(gpu: &Gpu, row: &Row, how: Activations, weight: &QuantWeight) -> Resu
 
 /// What codes of the activations stand for.
 fn rounded(row: &Row, how: Activations, x: &Tensor) -> Result<Tensor> {
+    /// Floats of 24 bits from here on are integers.
+    const INTEGERS: f64 = 12_582_912.0;
     let (most, width) = match how {
-        Activations::Int8 => (127.0, row.k),
-        Activations::Fp8 => (448.0, if row.blocks() { 128 } else { row.k }),
+        Activations::Int8 => (127f32, row.k),
+        Activations::Fp8 => (448f32, if row.blocks() { 128 } else { row.k }),
         _ => return Ok(x.clone()),
     };
     let groups = x.to_dtype(DType::F32)?.reshape((row.m, row.k / width, width))?;
-    let scales = (groups.abs()?.max_keepdim(D::Minus1)? / most)?;
+    let most = Tensor::new(most, x.device())?;
+    let scales = groups.abs()?.max_keepdim(D::Minus1)?.broadcast_div(&most)?;
     let codes = groups.broadcast_div(&scales)?;
     let codes = match how {
-        Activations::Int8 => codes.round()?,
+        // Activations in 16 bits are often halfway between two codes: to the even one, as floats of 24 bits are.
+        Activations::Int8 => ((codes + INTEGERS)? - INTEGERS)?,
         _ => codes::e4m3(&codes)?.1,
     };
     codes.broadcast_mul(&scales)?.reshape((row.m, row.k))

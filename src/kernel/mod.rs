@@ -41,7 +41,7 @@ pub struct Device {
 
 impl Device {
     /// What kernels that need nothing of Ada's are assembled for.
-    fn target_without_e4m3(&self) -> Target {
+    pub fn target_without_e4m3(&self) -> Target {
         match self.target {
             Target::Sm80 | Target::Sm89 => Target::Sm80,
             Target::Sm90a => Target::Sm90a,

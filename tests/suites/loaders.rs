@@ -170,11 +170,11 @@ pub fn packages(device: &Device) {
 /// A weight holds what its scheme says, and nothing else.
 pub fn bytes(device: &Device) {
     let mut tally = Tally::new("loaders: bytes", device);
-    // Codes, scales, zero points, the order of rows.
+    // Codes, scales, zero points, the order of rows both ways.
     let cases = [
         ("gptq_v1_symmetric_g64", 128 * 32 / 2 + 2 * 32 * 2),
         ("gptq_v1_g64", 128 * 32 / 2 + 2 * 32 * 2 + 2 * 32),
-        ("gptq_v1_act_order_g32", 128 * 32 / 2 + 4 * 32 * 2 + 4 * 32 + 128 * 4),
+        ("gptq_v1_act_order_g32", 128 * 32 / 2 + 4 * 32 * 2 + 4 * 32 + 2 * 128 * 4),
         ("nf4_nested_b64", 512 * 33 / 2 + 8 * 33 * 4),
         ("fp8_blocks", 128 * 256 + 2 * 4),
     ];

@@ -61,7 +61,7 @@ impl Family for Products {
         match kernel {
             Config::W4Stream(config) => {
                 config.check(gpu.device.shared_per_block)?;
-                rule(config.target == gpu.device.target, "another target")?;
+                rule(config.target == gpu.device.target_without_e4m3(), "another target")?;
                 let room = config.several || problem.m <= config.tokens.into();
                 rule(room, "more tokens than there is room for")?;
                 rule(problem.n.is_multiple_of(config.unit.into()), "units of a row")?;

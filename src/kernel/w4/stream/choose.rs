@@ -2,23 +2,30 @@
 
 use super::{Config, Launch};
 use crate::kernel::Device;
-use crate::kernel::w4::Problem;
+use crate::kernel::w4::{Codes, Problem};
 use crate::ptx::Target;
 
 /// Rows of `x` that a block takes, at most.
 pub const MOST: u64 = 16;
 
-// Of one multiprocessor of an H200 at 1.7 GHz, in a clock: bytes from memory, if all read, and what one alone can
-// take.
-const MEMORY: f64 = 20.0;
-const FILL: f64 = 52.0;
+// Fitted to all candidates of 60 problems on an H200, whose multiprocessors are taken for 1.7 GHz: the choices took 0.5 %
+// longer than the fastest ones. Bytes in a clock: from memory if all multiprocessors read, and what one alone can take.
+const MEMORY: f64 = 24.0;
+const FILL: f64 = 40.0;
 /// Bytes on their way to a multiprocessor that saturate memory.
 const IN_FLIGHT: f64 = 53_600.0;
-/// Clocks that the integer units take for a pair of a warp, four of which share them.
-const PAIR: f64 = 4.0 * 436.0;
-/// Of a block's beginning and end, of a cluster's sums, of a second kernel.
-const BLOCK: f64 = 2000.0;
-const CLUSTER: f64 = 600.0;
+/// Clocks of a pair of sixteen warps, and of one alone.
+const PAIR: f64 = 2200.0;
+const LATENCY: f64 = 960.0;
+/// As many times if a code is looked up, or has a zero point.
+const INVOLVED: f64 = 1.65;
+/// Of a round of blocks, and more for each warp.
+const BLOCK: f64 = 1300.0;
+const WARP: f64 = 40.0;
+/// Of a round of clusters, and more for each warp of them on a multiprocessor.
+const CLUSTER: f64 = 1150.0;
+const SHARE: f64 = 15.0;
+/// Of a second kernel.
 const LAUNCH: f64 = 4000.0;
 
 /// The configuration with the least estimated time.
@@ -90,27 +97,34 @@ fn count_of_tokens(m: u64) -> u32 {
 fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
     let blocks = f64::from(Launch::new(c, problem).grid[0]);
     let (sms, resident) = (f64::from(device.multiprocessors), f64::from(c.blocks_per_sm));
+    let (warps, split) = (f64::from(c.warps), f64::from(c.split));
     let pairs = problem.k.div_ceil(128).div_ceil(c.split.into());
     let of_warp = pairs.div_ceil(c.warps.into()) as f64;
-
-    // The busiest multiprocessor, whose warps share its units.
     let rounds = (blocks / (sms * resident)).ceil();
-    let together = (blocks / sms).ceil().min(resident) * f64::from(c.warps);
-    let compute = rounds * (of_warp * PAIR * (together / 16.0).max(0.25) + BLOCK);
+    let busiest = (blocks / sms).ceil();
+
+    // The warps of a multiprocessor share its units.
+    let together = busiest.min(resident) * warps;
+    let involved = c.scheme.zeros || c.scheme.codes == Codes::Nf4;
+    let pair = if involved { INVOLVED * PAIR } else { PAIR };
+    let compute = rounds * of_warp * (pair * together / 16.0).max(LATENCY);
 
     let slot = f64::from(c.slot().bytes);
     // Blocks of the same columns find them in L2.
     let bytes = problem.n as f64 * problem.k as f64 * slot / (64.0 * 64.0);
-    let busy = blocks.min(sms);
     let under_way =
         blocks.min(sms * resident) * f64::from(c.warps * c.slots) * slot / sms / IN_FLIGHT;
-    let rate = (sms * MEMORY * under_way.min(1.0).sqrt()).min(busy * FILL);
+    let all = bytes / (sms * MEMORY * under_way.min(1.0).sqrt());
+    let one = bytes / blocks * busiest / FILL;
+
+    let between = rounds * (BLOCK + WARP * warps);
     let sums = match (c.split, c.target) {
         (1, _) => 0.0,
-        (_, Target::Sm90a) => CLUSTER,
+        (_, Target::Sm90a) => rounds * (CLUSTER + SHARE * warps * resident * split),
         (_, Target::Sm80 | Target::Sm89) => LAUNCH,
     };
-    compute.max(bytes / rate + BLOCK) + sums
+    // The larger of both, or a little more where they are close.
+    (compute.powi(3) + all.max(one).powi(3)).cbrt() + between + sums
 }
 
 #[cfg(test)]
@@ -118,7 +132,7 @@ mod tests {
     use super::*;
     use crate::kernel::Element;
     use crate::kernel::gemm::Epilogue;
-    use crate::kernel::w4::{Codes, Scheme};
+    use crate::kernel::w4::Scheme;
     use crate::ptx::Half;
 
     const H200: Device =
