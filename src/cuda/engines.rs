@@ -136,7 +136,10 @@ pub(crate) fn matmul_quant(
         if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
             return empty::matmul(op, &problem, epilogue, x.0, bias);
         }
-        native::matmul_quant(op, x, weight, transposed, epilogue, bias)
+        match x.0.dtype() == DType::F16 && weight.facts.exponent != 0 {
+            true => scaled::matmul_quant(op, x, weight, transposed, epilogue, bias),
+            false => native::matmul_quant(op, x, weight, transposed, epilogue, bias),
+        }
     })
 }
 

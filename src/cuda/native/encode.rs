@@ -62,6 +62,7 @@ pub(crate) fn encode(op: &'static str, weight: &Tensor, scheme: QuantScheme) -> 
         scales: tensor(of_scales, groups),
         zeros: zeros.map(|zeros| tensor(zeros, groups)),
         order: None,
+        exponent: 0,
     })
 }
 
