@@ -11,6 +11,7 @@ use crate::op::{
     AttentionWants, Epilogue, MatmulProblem, View,
 };
 use crate::options::Gate;
+use crate::quant::QuantScheme;
 use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
 
@@ -74,6 +75,16 @@ pub(crate) fn pack_signed(op: &'static str, planes: &Planes) -> Result<Form> {
     on_gpu!(native::pack_signed(op, planes))
 }
 
+/// A weight `[K, N]` on a GPU rounded to codes: finite floats, at least one.
+pub(crate) fn encode(op: &'static str, weight: &Tensor, scheme: QuantScheme) -> Result<Planes> {
+    on_gpu!(native::encode(op, weight, scheme))
+}
+
+/// The largest magnitude of a matrix of floats on a GPU, of which it is all that is read: infinite or NaN if any is.
+pub(crate) fn peak(op: &'static str, matrix: &Tensor) -> Result<f32> {
+    on_gpu!(native::peak(op, matrix))
+}
+
 /// How many elements a storage has.
 pub(crate) fn elements(storage: &CudaStorage) -> usize {
     #[cfg(feature = "cuda")]
@@ -125,7 +136,10 @@ pub(crate) fn matmul_quant(
         if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
             return empty::matmul(op, &problem, epilogue, x.0, bias);
         }
-        native::matmul_quant(op, x, weight, transposed, epilogue, bias)
+        match x.0.dtype() == DType::F16 && weight.facts.exponent != 0 {
+            true => scaled::matmul_quant(op, x, weight, transposed, epilogue, bias),
+            false => native::matmul_quant(op, x, weight, transposed, epilogue, bias),
+        }
     })
 }
 

@@ -8,6 +8,7 @@ mod ampere;
 pub mod attention;
 pub mod dequant;
 mod element;
+pub mod encode;
 mod epilogue;
 pub mod gemm;
 pub mod glu;
@@ -113,6 +114,8 @@ kernels! {
     W4Stream(w4::stream::Config) by w4::stream::emit;
     /// Codes of four bits in another form, or elements, on any GPU.
     W4Layout(w4::layout::Config) by w4::layout::emit;
+    /// A weight rounded to codes, on any GPU.
+    Encode(encode::Config) by encode::emit;
     /// A quantised weight in floats, on any GPU.
     Dequant(dequant::Config) by dequant::emit;
 }

@@ -295,7 +295,8 @@ struct Codes<'a, 'k> {
 
 impl<'k> Codes<'_, 'k> {
     fn store(&self, held: &[Chunk<'k>]) {
-        let (k, element) = (self.to.kernel(), self.config.element);
+        let &Config { element, code, rounds, .. } = self.config;
+        let k = self.to.kernel();
         for (at, words) in held {
             // The quotient is rounded as a division would: it decides between two codes.
             let quotient = |x: Reg<'k, f32>| {
@@ -304,7 +305,7 @@ impl<'k> Codes<'_, 'k> {
             };
             let quotients: Vec<_> = floats(element, words).into_iter().map(quotient).collect();
             let bytes: Vec<_> =
-                quotients.chunks(4).map(|four| rounded(self.config, four)).collect();
+                quotients.chunks(4).map(|four| rounded(code, rounds, four)).collect();
             let valid = self.exists & at.lt(self.units);
             let to = self.to.element(*at, element.per_chunk());
             match bytes[..] {
@@ -387,7 +388,7 @@ fn floats<'k>(element: Element, words: &[Reg<'k, u32>; 4]) -> Vec<Reg<'k, f32>> 
 }
 
 /// The largest number of `lanes` lanes that follow each other, a power of two.
-fn largest<'k>(mut value: Reg<'k, u32>, lanes: u32) -> Reg<'k, u32> {
+pub(super) fn largest<'k>(mut value: Reg<'k, u32>, lanes: u32) -> Reg<'k, u32> {
     let mut apart = lanes / 2;
     while apart > 0 {
         value = value.max(value.kernel().shfl_bfly(value, apart));
@@ -396,11 +397,11 @@ fn largest<'k>(mut value: Reg<'k, u32>, lanes: u32) -> Reg<'k, u32> {
     value
 }
 
-/// Four codes in a register, the first the lowest.
-fn rounded<'k>(config: &Config, x: &[Reg<'k, f32>]) -> Reg<'k, u32> {
+/// Four codes in a register, the first the lowest; `rounds`: by the instruction, if they are of e4m3.
+pub(super) fn rounded<'k>(code: Factor, rounds: bool, x: &[Reg<'k, f32>]) -> Reg<'k, u32> {
     let k = x[0].kernel();
-    match config.code {
-        Factor::E4m3 if config.rounds => {
+    match code {
+        Factor::E4m3 if rounds => {
             let [low, high] = [0, 2].map(|i| k.cvt_e4m3x2(x[i], x[i + 1]));
             k.pack(low, high)
         }

@@ -8,7 +8,7 @@ use super::{Epilogue, apply, glu};
 use crate::check::{self, Arg, INT4_GROUP};
 use crate::error::Error;
 use crate::options::Gate;
-use crate::quant::planes::{Form, Planes};
+use crate::quant::planes::{Form, Planes, exponent};
 use crate::quant::scheme::BLOCK;
 use crate::quant::{Per, QuantScheme, QuantWeight, scales_of};
 use crate::{Activation, Activations, Engine, Fp8Options, Int8Options, MatmulOptions, cuda};
@@ -151,8 +151,11 @@ pub(crate) fn qkv_project_of(x: &Tensor, weights: QkvWeights) -> Result<(Tensor,
                 check::finite(op, SCALES[i], scales[i])?;
                 check::untracked(op, &[arg])?;
             }
-            let form = |(weight, scale)| {
-                int8_form(weight, Tensor::full(scale, (1, 1), x.device())?, Per::Tensor)
+            let form = |(weight, scale): (&Tensor, f32)| {
+                let scales = Tensor::full(scale, (1, 1), x.device())?;
+                let planes = int8_planes(weight, scales, Per::Tensor)?;
+                let exponent = exponent(planes.scheme, scale.abs());
+                Result::Ok(Form::Plain(Planes { exponent, ..planes }))
             };
             (op, weights.into_iter().zip(scales).map(form).collect::<Result<Vec<_>>>()?)
         }
@@ -205,6 +208,7 @@ fn int4_form(op: &'static str, k: usize, packed: &Tensor, scales: &Tensor) -> Re
         scales: scales.clone(),
         zeros: None,
         order: None,
+        exponent: 0,
     };
     match packed.device().is_cuda() && packed.elem_count() > 0 {
         true => cuda::pack_signed(op, &planes),
@@ -213,10 +217,10 @@ fn int4_form(op: &'static str, k: usize, packed: &Tensor, scales: &Tensor) -> Re
 }
 
 /// A weight of int8 bytes, as it is.
-fn int8_form(codes: &Tensor, scales: Tensor, per: Per) -> Result<Form> {
+fn int8_planes(codes: &Tensor, scales: Tensor, per: Per) -> Result<Planes> {
     let (scheme, dims) = (QuantScheme::Int8 { per }, codes.dims2()?.into());
-    let codes = codes.clone();
-    Ok(Form::Plain(Planes { scheme, dims, codes, scales, zeros: None, order: None }))
+    let (codes, zeros, order, exponent) = (codes.clone(), None, None, 0);
+    Ok(Planes { scheme, dims, codes, scales, zeros, order, exponent })
 }
 
 /// f32 `[.., M, N]` = `scale · Σ a·b`.
@@ -269,7 +273,7 @@ fn int8_product(
     let call = Call {
         scales: rows.as_ref(),
         bias: opts.bias.as_ref(),
-        forms: &[&int8_form(rhs, cols, per)?],
+        forms: &[&Form::Plain(int8_planes(rhs, cols, per)?)],
         ..Call::new(op, lhs)
     };
     call.finish(Lhs::Int8 { scale, zero_point }, opts.out_dtype, opts.activation)
@@ -303,7 +307,8 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
     };
     let (scheme, dims) = (QuantScheme::Fp8 { per }, rhs.dims2()?.into());
     let codes = rhs.clone();
-    let planes = Planes { scheme, dims, codes, scales: cols, zeros: None, order: None };
+    let planes =
+        Planes { scheme, dims, codes, scales: cols, zeros: None, order: None, exponent: 0 };
     planes.check(OP)?;
     // Scales of rows are those of one matrix, which a GPU makes itself.
     let whole = lhs.elem_count() > 0 && lhs.device().is_cpu();

@@ -95,6 +95,16 @@ impl Kernel {
         self.emit(format_args!("red.relaxed.gpu.global.add.f32 {}, {value}", to.into()));
     }
 
+    /// `red.relaxed.gpu.max`: the larger of a number in memory and this one.
+    pub fn red_max<'k>(&'k self, to: impl Into<Address<'k, u64>>, value: Reg<'k, u32>) {
+        self.emit(format_args!("red.relaxed.gpu.global.max.u32 {}, {value}", to.into()));
+    }
+
+    /// `st.global.u8`: the lowest byte.
+    pub fn st_global_u8<'k>(&'k self, to: impl Into<Address<'k, u64>>, value: Reg<'k, u32>) {
+        self.emit(format_args!("st.global.u8 {}, {value}", to.into()));
+    }
+
     /// `st.global`
     pub fn st_global<'k, T: Scalar, const N: usize>(
         &'k self,

@@ -23,12 +23,15 @@ pub(crate) struct Planes {
     pub zeros: Option<Tensor>,
     /// Where the rows of the codes are those of the weight in another order.
     pub order: Option<Order>,
+    /// 0, or if f16 cannot have the weight's elements, the power of two of the largest scale: see
+    /// [`check_values`](Self::check_values).
+    pub exponent: i32,
 }
 
 impl Planes {
     /// Shapes and dtypes fit together. Their elements are for [`check_values`](Self::check_values).
     pub fn check(&self, op: &'static str) -> Result<()> {
-        let Self { scheme, dims: dims @ [k, n], codes, scales, zeros, order } = self;
+        let Self { scheme, dims: dims @ [k, n], codes, scales, zeros, order, .. } = self;
         let (scheme, dims, k, n) = (*scheme, *dims, *k, *n);
         scheme.check(op)?;
         let words = if scheme.is_4bit() { k.div_ceil(8) } else { k };
@@ -79,24 +82,29 @@ impl Planes {
         })
     }
 
-    /// Their elements are what kernels and the formula rely on, read on the host: finite scales, zero points up to 16.
-    pub fn check_values(&self, op: &'static str) -> Result<()> {
-        let bad = |name, got, want: &str, fix| -> Result<()> {
-            Err(Error::Value { op, name, got, want: want.into(), fix }.into())
+    /// Their elements are what kernels and the formula rely on: finite scales, zero points up to 16. On a GPU the largest are
+    /// found there, and what is bad is read for the message alone. Says how large the scales are.
+    pub fn check_values(self, op: &'static str) -> Result<Self> {
+        let bad = |name, got, want: &str, fix| -> candle_core::Error {
+            Error::Value { op, name, got, want: want.into(), fix }.into()
         };
-        let scales = host(&self.scales, DType::F32)?.to_vec1::<f32>()?;
-        if let Some(i) = scales.iter().position(|x| !x.is_finite()) {
+        let largest = peak(op, &self.scales)?;
+        if !largest.is_finite() {
+            let scales = host(&self.scales, DType::F32)?.to_vec1::<f32>()?;
+            let i = scales.iter().position(|x| !x.is_finite()).unwrap_or(0);
             let got = format!("{} at element {i}", scales[i]);
-            return bad("scales", got, "finite numbers", "check the file that it comes from");
+            return Err(bad("scales", got, "finite numbers", "check the file that it comes from"));
         }
         if let Some(zeros) = &self.zeros {
-            let zeros = host(zeros, DType::U8)?.to_vec1::<u8>()?;
-            if let Some(i) = zeros.iter().position(|&z| z > 16) {
+            const MOST: u8 = 16;
+            if peak(op, &cast(zeros, DType::F32)?)? > MOST.into() {
+                let zeros = host(zeros, DType::U8)?.to_vec1::<u8>()?;
+                let i = zeros.iter().position(|&zero| zero > MOST).unwrap_or(0);
                 let got = format!("{} at element {i}", zeros[i]);
-                return bad("zeros", got, "0 to 16", "unpack words of zero points first");
+                return Err(bad("zeros", got, "0 to 16", "unpack words of zero points first"));
             }
         }
-        Ok(())
+        Ok(Self { exponent: exponent(self.scheme, largest), ..self })
     }
 
     pub fn device(&self) -> &Device {
@@ -153,9 +161,9 @@ impl Form {
     }
 
     pub fn facts(&self) -> Facts {
-        let &Planes { scheme, dims, .. } = self.planes();
+        let &Planes { scheme, dims, exponent, .. } = self.planes();
         let (signed, packed) = (matches!(self, Self::Signed(_)), matches!(self, Self::Packed(_)));
-        Facts { scheme, dims, signed, packed }
+        Facts { scheme, dims, signed, packed, exponent }
     }
 
     /// What a product reads: all but the order of rows, which the columns of the other operand take on instead. Codes of
@@ -200,6 +208,8 @@ pub(crate) struct Facts {
     pub signed: bool,
     /// [`Form::Packed`].
     pub packed: bool,
+    /// [`Planes::exponent`].
+    pub exponent: i32,
 }
 
 impl Facts {
@@ -242,6 +252,29 @@ fn shape(op: &'static str, (arg, t): check::Arg, want: &[usize]) -> Result<()> {
         fix: "see the layouts of `QuantWeight`",
     }
     .into())
+}
+
+/// The largest magnitude of a matrix of floats; infinite or NaN if any is.
+fn peak(op: &'static str, matrix: &Tensor) -> Result<f32> {
+    if matrix.device().is_cuda() {
+        return cuda::peak(op, matrix);
+    }
+    let all = host(matrix, DType::F32)?.to_vec1::<f32>()?;
+    // Of the bits of magnitudes, those of NaN are the largest.
+    Ok(f32::from_bits(all.into_iter().map(|x| x.abs().to_bits()).max().unwrap_or(0)))
+}
+
+/// The power of two of the largest scale, where it takes elements beyond what f16 can have, or all of them to where it has
+/// few digits; else 0. Products of f16 then multiply with the scales by that power, and the sums by it.
+pub(crate) fn exponent(scheme: QuantScheme, largest: f32) -> i32 {
+    const LEAST: f32 = 1.0 / 256.0;
+    const MOST: f32 = 32_768.0;
+    let element = largest * scheme.farthest();
+    match largest == 0.0 || (LEAST..=MOST).contains(&element) {
+        true => 0,
+        // As it stands in the number.
+        false => (largest.to_bits() >> 23) as i32 - 127,
+    }
 }
 
 /// All elements on the CPU.

@@ -1,4 +1,4 @@
-//! Floats to codes and scales, on the host.
+//! Floats to codes and scales: on the host, as the kernels do it on a GPU.
 
 use candle_core::{DType, Device, Result, Tensor};
 use half::{bf16, f16};
@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::planes::{Planes, groups};
 use super::scheme::{NF4, QuantScheme};
 use crate::check::{self, Arg};
+use crate::cuda;
 use crate::error::Error;
 
 /// The largest float of e4m3.
@@ -26,6 +27,13 @@ pub(super) fn quantize(op: &'static str, weight: Arg, scheme: QuantScheme) -> Re
     let (k, n) = weight.1.dims2()?;
     let device = weight.1.device();
     let dims = [k, n];
+    if device.is_cuda() && k * n > 0 {
+        if !cuda::peak(op, weight.1)?.is_finite() {
+            // That says where.
+            host(op, weight)?;
+        }
+        return cuda::encode(op, weight.1, scheme);
+    }
     let values = host(op, weight)?;
     // Scales of checkpoints: those of groups of four bits are as many as to weigh something.
     let scale_dtype = if scheme.is_4bit() { dtype } else { DType::F32 };
@@ -51,7 +59,7 @@ pub(super) fn quantize(op: &'static str, weight: Arg, scheme: QuantScheme) -> Re
         Tensor::from_vec(steps.scales, (rows, cols), &Device::Cpu)?.to_dtype(scale_dtype)?;
     let zeros =
         steps.zeros.map(|zeros| Tensor::from_vec(zeros, (rows, cols), &Device::Cpu)).transpose()?;
-    Planes { scheme, dims, codes, scales, zeros, order: None }.to_device(device)
+    Planes { scheme, dims, codes, scales, zeros, order: None, exponent: 0 }.to_device(device)
 }
 
 /// All elements in f32, row-major, if they are finite.

@@ -1,5 +1,6 @@
 //! How a weight is quantised.
 
+use super::quantize::E4M3_MAX;
 use crate::error::{Error, Result};
 pub(crate) use crate::kernel::w4::NF4;
 
@@ -118,6 +119,17 @@ impl QuantScheme {
             Self::Int4 { zero_points: false, .. } => 8,
             Self::Nf4 { .. } => 7,
             Self::Int4 { zero_points: true, .. } | Self::Int8 { .. } | Self::Fp8 { .. } => 0,
+        }
+    }
+
+    /// The largest magnitude of what codes stand for, less a zero point.
+    pub(crate) fn farthest(self) -> f32 {
+        match self {
+            Self::Int4 { zero_points: false, .. } => 8.0,
+            Self::Int4 { zero_points: true, .. } => 16.0,
+            Self::Nf4 { .. } => 1.0,
+            Self::Int8 { .. } => 128.0,
+            Self::Fp8 { .. } => E4M3_MAX,
         }
     }
 

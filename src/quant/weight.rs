@@ -61,7 +61,9 @@ impl QuantWeight {
     ///
     /// Another dtype or rank, a scheme that there is not, a tracked input, an infinite or NaN element.
     pub fn quantize(weight: &Tensor, scheme: &QuantScheme) -> Result<Self> {
-        Ok(Self::of(Form::Plain(quantize("QuantWeight::quantize", ("weight", weight), *scheme)?)))
+        const OP: &str = "QuantWeight::quantize";
+        let planes = quantize(OP, ("weight", weight), *scheme)?;
+        Ok(Self::of(Form::Plain(planes.check_values(OP)?)))
     }
 
     /// From the layout of [`quantize_int4`](super::quantize_int4): int4 in groups of 128, without zero points.
@@ -91,8 +93,9 @@ impl QuantWeight {
             scales: alone(OP, scales)?,
             zeros: None,
             order: None,
-        };
-        planes.check_values(OP)?;
+            exponent: 0,
+        }
+        .check_values(OP)?;
         if packed.device().is_cuda() && packed.elem_count() > 0 {
             return Ok(Self::of(cuda::pack_signed(OP, &planes)?));
         }
@@ -144,14 +147,14 @@ impl QuantWeight {
         scales: Tensor,
     ) -> Result<Self> {
         let (dims, codes) = (codes.dims2()?.into(), codes.clone());
-        Self::from_planes(op, Planes { scheme, dims, codes, scales, zeros: None, order: None })
+        let (zeros, order, exponent) = (None, None, 0);
+        Self::from_planes(op, Planes { scheme, dims, codes, scales, zeros, order, exponent })
     }
 
     /// A weight of tensors that are checked here: what every constructor from tensors ends in.
     pub(crate) fn from_planes(op: &'static str, planes: Planes) -> Result<Self> {
         planes.check(op)?;
-        planes.check_values(op)?;
-        Ok(Self::of(Form::Plain(planes.alone(op)?)))
+        Ok(Self::of(Form::Plain(planes.check_values(op)?.alone(op)?)))
     }
 
     fn of(form: Form) -> Self {

@@ -85,6 +85,38 @@ fn two_candle_devices_on_one_gpu() -> Result<()> {
     Ok(())
 }
 
+/// A weight of one candle device and activations of another: quantised, prepared and multiplied on the streams of each.
+#[test]
+fn a_weight_of_another_candle_device() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let own = Device::new_cuda_with_stream(0)?;
+    let mut source = Source::new("a weight of another device", &Device::Cpu);
+    let weight = source.tensor(DType::F32, &[256, 136], Layout::Plain)?;
+    // Beyond f16, too.
+    let large = (&weight * 1e6)?;
+    let (int4, int8) = (
+        QuantScheme::Int4 { group: 64, zero_points: true },
+        QuantScheme::Int8 { per: Per::Channel },
+    );
+    for (scheme, weight) in [(int4, &weight), (int4, &large), (int8, &weight), (int8, &large)] {
+        for (m, dtype) in [(1, DType::F16), (33, DType::F16), (33, DType::BF16)] {
+            let x = source.tensor(dtype, &[m, 256], Layout::Plain)?;
+            let opts = MatmulOptions::default().out_dtype(DType::F32);
+            let product = |of_x: &Device, of_weight: &Device| {
+                let w = QuantWeight::quantize(&weight.to_device(of_weight)?, &scheme)?;
+                Ok::<_, candle_core::Error>(bits(
+                    &x.to_device(of_x)?.kaio_matmul_quant_with(&w, &opts)?,
+                ))
+            };
+            let want = product(&gpu, &gpu)?;
+            for (of_x, of_weight) in [(&gpu, &own), (&own, &gpu), (&own, &own)] {
+                assert!(product(of_x, of_weight)? == want, "{scheme:?}, {m} rows of {dtype:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Several candle devices on one GPU, with streams of their own: each input is still being written
 /// when the product is submitted, and its memory is used again as soon as it was.
 #[test]

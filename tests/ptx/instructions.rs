@@ -258,6 +258,8 @@ fn hopper() -> Source {
                 k.tma_wait(0);
                 k.red_release_add(out);
                 k.red_add(out.at(128), k.var(1f32));
+                k.red_max(out.at(132), k.thread());
+                k.st_global_u8(out.at(136), k.thread());
             });
             keep(k, out, &[k.ld_acquire(out.at(64)), k.atom_add(out.at(64))]);
             k.mbarrier_arrive(empty);

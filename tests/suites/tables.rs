@@ -45,6 +45,7 @@ tables! {
     loaders_damaged: loaders::damaged;
     weights_products: weights::products;
     weights_extreme_scales: weights::extreme_scales;
+    weights_deterministic: weights::deterministic;
     weights_dequantized: weights::dequantized;
     weights_projections: weights::projections;
     weights_explained: weights::explained;

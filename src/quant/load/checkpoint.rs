@@ -174,10 +174,7 @@ impl<T: Checkpoint> Layer<'_, T> {
             None => self.tensor("weight_scale")?,
         };
         // [N, K], and scales of the same order.
-        let turned = |t: &Tensor| -> Result<Tensor> {
-            let t = t.to_device(&Device::Cpu)?;
-            if t.rank() == 2 { t.t() } else { Ok(t) }
-        };
-        QuantWeight::from_fp8(&turned(&weight)?, &turned(&scales)?)?.to_device(weight.device())
+        let turned = |t: Tensor| if t.rank() == 2 { t.t() } else { Ok(t) };
+        QuantWeight::from_fp8(&turned(weight)?, &turned(scales)?)
     }
 }

@@ -49,6 +49,7 @@ impl Int4<'_> {
                 .order
                 .map(|order| Order::new(op, &Tensor::from_vec(order, k, &Device::Cpu)?))
                 .transpose()?,
+            exponent: 0,
         };
         QuantWeight::from_planes(op, planes)?.to_device(device)
     }

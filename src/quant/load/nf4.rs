@@ -93,6 +93,7 @@ impl QuantWeight {
             scales,
             zeros: None,
             order: None,
+            exponent: 0,
         };
         Self::from_planes(OP, planes)?.to_device(weight.device())
     }

@@ -169,6 +169,7 @@ fn bytes(kind: &str) -> usize {
 
 fn number(kind: &str, bits: u64) -> f64 {
     match kind {
+        "u8" => (bits as u8).into(),
         "f16" => f16::from_bits(bits as u16).to_f64(),
         "bf16" => bf16::from_bits(bits as u16).to_f64(),
         "f32" => f32::from_bits(bits as u32).into(),

@@ -54,6 +54,7 @@ pub enum Op {
     LoadCount,
     AddCount,
     AddFloat,
+    RaiseCount,
     TakeCount,
     /// Of global memory or of shared memory, with the bytes of each register.
     Load(Space, usize),
@@ -164,6 +165,7 @@ impl Op {
             ["ld", "acquire", "gpu", "global", "u32"] => Self::LoadCount,
             ["red", "release", "gpu", "global", "add", "u32"] => Self::AddCount,
             ["red", "relaxed", "gpu", "global", "add", "f32"] => Self::AddFloat,
+            ["red", "relaxed", "gpu", "global", "max", "u32"] => Self::RaiseCount,
             ["atom", "relaxed", "gpu", "global", "add", "u32"] => Self::TakeCount,
             ["ld", "global", .., kind] => Self::Load(Space::Global, size(kind)),
             ["ld", "shared" | "shared::cluster", .., kind] => Self::Load(Space::Shared, size(kind)),

@@ -250,6 +250,14 @@ impl Warp {
                     memory.add(at, f32::from_bits(more));
                 }
             }
+            Op::RaiseCount => {
+                for lane in lanes.iter() {
+                    let block = &cluster.blocks[self.block];
+                    let at = self.address(block, &i.args[0], lane);
+                    let least = self.get(block, &i.args[1], lane) as u32;
+                    memory.count(at).fetch_max(least, Ordering::Relaxed);
+                }
+            }
             Op::TakeCount => {
                 for lane in lanes.iter() {
                     let block = &cluster.blocks[self.block];

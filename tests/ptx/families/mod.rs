@@ -3,6 +3,7 @@
 mod attention;
 mod attention_backward;
 mod dequant;
+mod encode;
 mod glu;
 mod products;
 mod quantize;
@@ -196,6 +197,7 @@ families! {
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
     Dequant(dequant::Dequants): (&ALL, 4);
+    Encode(encode::Encoders): (&ALL, 4);
     Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
     Transpose(transpose::Transpositions): (&ALL, 1);
     Strided(strided::Copies): (&ALL, 1);

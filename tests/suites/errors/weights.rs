@@ -35,11 +35,12 @@ pub fn weights(device: &Device) {
         w.dequantize(DType::U8) => Value, "QuantWeight::dequantize: `dtype` is u8, wanted f32, f16 or bf16; cast what it gives";
     }
     let (words, scales) = (&on.u32([16, 6]), &on.f16([1, 6]));
-    let infinite = &(on.f32([1, 6]) / 0.0).expect("a quotient");
+    let undefined = Nd::full(&[1, 6], f64::NAN).tensor(DType::F32);
+    let undefined = &undefined.and_then(|t| t.to_device(device)).expect("a tensor");
     refused! { tally;
         QuantWeight::from_int4(&on.zeros(DType::I32, [16, 6]), scales) => DType, "QuantWeight::from_int4: `packed` is i32, wanted u32; {WORDS}";
         QuantWeight::from_int4(&on.u32([8, 6]), scales) => Dimension, "QuantWeight::from_int4: `packed` has K = 64, wanted a multiple of 128, the rows that share a scale; pad it with zeros, and the weight too before it is quantised";
-        QuantWeight::from_int4(words, infinite) => Value, "QuantWeight::from_int4: `scales` is NaN at element 0, wanted finite numbers; check the file that it comes from";
+        QuantWeight::from_int4(words, undefined) => Value, "QuantWeight::from_int4: `scales` is NaN at element 0, wanted finite numbers; check the file that it comes from";
         QuantWeight::from_int8(&on.u8([8]), scales) => Rank, "QuantWeight::from_int8: `codes` has shape [8] (rank 1), wanted [K, N]; a weight is one matrix";
         QuantWeight::from_int8(&on.u8([128, 6]), &on.f32([2, 6])) => Value, "QuantWeight::from_int8: `per` is Per::Block, wanted Per::Tensor or Per::Channel; take `QuantScheme::Fp8` for scales of blocks";
         QuantWeight::quantize(&on.f32([8]), &nf4) => Rank, "QuantWeight::quantize: `weight` has shape [8] (rank 1), wanted [K, N]; quantise one matrix at a time";
@@ -78,6 +79,11 @@ pub fn weights(device: &Device) {
         x.kaio_matmul_fp8(b, &opts()) => DType, "{op}: `lhs` is bf16, wanted f8e4m3; cast it with `.to_dtype(DType::F8E4M3)?`";
         a.kaio_matmul_fp8(&e4m3(&[100, 6]), &opts()) => Dimension, "{op}: `rhs` has K = 100, wanted 200, the K of `lhs` [2, 3, 200]; transpose the weight with `.t()?`";
         fp8(opts().lhs_scales(on.f32([2, 3, 3]))) => Value, "{op}: {shape}";
+        QuantWeight::from_fp8(&on.f32([200, 6]), &on.f32([1, 6])) => DType, "QuantWeight::from_fp8: `codes` is f32, wanted f8e4m3; cast it with `.to_dtype(DType::F8E4M3)?`";
+        QuantWeight::from_fp8(a, &on.f32([1, 6])) => Rank, "QuantWeight::from_fp8: `codes` has shape [2, 3, 200] (rank 3), wanted [K, N]; a weight is one matrix";
+        QuantWeight::from_fp8(b, &on.f32([3, 1])) => Value, "QuantWeight::from_fp8: `scales` is of shape [3, 1], wanted [2, 1]; see the layouts of `QuantWeight`";
+        QuantWeight::from_fp8(b, &on.u8([1, 6])) => DType, "QuantWeight::from_fp8: `scales` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
+        QuantWeight::from_fp8(b, undefined) => Value, "QuantWeight::from_fp8: `scales` is NaN at element 0, wanted finite numbers; check the file that it comes from";
         fp8(opts().rhs_scales(on.f32([3, 1]))) => Value, "{op}: `scales` is of shape [3, 1], wanted [2, 1]; see the layouts of `QuantWeight`";
     }
     tally.finish();

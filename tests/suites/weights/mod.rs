@@ -9,7 +9,7 @@ mod quantisers;
 pub use eight_bits::{activations, fp8, int8};
 pub use files::{bad_files, files};
 pub use gradients::gradients;
-pub use products::{dequantized, explained, extreme_scales, products, projections};
+pub use products::{dequantized, deterministic, explained, extreme_scales, products, projections};
 pub use quantisers::{quantisers, random, refusals};
 
 use std::collections::HashMap;

@@ -105,26 +105,59 @@ pub fn products(device: &Device) {
     tally.finish();
 }
 
-/// Scales near both ends of f32's range and of bf16's, which has the same.
+/// Scales near both ends of f32's range and of bf16's, which has the same, and just beyond what f16 has digits for, with x of
+/// either kind.
 pub fn extreme_scales(device: &Device) {
     let mut tally = Tally::new("extreme scales of weights", device);
-    for ((scheme, scale), (factor, m)) in
-        pairs(pairs(SCHEMES, [DType::BF16, DType::F32]), pairs([1e-30, 1e30], [1, 20, 300]))
+    let of_x = pairs([DType::BF16], pairs([1e-30, 1e30], [1, 20, 300]));
+    let of_f16 = pairs([DType::F16], pairs([1e-30, 1e-5, 1e5, 1e30], [1, 20, 300]));
+    let problems: Vec<_> = of_x.into_iter().chain(of_f16).collect();
+    for ((scheme, scale), (dtype, (factor, m))) in
+        pairs(pairs(SCHEMES, [DType::BF16, DType::F32]), problems)
     {
-        let case = format!("{scheme:?} {scale:?} {factor:e} {m}");
+        let case = format!("{scheme:?} {scale:?} {factor:e} {dtype:?} {m}");
         tally.case(&case, || {
             let source = &mut Source::new(&case, device);
             let mut all = tensors(source, scheme, [160, 72], DType::F32, false)?;
             let scales = all["scales"].affine(factor, 0.0)?.to_dtype(scale)?;
             all.insert("scales".into(), scales);
             let w = QuantWeight::from_tensors("", &all)?.to_device(device)?;
-            let x = source.tensor(DType::BF16, &[m, 160], Plain)?;
+            let x = source.tensor(dtype, &[m, 160], Plain)?;
             let value = value_of(&w)?;
-            let plain = as_multiplied(device, DType::BF16, &value);
+            // In the formula, the largest element is about 1: f16 has not the range of the scales.
+            let one = 2f64.powf(value.peak().log2().floor());
+            let plain = as_multiplied(device, dtype, &value.map(|x| x / one)).map(|x| x * one);
             let (want, allowed) = product_within(&Nd::of(&x)?, &value, &plain)?;
             let opts = MatmulOptions::default().out_dtype(DType::F32);
             let got = x.kaio_matmul_quant_with(&w, &opts)?;
             close("result", &got, &want, |i| allowed + ulp(DType::F32, want.data[i]))
+        });
+    }
+    tally.finish();
+}
+
+/// The same bits each time.
+pub fn deterministic(device: &Device) {
+    let mut tally = Tally::new("repeated products", device);
+    for (scheme, (dtype, m)) in pairs(SCHEMES, pairs(HALVES, [1, 20, 300])) {
+        let case = format!("{scheme:?} {dtype:?} {m}");
+        tally.case(&case, || {
+            let source = &mut Source::new(&case, device);
+            let w = weight(source, device, scheme, [1030, 72], DType::F16, false)?;
+            let x = source.tensor(dtype, &[m, 1030], Plain)?;
+            let codes = match scheme {
+                QuantScheme::Int8 { .. } => Activations::Int8,
+                QuantScheme::Fp8 { .. } => Activations::Fp8,
+                _ => Activations::Float,
+            };
+            for activations in [Activations::Float, codes] {
+                let opts = MatmulOptions::default().out_dtype(DType::F32).activations(activations);
+                let first = Nd::of(&x.kaio_matmul_quant_with(&w, &opts)?)?;
+                for _ in 0..3 {
+                    identical("result", &x.kaio_matmul_quant_with(&w, &opts)?, &first)?;
+                }
+            }
+            Ok(())
         });
     }
     tally.finish();

@@ -1,6 +1,6 @@
 //! From floats to codes.
 
-use candle_core::{DType, Device, Result, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use kaio_candle::Error;
 use kaio_candle::prelude::*;
 
@@ -42,6 +42,7 @@ pub fn quantisers(device: &Device) {
                     bail!("{w:?}");
                 }
                 check(&w, &before)?;
+                as_on_a_cpu(&w, &weight)?;
                 identical("weight", &weight, &before)
             });
         }
@@ -73,6 +74,7 @@ pub fn random(device: &Device) {
         let weight = source.tensor_of(DType::F32, &dims, layout, element)?;
         let w = QuantWeight::quantize(&weight, &scheme)?;
         check(&w, &Nd::of(&weight)?)?;
+        as_on_a_cpu(&w, &weight)?;
         let tensors = w.to_tensors("layer.")?;
         let same = QuantWeight::from_tensors("layer.", &tensors)?.to_device(device)?;
         let value = value_of(&w)?;
@@ -88,6 +90,16 @@ pub fn random(device: &Device) {
         close("product", &got, &want, |i| allowed + ulp(dtype, want.data[i]))
     });
     tally.finish();
+}
+
+/// The same codes, scales and zero points wherever a weight is rounded.
+fn as_on_a_cpu(w: &QuantWeight, weight: &Tensor) -> Result<()> {
+    let there = QuantWeight::quantize(&weight.to_device(&Device::Cpu)?, &w.scheme())?;
+    let got = w.to_tensors("")?;
+    for (name, want) in there.to_tensors("")? {
+        identical(&name, &got[&name], &Nd::of(&want)?)?;
+    }
+    Ok(())
 }
 
 fn check(w: &QuantWeight, before: &Nd) -> Result<()> {

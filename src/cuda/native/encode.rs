@@ -1,0 +1,129 @@
+//! Weights rounded to codes where they are.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor};
+
+use super::super::driver::gpu::Gpu;
+use super::super::driver::memory::{Memory, uninit};
+use super::super::driver::order::Order;
+use super::super::empty;
+use super::operand::element;
+use super::plan::Plans;
+use super::quantised::tensor;
+use crate::error::Error;
+use crate::kernel::encode::{Arguments, Code, Plan, Problem};
+use crate::quant::QuantScheme;
+use crate::quant::planes::Planes;
+use crate::stack::Stack;
+
+static PLANS: Plans<Plan> = Plans::new();
+
+/// A weight `[K, N]`, not empty and of finite floats, in the plain form.
+pub(crate) fn encode(op: &'static str, weight: &Tensor, scheme: QuantScheme) -> Result<Planes> {
+    let dims = weight.dims2()?.into();
+    let [k, n] = dims;
+    let code = match scheme {
+        QuantScheme::Int4 { zero_points: zeros, .. } => Code::Int4 { zeros },
+        QuantScheme::Nf4 { .. } => Code::Nf4,
+        QuantScheme::Int8 { .. } => Code::Int8,
+        QuantScheme::Fp8 { .. } => Code::E4m3,
+    };
+    let (codes, dtype) = match code {
+        Code::Int4 { .. } | Code::Nf4 => ((k.div_ceil(8), n), DType::U32),
+        Code::Int8 => ((k, n), DType::U8),
+        Code::E4m3 => ((k, n), DType::F8E4M3),
+    };
+    let scales = if scheme.is_4bit() { weight.dtype() } else { DType::F32 };
+    let (storage, layout) = weight.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { unreachable!("it is on a GPU") };
+    let problem = Problem {
+        rows: k as u64,
+        cols: n as u64,
+        group: scheme.group(dims).map(|len| len as u64),
+        element: element(weight.dtype()),
+        code: Some(code),
+    };
+    let groups = problem.groups().map(|count| count as usize);
+    let device = storage.device();
+    let vector = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
+    let count = groups[0] * groups[1];
+    let mut results = [vector(problem.written() as usize, dtype)?, vector(count, scales)?];
+    let mut zeros = match scheme.has_zero_points() {
+        true => Some(vector(count, DType::U8)?),
+        false => None,
+    };
+    run(op, (storage, &Stack::new(layout)), &problem, Some(&mut results), zeros.as_mut())?;
+    let [of_codes, of_scales] = results;
+    let groups = (groups[0], groups[1]);
+    Ok(Planes {
+        scheme,
+        dims,
+        codes: tensor(of_codes, codes),
+        scales: tensor(of_scales, groups),
+        zeros: zeros.map(|zeros| tensor(zeros, groups)),
+        order: None,
+        exponent: 0,
+    })
+}
+
+/// The largest magnitude of a matrix of floats, or infinite or NaN.
+pub(crate) fn peak(op: &'static str, matrix: &Tensor) -> Result<f32> {
+    let (rows, cols) = matrix.dims2()?;
+    if rows * cols == 0 {
+        return Ok(0.0);
+    }
+    let (storage, layout) = matrix.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { unreachable!("it is on a GPU") };
+    let dims = [rows as u64, cols as u64];
+    let problem = Problem {
+        rows: dims[0],
+        cols: dims[1],
+        group: dims,
+        element: element(matrix.dtype()),
+        code: None,
+    };
+    let ranges = run(op, (storage, &Stack::new(layout)), &problem, None, None)?;
+    // Bits of magnitudes are in their order, and those of NaN the largest.
+    let bits = tensor(ranges, 2).to_vec1::<u32>()?.into_iter().max();
+    Ok(f32::from_bits(bits.unwrap_or(0)))
+}
+
+/// Launches the kernels, and gives the ranges of the groups.
+fn run(
+    op: &'static str,
+    (storage, stack): (&CudaStorage, &Stack),
+    problem: &Problem,
+    results: Option<&mut [CudaStorage; 2]>,
+    zeros: Option<&mut CudaStorage>,
+) -> Result<CudaStorage> {
+    let device = storage.device().clone();
+    let gpu = Gpu::of(op, &device)?;
+    if let Some((got, most)) = problem.limit() {
+        let (what, limit) = ("this crate".into(), format!("cannot take {got} (at most {most})"));
+        let fix = "quantise parts of its columns".into();
+        return Err(Error::Unsupported { op, what, limit, fix }.into());
+    }
+    let order = Order::new(op, device.cuda_stream(), [storage]);
+    let compiled = PLANS.get(op, &gpu, problem)?;
+    let [below, right] = problem.groups();
+    let mut ranges = empty::zeros(storage, (2 * below * right) as usize, DType::U32)?;
+    {
+        let input = Memory::of(storage, &device);
+        let of_ranges = Memory::of_mut(&mut ranges, &device);
+        let results =
+            results.map(|results| results.each_mut().map(|one| Memory::of_mut(one, &device)));
+        let zeros = zeros.map(|zeros| Memory::of_mut(zeros, &device));
+        let arguments = Arguments {
+            problem,
+            input: (
+                input.at(stack.matrix_offset(0)),
+                [stack.row_stride, stack.col_stride].map(|stride| stride as u64),
+            ),
+            ranges: of_ranges.address(),
+            results: results.as_ref().map(|results| results.each_ref().map(Memory::address)),
+            zeros: zeros.as_ref().map(Memory::address),
+        };
+        order.run(|| Ok(compiled.launch(op, &device, &arguments)?))?;
+    }
+    Ok(ranges)
+}

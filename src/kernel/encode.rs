@@ -1,0 +1,478 @@
+//! A weight rounded to codes: the largest numbers of each group, and then its scale and codes.
+//!
+//! All divisions and roundings are those of `quant::quantize`, so that a weight has the same codes wherever it is rounded.
+
+use super::multiprocessor::WARP;
+use super::name::given;
+use super::params::{self, Argument, names};
+use super::plan::{Step, count};
+use super::quantize::{largest, rounded};
+use super::w4::NF4;
+use super::{Device, Element};
+use crate::ptx::{Factor, Kernel, Reg, Source, Target};
+
+/// Threads of a block.
+const THREADS: u32 = 128;
+/// Rows of a column that a thread looks at: a group has a multiple of them, or all.
+const STRIP: u32 = 32;
+/// Rows of a word of codes of four bits.
+const ROWS: u32 = 8;
+/// Codes of eight bits that a thread stores at once.
+const BYTES: u32 = 4;
+
+/// What codes stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Code {
+    /// Four bits, −8 to 7, or 0 to 15 before a zero point is subtracted.
+    Int4 {
+        /// Whether groups have zero points.
+        zeros: bool,
+    },
+    /// Four bits, the sixteen values of nf4.
+    Nf4,
+    /// Eight bits, −127 to 127.
+    Int8,
+    /// Eight bits, e4m3.
+    E4m3,
+}
+
+impl Code {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Int4 { zeros: false } => "int4",
+            Self::Int4 { zeros: true } => "int4 zeros",
+            Self::Nf4 => "nf4",
+            Self::Int8 => "int8",
+            Self::E4m3 => "e4m3",
+        }
+    }
+
+    fn has_4bits(self) -> bool {
+        matches!(self, Self::Int4 { .. } | Self::Nf4)
+    }
+
+    /// What stands for 0, or is nearest to it without a zero point: the codes past the last row.
+    fn zero(self) -> u32 {
+        match self {
+            Self::Int4 { zeros: false } => 8,
+            Self::Nf4 => 7,
+            Self::Int4 { zeros: true } | Self::Int8 | Self::E4m3 => 0,
+        }
+    }
+}
+
+/// The facts of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Problem {
+    /// Rows, at least 1.
+    pub rows: u64,
+    /// Columns, at least 1.
+    pub cols: u64,
+    /// Rows and columns that share a scale: all, or of rows a multiple of 32, and of columns 1 or a multiple of 32. Codes of
+    /// four bits are in groups of one column.
+    pub group: [u64; 2],
+    /// The type of the elements.
+    pub element: Element,
+    /// The codes; none where the largest numbers are all that is wanted.
+    pub code: Option<Code>,
+}
+
+impl Problem {
+    /// Groups below and beside each other.
+    pub fn groups(&self) -> [u64; 2] {
+        [self.rows.div_ceil(self.group[0]), self.cols.div_ceil(self.group[1])]
+    }
+
+    /// The type of the scales.
+    pub fn scale(&self) -> Element {
+        match self.code {
+            Some(code) if code.has_4bits() => self.element,
+            _ => Element::F32,
+        }
+    }
+
+    /// Words of codes of four bits, or bytes: those past the last one are not of the weight.
+    pub fn written(&self) -> u64 {
+        match self.code {
+            Some(code) if code.has_4bits() => self.rows.div_ceil(ROWS.into()) * self.cols,
+            _ => (self.rows * self.cols).next_multiple_of(BYTES.into()),
+        }
+    }
+
+    /// What is beyond what threads count, and the most that they do.
+    pub fn limit(&self) -> Option<(String, u32)> {
+        const MOST: u32 = u32::MAX - THREADS * BYTES;
+        /// What the second dimension of a grid reaches.
+        const WIDEST: u32 = 65_535 * THREADS;
+        let Self { rows, cols, .. } = *self;
+        if cols > WIDEST.into() {
+            return Some((format!("{cols} columns"), WIDEST));
+        }
+        let over = rows.saturating_mul(cols) > MOST.into();
+        over.then(|| (format!("a weight of {rows} x {cols} elements"), MOST))
+    }
+}
+
+/// All choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Config {
+    /// The largest numbers of each group.
+    Ranges {
+        /// The elements' type.
+        element: Element,
+        /// Whether groups have more than one column.
+        wide: bool,
+    },
+    /// Scales, zero points and codes.
+    Codes {
+        /// The elements' type.
+        element: Element,
+        /// The codes.
+        code: Code,
+        /// Whether the GPU has an instruction that rounds to the codes.
+        rounds: bool,
+    },
+}
+
+impl Config {
+    /// `encode int4 zeros, bf16`
+    pub fn name(&self) -> String {
+        match *self {
+            Self::Ranges { element, wide } => {
+                format!("encode ranges{}, {}", given(wide, " wide"), element.name())
+            }
+            Self::Codes { element, code, rounds } => {
+                let bits = given(!rounds, " by bits");
+                format!("encode {}, {}{bits}", code.name(), element.name())
+            }
+        }
+    }
+}
+
+/// The kernels and their grids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    ranges: Step,
+    codes: Option<Step>,
+}
+
+impl super::Plan for Plan {
+    type Problem = Problem;
+    type Name = Name;
+
+    fn new(problem: &Problem, device: &Device) -> Self {
+        let Problem { rows, cols, group, element, code } = *problem;
+        let across = count(cols.div_ceil(THREADS.into()));
+        let below = |rows_of_a_thread: u32| count(rows.div_ceil(rows_of_a_thread.into()));
+        let ranges = Config::Ranges { element, wide: group[1] > 1 };
+        let codes = |code: Code| {
+            let rounds = code != Code::E4m3 || device.target != Target::Sm80;
+            let grid = match code.has_4bits() {
+                true => [below(ROWS), across, 1],
+                false => [count((rows * cols).div_ceil((THREADS * BYTES).into())), 1, 1],
+            };
+            Step { kernel: Config::Codes { element, code, rounds }.into(), grid }
+        };
+        Self {
+            ranges: Step { kernel: ranges.into(), grid: [below(STRIP), across, 1] },
+            codes: code.map(codes),
+        }
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        [self.ranges].into_iter().chain(self.codes).collect()
+    }
+}
+
+names! {
+    /// The parameters.
+    pub enum Name {
+        /// The address of the weight.
+        Input "input",
+        /// Elements from row to row.
+        InputRow "input_row",
+        /// Elements from column to column.
+        InputCol "input_col",
+        /// Rows.
+        Rows "rows",
+        /// Columns.
+        Cols "cols",
+        /// Rows that share a scale.
+        GroupRows "group_rows",
+        /// Columns that share a scale.
+        GroupCols "group_cols",
+        /// Groups beside each other.
+        Groups "groups",
+        /// Two numbers of each group, zeros before: the bits of the largest magnitude of those below 0, and of the others.
+        Ranges "ranges",
+        /// The address of the codes, a multiple of 4.
+        Codes "codes",
+        /// The address of the scales.
+        Scales "scales",
+        /// The address of the zero points.
+        Zeros "zeros",
+    }
+}
+
+/// One launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Arguments<'a> {
+    /// What is computed.
+    pub problem: &'a Problem,
+    /// The address of the weight, and elements from row to row and from column to column.
+    pub input: (u64, [u64; 2]),
+    /// The address of the ranges.
+    pub ranges: u64,
+    /// Those of codes and scales.
+    pub results: Option<[u64; 2]>,
+    /// That of the zero points.
+    pub zeros: Option<u64>,
+}
+
+impl params::Arguments for Arguments<'_> {
+    type Name = Name;
+
+    fn argument(&self, _: usize, name: Name) -> Option<Argument> {
+        let Problem { rows, cols, group, .. } = *self.problem;
+        Some(match name {
+            Name::Input => Argument::Pointer(self.input.0),
+            Name::InputRow => Argument::U64(self.input.1[0]),
+            Name::InputCol => Argument::U64(self.input.1[1]),
+            Name::Rows => Argument::U32(count(rows)),
+            Name::Cols => Argument::U32(count(cols)),
+            Name::GroupRows => Argument::U32(count(group[0])),
+            Name::GroupCols => Argument::U32(count(group[1])),
+            Name::Groups => Argument::U32(count(self.problem.groups()[1])),
+            Name::Ranges => Argument::Pointer(self.ranges),
+            Name::Codes => Argument::Pointer(self.results?[0]),
+            Name::Scales => Argument::Pointer(self.results?[1]),
+            Name::Zeros => Argument::Pointer(self.zeros?),
+        })
+    }
+}
+
+/// The kernel. Its parameters are those of [`Name`].
+pub fn emit(config: &Config) -> Source {
+    match *config {
+        Config::Ranges { element, wide } => ranges(element, wide),
+        Config::Codes { element, code, rounds } if code.has_4bits() => {
+            let k = &Kernel::new("encode_words", Target::Sm80, THREADS);
+            debug_assert!(rounds);
+            words(&Weight::new(k, element), code)
+        }
+        Config::Codes { element, code, rounds } => {
+            let target = if code == Code::E4m3 && rounds { Target::Sm89 } else { Target::Sm80 };
+            let k = &Kernel::new("encode_bytes", target, THREADS);
+            bytes(&Weight::new(k, element), code, rounds)
+        }
+    }
+}
+
+/// A weight and its groups.
+struct Weight<'k> {
+    k: &'k Kernel,
+    element: Element,
+    input: Reg<'k, u64>,
+    strides: [Reg<'k, u64>; 2],
+    rows: Reg<'k, u32>,
+    cols: Reg<'k, u32>,
+    group_rows: Reg<'k, u32>,
+    groups: Reg<'k, u32>,
+    ranges: Reg<'k, u64>,
+}
+
+impl<'k> Weight<'k> {
+    fn new(k: &'k Kernel, element: Element) -> Self {
+        let [rows, cols, group_rows, groups] =
+            [Name::Rows, Name::Cols, Name::GroupRows, Name::Groups].map(|name| k.param(name));
+        Self {
+            k,
+            element,
+            input: k.pointer(Name::Input),
+            strides: [Name::InputRow, Name::InputCol].map(|name| k.param(name)),
+            rows,
+            cols,
+            group_rows,
+            groups,
+            ranges: k.pointer(Name::Ranges),
+        }
+    }
+
+    /// The address of an element.
+    fn address(&self, row: Reg<'k, u32>, col: Reg<'k, u32>) -> Reg<'k, u64> {
+        let [of_row, of_col] = self.strides;
+        let number = row.wide() * of_row + col.wide() * of_col;
+        self.input + number * u64::from(self.element.size())
+    }
+
+    /// An element, or 0 where there is none.
+    fn load(&self, from: Reg<'k, u64>, exists: Reg<'k, bool>) -> Reg<'k, f32> {
+        let k = self.k;
+        match self.element {
+            Element::F32 => {
+                let [x] = k.when(exists, || k.ld_global_nc::<f32, 1>(from));
+                k.select(exists, x, 0f32)
+            }
+            Element::Half(half) => {
+                let [x] = k.when(exists, || k.ld_global_nc::<u16, 1>(from));
+                k.widen(half, k.select(exists, x, 0u16))
+            }
+        }
+    }
+}
+
+/// A thread has some rows of a column.
+fn ranges(element: Element, wide: bool) -> Source {
+    let k = &Kernel::new("encode_ranges", Target::Sm80, THREADS);
+    let weight = Weight::new(k, element);
+    let col = k.block_y() * THREADS + k.thread();
+    let first = k.block_x() * STRIP;
+    let exists = col.lt(weight.cols);
+    let step = weight.strides[0] * u64::from(element.size());
+    let from = weight.address(first, col);
+    let none = k.var(0u32);
+    let [mut below, mut above] = [none, none];
+    for i in 0..STRIP {
+        if i > 0 {
+            from.increase(step);
+        }
+        let x = weight.load(from, exists & (first + i).lt(weight.rows));
+        let (bits, magnitude) = (x.cast::<u32>(), x.abs().cast::<u32>());
+        let negative = (bits >> 31).ne(0);
+        below = below.max(k.select(negative, magnitude, 0));
+        above = above.max(k.select(negative, none, magnitude));
+    }
+    let mut group = first / weight.group_rows * weight.groups;
+    let mut writes = exists;
+    if wide {
+        [below, above] = [below, above].map(|bits| largest(bits, WARP));
+        group = group + col / k.param::<u32>(Name::GroupCols);
+        // All lanes are of one group.
+        writes = writes & (k.thread() % WARP).eq(0);
+    } else {
+        group = group + col;
+    }
+    let to = weight.ranges.element(group, 8);
+    k.when(writes & below.gt(0), || k.red_max(to, below));
+    k.when(writes & above.gt(0), || k.red_max(to.at(4), above));
+    k.finish()
+}
+
+/// What the codes of a group are made with.
+struct Scale<'k> {
+    scale: Reg<'k, f32>,
+    zero: Option<Reg<'k, i32>>,
+}
+
+impl<'k> Scale<'k> {
+    /// Of a group's number.
+    fn of(weight: &Weight<'k>, code: Code, group: Reg<'k, u32>, exists: Reg<'k, bool>) -> Self {
+        let k = weight.k;
+        let [below, above] =
+            k.when(exists, || k.ld_global_nc::<f32, 2>(weight.ranges.element(group, 8)));
+        let peak = above.max(below);
+        let exact = match code {
+            Code::Int4 { zeros: true } => above / 15.0 + below / 15.0,
+            Code::Int4 { zeros: false } => peak / 7.0,
+            Code::Nf4 => peak,
+            Code::Int8 => peak / 127.0,
+            Code::E4m3 => peak / 448.0,
+        };
+        let up = match weight.element {
+            Element::Half(half) if code.has_4bits() => {
+                // The least number of the type from it on.
+                let near = k.cvt_rn(half, exact);
+                let more = k.select(k.widen(half, near).lt(exact), k.var(1u32), 0);
+                let [up, _] = k.unpack(half, k.pack(near, k.var(0u16)) + more);
+                up
+            }
+            _ => exact.max(f32::MIN_POSITIVE),
+        };
+        let scale = k.select(peak.eq(0.0), k.var(1f32), up);
+        let zeros = code == Code::Int4 { zeros: true };
+        let zero = zeros.then(|| (below / scale).nearest().min(15));
+        Self { scale, zero }
+    }
+
+    /// The code of an element, of four bits.
+    fn code(&self, code: Code, x: Reg<'k, f32>) -> Reg<'k, u32> {
+        let (k, x) = (x.kernel(), x / self.scale);
+        match code {
+            Code::Nf4 => NF4
+                .windows(2)
+                .map(|pair| k.select(x.gt(0.5 * (pair[0] + pair[1])), k.var(1u32), 0))
+                .reduce(|sum, one| sum + one)
+                .expect("there are sixteen values"),
+            _ => {
+                let code = match self.zero {
+                    Some(zero) => x.nearest() + zero,
+                    None => x.nearest() + 8,
+                };
+                code.max(0).min(15).cast()
+            }
+        }
+    }
+}
+
+/// A thread has a word: eight rows of a column.
+fn words(weight: &Weight, code: Code) -> Source {
+    let k = weight.k;
+    let (codes, scales) = (k.pointer(Name::Codes), k.pointer(Name::Scales));
+    let zeros = (code == Code::Int4 { zeros: true }).then(|| k.pointer(Name::Zeros));
+    let (word, col) = (k.block_x(), k.block_y() * THREADS + k.thread());
+    let (first, exists) = (word * ROWS, col.lt(weight.cols));
+    let below = first / weight.group_rows;
+    let group = below * weight.groups + col;
+    let scale = Scale::of(weight, code, group, exists);
+    let packed = (0..ROWS)
+        .map(|i| {
+            let row = first + i;
+            let there = row.lt(weight.rows);
+            let x = weight.load(weight.address(row, col), exists & there);
+            k.select(there, scale.code(code, x), code.zero()) << (4 * i)
+        })
+        .reduce(|all, one| all | one)
+        .expect("there are eight");
+    let place = word * weight.cols + col;
+    k.when(exists, || k.st_global(codes.element(place, 4), [packed]));
+    let leads = exists & (below * weight.group_rows).eq(first);
+    let to = scales.element(group, weight.element.size());
+    match weight.element {
+        Element::F32 => k.when(leads, || k.st_global(to, [scale.scale])),
+        Element::Half(half) => {
+            let exact = k.cvt_rn(half, scale.scale);
+            k.when(leads, || k.st_global(to, [exact]));
+        }
+    }
+    if let Some((zeros, zero)) = zeros.zip(scale.zero) {
+        k.when(leads, || k.st_global_u8(zeros.element(group, 1), zero.cast()));
+    }
+    k.finish()
+}
+
+/// A thread has four codes that follow each other.
+fn bytes(weight: &Weight, code: Code, rounds: bool) -> Source {
+    let k = weight.k;
+    let (codes, scales) = (k.pointer(Name::Codes), k.pointer(Name::Scales));
+    let group_cols = k.param::<u32>(Name::GroupCols);
+    let all = weight.rows * weight.cols;
+    let first = (k.block_x() * THREADS + k.thread()) * BYTES;
+    k.if_(first.lt(all), || {
+        let always = first.lt(all);
+        let quotients = [0, 1, 2, 3].map(|i| {
+            // Past the end the last one again.
+            let place = (first + i).min(all - 1);
+            let row = place / weight.cols;
+            let col = place - row * weight.cols;
+            let (below, right) = (row / weight.group_rows, col / group_cols);
+            let group = below * weight.groups + right;
+            let Scale { scale, .. } = Scale::of(weight, code, group, always);
+            let leads = (below * weight.group_rows).eq(row) & (right * group_cols).eq(col);
+            k.when(leads, || k.st_global(scales.element(group, 4), [scale]));
+            weight.load(weight.address(row, col), always) / scale
+        });
+        let code = if code == Code::Int8 { Factor::S8 } else { Factor::E4m3 };
+        k.st_global(codes.element(first, 1), [rounded(code, rounds, &quotients)]);
+    });
+    k.finish()
+}
