@@ -140,7 +140,7 @@ mod tests {
     fn what_the_gpu_cannot_run_is_refused() {
         assert_eq!(
             ask((9, 0), Some("sm_70")).unwrap_err(),
-            "kaio_matmul_with: `KAIO_ARCH` is sm_70, wanted sm_90a or sm_80 on this GPU; unset the \
+            "kaio_matmul_with: `KAIO_ARCH` is sm_70, wanted sm_90a or sm_89 or sm_80 on this GPU; unset the \
              environment variable, and the first is taken"
         );
         assert_eq!(
