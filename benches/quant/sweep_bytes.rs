@@ -64,7 +64,15 @@ pub fn run(gpu: &mut Gpu, filter: &str, file: &mut File) -> Result<()> {
                     let epilogue = Epilogue::round(Element::Half(Half::Bf16));
                     let [m64, n64, k64] = [m, n, k].map(|size| size as u64);
                     let (half, scheme) = (Half::Bf16, floats.scheme);
-                    let problem = w4::Problem { m: m64, n: n64, k: k64, half, scheme, epilogue };
+                    let problem = w4::Problem {
+                        m: m64,
+                        n: n64,
+                        others: [0; 2],
+                        k: k64,
+                        half,
+                        scheme,
+                        epilogue,
+                    };
                     let product = |config| tune::w4_matmul(&x, &floats, &options, Some(config));
                     compare(gpu, file, &of, m, w4::candidates(&problem, &H200), product)?;
                 }

@@ -143,6 +143,22 @@ pub(crate) fn matmul_quant(
     })
 }
 
+/// `act(x·W)` of f16 or bf16 activations for each of some weights, if one kernel makes all of them.
+pub(crate) fn matmul_quant_all(
+    op: &'static str,
+    x: View<CudaStorage>,
+    weights: &[CudaWeight],
+    epilogue: Epilogue,
+) -> Result<Option<Vec<CudaStorage>>> {
+    on_gpu!({
+        let empty = weights.iter().any(|weight| weight.facts.dims.contains(&0));
+        if weights.len() < 2 || empty || x.1.shape().elem_count() == 0 {
+            return Ok(None);
+        }
+        native::matmul_quant_all(op, x, weights, epilogue)
+    })
+}
+
 /// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)` of int8 bytes, with `factors` scale and zero point.
 pub(crate) fn matmul_int8(
     op: &'static str,

@@ -106,6 +106,15 @@ impl Op for Project {
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let Inputs { x, scales, bias, weights, .. } = self.read(inputs);
+        if matches!(self.lhs, Lhs::Float)
+            && bias.is_none()
+            && let Some(all) = cuda::matmul_quant_all(self.name, x, &weights, self.epilogue)?
+        {
+            let shaped = |(out, weight): (_, &Weight<_>)| {
+                Ok((out, rows(self.name, x.1, weight.facts.dims[1])?.1))
+            };
+            return all.into_iter().zip(&weights).map(shaped).collect();
+        }
         let product = |weight: &Weight<View<CudaStorage>>| {
             let (_, shape) = rows(self.name, x.1, weight.facts.dims[1])?;
             let (op, epilogue) = (self.name, self.epilogue);

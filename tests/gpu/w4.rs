@@ -207,6 +207,7 @@ fn w4_stream_shapes() -> Result<()> {
                 split,
                 blocks_per_sm: 1,
                 unit: if case.weight.size[1] % 4 == 0 { 4 } else { 1 },
+                weights: 1,
                 epilogue: Epilogue::round(Element::Half(half)),
             };
             let slots = config.slots.min(config.max_slots(232_448));
@@ -250,7 +251,7 @@ fn w4_tile_shapes() -> Result<()> {
             let options = MatmulOptions::default().out_dtype(dtype(out));
             let epilogue = Epilogue::round(out);
             let [m, n, k] = [m, n, k].map(|size| size as u64);
-            let problem = w4::Problem { m, n, k, half, scheme, epilogue };
+            let problem = w4::Problem { m, n, others: [0; 2], k, half, scheme, epilogue };
             for (number, config) in tiles::candidates(&problem, &device).into_iter().enumerate() {
                 // A third of them for each case, other ones each time.
                 if (number + i + j) % 3 != 0 {
@@ -347,6 +348,44 @@ fn w4_weights_of_users() -> Result<()> {
             let want = Nd::of(&host.dequantize(DType::F32)?)?;
             identical(&format!("{scheme:?}"), &back, &want)?;
             identical(&format!("{scheme:?}"), &weight.dequantize(DType::F32)?, &want)?;
+        }
+    }
+    Ok(())
+}
+
+/// Products with several weights, by one kernel where there are few rows.
+#[test]
+fn w4_projections() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let schemes = [
+        QuantScheme::Int4 { group: 128, zero_points: false },
+        QuantScheme::Int4 { group: 32, zero_points: true },
+        QuantScheme::Int4 { group: -1, zero_points: true },
+        QuantScheme::Nf4 { block: 64 },
+    ];
+    let plain = super::suites::Layout::Plain;
+    for (i, scheme) in schemes.into_iter().enumerate() {
+        for (k, widths) in [(256, [192, 64, 64]), (600, [72, 65, 1]), (136, [1, 130, 64])] {
+            let mut source = Source::new(&format!("{scheme:?} {widths:?}"), &Device::Cpu);
+            let mut weight = |n| -> Result<[QuantWeight; 2]> {
+                let w = source.tensor(DType::BF16, &[k, n], plain)?;
+                let host = QuantWeight::quantize(&w, &scheme)?;
+                Ok([host.to_device(&gpu)?, host])
+            };
+            let [q, key, v] = [weight(widths[0])?, weight(widths[1])?, weight(widths[2])?];
+            for m in [1, 5, 16, 40] {
+                let dtype = [DType::F16, DType::BF16][(i + m) % 2];
+                let x = source.tensor(dtype, &[m, k], plain)?;
+                let results = |x: &Tensor, of: usize| -> Result<[Tensor; 3]> {
+                    Ok(x.kaio_qkv_project([&q[of], &key[of], &v[of]])?.into())
+                };
+                let (got, want) = (results(&x.to_device(&gpu)?, 0)?, results(&x, 1)?);
+                for (got, want) in got.iter().zip(&want) {
+                    let want = Nd::of(want)?;
+                    let last = ulp(dtype, want.peak());
+                    close(&format!("{scheme:?} {widths:?} {m}"), got, &want, |_| 2.0 * last)?;
+                }
+            }
         }
     }
     Ok(())

@@ -119,7 +119,8 @@ fn w8_shapes() -> Result<()> {
             let [m64, n64, k64] = [m, n, k].map(|size| size as u64);
             let epilogue = Epilogue::round(Element::F32);
             let (scheme, options) = (w.scheme, MatmulOptions::default().out_dtype(DType::F32));
-            let problem = w4::Problem { m: m64, n: n64, k: k64, half, scheme, epilogue };
+            let problem =
+                w4::Problem { m: m64, n: n64, others: [0; 2], k: k64, half, scheme, epilogue };
             for config in stream::candidates(&problem, &device) {
                 let got = tune::w4_matmul(&on_gpu, &w, &options, Some(config.into()))?;
                 let got = got.flatten_all()?.to_vec1::<f32>()?;

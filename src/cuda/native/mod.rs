@@ -21,7 +21,9 @@ pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
 pub(super) use quantised::{Codewords, Panel};
-pub(crate) use quantised::{dequantize, matmul_quant, pack_signed, repack, unpack};
+pub(crate) use quantised::{
+    dequantize, matmul_quant, matmul_quant_all, pack_signed, repack, unpack,
+};
 pub(crate) use quantize::{Rounded, quantize_rows};
 pub(crate) use strided::copy;
 pub(super) use strided::packed_bytes;

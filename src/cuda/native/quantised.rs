@@ -177,6 +177,26 @@ pub(crate) fn matmul_quant(
     super::matmul(op, &problem, epilogue, x.0, &panel.storage, bias)
 }
 
+/// The products with packed weights of one scheme, if one kernel makes all of them; nothing is empty.
+pub(crate) fn matmul_quant_all(
+    op: &'static str,
+    x: View<CudaStorage>,
+    weights: &[CudaWeight],
+    epilogue: Epilogue,
+) -> Result<Option<Vec<CudaStorage>>> {
+    if !weights.iter().all(|weight| is_w4(&weight.facts)) {
+        return Ok(None);
+    }
+    let packed = |weight| packed(weight, w4::CodeLines::default());
+    let weights: Vec<_> = weights.iter().map(packed).collect();
+    match weights.as_slice() {
+        [first, others @ ..] if others.iter().all(|other| other.scheme == first.scheme) => {
+            w4::matmul_all(op, (x.0, &Stack::new(x.1)), &weights, epilogue)
+        }
+        _ => Ok(None),
+    }
+}
+
 /// The weight in a float dtype, row-major.
 pub(crate) fn dequantize(
     op: &'static str,

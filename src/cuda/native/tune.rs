@@ -199,12 +199,14 @@ pub fn w4_matmul(
         activation: options.activation,
     };
     let out = with_w4(weight, |weight| {
-        let call = w4::Call::new("tune", (storage, &stack), weight, epilogue, bias)?;
+        let call =
+            w4::Call::new("tune", (storage, &stack), std::slice::from_ref(weight), epilogue, bias)?;
         let Some(config) = config else { return call.run_chosen() };
         let Some(plan) = kernel::w4::Plan::of(&config, &call.facts, &call.gpu.device) else {
             bail!("not a product with such a weight")
         };
         call.run(&Compiled::new("tune", &call.gpu, plan)?)
     })?;
+    let out = out.into_iter().next().expect("one for the weight");
     Ok(tensor(out, (stack.count() * stack.rows, weight.size[1])))
 }

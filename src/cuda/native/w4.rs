@@ -214,7 +214,32 @@ pub(crate) fn matmul(
     epilogue: Epilogue,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
-    Call::new(op, x, weight, epilogue, bias)?.run_chosen()
+    let products = Call::new(op, x, std::slice::from_ref(weight), epilogue, bias)?.run_chosen()?;
+    Ok(products.into_iter().next().expect("one for the weight"))
+}
+
+/// The products with weights of one scheme, if one kernel makes all of them.
+pub(crate) fn matmul_all(
+    op: &'static str,
+    x: Operand,
+    weights: &[Weight],
+    epilogue: Epilogue,
+) -> Result<Option<Vec<CudaStorage>>> {
+    let gpu = Gpu::of(op, x.0.device())?;
+    let rows = (x.1.count() * x.1.rows) as u64;
+    if weights.len() > w4::MOST_WEIGHTS || !w4::together(rows, &gpu.device) {
+        return Ok(None);
+    }
+    Call::new(op, x, weights, epilogue, None)?.run_chosen().map(Some)
+}
+
+/// What a weight brings to a product.
+struct Part<'a> {
+    n: usize,
+    codes: &'a CudaStorage,
+    code_lines: CodeLines,
+    scales: Fitted<'a>,
+    zeros: Option<Fitted<'a>>,
 }
 
 /// One product: operands that fit, and the facts.
@@ -224,45 +249,49 @@ pub(super) struct Call<'a> {
     order: Order,
     pub gpu: Arc<Gpu>,
     pub facts: Problem,
-    codes: &'a CudaStorage,
-    code_lines: CodeLines,
     x: Fitted<'a>,
-    scales: Fitted<'a>,
-    zeros: Option<Fitted<'a>>,
+    weights: Vec<Part<'a>>,
     bias: Option<Fitted<'a>>,
     out_dtype: DType,
 }
 
 impl<'a> Call<'a> {
+    /// Of weights of as many rows and one scheme; with several there is no bias.
     pub fn new(
         op: &'static str,
         (x, rows): Operand<'a>,
-        weight: &Weight<'a>,
+        weights: &[Weight<'a>],
         epilogue: Epilogue,
         bias: Option<View<'a, CudaStorage>>,
     ) -> Result<Self> {
         let device = x.device().clone();
         let gpu = Gpu::of(op, &device)?;
-        let &Weight { scheme, k, n, codes, lines: code_lines, ref scales, ref zeros } = weight;
-        let inputs = [
-            Some(x),
-            Some(codes),
-            Some(scales.0),
-            zeros.as_ref().map(|(storage, _)| *storage),
-            bias.map(|(storage, _)| storage),
-        ];
-        let order = Order::new(op, device.cuda_stream(), inputs.into_iter().flatten());
+        let Weight { scheme, k, .. } = weights[0];
+        let operands = weights.iter().flat_map(|weight| {
+            let zeros = weight.zeros.as_ref().map(|(storage, _)| *storage);
+            [Some(weight.codes), Some(weight.scales.0), zeros]
+        });
+        let others = [Some(x), bias.map(|(storage, _)| storage)];
+        let inputs = others.into_iter().chain(operands).flatten();
+        let order = Order::new(op, device.cuda_stream(), inputs);
         let m = rows.count() * rows.rows;
         let x = lines(op, (x, rows))?;
         let of_groups = |groups: &Groups<'a>| lines_of_groups(op, &scheme, groups);
-        let (scales, zeros) = (of_groups(scales)?, zeros.as_ref().map(of_groups).transpose()?);
+        let part = |weight: &Weight<'a>| -> Result<Part<'a>> {
+            let zeros = weight.zeros.as_ref().map(of_groups).transpose()?;
+            let &Weight { n, codes, lines: code_lines, .. } = weight;
+            Ok(Part { n, codes, code_lines, scales: of_groups(&weight.scales)?, zeros })
+        };
+        let parts = weights.iter().map(part).collect::<Result<Vec<_>>>()?;
+        let columns = |i: usize| parts.get(i).map_or(0, |part| part.n as u64);
         let bias = bias.map(|bias| row(op, bias)).transpose()?;
         let Element::Half(half) = element(x.storage().dtype()) else {
             unreachable!("activations are f16 or bf16")
         };
         let facts = Problem {
             m: m as u64,
-            n: n as u64,
+            n: columns(0),
+            others: [columns(1), columns(2)],
             k: k as u64,
             half,
             scheme,
@@ -275,59 +304,60 @@ impl<'a> Call<'a> {
         };
         countable(op, facts.limit())?;
         let out_dtype = epilogue.out_dtype;
-        Ok(Self {
-            op,
-            device,
-            order,
-            gpu,
-            facts,
-            codes,
-            code_lines,
-            x,
-            scales,
-            zeros,
-            bias,
-            out_dtype,
-        })
+        Ok(Self { op, device, order, gpu, facts, x, weights: parts, bias, out_dtype })
     }
 
     /// By what the chooser says.
-    pub fn run_chosen(&self) -> Result<CudaStorage> {
+    pub fn run_chosen(&self) -> Result<Vec<CudaStorage>> {
         self.run(&*PLANS.get(self.op, &self.gpu, &self.facts)?)
     }
 
-    pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
+    /// A product for each weight.
+    pub fn run(&self, compiled: &Compiled<Plan>) -> Result<Vec<CudaStorage>> {
         let (device, problem) = (&self.device, &self.facts);
         let alloc = |len: u64, dtype| uninit(device, &Shape::from(len as usize), dtype);
-        let mut out = alloc(problem.m * problem.n, self.out_dtype)?;
+        let products = self.weights.iter().map(|w| alloc(problem.m * w.n as u64, self.out_dtype));
+        let mut products = products.collect::<Result<Vec<_>>>()?;
         let partial = compiled.plan.partial_sums(problem);
         let mut partial = partial.map(|sums| alloc(sums, DType::F32)).transpose()?;
         let panel = compiled.plan.panel_elements(problem);
         let mut panel = panel.map(|len| alloc(len, self.x.storage().dtype())).transpose()?;
-        let fitted = [Some(&self.x), Some(&self.scales), self.zeros.as_ref(), self.bias.as_ref()];
-        let memories = fitted
-            .map(|fitted| fitted.map(|fitted| (Memory::of(fitted.storage(), device), fitted)));
-        let [x, scales, zeros, bias] =
-            memories.each_ref().map(|both| both.as_ref().map(|(memory, f)| placed(memory, f)));
-        let (codes, result) = (Memory::of(self.codes, device), Memory::of_mut(&mut out, device));
-        let [partial, panel] = [&mut partial, &mut panel]
-            .map(|scratch| scratch.as_mut().map(|storage| Memory::of_mut(storage, device)));
-        let arguments = w4::Arguments {
-            problem,
-            plan: &compiled.plan,
-            x: x.expect("it is there"),
-            codes: codes.at(self.code_lines.first),
-            codes_line: self.code_lines.line as u64,
-            scale_each: self.scales.stack.cols > 1,
-            scales: scales.expect("they are there"),
-            zeros,
-            bias: bias.map(|(address, _)| address),
-            out: result.address(),
-            partial: partial.as_ref().map(Memory::address),
-            panel: panel.as_ref().map(Memory::address),
-        };
-        self.order.run(|| Ok(compiled.launch(self.op, device, &arguments)?))?;
-        drop((memories, codes, result, partial, panel));
-        Ok(out)
+        {
+            // What is held until the launch is submitted.
+            let x = Memory::of(self.x.storage(), device);
+            let bias = self.bias.as_ref().map(|bias| (Memory::of(bias.storage(), device), bias));
+            let held = self.weights.iter().zip(&mut products).map(|(part, out)| {
+                let zeros = part.zeros.as_ref();
+                (
+                    (Memory::of(part.codes, device), part.code_lines),
+                    (Memory::of(part.scales.storage(), device), &part.scales),
+                    zeros.map(|zeros| (Memory::of(zeros.storage(), device), zeros)),
+                    Memory::of_mut(out, device),
+                )
+            });
+            let held: Vec<_> = held.collect();
+            let weights = held.iter().map(|(codes, (scales, lines), zeros, out)| w4::Weight {
+                codes: codes.0.at(codes.1.first),
+                codes_line: codes.1.line as u64,
+                scales: placed(scales, lines),
+                scale_each: lines.stack.cols > 1,
+                zeros: zeros.as_ref().map(|(zeros, lines)| placed(zeros, lines)),
+                out: out.address(),
+            });
+            let weights: Vec<_> = weights.collect();
+            let [partial, panel] = [&mut partial, &mut panel]
+                .map(|scratch| scratch.as_mut().map(|storage| Memory::of_mut(storage, device)));
+            let arguments = w4::Arguments {
+                problem,
+                plan: &compiled.plan,
+                x: placed(&x, &self.x),
+                weights: &weights,
+                bias: bias.as_ref().map(|(memory, bias)| placed(memory, bias).0),
+                partial: partial.as_ref().map(Memory::address),
+                panel: panel.as_ref().map(Memory::address),
+            };
+            self.order.run(|| Ok(compiled.launch(self.op, device, &arguments)?))?;
+        }
+        Ok(products)
     }
 }

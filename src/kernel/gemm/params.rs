@@ -85,6 +85,34 @@ names! {
         ZeroLine "zero_line",
         /// From row to row of its elements, where they are made.
         OutLine "out_line",
+        /// A second weight of four bits that the same rows are multiplied with: the same as [`Codes`](Self::Codes).
+        Codes1 "codes1",
+        /// Its scales.
+        Scales1 "scales1",
+        /// From row to row.
+        ScaleLine1 "scale_line1",
+        /// Its zero points.
+        Zeros1 "zeros1",
+        /// From row to row.
+        ZeroLine1 "zero_line1",
+        /// Its columns.
+        N1 "n1",
+        /// The address of its product.
+        Out1 "out1",
+        /// A third weight of four bits that the same rows are multiplied with: the same as [`Codes`](Self::Codes).
+        Codes2 "codes2",
+        /// Its scales.
+        Scales2 "scales2",
+        /// From row to row.
+        ScaleLine2 "scale_line2",
+        /// Its zero points.
+        Zeros2 "zeros2",
+        /// From row to row.
+        ZeroLine2 "zero_line2",
+        /// Its columns.
+        N2 "n2",
+        /// The address of its product.
+        Out2 "out2",
     }
 }
 

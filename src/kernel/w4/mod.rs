@@ -29,14 +29,17 @@ pub mod stream;
 pub mod tiles;
 
 pub use nibbles::NF4;
-pub use params::Arguments;
-pub use plan::{Plan, Problem, candidates};
+use params::WEIGHTS;
+pub use params::{Arguments, Weight};
+pub use plan::{Plan, Problem, candidates, together};
 
 use super::Element;
 use super::name::given;
 
 /// Columns and rows of a block of codes.
 pub const BLOCK: u32 = 64;
+/// Weights that one kernel multiplies with, at most: those of queries, keys and values.
+pub const MOST_WEIGHTS: usize = 3;
 /// Bytes of a block.
 pub const BLOCK_BYTES: u32 = BLOCK * BLOCK / 2;
 

@@ -1,9 +1,60 @@
 //! The values of the parameters of the products' kernels.
 
-use super::{Plan, Problem};
+use super::{MOST_WEIGHTS, Plan, Problem};
 use crate::kernel::gemm::{self, Name};
 use crate::kernel::params::{self, Argument, Arguments as _};
 use crate::kernel::plan::count;
+
+/// The names of what a weight brings of its own.
+pub(super) struct WeightNames {
+    pub codes: Name,
+    pub scales: [Name; 2],
+    pub zeros: [Name; 2],
+    pub n: Name,
+    pub out: Name,
+}
+
+/// Those of the weights that a kernel multiplies with.
+pub(super) const WEIGHTS: [WeightNames; MOST_WEIGHTS] = [
+    WeightNames {
+        codes: Name::Codes,
+        scales: [Name::Scales, Name::ScaleLine],
+        zeros: [Name::Zeros, Name::ZeroLine],
+        n: Name::N,
+        out: Name::Out,
+    },
+    WeightNames {
+        codes: Name::Codes1,
+        scales: [Name::Scales1, Name::ScaleLine1],
+        zeros: [Name::Zeros1, Name::ZeroLine1],
+        n: Name::N1,
+        out: Name::Out1,
+    },
+    WeightNames {
+        codes: Name::Codes2,
+        scales: [Name::Scales2, Name::ScaleLine2],
+        zeros: [Name::Zeros2, Name::ZeroLine2],
+        n: Name::N2,
+        out: Name::Out2,
+    },
+];
+
+/// A weight of a launch, and where its product goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Weight {
+    /// The address of the codes, a multiple of 16.
+    pub codes: u64,
+    /// Of codes of eight bits: bytes from column to column, a multiple of 16.
+    pub codes_line: u64,
+    /// The address of the scales and elements from row to row: bytes of both are multiples of 16.
+    pub scales: (u64, u64),
+    /// Whether each column has its own, of codes of eight bits that have no groups.
+    pub scale_each: bool,
+    /// The zero points', likewise.
+    pub zeros: Option<(u64, u64)>,
+    /// The address of the result.
+    pub out: u64,
+}
 
 /// One launch of a plan.
 #[derive(Clone, Copy, Debug)]
@@ -14,20 +65,10 @@ pub struct Arguments<'a> {
     pub plan: &'a Plan,
     /// The address of `x`, a multiple of 16, and elements from row to row, a multiple of 8.
     pub x: (u64, u64),
-    /// The address of the packed codes, a multiple of 16.
-    pub codes: u64,
-    /// Of codes of eight bits: bytes from column to column, a multiple of 16.
-    pub codes_line: u64,
-    /// The address of the scales and elements from row to row: bytes of both are multiples of 16.
-    pub scales: (u64, u64),
-    /// Whether each column has its own, of codes of eight bits that have no groups.
-    pub scale_each: bool,
-    /// The zero points', likewise.
-    pub zeros: Option<(u64, u64)>,
+    /// As many weights as the problem has.
+    pub weights: &'a [Weight],
     /// The address of the bias.
     pub bias: Option<u64>,
-    /// The address of the result.
-    pub out: u64,
     /// The address of [`Plan::panel_elements`].
     pub panel: Option<u64>,
     /// The address of [`Plan::partial_sums`].
@@ -39,7 +80,7 @@ impl params::Arguments for Arguments<'_> {
 
     fn argument(&self, step: usize, name: Name) -> Option<Argument> {
         match (self.plan, step) {
-            (Plan::Stream(..), 0) => self.product(self.out, name),
+            (Plan::Stream(..), 0) => self.product(self.first()?.out, name),
             (Plan::Split(..), 0) if name == Name::Bias => None,
             (Plan::Split(..), 0) => self.product(self.partial?, name),
             (Plan::Split(..), 1) => self.reduce(name),
@@ -56,36 +97,54 @@ impl params::Arguments for Arguments<'_> {
 }
 
 impl Arguments<'_> {
+    fn first(&self) -> Option<&Weight> {
+        self.weights.first()
+    }
+
+    /// Of a kernel that stores the first product at `out`.
     fn product(&self, out: u64, name: Name) -> Option<Argument> {
-        let Problem { m, n, k, .. } = *self.problem;
+        let Problem { m, k, .. } = *self.problem;
         Some(match name {
             Name::Lhs => Argument::Pointer(self.x.0),
             Name::LhsLine => Argument::U64(self.x.1),
-            Name::Codes => Argument::Pointer(self.codes),
-            Name::CodesLine => Argument::U64(self.codes_line),
-            Name::ScaleStep => Argument::U32(self.scale_each.into()),
-            Name::Scales => Argument::Pointer(self.scales.0),
-            Name::ScaleLine => Argument::U64(self.scales.1),
-            Name::Zeros => Argument::Pointer(self.zeros?.0),
-            Name::ZeroLine => Argument::U64(self.zeros?.1),
+            Name::CodesLine => Argument::U64(self.first()?.codes_line),
+            Name::ScaleStep => Argument::U32(self.first()?.scale_each.into()),
             Name::Out => Argument::Pointer(out),
             Name::Bias => Argument::Pointer(self.bias?),
             Name::M => Argument::U32(count(m)),
-            Name::N => Argument::U32(count(n)),
             Name::K => Argument::U32(count(k)),
-            _ => return None,
+            _ => return self.of_weight(name),
+        })
+    }
+
+    /// What one of the weights brings.
+    fn of_weight(&self, name: Name) -> Option<Argument> {
+        let widths = self.problem.widths();
+        self.weights.iter().zip(&WEIGHTS).zip(widths).find_map(|((weight, names), n)| {
+            let &Weight { codes, scales, zeros, out, .. } = weight;
+            let lines = |names: [Name; 2], (address, line)| match name {
+                _ if name == names[0] => Some(Argument::Pointer(address)),
+                _ if name == names[1] => Some(Argument::U64(line)),
+                _ => None,
+            };
+            match name {
+                _ if name == names.codes => Some(Argument::Pointer(codes)),
+                _ if name == names.n => Some(Argument::U32(count(n))),
+                _ if name == names.out => Some(Argument::Pointer(out)),
+                _ => lines(names.scales, scales).or_else(|| lines(names.zeros, zeros?)),
+            }
         })
     }
 
     fn tiles(&self, plan: &gemm::Plan, step: usize, name: Name) -> Option<Argument> {
         match name {
             Name::Codes | Name::Scales | Name::ScaleLine | Name::Zeros | Name::ZeroLine => {
-                return self.product(self.out, name);
+                return self.of_weight(name);
             }
             _ => {}
         }
         // In place of the weight, of which nothing else is asked.
-        let weight = gemm::Operand { address: self.codes, line: 0, batch: [(1, 0); 2] };
+        let weight = gemm::Operand { address: self.first()?.codes, line: 0, batch: [(1, 0); 2] };
         self.matrices(plan, step, weight, name)
     }
 
@@ -105,7 +164,7 @@ impl Arguments<'_> {
             operands: [x, weight],
             scales: gemm::Scales::None,
             bias: self.bias,
-            out: self.out,
+            out: self.first()?.out,
             partial: self.partial,
         };
         arguments.argument(step, name)
@@ -122,7 +181,7 @@ impl Arguments<'_> {
         let Problem { m, n, .. } = *self.problem;
         Some(match name {
             Name::Partial => Argument::Pointer(self.partial?),
-            Name::Out => Argument::Pointer(self.out),
+            Name::Out => Argument::Pointer(self.first()?.out),
             Name::Rows => Argument::U32(count(m)),
             Name::Cols => Argument::U32(count(n)),
             Name::Bias => Argument::Pointer(self.bias?),

@@ -1,6 +1,6 @@
 //! The plan of a product.
 
-use super::{Codes, Scheme, layout, stream, tiles};
+use super::{Codes, MOST_WEIGHTS, Scheme, layout, stream, tiles};
 use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80};
 use crate::kernel::plan::{self, Plan as _, count};
 use crate::kernel::{self, Device, Element, Step};
@@ -19,6 +19,9 @@ pub struct Problem {
     pub m: u64,
     /// Columns of `W`.
     pub n: u64,
+    /// Columns of other weights of as many rows that `x` is multiplied with as well, by the same kernel: see
+    /// [`together`]. 0: none.
+    pub others: [u64; MOST_WEIGHTS - 1],
     /// Rows of `W`.
     pub k: u64,
     /// The type of `x`.
@@ -81,6 +84,12 @@ fn streamed(codes: Codes, target: Target) -> u64 {
         Target::Sm90a if codes.are_bytes() => STREAMED_BYTES,
         Target::Sm90a => stream::MOST,
     }
+}
+
+/// Whether one kernel multiplies `m` rows with several weights of four bits: that for a few rows does so, where a cluster
+/// adds the sums of its parts.
+pub fn together(m: u64, device: &Device) -> bool {
+    m <= stream::MOST && device.target == Target::Sm90a
 }
 
 /// The kernels worth a try for a problem.
@@ -165,7 +174,8 @@ impl Problem {
     pub fn limit(&self) -> Option<(String, u64)> {
         /// Sizes, and 16-bit elements of a row.
         const MOST: u64 = 1 << 30;
-        let sizes = [("M", self.m), ("N", self.n), ("K", self.k)];
+        let [n, second, third] = self.widths();
+        let sizes = [("M", self.m), ("N", n), ("N", second), ("N", third), ("K", self.k)];
         let over = sizes.into_iter().find(|&(_, size)| size > MOST);
         over.map(|(name, size)| (format!("{name} of {size}"), MOST))
     }
@@ -183,7 +193,19 @@ impl Problem {
         self.k.next_multiple_of(Element::Half(self.half).per_chunk().into())
     }
 
+    /// Columns of each weight.
+    pub fn widths(&self) -> [u64; MOST_WEIGHTS] {
+        let [second, third] = self.others;
+        [self.n, second, third]
+    }
+
+    /// How many weights there are.
+    pub(super) fn weights(&self) -> u32 {
+        self.widths().iter().filter(|&&n| n > 0).count() as u32
+    }
+
+    /// Columns of blocks of all weights.
     pub(super) fn columns(&self) -> u32 {
-        count(self.n.div_ceil(super::BLOCK.into()))
+        count(self.widths().iter().map(|n| n.div_ceil(super::BLOCK.into())).sum())
     }
 }

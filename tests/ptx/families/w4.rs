@@ -56,7 +56,13 @@ impl Family for Products {
                             },
                             _ => Epilogue::round(out),
                         };
-                        all.push(Problem { m, n, k, half, scheme, epilogue });
+                        let problem = Problem { m, n, others: [0; 2], k, half, scheme, epilogue };
+                        all.push(problem);
+                        if m <= stream::MOST {
+                            let (others, epilogue) =
+                                ([[n, 0], [1024, 1024]][i % 2], Epilogue::round(out));
+                            all.push(Problem { others, epilogue, ..problem });
+                        }
                     }
                 }
             }
@@ -100,17 +106,20 @@ impl Family for Products {
     ) -> Result<(), String> {
         let mut address = addresses();
         let lines = problem.n.next_multiple_of(16);
-        let arguments = w4::Arguments {
-            problem,
-            plan,
-            x: (address(), problem.k.next_multiple_of(8)),
+        let weights = problem.widths().map(|_| w4::Weight {
             codes: address(),
             codes_line: problem.k.next_multiple_of(16),
             scale_each: true,
             scales: (address(), lines),
             zeros: problem.scheme.zeros.then(|| (address(), lines)),
-            bias: problem.epilogue.bias.map(|_| address()),
             out: address(),
+        });
+        let arguments = w4::Arguments {
+            problem,
+            plan,
+            x: (address(), problem.k.next_multiple_of(8)),
+            weights: &weights,
+            bias: problem.epilogue.bias.map(|_| address()),
             panel: plan.panel_elements(problem).map(|_| address()),
             partial: plan.partial_sums(problem).map(|_| address()),
         };
@@ -130,8 +139,10 @@ impl Family for Products {
             split: 2,
             blocks_per_sm: 2,
             unit: 4,
+            weights: 1,
             epilogue: Epilogue::round(F16),
         };
+        let several = stream::Config { weights: 3, ..plain };
         let zeros = stream::Config {
             target: Target::Sm80,
             half: Half::Bf16,
@@ -205,6 +216,7 @@ impl Family for Products {
         };
         vec![
             ("w4_stream", Config::W4Stream(plain)),
+            ("w4_stream_several", Config::W4Stream(several)),
             ("w4_stream_zeros", Config::W4Stream(zeros)),
             ("w4_stream_nf4", Config::W4Stream(table)),
             ("w4_stream_column", Config::W4Stream(column)),

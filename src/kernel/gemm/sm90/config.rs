@@ -184,7 +184,7 @@ impl Config {
         let most = match self.orient {
             Orient::Plain => 128,
             // Each column has a scale.
-            Orient::Swapped => 32,
+            Orient::Swapped => 16,
         };
         self.cols <= most
     }

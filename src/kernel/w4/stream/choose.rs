@@ -83,7 +83,8 @@ fn small(problem: &Problem, device: &Device) -> Config {
         slots: 2,
         split: 1,
         blocks_per_sm: 1,
-        unit: if problem.n.is_multiple_of(4) { 4 } else { 1 },
+        unit: if problem.widths().iter().all(|n| n.is_multiple_of(4)) { 4 } else { 1 },
+        weights: problem.weights(),
         epilogue: problem.epilogue,
     }
 }
@@ -111,7 +112,8 @@ fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
 
     let slot = f64::from(c.slot().bytes);
     // Blocks of the same columns find them in L2.
-    let bytes = problem.n as f64 * problem.k as f64 * slot / (64.0 * 64.0);
+    let columns = problem.widths().iter().sum::<u64>();
+    let bytes = columns as f64 * problem.k as f64 * slot / (64.0 * 64.0);
     let under_way =
         blocks.min(sms * resident) * f64::from(c.warps * c.slots) * slot / sms / IN_FLIGHT;
     let all = bytes / (sms * MEMORY * under_way.min(1.0).sqrt());
@@ -146,7 +148,7 @@ mod tests {
         let element = Element::Half(Half::Bf16);
         let scheme = Scheme { codes, zeros: false, scale: element, group };
         let epilogue = Epilogue::round(element);
-        Problem { m, n, k, half: Half::Bf16, scheme, epilogue }
+        Problem { m, n, others: [0; 2], k, half: Half::Bf16, scheme, epilogue }
     }
 
     #[test]

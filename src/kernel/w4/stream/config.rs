@@ -5,7 +5,7 @@ use crate::kernel::gemm::Epilogue;
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::w4::nibbles::Decoder;
-use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme};
+use crate::kernel::w4::{BLOCK, BLOCK_BYTES, MOST_WEIGHTS, Scheme};
 use crate::ptx::{Half, Kernel, Reg, Target};
 
 /// Bytes of a row of `x` in a slot: as many elements as a block of codes has rows.
@@ -37,6 +37,8 @@ pub struct Config {
     pub blocks_per_sm: u32,
     /// Elements of a store: 4 or 1, a divisor of the columns of `W`.
     pub unit: u32,
+    /// How many weights the rows of `x` are multiplied with.
+    pub weights: u32,
     /// What is done to a sum before it is stored.
     pub epilogue: Epilogue,
 }
@@ -51,14 +53,15 @@ pub(super) struct Slot {
 }
 
 impl Config {
-    /// `w4stream int4 zeros g128 8+tokens warps8x6 split2 2/sm unit4 portable, f16 bf16→f32 +bf16 relu`: the scheme,
-    /// tokens, warps and slots of each, split, blocks of a multiprocessor, elements of a store; types of scales, of
+    /// `w4stream int4 zeros g128 8+tokens warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`: the scheme,
+    /// tokens, warps and slots of each, split, blocks of a multiprocessor, elements of a store, weights; types of scales, of
     /// `x` and of the result, bias, activation.
     pub fn name(&self) -> String {
         let Self { tokens, warps, slots, unit, .. } = self;
         let more = given(self.several, "+");
         let split = several(self.split, |split| format!(" split{split}"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
+        let weights = several(self.weights, |weights| format!(" {weights}weights"));
         let (scheme, scale) = (self.scheme.name(), self.scheme.scale.name());
         let (half, epilogue) = (self.half.name(), self.epilogue.name());
         let target = match self.target {
@@ -66,7 +69,7 @@ impl Config {
             Target::Sm90a => "",
         };
         format!(
-            "w4stream {scheme} {tokens}{more}tokens warps{warps}x{slots}{split}{blocks} unit{unit}{target}, \
+            "w4stream {scheme} {tokens}{more}tokens warps{warps}x{slots}{split}{blocks} unit{unit}{weights}{target}, \
              {scale} {half}{epilogue}"
         )
     }
@@ -163,6 +166,18 @@ impl Config {
                 format!("a split of {}", self.split),
             ),
             (matches!(self.unit, 1 | 4), format!("a unit of {} (4 or 1)", self.unit)),
+            // The kernel that adds the parts of a split has one result, and a bias is of one weight.
+            (
+                self.weights == 1
+                    || (self.weights as usize <= MOST_WEIGHTS
+                        && self.epilogue.bias.is_none()
+                        && (self.split == 1 || self.clustered())),
+                format!("{} weights", self.weights),
+            ),
+            (
+                !self.scheme.codes.are_bytes() || self.weights == 1,
+                "several weights of codes of eight bits".into(),
+            ),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
         match rules.into_iter().find(|(holds, _)| !holds) {

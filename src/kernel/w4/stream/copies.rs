@@ -6,7 +6,7 @@ use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::gemm::Name;
 use crate::kernel::multiprocessor::WARP;
-use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme};
+use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme, WEIGHTS};
 use crate::ptx::{Kernel, Reg};
 
 /// Blocks of codes that a warp takes together: the rows of a group may be those of two.
@@ -27,6 +27,7 @@ pub struct Operands<'k> {
     pub m: Reg<'k, u32>,
     pub n: Reg<'k, u32>,
     pub k: Reg<'k, u32>,
+    pub out: Reg<'k, u64>,
 }
 
 /// Scales or zero points: rows of groups.
@@ -38,27 +39,75 @@ pub struct Lines<'k> {
     size: u32,
 }
 
+impl<'k> Lines<'k> {
+    fn params(k: &'k Kernel, [address, line]: [Name; 2], size: u32) -> Self {
+        Self { address: k.pointer(address), line: k.param(line), size }
+    }
+
+    /// These if it holds, else others.
+    fn or(self, other: Self, holds: Reg<'k, bool>) -> Self {
+        let k = holds.kernel();
+        Self {
+            address: k.select(holds, self.address, other.address),
+            line: k.select(holds, self.line, other.line),
+            ..self
+        }
+    }
+}
+
 impl<'k> Operands<'k> {
-    /// Declares the parameters.
+    /// Declares the parameters, of the first weight.
     pub fn params(k: &'k Kernel, scheme: &Scheme) -> Self {
-        let lines = |address, line, size| Lines {
-            address: k.pointer(address),
-            line: k.param::<u64>(line),
-            size,
-        };
+        let (x, x_line) = (k.pointer(Name::Lhs), k.param(Name::LhsLine));
+        let names = &WEIGHTS[0];
         let bytes = scheme.codes.are_bytes();
         Self {
-            x: k.pointer(Name::Lhs),
-            x_line: k.param(Name::LhsLine),
-            codes: k.pointer(Name::Codes),
+            x,
+            x_line,
+            codes: k.pointer(names.codes),
             codes_line: bytes.then(|| k.param(Name::CodesLine)),
-            scales: lines(Name::Scales, Name::ScaleLine, scheme.scale.size()),
+            scales: Lines::params(k, names.scales, scheme.scale.size()),
             scale_step: (bytes && scheme.group.is_none()).then(|| k.param(Name::ScaleStep)),
-            zeros: scheme.zeros.then(|| lines(Name::Zeros, Name::ZeroLine, 1)),
+            zeros: scheme.zeros.then(|| Lines::params(k, names.zeros, 1)),
             m: k.param(Name::M),
-            n: k.param(Name::N),
+            n: k.param(names.n),
             k: k.param(Name::K),
+            out: k.pointer(names.out),
         }
+    }
+
+    /// With the weight, of as many as the configuration says, that has block `column` of the columns of all, and which
+    /// of its own that is. Declares the others' parameters.
+    pub fn of_column(self, c: &Config, column: Reg<'k, u32>) -> (Self, Reg<'k, u32>) {
+        if c.weights == 1 {
+            return (self, column);
+        }
+        let k = column.kernel();
+        let (mut of, mut own, mut before) = (self, column, self.n.div_ceil(BLOCK));
+        for (names, number) in WEIGHTS[1..c.weights as usize].iter().zip(2..) {
+            let other = Self {
+                codes: k.pointer(names.codes),
+                scales: Lines::params(k, names.scales, c.scheme.scale.size()),
+                zeros: c.scheme.zeros.then(|| Lines::params(k, names.zeros, 1)),
+                n: k.param(names.n),
+                out: k.pointer(names.out),
+                ..self
+            };
+            let further = column.ge(before);
+            of = Self {
+                codes: k.select(further, other.codes, of.codes),
+                scales: other.scales.or(of.scales, further),
+                zeros: other.zeros.zip(of.zeros).map(|(a, b)| a.or(b, further)),
+                n: k.select(further, other.n, of.n),
+                out: k.select(further, other.out, of.out),
+                ..self
+            };
+            own = k.select(further, column - before, own);
+            if number < c.weights {
+                before = before + other.n.div_ceil(BLOCK);
+            }
+        }
+        (of, own)
     }
 
     /// The addresses of the scales and zero points of the first group.

@@ -27,7 +27,6 @@ pub use launch::Launch;
 use crate::kernel::Element;
 use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::ampere::tile::SwizzledTile;
-use crate::kernel::gemm::Name;
 use crate::kernel::gemm::share::Share;
 use crate::kernel::gemm::terms::Terms;
 use crate::kernel::multiprocessor::WARP;
@@ -44,9 +43,10 @@ const STEP: u32 = 16;
 const STEPS: u32 = BLOCK / STEP;
 
 /// The kernel of a configuration that [`Config::check`] accepts. The grid has a block for each 64 columns, each block of
-/// tokens and each part of the split in x; those of a column follow each other.
+/// tokens and each part of the split in x; those of a column follow each other, and those of a weight the ones of the
+/// weight before.
 ///
-/// Its parameters are those of [`Name`].
+/// Its parameters are those of [`Name`](crate::kernel::gemm::Name).
 pub fn emit(config: &Config) -> Source {
     let k = &Kernel::new("w4_stream", config.target, config.threads());
     k.blocks_per_sm(config.blocks_per_sm);
@@ -54,7 +54,6 @@ pub fn emit(config: &Config) -> Source {
         k.cluster(config.split);
     }
     let operands = Operands::params(k, &config.scheme);
-    let out = k.pointer(Name::Out);
     let terms = Terms::params(k, config.epilogue);
     let base = k.shared(config.shared_bytes());
     let (thread, lane) = (k.thread(), k.lane());
@@ -74,6 +73,7 @@ pub fn emit(config: &Config) -> Source {
             (block / blocks, block % blocks * config.tokens)
         }
     };
+    let (operands, column) = operands.of_column(config, column);
     let share = Share::new(operands.pairs(), config.split, || part);
     let first = share.first + warp;
     let s = Stream {
@@ -90,7 +90,7 @@ pub fn emit(config: &Config) -> Source {
     let decoder = s.begin(base);
     let sums = s.run(&decoder, operands, column);
     let tile = Tile { k, c: config, base, warp, lane, thread, part, token, column };
-    tile.store(&sums, operands, out, terms);
+    tile.store(&sums, operands, terms);
     k.finish()
 }
 

@@ -64,13 +64,7 @@ pub struct Tile<'k, 'c> {
 
 impl<'k> Tile<'k, '_> {
     /// Adds the warps' sums, and those of a cluster's blocks, in their order, and stores.
-    pub fn store(
-        &self,
-        sums: &Sums<'k>,
-        operands: Operands<'k>,
-        out: Reg<'k, u64>,
-        terms: Terms<'k>,
-    ) {
+    pub fn store(&self, sums: &Sums<'k>, operands: Operands<'k>, terms: Terms<'k>) {
         let (k, c) = (self.k, self.c);
         // All warps are done with their rings.
         k.sync_block();
@@ -80,7 +74,7 @@ impl<'k> Tile<'k, '_> {
         let zero = k.var(0u32);
         let result = TileOfResult {
             terms,
-            out,
+            out: operands.out,
             rows: operands.m,
             cols: operands.n,
             first: (self.token, self.column * BLOCK),
