@@ -1,5 +1,4 @@
-//! The same of codes of eight bits: products with 16-bit activations, and with codes of the same kind, of which those of
-//! e4m3 can add up their sums in f32 on their way.
+//! The same of codes of eight bits: products with 16-bit activations, and with codes of the same kind.
 
 use std::fs::File;
 use std::io::Write;
@@ -97,11 +96,8 @@ pub fn run(gpu: &mut Gpu, filter: &str, file: &mut File) -> Result<()> {
     Ok(())
 }
 
-/// All candidates, and those with sums in two places.
 fn of_bytes(problem: &gemm::Problem) -> Vec<Config> {
-    let promoting = choose::promoting(problem, &H200);
-    let all = choose::candidates(problem, &H200).into_iter().chain(promoting);
-    all.map(Config::from).collect()
+    choose::candidates(problem, &H200).into_iter().map(Config::from).collect()
 }
 
 /// The times of all configurations, the fastest one last.

@@ -132,7 +132,7 @@ fn bytes_promoted() -> Result<()> {
         let elements = [Factor::E4m3; 2];
         let problem = Problem { m: m64, n: n64, k: k64, batch: 1, elements, lhs, rhs, epilogue };
         let mut shapes = HashSet::new();
-        for config in choose::promoting(&problem, &hopper) {
+        for config in choose::candidates(&problem, &hopper) {
             if !shapes.insert((config.orient, config.rows, config.cols)) {
                 continue;
             }

@@ -9,6 +9,7 @@ use super::sm90::{Config, Launch, Order, Orient, Store};
 use super::{BLOCK, Major, Problem, Scale};
 use crate::kernel::Device;
 use crate::kernel::w4::{Codes, Scheme};
+use crate::ptx::Factor;
 
 /// The largest number of blocks along y and z of a grid.
 const GRID_LIMIT: u32 = 65_535;
@@ -55,8 +56,9 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             for split in [1, 2, 4, 8] {
                 if let Some(cols) = narrow {
                     // Registers of a second block are those of the second sums of blocks, or of what a zero point takes.
+                    let promoted = problem.elements[0] == Factor::E4m3;
                     let most = match problem.epilogue.scale {
-                        Scale::Blocks if rows == 128 => 0,
+                        _ if promoted && rows == 128 => 0,
                         Scale::ZeroPoint => 32,
                         _ => 64,
                     };
@@ -80,16 +82,6 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
         all.extend(own.filter_map(|shape| shape.config(problem, device)));
     }
     all
-}
-
-/// Those of e4m3 with scales of lines, of which each has its sums in two places: exacter ones. Nobody chooses them; what
-/// they cost is for the benches to say.
-pub fn promoting(problem: &Problem, device: &Device) -> Vec<Config> {
-    let promotes = |config| Config { promotes: true, ..config };
-    let fits = |config: &Config| config.check(device.shared_per_block).is_ok();
-    let all = candidates(problem, device).into_iter().map(promotes);
-    // A second block has no registers for the second sums of more columns.
-    all.filter(|c| fits(c) && (c.blocks_per_sm == 1 || (c.rows == 64 && c.cols <= 64))).collect()
 }
 
 /// The choices that decide most about speed.
@@ -145,12 +137,14 @@ impl Shape {
             store_stages: 2,
             order: Order::Grid,
             blocks_per_sm,
-            promotes: false,
             batched: problem.batch > 1,
             store: if tma { Store::Tma } else { Store::Staged { unit } },
             epilogue: problem.epilogue,
         };
         let launch = Launch::new(&config, problem, device.multiprocessors);
+        if pingpong && problem.elements[0] == Factor::E4m3 {
+            return None;
+        }
         // There are no turns to take with a tile or less for each block.
         if pingpong && (!tma || launch.tiles <= device.multiprocessors) {
             return None;
@@ -252,7 +246,16 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
         (1, _) => lhs + SHARED * rhs,
         _ => lhs + rhs,
     };
-    let stage = multiply.max(distinct / FILL);
+    // Sums of a stage are added up, after its scales have come: more of it is in the way where there is no other stage's
+    // meanwhile.
+    let (added, latency) = match (problem.elements[0], problem.epilogue.scale) {
+        (Factor::E4m3, Scale::Blocks) => (340.0, 740.0),
+        (Factor::E4m3, _) => (if config.cols > 128 { 200.0 } else { 120.0 }, 0.0),
+        _ => (0.0, 0.0),
+    };
+    let stage = multiply.max(distinct / FILL) + added;
+    // Of as many blocks of a multiprocessor.
+    let stages = |blocks: f64| (stage * blocks).max(latency);
     let depth = f64::from(launch.depth.div_ceil(config.split));
 
     let area = f64::from(config.rows * config.cols);
@@ -271,8 +274,8 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     let between = if config.pingpong { 0.0 } else { between };
 
     let (full, rest) = ((blocks / slots).floor(), blocks % slots);
-    let last = if rest > 0.0 { depth * stage * (rest / sms).ceil() } else { 0.0 };
-    let mut compute = (full * (depth * stage * resident + between) + last + end) / CLOCKS_PER_US;
+    let last = if rest > 0.0 { depth * stages((rest / sms).ceil()) } else { 0.0 };
+    let mut compute = (full * (depth * stages(resident) + between) + last + end) / CLOCKS_PER_US;
     if full >= 4.0 && !config.pingpong {
         // Power lowers the clock of long products, the more so the more operands a sum takes.
         let reads = f64::from(config.rows + config.cols) / area;
@@ -313,7 +316,7 @@ mod tests {
     use super::*;
     use crate::kernel::Element;
     use crate::kernel::gemm::Epilogue;
-    use crate::ptx::{Factor, Half, Target};
+    use crate::ptx::{Half, Target};
 
     const H200: Device =
         Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };

@@ -443,7 +443,6 @@ const HOPPER: sm90::Config = sm90::Config {
     store_stages: 2,
     order: sm90::Order::Grid,
     blocks_per_sm: 1,
-    promotes: false,
     batched: false,
     store: sm90::Store::Tma,
     epilogue: PLAIN,

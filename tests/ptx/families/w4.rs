@@ -198,7 +198,6 @@ impl Family for Products {
             store_stages: 2,
             order: sm90::Order::Raster,
             blocks_per_sm: 1,
-            promotes: false,
             batched: false,
             store: sm90::Store::Tma,
             epilogue: Epilogue::round(BF16),

@@ -92,9 +92,6 @@ pub struct Config {
     pub order: Order,
     /// Blocks of a multiprocessor.
     pub blocks_per_sm: u32,
-    /// Whether sums of e4m3 are those of a stage, added up in f32, as those with scales of blocks always are: tensor cores
-    /// keep some 13 bits of a sum.
-    pub promotes: bool,
     /// Whether there are batch coordinates.
     pub batched: bool,
     /// How tiles reach memory.
@@ -137,7 +134,6 @@ impl Config {
             Store::Tma => format!("tma{}", self.store_stages),
             Store::Staged { unit } => format!("staged{unit}"),
         };
-        let promotes = given(self.promotes, " promotes");
         let order = match self.order {
             Order::Grid => "grid",
             Order::Raster => "raster",
@@ -147,7 +143,7 @@ impl Config {
         let weight = self.weight.map_or(String::new(), |scheme| format!(" {}", scheme.name()));
         let scales = self.weight.map_or(String::new(), |w| format!("{} ", w.scale.name()));
         format!(
-            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{split}{pingpong}{promotes}{blocks} {store} \
+            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{split}{pingpong}{blocks} {store} \
              {order}, {layouts} {scales}{element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
             self.depth(),
             epilogue.name()
@@ -177,6 +173,11 @@ impl Config {
     /// Two warpgroups that multiply need more registers than an equal share of a multiprocessor's.
     pub(super) fn moves_registers(&self) -> bool {
         self.consumers() == 2 && self.blocks_per_sm == 1
+    }
+
+    /// Whether sums are those of a stage, added up in f32: tensor cores keep some 13 bits of a sum of e4m3.
+    pub(super) fn promotes(&self) -> bool {
+        self.elements[0] == Factor::E4m3
     }
 
     /// Whether promoted sums of two stages fit a thread's registers.
@@ -368,20 +369,13 @@ impl Config {
             ),
             (
                 self.epilogue.scale != Scale::Blocks
-                    || (!self.pingpong
-                        && self.cols <= 192
-                        && (BLOCK.is_multiple_of(self.orient.order([self.rows, self.cols])[1])
-                            || (self.orient == Orient::Plain && self.cols.is_multiple_of(SLAB)))),
-                "tiles of parts of blocks, or wider than 192".into(),
+                    || BLOCK.is_multiple_of(self.orient.order([self.rows, self.cols])[1])
+                    || (self.orient == Orient::Plain && self.cols.is_multiple_of(SLAB)),
+                "tiles of parts of blocks".into(),
             ),
             (
-                !self.promotes
-                    || (multiplied(self.elements) == Some(Factor::E4m3)
-                        && self.epilogue.scale != Scale::Blocks
-                        && !self.pingpong
-                        && self.cols <= 192),
-                "sums in two places that are not those of single tiles of e4m3, up to 192 wide"
-                    .into(),
+                !self.promotes() || (!self.pingpong && self.cols <= 192),
+                "sums in two places of tiles in turn, or wider than 192".into(),
             ),
             NamedBarriers::rule(smem.named_barriers),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),

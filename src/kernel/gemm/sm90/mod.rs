@@ -203,7 +203,7 @@ impl<'k> Gemm<'k, '_> {
                 Left::Packed(packed) => {
                     self.multiply_packed(packed, &floats(), place, tile, (thread, group));
                 }
-                Left::Matrix(_) if self.blocks.is_some() || c.promotes => {
+                Left::Matrix(_) if c.promotes() => {
                     self.promote(&floats(), place, tile, (thread, group, leader));
                 }
                 Left::Matrix(_) => {
