@@ -167,6 +167,11 @@ impl Shape {
         if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
             return None;
         }
+        // The scales of blocks and a bias do not fit the registers beside 192 columns in two places.
+        let scaled = problem.epilogue.scale == Scale::Blocks && problem.epilogue.bias.is_some();
+        if scaled && orient == Orient::Plain && cols > 128 {
+            return None;
+        }
         // Clusters of eight large blocks that fill the device do not all find room at once: 14.8 µs for 128×1024×4096,
         // and 10.9 in four parts.
         if weight.is_some()

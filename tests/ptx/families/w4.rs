@@ -3,7 +3,7 @@
 use kaio_candle::Activation;
 use kaio_candle::kernel::gemm::{Epilogue, Major, sm90};
 use kaio_candle::kernel::w4::{self, Codes, Plan, Problem, Scheme, layout, stream};
-use kaio_candle::kernel::{Config, Element};
+use kaio_candle::kernel::{Config, Device, Element};
 use kaio_candle::ptx::{Factor, Half, Target};
 
 use super::products::{hopper_fits, portable_fits};
@@ -58,7 +58,7 @@ impl Family for Products {
                         };
                         let problem = Problem { m, n, others: [0; 2], k, half, scheme, epilogue };
                         all.push(problem);
-                        if m <= stream::MOST {
+                        if m <= stream::MOST && !scheme.codes.are_bytes() {
                             let (others, epilogue) =
                                 ([[n, 0], [1024, 1024]][i % 2], Epilogue::round(out));
                             all.push(Problem { others, epilogue, ..problem });
@@ -68,6 +68,10 @@ impl Family for Products {
             }
         }
         all
+    }
+
+    fn applies(problem: &Problem, device: &Device) -> bool {
+        problem.others == [0; 2] || w4::together(problem.m, device)
     }
 
     fn fits(kernel: &Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {

@@ -182,7 +182,9 @@ impl Config {
 
     /// Whether promoted sums of two stages fit a thread's registers.
     pub(super) fn two_parts(&self) -> bool {
+        let crowded = self.epilogue.scale == Scale::Blocks && self.epilogue.bias.is_some();
         let most = match self.orient {
+            Orient::Plain if crowded => 64,
             Orient::Plain => 128,
             // Each column has a scale.
             Orient::Swapped => 16,
