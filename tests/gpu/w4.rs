@@ -316,17 +316,19 @@ fn w4_views() -> Result<()> {
     Ok(())
 }
 
+/// What users hold.
+const SCHEMES: [QuantScheme; 4] = [
+    QuantScheme::Int4 { group: 128, zero_points: false },
+    QuantScheme::Int4 { group: 32, zero_points: true },
+    QuantScheme::Int4 { group: -1, zero_points: true },
+    QuantScheme::Nf4 { block: 64 },
+];
+
 /// What users hold: packed by the first product, and in no other form then; back as it was.
 #[test]
 fn w4_weights_of_users() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
-    let schemes = [
-        QuantScheme::Int4 { group: 128, zero_points: false },
-        QuantScheme::Int4 { group: 32, zero_points: true },
-        QuantScheme::Int4 { group: -1, zero_points: true },
-        QuantScheme::Nf4 { block: 64 },
-    ];
-    for (i, scheme) in schemes.into_iter().enumerate() {
+    for (i, scheme) in SCHEMES.into_iter().enumerate() {
         for (k, n) in [(256, 128), (200, 72)] {
             let mut source = Source::new(&format!("{scheme:?} {k} {n}"), &Device::Cpu);
             let plain = super::suites::Layout::Plain;
@@ -357,14 +359,8 @@ fn w4_weights_of_users() -> Result<()> {
 #[test]
 fn w4_projections() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
-    let schemes = [
-        QuantScheme::Int4 { group: 128, zero_points: false },
-        QuantScheme::Int4 { group: 32, zero_points: true },
-        QuantScheme::Int4 { group: -1, zero_points: true },
-        QuantScheme::Nf4 { block: 64 },
-    ];
     let plain = super::suites::Layout::Plain;
-    for (i, scheme) in schemes.into_iter().enumerate() {
+    for (i, scheme) in SCHEMES.into_iter().enumerate() {
         for (k, widths) in [(256, [192, 64, 64]), (600, [72, 65, 1]), (136, [1, 130, 64])] {
             let mut source = Source::new(&format!("{scheme:?} {widths:?}"), &Device::Cpu);
             let mut weight = |n| -> Result<[QuantWeight; 2]> {

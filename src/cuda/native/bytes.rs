@@ -11,6 +11,7 @@ use super::super::driver::order::Order;
 use super::super::engines::CudaWeight;
 use super::super::fit::{Fitted, Want, fit, pack};
 use super::super::{Operand, empty};
+use super::limit::{SPLIT, countable};
 use super::matmul::{Call, CallScales};
 use super::operand::{ALIGN, Lines, element, per_chunk, row};
 use super::plan::Plans;
@@ -30,17 +31,10 @@ static TRANSPOSITIONS: Plans<transpose::Plan> = Plans::new();
 /// The form in which the kernels read a weight of bytes, if it is another one: codes along K, `[n, ..]` with each row of a
 /// multiple of 16 bytes, and scales in f32.
 pub(super) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Form>> {
-    let codes = along_k(op, planes)?;
-    let scales = (planes.scales.dtype() != DType::F32).then(|| planes.scales.to_dtype(DType::F32));
-    let scales = scales.transpose()?;
-    let with = |codes: &Tensor, scales: Option<Tensor>| Planes {
-        codes: codes.clone(),
-        scales: scales.unwrap_or_else(|| planes.scales.clone()),
-        ..planes.clone()
-    };
-    Ok(match codes {
-        Some(codes) => Some(Form::Packed(with(&codes, scales))),
-        None => scales.map(|scales| Form::Plain(with(&planes.codes, Some(scales)))),
+    let own = Planes { scales: planes.scales.to_dtype(DType::F32)?, ..planes.clone() };
+    Ok(match along_k(op, planes)? {
+        Some(codes) => Some(Form::Packed(Planes { codes, ..own })),
+        None => (planes.scales.dtype() != DType::F32).then_some(Form::Plain(own)),
     })
 }
 
@@ -373,11 +367,7 @@ fn transpose(
     let device = storage.device().clone();
     let gpu = Gpu::of(op, &device)?;
     let problem = transpose::Problem { rows: rows as u64, cols: cols as u64 };
-    if let Some((got, most)) = problem.limit() {
-        let (what, limit) = ("this crate".into(), format!("cannot take {got} (at most {most})"));
-        let fix = "split it and join the results with `Tensor::cat`".into();
-        return Err(Error::Unsupported { op, what, limit, fix }.into());
-    }
+    countable(op, ["this crate", "take"], problem.limit(), SPLIT)?;
     let order = Order::new(op, device.cuda_stream(), [storage]);
     let compiled = TRANSPOSITIONS.get(op, &gpu, &problem)?;
     let row = problem.out_row() as usize;

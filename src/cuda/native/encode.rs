@@ -7,10 +7,10 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::empty;
+use super::limit::countable;
 use super::operand::element;
 use super::plan::Plans;
 use super::quantised::tensor;
-use crate::error::Error;
 use crate::kernel::encode::{Arguments, Code, Plan, Problem};
 use crate::quant::QuantScheme;
 use crate::quant::planes::Planes;
@@ -98,11 +98,7 @@ fn run(
 ) -> Result<CudaStorage> {
     let device = storage.device().clone();
     let gpu = Gpu::of(op, &device)?;
-    if let Some((got, most)) = problem.limit() {
-        let (what, limit) = ("this crate".into(), format!("cannot take {got} (at most {most})"));
-        let fix = "quantise parts of its columns".into();
-        return Err(Error::Unsupported { op, what, limit, fix }.into());
-    }
+    countable(op, ["this crate", "take"], problem.limit(), "quantise parts of its columns")?;
     let order = Order::new(op, device.cuda_stream(), [storage]);
     let compiled = PLANS.get(op, &gpu, problem)?;
     let [below, right] = problem.groups();

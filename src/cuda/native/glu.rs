@@ -8,10 +8,10 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::{self, Fitted};
+use super::limit::{SPLIT, countable};
 use super::operand::element;
 use super::plan::Plans;
 use crate::check;
-use crate::error::Error;
 use crate::kernel::glu::{Arguments, Plan, Problem};
 use crate::options::Gate;
 use crate::stack::Stack;
@@ -55,12 +55,8 @@ fn run<const N: usize>(
         backward,
         aligned: fitted.iter().all(|fitted| fit::is_aligned(&fitted.stack, dtype, LINE)),
     };
-    if let Some((got, most)) = facts.limit(&gpu.device) {
-        let (what, limit) =
-            ("this crate".into(), format!("cannot take {got} (at most {most} of each)"));
-        let fix = "split it and join the results with `Tensor::cat`".into();
-        return Err(Error::Unsupported { op, what, limit, fix }.into());
-    }
+    let limit = facts.limit(&gpu.device).map(|(got, most)| (got, format!("{most} of each")));
+    countable(op, ["this crate", "take"], limit, SPLIT)?;
     let compiled = PLANS.get(op, &gpu, &facts)?;
     let mut results = (0..N)
         .map(|_| uninit(&device, &Shape::from(stack.elements()), dtype))

@@ -9,9 +9,9 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::Fitted;
+use super::limit::{SPLIT, countable};
 use super::operand::{Batch, Lines, element, factor, operand, row};
 use super::plan::{Compiled, Plans};
-use crate::error::Error;
 use crate::kernel::gemm::{self, Plan, Problem};
 use crate::op::{Epilogue, MatmulProblem, View};
 use crate::ptx::Factor;
@@ -28,13 +28,6 @@ pub(crate) fn matmul(
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     Call::new(op, problem, epilogue, a, b, bias)?.run_chosen()
-}
-
-fn countable(op: &'static str, facts: &Problem) -> Result<()> {
-    let Some((got, most)) = facts.limit() else { return Ok(()) };
-    let (what, limit) = ("Engine::Native".into(), format!("cannot take {got} (at most {most})"));
-    let fix = "split it and join the results with `Tensor::cat`".into();
-    Err(Error::Unsupported { op, what, limit, fix }.into())
 }
 
 /// What the sums of 8-bit operands are multiplied with: see [`Scale`](gemm::Scale).
@@ -167,7 +160,7 @@ impl<'a> Call<'a> {
             rhs: rhs.major,
             epilogue,
         };
-        countable(op, &facts)?;
+        countable(op, ["Engine::Native", "take"], facts.limit(), SPLIT)?;
         Ok(Self {
             op,
             device,

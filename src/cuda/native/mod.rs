@@ -5,6 +5,7 @@ mod attention_backward;
 mod bytes;
 mod encode;
 mod glu;
+mod limit;
 mod matmul;
 mod operand;
 mod plan;

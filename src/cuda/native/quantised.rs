@@ -12,6 +12,7 @@ use super::super::driver::order::Order;
 use super::super::engines::CudaWeight;
 use super::super::fit::{self, Fitted, Want, fit};
 use super::bytes;
+use super::limit::{SPLIT, countable};
 use super::operand::element;
 use super::plan::Plans;
 use super::w4;
@@ -271,7 +272,8 @@ impl Codewords<'_> {
                 && row_aligned(&lines.stack, codes.dtype()),
             group,
         };
-        countable(op, &facts, &gpu)?;
+        let limit = facts.limit(&gpu.device).map(|(got, most)| (got, format!("{most} a side")));
+        countable(op, ["this crate", "take"], limit, SPLIT)?;
         let compiled = PLANS.get(op, &gpu, &facts)?;
         let mut storage = uninit(&device, &Shape::from((dims[0], dims[1])), dtype)?;
         {
@@ -315,11 +317,4 @@ fn group(scheme: QuantScheme) -> [u32; 2] {
     let spans = scheme.spans();
     let group = scheme.group([1, 1]);
     [0, 1].map(|side| if spans[side] { 0 } else { group[side] as u32 })
-}
-
-fn countable(op: &'static str, facts: &Problem, gpu: &Gpu) -> Result<()> {
-    let Some((got, most)) = facts.limit(&gpu.device) else { return Ok(()) };
-    let (what, limit) = ("this crate".into(), format!("cannot take {got} (at most {most} a side)"));
-    let fix = "split it and join the results with `Tensor::cat`".into();
-    Err(Error::Unsupported { op, what, limit, fix }.into())
 }

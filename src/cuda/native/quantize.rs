@@ -8,9 +8,9 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::{Fitted, Want, fit, is_aligned};
+use super::limit::{SPLIT, countable};
 use super::operand::{ALIGN, element};
 use super::plan::Plans;
-use crate::error::Error;
 use crate::kernel::quantize::{Arguments, Plan, Problem};
 use crate::ptx::Factor;
 use crate::stack::Stack;
@@ -51,11 +51,7 @@ pub(crate) fn quantize_rows(
         aligned: is_aligned(&fitted.stack, storage.dtype(), ALIGN)
             && (rows == 1 || row_bytes.is_multiple_of(ALIGN)),
     };
-    if let Some((got, most)) = problem.limit() {
-        let (what, limit) = ("this crate".into(), format!("cannot round {got} (at most {most})"));
-        let fix = "split it and join the results with `Tensor::cat`".into();
-        return Err(Error::Unsupported { op, what, limit, fix }.into());
-    }
+    countable(op, ["this crate", "round"], problem.limit(), SPLIT)?;
     let order = Order::new(op, device.cuda_stream(), [storage]);
     let compiled = PLANS.get(op, &gpu, &problem)?;
     let row = problem.out_row() as usize;

@@ -6,6 +6,7 @@ use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
 use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
+use super::limit::{SPLIT, countable};
 use super::plan::Plans;
 use super::quantised::tensor;
 use crate::error::Error;
@@ -34,17 +35,12 @@ pub(in crate::cuda) fn packed_bytes(
     let gpu = Gpu::of(op, &device)?;
     let dims = merged(layout);
     let problem = Problem { bytes: layout.shape().elem_count() as u64, dims: dims.len() };
-    let refuse = |limit: String, fix: &str| -> Result<CudaStorage> {
-        Err(Error::Unsupported { op, what: "this crate".into(), limit, fix: fix.into() }.into())
-    };
     if dims.len() > MOST_DIMS {
         let limit = format!("cannot copy e4m3 of more than {MOST_DIMS} dimensions with gaps");
-        return refuse(limit, "flatten its batch dimensions");
+        let (what, fix) = ("this crate".into(), "flatten its batch dimensions".into());
+        return Err(Error::Unsupported { op, what, limit, fix }.into());
     }
-    if let Some((got, most)) = problem.limit() {
-        let limit = format!("cannot copy {got} (at most {most})");
-        return refuse(limit, "split it and join the results with `Tensor::cat`");
-    }
+    countable(op, ["this crate", "copy"], problem.limit(), SPLIT)?;
     let order = Order::new(op, device.cuda_stream(), [storage]);
     let compiled = PLANS.get(op, &gpu, &problem)?;
     let mut out = uninit(&device, &Shape::from(problem.written() as usize), storage.dtype())?;

@@ -10,9 +10,9 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::{Fitted, Want, fit};
+use super::limit::{SPLIT, countable};
 use super::operand::{element, row};
 use super::plan::{Compiled, Plans};
-use crate::error::Error;
 pub(super) use crate::kernel::w4::Codes;
 use crate::kernel::w4::{self, BLOCK_BYTES, Plan, Problem, Scheme, layout};
 use crate::kernel::{Element, gemm};
@@ -136,7 +136,7 @@ fn convert(
     let inputs = others.iter().map(|&&(storage, _)| storage);
     let order = Order::new(op, device.cuda_stream(), [input].into_iter().chain(inputs));
     let problem = layout::Problem { k: k as u64, n: n as u64, config };
-    countable(op, problem.limit())?;
+    countable(op, ["this crate", "take"], problem.limit(), SPLIT)?;
     let compiled = LAYOUTS.get(op, &gpu, &problem)?;
     let others = others
         .iter()
@@ -151,13 +151,6 @@ fn convert(
         order.run(|| Ok(compiled.launch(op, &device, &arguments(&call))?))?;
     }
     Ok(result)
-}
-
-fn countable(op: &'static str, limit: Option<(String, u64)>) -> Result<()> {
-    let Some((got, most)) = limit else { return Ok(()) };
-    let (what, limit) = ("this crate".into(), format!("cannot take {got} (at most {most})"));
-    let fix = "split it and join the results with `Tensor::cat`".into();
-    Err(Error::Unsupported { op, what, limit, fix }.into())
 }
 
 /// All rows of an operand as those of one matrix, which begin at multiples of 16 bytes.
@@ -302,7 +295,7 @@ impl<'a> Call<'a> {
                 activation: epilogue.activation,
             },
         };
-        countable(op, facts.limit())?;
+        countable(op, ["this crate", "take"], facts.limit(), SPLIT)?;
         let out_dtype = epilogue.out_dtype;
         Ok(Self { op, device, order, gpu, facts, x, weights: parts, bias, out_dtype })
     }

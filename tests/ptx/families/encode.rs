@@ -4,7 +4,9 @@ use kaio_candle::kernel::encode::{Arguments, Code, Config as Encode, Plan, Probl
 use kaio_candle::kernel::{Config, Device, Element};
 use kaio_candle::ptx::Target;
 
-use super::{BF16, Extent, F16, Family, Gpu, Used, addresses, another, cross, passes, rule};
+use super::{
+    BF16, Extent, F16, Family, Gpu, Used, addresses, another, cross, passes, rule, within,
+};
 
 pub struct Encoders;
 
@@ -36,9 +38,7 @@ impl Family for Encoders {
 
     fn fits(kernel: &Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
         let Config::Encode(config) = kernel else { return another() };
-        if let Some((got, most)) = problem.limit() {
-            return Err(format!("{got}, at most {most}"));
-        }
+        within(problem.limit())?;
         match *config {
             Encode::Ranges { element, wide } => {
                 rule(wide || problem.group[1] == 1, "groups of more columns")?;

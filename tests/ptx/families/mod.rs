@@ -12,7 +12,7 @@ mod transpose;
 mod w4;
 
 use std::collections::HashSet;
-use std::fmt::Debug;
+use std::fmt::{Debug, Display};
 
 use kaio_candle::kernel::params::{Argument, Arguments, Names};
 use kaio_candle::kernel::{Config, Device, Element, Plan};
@@ -268,6 +268,11 @@ fn another() -> Result<(), String> {
 
 fn rule(holds: bool, otherwise: &str) -> Result<(), String> {
     if holds { Ok(()) } else { Err(otherwise.into()) }
+}
+
+/// A problem's limit, if it is beyond one, is why nothing fits it.
+fn within(limit: Option<(String, impl Display)>) -> Result<(), String> {
+    limit.map_or(Ok(()), |(got, most)| Err(format!("{got}, at most {most}")))
 }
 
 /// FNV-1a: the same in each run and with each compiler.

@@ -3,7 +3,7 @@
 use kaio_candle::kernel::Config;
 use kaio_candle::kernel::strided::{self, Arguments, MOST_DIMS, Plan, Problem};
 
-use super::{Extent, Family, Gpu, Used, addresses, another, passes, rule};
+use super::{Extent, Family, Gpu, Used, addresses, another, passes, rule, within};
 
 pub struct Copies;
 
@@ -19,10 +19,7 @@ impl Family for Copies {
     fn fits(kernel: &Config, _: &Gpu, problem: &Problem) -> Result<(), String> {
         let Config::Strided(config) = kernel else { return another() };
         rule(config.dims == problem.dims, "other dimensions")?;
-        match problem.limit() {
-            None => Ok(()),
-            Some((got, most)) => Err(format!("{got}, at most {most}")),
-        }
+        within(problem.limit())
     }
 
     /// As many as hide the way from memory.

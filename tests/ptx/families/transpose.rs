@@ -3,7 +3,7 @@
 use kaio_candle::kernel::Config;
 use kaio_candle::kernel::transpose::{self, Arguments, Plan, Problem};
 
-use super::{Extent, Family, Gpu, Used, addresses, another, cross, passes};
+use super::{Extent, Family, Gpu, Used, addresses, another, cross, passes, within};
 
 pub struct Transpositions;
 
@@ -18,10 +18,7 @@ impl Family for Transpositions {
 
     fn fits(kernel: &Config, _: &Gpu, problem: &Problem) -> Result<(), String> {
         let Config::Transpose(_) = kernel else { return another() };
-        match problem.limit() {
-            None => Ok(()),
-            Some((got, most)) => Err(format!("{got}, at most {most}")),
-        }
+        within(problem.limit())
     }
 
     /// As many as hide the way from memory.
