@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor, bail, safetensors};
 
 use crate::args::Args;
 use crate::data::Corpus;
-use crate::model::{Gpt, GptConfig};
+use crate::model::{Config, Family, Gpt};
 use crate::ops::Arithmetic;
 use crate::optim::Optimizer;
 use crate::train::batch_rng;
@@ -34,7 +34,7 @@ pub fn save(
         tensors.insert(name.clone(), var.as_tensor().clone());
     }
     tensors.insert(LOSSES.into(), Tensor::new(losses, device)?);
-    tensors.insert(CONFIG.into(), Tensor::new(&numbers(model.config()), device)?);
+    tensors.insert(CONFIG.into(), Tensor::new(numbers(model.config()), device)?);
     // A run that is killed while it writes must not take the previous checkpoint with it.
     let mut unfinished = path.as_os_str().to_owned();
     unfinished.push(".unfinished");
@@ -44,6 +44,9 @@ pub fn save(
 
 /// Writes what a run begins with, and what it will see, so that another program can train the same model.
 pub fn export(path: &Path, args: &Args, corpus: &Corpus) -> Result<()> {
+    if args.model.vocabulary != 256 {
+        bail!("--export is for models of bytes")
+    }
     let model = Gpt::new(args.model, Arithmetic::Reference, args.seed, &args.device)?;
     let parameters = model.parameters().iter();
     let mut tensors: HashMap<_, _> =
@@ -52,10 +55,10 @@ pub fn export(path: &Path, args: &Args, corpus: &Corpus) -> Result<()> {
         let mut rng = batch_rng(args.seed, step);
         corpus.training_windows(&mut rng, args.batch).concat()
     });
-    let windows = batches.collect::<Vec<_>>().concat();
+    let windows: Vec<u8> = batches.collect::<Vec<_>>().concat().iter().map(|&b| b as u8).collect();
     let shape = (args.steps, args.batch, args.model.seq + 1);
     tensors.insert(WINDOWS.into(), Tensor::from_vec(windows, shape, &Device::Cpu)?);
-    tensors.insert(CONFIG.into(), Tensor::new(&numbers(args.model), &Device::Cpu)?);
+    tensors.insert(CONFIG.into(), Tensor::new(numbers(args.model), &Device::Cpu)?);
     tensors.insert(RATE.into(), Tensor::new(&[args.rate], &Device::Cpu)?);
     safetensors::save(&tensors, path)
 }
@@ -74,7 +77,8 @@ pub fn load(
     let config = tensor(&tensors, CONFIG)?.to_vec1::<i64>()?;
     if config != numbers(model.config()) {
         bail!(
-            "the checkpoint {} is of a model whose --seq, --layers, --heads, --dim are {config:?}, not {:?}",
+            "the checkpoint {} is of a model whose seq, layers, heads, dim, heads of keys, hidden width, vocabulary and family \
+             are {config:?}, not {:?}",
             path.display(),
             numbers(model.config())
         )
@@ -94,6 +98,12 @@ fn tensor<'a>(tensors: &'a HashMap<String, Tensor>, name: &str) -> Result<&'a Te
     }
 }
 
-fn numbers(config: GptConfig) -> [i64; 4] {
-    [config.seq, config.layers, config.heads, config.dim].map(|number| number as i64)
+fn numbers(config: Config) -> Vec<i64> {
+    let Config { family, vocabulary, seq, layers, heads, kv_heads, dim, hidden } = config;
+    let family = match family {
+        Family::Gpt { biases } => usize::from(biases),
+        Family::Llama => 2,
+    };
+    let all = [seq, layers, heads, dim, kv_heads, hidden, vocabulary, family];
+    all.iter().map(|&number| number as i64).collect()
 }

@@ -1,5 +1,5 @@
-//! Trains a small byte-level GPT through this crate's operations: matmul and flash attention,
-//! forward and backward.
+//! Trains a GPT or a Llama through this crate's operations and its optimizer: a small model of bytes, which learns on
+//! a laptop, or one of the sizes that people compare.
 //!
 //! ```text
 //! cargo run --release --example train_gpt
@@ -7,10 +7,11 @@
 //! cargo run --release --example train_gpt -- --help
 //! cargo run --release --features cuda --example train_gpt -- \
 //!     --device cuda:0 --dim 512 --layers 8 --heads 8 --seq 512 --steps 3000 --rate 0.001
+//! cargo run --release --features cuda --example train_gpt -- --device cuda:0 --benchmark --preset gpt2-124m
 //! ```
 //!
 //! The text is this crate's own source and documentation. The run ends with the loss on text that it
-//! has not seen beside the entropy of single bytes, a sample, a picture of the loss, and a checkpoint.
+//! has not seen beside the entropy of single tokens, a sample, a picture of the loss, and a checkpoint.
 //! With `--reference` the same model (weights, batches, schedule) is trained on candle's own f32
 //! operations as well, and the two curves are compared. `--benchmark` times steps instead.
 
@@ -34,7 +35,7 @@ use std::process::ExitCode;
 
 use args::Args;
 use chart::Series;
-use data::Corpus;
+use data::{Alphabet, Corpus};
 use model::Gpt;
 use ops::Arithmetic;
 use train::{SMOOTHING, Trained, train};
@@ -53,10 +54,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     let Some(args) = Args::parse()? else {
         return Ok(());
     };
-    let corpus = match &args.text {
-        Some(path) => Corpus::from_file(path, args.model.seq)?,
-        None => Corpus::of_this_crate(args.model.seq)?,
-    };
+    let alphabet = Alphabet::new(args.tokenizer.as_deref(), args.model.vocabulary)?;
+    let corpus = Corpus::load(args.text.as_deref(), &alphabet, &args.model)?;
     if args.benchmark {
         return Ok(benchmark::run(&args, &corpus)?);
     }
@@ -74,12 +73,12 @@ fn run() -> Result<(), Box<dyn Error>> {
         args.reference.then(|| train(&args, Arithmetic::Reference, &corpus)).transpose()?;
 
     let entropy = corpus.unigram_entropy();
-    println!("text: {} bytes; the entropy of single bytes is {entropy:.3} nats/byte", corpus.len());
+    println!("text: {} tokens; the entropy of single tokens is {entropy:.3} nats", corpus.len());
     let mut runs = vec![(args.arithmetic, &trained)];
     runs.extend(reference.as_ref().map(|run| (Arithmetic::Reference, run)));
     for (arithmetic, run) in &runs {
         let loss = validation_loss(&run.model, &corpus, &args)?;
-        println!("validation loss, {}: {loss:.3} nats/byte", arithmetic.name());
+        println!("validation loss, {}: {loss:.3} nats a token", arithmetic.name());
     }
     if let Some(reference) = &reference {
         let (step, difference) = largest_difference(&trained, reference);
@@ -88,9 +87,8 @@ fn run() -> Result<(), Box<dyn Error>> {
         );
     }
 
-    if args.sample_bytes > 0 {
-        let text = sample::generate(&trained.model, &args)?;
-        println!("\n{}\n", String::from_utf8_lossy(&text));
+    if args.sample > 0 && !matches!(alphabet, Alphabet::Numbers) {
+        println!("\n{}\n", sample::generate(&trained.model, &alphabet, &args)?);
     }
 
     if let Some(path) = &args.log {
@@ -104,16 +102,16 @@ fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The mean loss, in nats per byte, on text that was not trained on.
+/// The mean loss, in nats per token, on text that was not trained on.
 fn validation_loss(model: &Gpt, corpus: &Corpus, args: &Args) -> candle_core::Result<f64> {
-    let (mut sum, mut bytes) = (0.0, 0);
+    let (mut sum, mut count) = (0.0, 0);
     for batch in corpus.validation_batches(args.batch, &args.device) {
         let (tokens, targets) = batch?;
         let loss = model.loss(&tokens, &targets)?.to_scalar::<f32>()?;
         sum += f64::from(loss) * tokens.elem_count() as f64;
-        bytes += tokens.elem_count();
+        count += tokens.elem_count();
     }
-    Ok(sum / bytes as f64)
+    Ok(sum / count as f64)
 }
 
 /// Where the smoothed curves are furthest apart, as the step's number, and by how much.
@@ -142,7 +140,7 @@ fn draw(path: &Path, runs: &[(Arithmetic, &Trained)], entropy: f64) -> Result<()
     };
     let mut series: Vec<_> =
         runs.iter().map(|(arithmetic, run)| line(arithmetic.name(), run.smoothed())).collect();
-    series.push(line("entropy of single bytes", vec![entropy; runs[0].1.losses.len()]));
+    series.push(line("entropy of single tokens", vec![entropy; runs[0].1.losses.len()]));
     let title = format!("Training loss, mean of {SMOOTHING} steps");
-    chart::line_chart(path, &title, "step", "nats per byte", &series)
+    chart::line_chart(path, &title, "step", "nats per token", &series)
 }

@@ -1,62 +1,140 @@
-//! A byte-level GPT: pre-norm blocks, squared ReLU, learned positions, no biases, and the embedding
-//! for output layer.
+//! Decoders of two families: GPT (layer norms, learned positions, GELU) and Llama (RMS norms, rotary positions, SwiGLU,
+//! fewer heads of keys than of queries), both with the embedding for output layer.
 
-use candle_core::{D, DType, Device, Result, Tensor, Var, bail};
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
 
-use crate::ops::Arithmetic;
+use crate::ops::{Arithmetic, Linear, Norm, NormKind};
 use crate::rng::Rng;
 
-/// A token is a byte.
-const VOCABULARY: usize = 256;
-const INITIAL_STD: f64 = 0.05;
-const NORM_EPSILON: f64 = 1e-5;
+const ROPE_BASE: f64 = 500_000.0;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GptConfig {
+pub enum Family {
+    /// Of which products and norms may have biases.
+    Gpt { biases: bool },
+    Llama,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub family: Family,
+    /// Tokens that there are; 256 are bytes.
+    pub vocabulary: usize,
     pub seq: usize,
     pub layers: usize,
     pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
     pub dim: usize,
+    /// Width between the two products of a block's second half.
+    pub hidden: usize,
+}
+
+impl Config {
+    /// The byte-level GPT that learns on a laptop.
+    pub const SMALL: Self = Self::bytes(128, 3, 4, 128);
+    /// The same of 86 M parameters.
+    pub const BYTE_86M: Self = Self::bytes(1024, 12, 12, 768);
+    /// GPT-2 (Radford et al. 2019), its 50257 tokens padded to a multiple of 64.
+    pub const GPT2_124M: Self =
+        Self { family: Family::Gpt { biases: true }, vocabulary: 50304, ..Self::BYTE_86M };
+    /// The smallest Llama 3.2 (Meta 2024), of 1.24 G parameters.
+    pub const LLAMA_1B: Self = Self {
+        family: Family::Llama,
+        vocabulary: 128_256,
+        seq: 2048,
+        layers: 16,
+        heads: 32,
+        kv_heads: 8,
+        dim: 2048,
+        hidden: 8192,
+    };
+
+    const fn bytes(seq: usize, layers: usize, heads: usize, dim: usize) -> Self {
+        let family = Family::Gpt { biases: false };
+        Self { family, vocabulary: 256, seq, layers, heads, kv_heads: heads, dim, hidden: 4 * dim }
+    }
+
+    /// A GPT of another width.
+    pub fn set_dim(&mut self, dim: usize) {
+        (self.dim, self.hidden) = (dim, dim * self.hidden / self.dim);
+    }
+
+    /// Another number of heads, of which as many share keys.
+    pub fn set_heads(&mut self, heads: usize) {
+        (self.heads, self.kv_heads) = (heads, (heads * self.kv_heads / self.heads).max(1));
+    }
+
+    fn norm(&self) -> NormKind {
+        match self.family {
+            Family::Gpt { .. } => NormKind::Layer,
+            Family::Llama => NormKind::RootMeanSquare,
+        }
+    }
+
+    fn biases(&self) -> bool {
+        self.family == Family::Gpt { biases: true }
+    }
+
+    /// Floating-point operations of a training step for each token: six for each weight of a product, of which four are
+    /// backward, and the same for attention's two products, of which a causal one needs half.
+    pub fn flops_per_token(&self) -> f64 {
+        let Self { vocabulary, seq, layers, heads, kv_heads, dim, hidden, .. } = *self;
+        let kv = dim / heads * kv_heads;
+        let products = if self.family == Family::Llama { 3 } else { 2 };
+        let layer = 2 * dim * (dim + kv) + products * dim * hidden;
+        (6 * (layers * layer + vocabulary * dim) + 6 * layers * seq * dim) as f64
+    }
 }
 
 pub struct Gpt {
-    config: GptConfig,
+    config: Config,
     arithmetic: Arithmetic,
     embedding: Tensor,
-    positions: Tensor,
+    positions: Positions,
     blocks: Vec<Block>,
     norm: Norm,
     parameters: Vec<(String, Var)>,
 }
 
+/// How a block knows where a token is.
+enum Positions {
+    /// By a vector that is added to the token's.
+    Learned(Tensor),
+    /// By the angle by which queries and keys are turned: cosines and sines `[seq, D/2]`.
+    Rotary([Tensor; 2]),
+}
+
 impl Gpt {
     /// The weights depend on the configuration and the seed alone: models of either arithmetic start
-    /// alike.
-    pub fn new(
-        config: GptConfig,
-        arithmetic: Arithmetic,
-        seed: u64,
-        device: &Device,
-    ) -> Result<Self> {
-        let GptConfig { seq, layers, heads, dim } = config;
-        if !dim.is_multiple_of(heads) {
-            bail!("--dim {dim} does not divide into --heads {heads}")
+    /// alike, but for the rounding of what is kept in 16 bits.
+    pub fn new(config: Config, arithmetic: Arithmetic, seed: u64, device: &Device) -> Result<Self> {
+        let Config { family, vocabulary, seq, layers, heads, kv_heads, dim, .. } = config;
+        if !dim.is_multiple_of(heads) || !heads.is_multiple_of(kv_heads) {
+            bail!("--dim {dim} does not divide into --heads {heads}, or these into {kv_heads}")
         }
-        let mut init = Init { rng: Rng::new(seed, Rng::WEIGHTS), device, parameters: Vec::new() };
+        let rng = Rng::new(seed, Rng::WEIGHTS);
+        let mut init = Init { rng, device, arithmetic, parameters: Vec::new() };
+        let std = init.std(&config);
         Ok(Self {
             config,
             arithmetic,
-            embedding: init.normal("embedding", (VOCABULARY, dim), INITIAL_STD)?,
-            positions: init.normal("positions", (seq, dim), INITIAL_STD)?,
+            embedding: init.normal("embedding", (vocabulary, dim), std)?,
+            positions: match family {
+                Family::Gpt { .. } => {
+                    Positions::Learned(init.normal("positions", (seq, dim), std)?)
+                }
+                Family::Llama => Positions::Rotary(angles(seq, dim / heads, arithmetic, device)?),
+            },
             blocks: (0..layers)
-                .map(|layer| Block::new(&mut init, &format!("block{layer}"), config, arithmetic))
+                .map(|layer| Block::new(&mut init, &format!("block{layer}"), config))
                 .collect::<Result<_>>()?,
-            norm: Norm::new(&mut init, "norm", dim)?,
+            norm: init.norm("norm", &config)?,
             parameters: init.parameters,
         })
     }
 
-    pub fn config(&self) -> GptConfig {
+    pub fn config(&self) -> Config {
         self.config
     }
 
@@ -65,111 +143,207 @@ impl Gpt {
         &self.parameters
     }
 
-    /// Logits `[B, S, 256]` of the byte that follows each of `tokens` `[B, S]`.
-    pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+    /// The last layer's result, normalised, `[B, S, dim]`, of tokens `[B, S]`.
+    fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, seq) = tokens.dims2()?;
-        let embedded = self.embedding.index_select(&tokens.flatten_all()?, 0)?.reshape((
-            batch,
-            seq,
-            self.config.dim,
-        ))?;
-        let mut x = embedded.broadcast_add(&self.positions.narrow(0, 0, seq)?)?;
+        let embedded = self.arithmetic.embedding(&self.embedding, tokens)?;
+        let mut stream = match &self.positions {
+            Positions::Rotary(_) => Stream { sum: embedded, added: None },
+            Positions::Learned(table) => {
+                let numbers = Tensor::arange(0, seq as u32, tokens.device())?;
+                let numbers = numbers.broadcast_as((batch, seq))?;
+                let added = self.arithmetic.embedding(table, &numbers)?;
+                Stream { sum: embedded, added: Some(added) }
+            }
+        };
+        let rotary = match &self.positions {
+            Positions::Rotary(angles) => {
+                let [cos, sin] = angles;
+                Some([cos.narrow(0, 0, seq)?, sin.narrow(0, 0, seq)?])
+            }
+            Positions::Learned(_) => None,
+        };
         for block in &self.blocks {
-            x = block.forward(&x)?;
+            stream = block.forward(self.arithmetic, stream, rotary.as_ref())?;
         }
-        self.arithmetic.linear(&self.norm.forward(&x)?, &self.embedding.t()?)
+        Ok(stream.norm(self.arithmetic, &self.norm)?.0)
     }
 
-    /// The mean cross entropy, in nats per byte, of predicting `targets` from `tokens`.
+    /// Logits `[B, S, V]` of the token that follows each of `tokens` `[B, S]`.
+    pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+        self.arithmetic.logits(&self.hidden(tokens)?, &self.embedding)
+    }
+
+    /// The mean cross entropy, in nats per token, of predicting `targets` from `tokens`.
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let logits = self.forward(tokens)?;
-        candle_nn::loss::cross_entropy(&logits.flatten_to(1)?, &targets.flatten_all()?)
+        let hidden = self.hidden(tokens)?.flatten_to(1)?;
+        self.arithmetic.loss(&hidden, &self.embedding, &targets.flatten_all()?)
+    }
+}
+
+/// The sum of what all blocks so far have added, of which the last part is still to add: norms do that on their way.
+struct Stream {
+    sum: Tensor,
+    added: Option<Tensor>,
+}
+
+impl Stream {
+    /// The normalised sum, and the sum.
+    fn norm(self, arithmetic: Arithmetic, norm: &Norm) -> Result<(Tensor, Tensor)> {
+        match self.added {
+            None => Ok((arithmetic.norm(&self.sum, norm)?, self.sum)),
+            Some(added) => arithmetic.add_norm(&added, &self.sum, norm),
+        }
     }
 }
 
 struct Block {
-    heads: usize,
-    arithmetic: Arithmetic,
+    head_dim: usize,
     attention_norm: Norm,
-    qkv: Tensor,
-    attention_out: Tensor,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    attention_out: Linear,
     mlp_norm: Norm,
-    mlp_in: Tensor,
-    mlp_out: Tensor,
+    /// Of a Llama.
+    mlp_gate: Option<Linear>,
+    mlp_in: Linear,
+    mlp_out: Linear,
 }
 
 impl Block {
-    fn new(init: &mut Init, name: &str, config: GptConfig, arithmetic: Arithmetic) -> Result<Self> {
-        let GptConfig { layers, heads, dim, .. } = config;
+    fn new(init: &mut Init, name: &str, config: Config) -> Result<Self> {
+        let Config { layers, heads, kv_heads, dim, hidden, .. } = config;
+        let head_dim = dim / heads;
+        let std = init.std(&config);
         // Each block adds twice to the residual stream; scaled so, as in GPT-2, the variance of the
         // sum does not grow with the depth.
-        let residual_std = INITIAL_STD / (2.0 * layers as f64).sqrt();
+        let last_std = std / (2.0 * layers as f64).sqrt();
+        let mut linear = |part: &str, from: usize, to: usize, std: f64| {
+            init.linear(&format!("{name}.{part}"), (from, to), std, &config)
+        };
+        let kv = kv_heads * head_dim;
+        let [q, k, v] = [
+            linear("q", dim, dim, std)?,
+            linear("k", dim, kv, std)?,
+            linear("v", dim, kv, std)?,
+        ];
+        let attention_out = linear("attention_out", dim, dim, last_std)?;
+        let mlp_gate = match config.family {
+            Family::Llama => Some(linear("mlp_gate", dim, hidden, std)?),
+            Family::Gpt { .. } => None,
+        };
+        let mlp_in = linear("mlp_in", dim, hidden, std)?;
+        let mlp_out = linear("mlp_out", hidden, dim, last_std)?;
+        let attention_norm = init.norm(&format!("{name}.attention_norm"), &config)?;
+        let mlp_norm = init.norm(&format!("{name}.mlp_norm"), &config)?;
         Ok(Self {
-            heads,
-            arithmetic,
-            attention_norm: Norm::new(init, &format!("{name}.attention_norm"), dim)?,
-            qkv: init.normal(&format!("{name}.qkv"), (dim, 3 * dim), INITIAL_STD)?,
-            attention_out: init.normal(
-                &format!("{name}.attention_out"),
-                (dim, dim),
-                residual_std,
-            )?,
-            mlp_norm: Norm::new(init, &format!("{name}.mlp_norm"), dim)?,
-            mlp_in: init.normal(&format!("{name}.mlp_in"), (dim, 4 * dim), INITIAL_STD)?,
-            mlp_out: init.normal(&format!("{name}.mlp_out"), (4 * dim, dim), residual_std)?,
+            head_dim,
+            attention_norm,
+            q,
+            k,
+            v,
+            attention_out,
+            mlp_norm,
+            mlp_gate,
+            mlp_in,
+            mlp_out,
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attend(&self.attention_norm.forward(x)?)?)?;
-        let hidden =
-            self.arithmetic.linear(&self.mlp_norm.forward(&x)?, &self.mlp_in)?.relu()?.sqr()?;
-        &x + self.arithmetic.linear(&hidden, &self.mlp_out)?
+    fn forward(&self, ops: Arithmetic, x: Stream, rotary: Option<&[Tensor; 2]>) -> Result<Stream> {
+        let (normed, sum) = x.norm(ops, &self.attention_norm)?;
+        let added = Some(self.attend(ops, &normed, rotary)?);
+        let (normed, sum) = Stream { sum, added }.norm(ops, &self.mlp_norm)?;
+        let hidden = match &self.mlp_gate {
+            Some(gate) => {
+                ops.swiglu(&ops.linear(&normed, gate)?, &ops.linear(&normed, &self.mlp_in)?)?
+            }
+            None => ops.linear_gelu(&normed, &self.mlp_in)?,
+        };
+        let added = Some(ops.linear(&hidden, &self.mlp_out)?);
+        Ok(Stream { sum, added })
     }
 
-    fn attend(&self, x: &Tensor) -> Result<Tensor> {
-        let (batch, seq, dim) = x.dims3()?;
-        let shape = (batch, seq, 3, self.heads, dim / self.heads);
-        let qkv = self.arithmetic.projection(x, &self.qkv)?.reshape(shape)?;
-        // [B, S, H, D] views of the one projection.
-        let view = |index: usize| qkv.narrow(2, index, 1)?.squeeze(2);
-        let attended = self.arithmetic.attention(&view(0)?, &view(1)?, &view(2)?)?;
-        self.arithmetic.linear(&attended.flatten_from(2)?, &self.attention_out)
+    fn attend(&self, ops: Arithmetic, x: &Tensor, rotary: Option<&[Tensor; 2]>) -> Result<Tensor> {
+        let (batch, seq, _) = x.dims3()?;
+        // [B, S, H, D]
+        let heads = |linear| ops.linear(x, linear)?.reshape((batch, seq, (), self.head_dim));
+        let (mut q, mut k) = (heads(&self.q)?, heads(&self.k)?);
+        if let Some(angles) = rotary {
+            (q, k) = (ops.rope(&q, angles)?, ops.rope(&k, angles)?);
+        }
+        let attended = ops.attention(&q, &k, &heads(&self.v)?)?;
+        ops.linear(&attended.flatten_from(2)?, &self.attention_out)
     }
 }
 
-/// Layer norm with a gain, in plain tensor operations: the fused one behind `candle_nn::LayerNorm`
-/// has no gradient.
-struct Norm {
-    gain: Tensor,
-}
-
-impl Norm {
-    fn new(init: &mut Init, name: &str, dim: usize) -> Result<Self> {
-        let gain = init.parameter(name, Tensor::ones(dim, DType::F32, init.device)?)?;
-        Ok(Self { gain })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-        let deviation = (variance + NORM_EPSILON)?.sqrt()?;
-        centred.broadcast_div(&deviation)?.broadcast_mul(&self.gain)
-    }
+/// The cosines and sines of rotary positions (Su et al. 2021), `[seq, width/2]`.
+fn angles(
+    seq: usize,
+    width: usize,
+    arithmetic: Arithmetic,
+    device: &Device,
+) -> Result<[Tensor; 2]> {
+    let angle = |i: usize| {
+        let (position, pair) = (i / (width / 2), i % (width / 2));
+        position as f64 * ROPE_BASE.powf(-2.0 * pair as f64 / width as f64)
+    };
+    let table = |of: fn(f64) -> f64| {
+        let values: Vec<f32> = (0..seq * width / 2).map(|i| of(angle(i)) as f32).collect();
+        let table = Tensor::from_vec(values, (seq, width / 2), device)?;
+        table.to_dtype(arithmetic.dtype())
+    };
+    Ok([table(f64::cos)?, table(f64::sin)?])
 }
 
 /// Makes the initial weights and keeps the list of them.
 struct Init<'a> {
     rng: Rng,
     device: &'a Device,
+    arithmetic: Arithmetic,
     parameters: Vec<(String, Var)>,
 }
 
 impl Init<'_> {
+    /// As in GPT-2, and more for the small model, which learns faster so.
+    fn std(&self, config: &Config) -> f64 {
+        if config.vocabulary == 256 { 0.05 } else { 0.02 }
+    }
+
     fn normal(&mut self, name: &str, (rows, columns): (usize, usize), std: f64) -> Result<Tensor> {
         let values: Vec<f32> =
             (0..rows * columns).map(|_| (std * self.rng.normal()) as f32).collect();
-        self.parameter(name, Tensor::from_vec(values, (rows, columns), self.device)?)
+        let value = Tensor::from_vec(values, (rows, columns), self.device)?;
+        self.parameter(name, value.to_dtype(self.arithmetic.dtype())?)
+    }
+
+    fn linear(
+        &mut self,
+        name: &str,
+        dims: (usize, usize),
+        std: f64,
+        config: &Config,
+    ) -> Result<Linear> {
+        let weight = self.normal(name, dims, std)?;
+        let bias = match config.biases() {
+            true => Some(self.filled(&format!("{name}.bias"), dims.1, 0.0)?),
+            false => None,
+        };
+        Ok(Linear { weight, bias })
+    }
+
+    fn norm(&mut self, name: &str, config: &Config) -> Result<Norm> {
+        let gain = self.filled(name, config.dim, 1.0)?;
+        let bias = match config.biases() {
+            true => Some(self.filled(&format!("{name}.bias"), config.dim, 0.0)?),
+            false => None,
+        };
+        Ok(Norm { kind: config.norm(), gain, bias })
+    }
+
+    fn filled(&mut self, name: &str, len: usize, value: f32) -> Result<Tensor> {
+        self.parameter(name, Tensor::full(value, len, self.device)?)
     }
 
     fn parameter(&mut self, name: &str, value: Tensor) -> Result<Tensor> {

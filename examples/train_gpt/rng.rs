@@ -11,6 +11,8 @@ impl Rng {
     pub const WEIGHTS: u64 = u64::MAX;
     /// The stream of the generated text.
     pub const SAMPLE: u64 = u64::MAX - 1;
+    /// The stream of a text that nobody wrote.
+    pub const TEXT: u64 = u64::MAX - 2;
 
     /// One of the independent streams of a seed.
     pub fn new(seed: u64, stream: u64) -> Self {

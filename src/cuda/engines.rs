@@ -2,7 +2,7 @@
 //! them with, the same functions say that it is missing.
 #![cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 
-use candle_core::{CudaStorage, DType, Result, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
 
 use super::Operand;
 use crate::Engine;
@@ -18,6 +18,7 @@ use crate::stack::Stack;
 #[cfg(feature = "cuda")]
 use {
     super::driver::gpu::{Gpu, has_kernels},
+    super::driver::pool::Pool,
     super::{empty, kaio_ops, native, scaled},
     crate::error::Error,
     candle_core::{Layout, backend::BackendStorage},
@@ -83,6 +84,16 @@ pub(crate) fn encode(op: &'static str, weight: &Tensor, scheme: QuantScheme) -> 
 /// The largest magnitude of a matrix of floats on a GPU, of which it is all that is read: infinite or NaN if any is.
 pub(crate) fn peak(op: &'static str, matrix: &Tensor) -> Result<f32> {
     on_gpu!(native::peak(op, matrix))
+}
+
+/// The most bytes that were in use on a GPU at one time.
+pub(crate) fn peak_memory(op: &'static str, device: &CudaDevice) -> Result<u64> {
+    on_gpu!(Ok(Pool::of(op, device)?.peak()?))
+}
+
+/// The count of these begins anew.
+pub(crate) fn reset_peak_memory(op: &'static str, device: &CudaDevice) -> Result<()> {
+    on_gpu!(Ok(Pool::of(op, device)?.forget()?))
 }
 
 /// How many elements a storage has.

@@ -9,6 +9,7 @@
 //! | `args`, `tensor_map`, `memory` | what a launch passes |
 //! | `log` | who is told of a launch; `KAIO_LOG` |
 //! | `order` | streams of several candle devices |
+//! | `pool` | how much memory is in use |
 //! | `raw` | the driver's functions, as safe ones where they can be |
 
 pub(super) mod args;
@@ -20,5 +21,6 @@ pub(super) mod gpu;
 pub(super) mod log;
 pub(super) mod memory;
 pub(super) mod order;
+pub(super) mod pool;
 pub(super) mod raw;
 pub(super) mod tensor_map;
