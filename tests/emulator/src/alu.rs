@@ -100,8 +100,9 @@ pub fn function(name: &str) -> Option<Function> {
     Some(match name {
         "add.f32" => each!(|[a, b, ..]| bits(f(a) + f(b))),
         "sub.f32" => each!(|[a, b, ..]| bits(f(a) - f(b))),
-        "mul.f32" => each!(|[a, b, ..]| bits(f(a) * f(b))),
+        "mul.f32" | "mul.rn.f32" => each!(|[a, b, ..]| bits(f(a) * f(b))),
         "div.rn.f32" => each!(|[a, b, ..]| bits(f(a) / f(b))),
+        "sqrt.rn.f32" => each!(|[a, ..]| bits(f(a).sqrt())),
         "fma.rn.f32" => each!(|[a, b, c, _]| bits(f(a).mul_add(f(b), f(c)))),
         "fma.rn.f16x2" => each!(|[a, b, c, _]| halves(
             [a, b, c],
