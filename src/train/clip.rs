@@ -94,8 +94,11 @@ pub(super) fn clip_of(
             cuda::grad_norm(op, grads, scale as f32, max_norm as f32)
         }
         _ => {
-            let squares = grads.iter().map(|grad| cpu::with_floats(grad, cpu::squares));
-            let norm = squares.sum::<Result<f64>>()?.sqrt() * scale;
+            let mut squares = 0.0;
+            for grad in grads {
+                squares += cpu::with_floats(grad, cpu::squares)?;
+            }
+            let norm = squares.sqrt() * scale;
             let ratio = max_norm / (norm + BESIDE_NORM);
             // A norm that is NaN gives NaN.
             let factor = if ratio >= 1.0 { 1.0 } else { ratio };

@@ -57,7 +57,7 @@ pub fn train(device: &Device) {
         grads_complete(named().iter().map(|(name, var)| (name, var)), &of_a) => MissingGradients,
             "grads_complete: no gradient for `layer.b`; {why}";
         adamw.step(&wrong) => Dimension,
-            "AdamW::step: `gradient` has a dimension = 5, wanted 4 in [5], as `variable` [4]; expand one with \
+            "AdamW::step: `gradient` has a dimension = 5, wanted 4, in [5], as `variable` [4]; expand one with \
              `.broadcast_as(..)?`";
         clip_grad_norm(&[a.clone()], &mut bytes, 1.0) => DType,
             "clip_grad_norm: `gradient` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
