@@ -9,8 +9,8 @@ use crate::model::GptConfig;
 use crate::ops::{Arithmetic, Attention};
 
 const HELP: &str = "\
-Trains a small byte-level GPT with kaio-candle: bf16 matmul and flash attention, f32 weights,
-candle-nn's AdamW.
+Trains a small byte-level GPT with kaio-candle: bf16 matmul and flash attention, f32 weights, AdamW with clipped
+gradients.
 
 Usage: cargo run --release --example train_gpt -- [OPTIONS]
 
@@ -39,7 +39,7 @@ Training:
 Results:
   --out DIR              where the pictures and the checkpoint go [default: out]
   --checkpoint FILE      the checkpoint [default: train_gpt.safetensors in the output directory]
-  --checkpoint-every N   write it every N steps (at least 2) as well as at the end
+  --checkpoint-every N   write it every N steps as well as at the end
   --resume FILE          go on from a checkpoint; with the same text and options the run ends in
                          the same bits as one that was never interrupted
   --log FILE             write the loss of every step as CSV
@@ -116,14 +116,14 @@ impl Args {
                 Long("layers") => args.model.layers = parser.value()?.parse_with(at_least::<1>)?,
                 Long("heads") => args.model.heads = parser.value()?.parse_with(at_least::<1>)?,
                 Long("dim") => args.model.dim = parser.value()?.parse_with(at_least::<1>)?,
-                // Two make the shortest curve, and the earliest state that a checkpoint can hold.
+                // Two make the shortest curve.
                 Long("steps") => args.steps = parser.value()?.parse_with(at_least::<2>)?,
                 Long("batch") => args.batch = parser.value()?.parse_with(at_least::<1>)?,
                 Long("rate") => args.rate = parser.value()?.parse_with(positive)?,
                 Long("out") => args.out = parser.value()?.into(),
                 Long("checkpoint") => checkpoint = Some(parser.value()?.into()),
                 Long("checkpoint-every") => {
-                    args.checkpoint_every = Some(parser.value()?.parse_with(at_least::<2>)?);
+                    args.checkpoint_every = Some(parser.value()?.parse_with(at_least::<1>)?);
                 }
                 Long("resume") => args.resume = Some(parser.value()?.into()),
                 Long("log") => args.log = Some(parser.value()?.into()),

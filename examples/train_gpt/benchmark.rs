@@ -8,14 +8,13 @@ use crate::args::Args;
 use crate::data::Corpus;
 use crate::model::Gpt;
 use crate::ops::{Arithmetic, Attention};
-use crate::optim::Optimizer;
-use crate::train::training_step;
+use crate::train::{optimizer, training_step};
 
 /// Steps before the clock starts: the first ones compile kernels and fill the allocator's pool.
 const WARM_UP: usize = 5;
 
 /// Prints the speed of `--steps` steps of this crate's model, of the same with candle's attention, and of
-/// candle's own.
+/// candle's own: all of them with this crate's optimizer.
 pub fn run(args: &Args, corpus: &Corpus) -> Result<()> {
     let tokens = (args.batch * args.model.seq) as f64;
     let mut rates = Vec::new();
@@ -23,7 +22,7 @@ pub fn run(args: &Args, corpus: &Corpus) -> Result<()> {
     {
         let model = Gpt::new(args.model, arithmetic, args.seed, &args.device)?;
         let parameters: usize = model.parameters().iter().map(|(_, var)| var.elem_count()).sum();
-        let mut optimizer = Optimizer::new(model.parameters(), args.rate, &args.device)?;
+        let mut optimizer = optimizer(args, &model)?;
         // A step ends with its loss on the host, so that the clock sees all of it.
         let mut step = |step| training_step(args, &model, &mut optimizer, corpus, step).map(drop);
         (0..WARM_UP).try_for_each(&mut step)?;

@@ -22,7 +22,6 @@ mod checkpoint;
 mod data;
 mod model;
 mod ops;
-mod optim;
 mod rng;
 mod sample;
 mod train;

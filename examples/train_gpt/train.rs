@@ -4,19 +4,24 @@ use std::time::Instant;
 
 use candle_core::Result;
 use indicatif::{ProgressBar, ProgressStyle};
+use kaio_candle::train::{AdamW, AdamWConfig, Schedule};
 
 use crate::args::Args;
 use crate::checkpoint;
 use crate::data::Corpus;
 use crate::model::Gpt;
 use crate::ops::Arithmetic;
-use crate::optim::Optimizer;
 use crate::rng::Rng;
 
 /// Losses are smoothed by the mean over this many steps.
 pub const SMOOTHING: usize = 20;
 /// How often progress is a line of its own when there is no terminal to draw a bar on.
 const STEPS_PER_LINE: usize = 25;
+
+const MAX_GRADIENT_NORM: f64 = 1.0;
+const WARM_UP_STEPS: u64 = 20;
+/// The learning rate ends at this part of its peak.
+const FINAL_RATE: f64 = 0.1;
 
 pub struct Trained {
     pub model: Gpt,
@@ -35,7 +40,7 @@ impl Trained {
 pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Trained> {
     let device = &args.device;
     let model = Gpt::new(args.model, arithmetic, args.seed, device)?;
-    let mut optimizer = Optimizer::new(model.parameters(), args.rate, device)?;
+    let mut optimizer = optimizer(args, &model)?;
     let mut losses = match &args.resume {
         Some(path) => checkpoint::load(path, &model, &mut optimizer, device)?,
         None => Vec::new(),
@@ -54,25 +59,33 @@ pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Tra
         if let Some(path) = checkpoint
             && (due || losses.len() == args.steps)
         {
-            checkpoint::save(path, &model, &mut optimizer, &losses, device)?;
+            checkpoint::save(path, &model, &optimizer, &losses, device)?;
         }
     }
     progress.finish();
     Ok(Trained { model, losses })
 }
 
+/// AdamW with warm-up and a cosine, as scripts/torch_train_gpt.py has it.
+pub fn optimizer(args: &Args, model: &Gpt) -> Result<AdamW> {
+    let schedule = Schedule::cosine(args.steps as u64).warm_up(WARM_UP_STEPS).floor(FINAL_RATE);
+    let config = AdamWConfig::default().lr(args.rate).betas(0.9, 0.98).weight_decay(0.1);
+    let config = config.clip_norm(MAX_GRADIENT_NORM).schedule(schedule);
+    AdamW::named(model.parameters().iter().cloned(), config)
+}
+
 /// The loss, and the weights changed against it.
 pub fn training_step(
     args: &Args,
     model: &Gpt,
-    optimizer: &mut Optimizer,
+    optimizer: &mut AdamW,
     corpus: &Corpus,
     step: usize,
 ) -> Result<f32> {
     let mut rng = batch_rng(args.seed, step);
     let (tokens, targets) = corpus.training_batch(&mut rng, args.batch, &args.device)?;
     let loss = model.loss(&tokens, &targets)?;
-    optimizer.backward_step(&loss, args.steps)?;
+    optimizer.backward_step(&loss)?;
     loss.to_scalar()
 }
 
