@@ -150,6 +150,8 @@ pub fn function(name: &str) -> Option<Function> {
         "add.u64" => each!(|[a, b, ..]| a.wrapping_add(b)),
         "sub.u64" => each!(|[a, b, ..]| a.wrapping_sub(b)),
         "mul.lo.u64" => each!(|[a, b, ..]| a.wrapping_mul(b)),
+        "min.u64" => each!(|[a, b, ..]| a.min(b)),
+        "max.u64" => each!(|[a, b, ..]| a.max(b)),
         "div.u64" => each!(|[a, b, ..]| a / b),
         "shl.b64" => each!(|[a, b, ..]| a.checked_shl(u(b)).unwrap_or(0)),
         "shr.u64" => each!(|[a, b, ..]| a.checked_shr(u(b)).unwrap_or(0)),
