@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PyTorch's times for the rows of the benches matmul, quant and attention, as more peers:
+"""PyTorch's times for the rows of the benches matmul, quant, attention and optimizer, as more peers:
 
     cargo bench --features cuda --bench matmul -- --list >rows.json
     python3 scripts/torch_peers.py rows.json >torch.json
@@ -134,6 +134,8 @@ def calls(row):
         return quantised(row)
     if row["op"] == "host":
         return {}
+    if row["op"] == "optimizer":
+        return optimizer(row)
     if row["op"] == "attention":
         return attention(row)
     dtype, out = DTYPES[row["dtype"]], DTYPES[row["out"]]
@@ -183,6 +185,26 @@ def codes(row):
     a, b = (torch.randn(rows, k, device="cuda").to(torch.float8_e4m3fn) for rows in (m, n))
     of_a, of_b = torch.rand(m, 1, device="cuda"), torch.rand(1, n, device="cuda")
     return {"torch": lambda: torch._scaled_mm(a, b.t(), scale_a=of_a, scale_b=of_b, out_dtype=torch.bfloat16)}
+
+
+def optimizer(row):
+    """Fused AdamW and clip_grad_norm_, as PyTorch has them: 16-bit weights have moments in 16 bits, and no f32 copy."""
+    if row["codes"] or row["of"] in ("host", "accumulate"):
+        return {}
+    weights = [torch.randn(shape, device="cuda", dtype=DTYPES[row["dtype"]]) for shape in row["shapes"]]
+    for weight in weights:
+        weight.requires_grad_()
+        weight.grad = torch.randn_like(weight) * 1e-3
+    adam = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.1, fused=True)
+
+    def clip():
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+
+    def clipped_step():
+        clip()
+        adam.step()
+
+    return {"torch": {"adamw": adam.step, "adamw, clipped": clipped_step, "clip": clip}[row["of"]]}
 
 
 def read_safetensors(path, device="cuda"):

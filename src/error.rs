@@ -156,6 +156,31 @@ pub enum Error {
         /// What to do.
         fix: &'static str,
     },
+    /// Variables got no gradient: training would leave them as they are.
+    #[error(
+        "{op}: no gradient for {}; nothing with a gradient leads from there to the loss: look for `.detach()`, for ops without a backward pass (candle-nn's `LayerNorm`, `RmsNorm` and `softmax_last_dim` are), and for layers that were not used",
+        names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+    )]
+    MissingGradients {
+        /// The function that was called.
+        op: &'static str,
+        /// The variables' names, in their order.
+        names: Vec<String>,
+    },
+    /// A saved state lacks a tensor, or has one that does not fit.
+    #[error(
+        "{op}: `{name}` is {got}, wanted {want}; the state is that of another model or of other options"
+    )]
+    State {
+        /// The method that was called.
+        op: &'static str,
+        /// The tensor's name.
+        name: String,
+        /// What came: a dtype and a shape, or that there is none.
+        got: String,
+        /// What was wanted.
+        want: String,
+    },
     /// The engine, or this crate on the kind of device, cannot do this.
     #[error("{op}: {what} {limit}; {fix}")]
     Unsupported {

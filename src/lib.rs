@@ -53,6 +53,11 @@
 //!
 //! [`docs/engines.md`]: https://docs.rs/crate/kaio-candle/latest/source/docs/engines.md
 //!
+//! # Training
+//!
+//! [`train`] has AdamW in one launch for all variables, gradients that are clipped without the host, and a check that finds
+//! variables without a gradient.
+//!
 //! # Kernels of your own
 //!
 //! [`ptx`] writes kernels in Rust, without CUDA's compiler; with the feature `cuda`, [`launch`]
@@ -62,7 +67,7 @@
 //! # Where things live
 //!
 //! `ext` speaks tensors, `op` shapes and gradients, `cpu` loops, `cuda` to the driver, `stack` turns
-//! batch dimensions into offsets, [`quant`] makes weights, `kernel` turns problems into tiles and
+//! batch dimensions into offsets, [`quant`] makes weights, [`train`] steps, `kernel` turns problems into tiles and
 //! [`ptx`] instructions into text. CONTRIBUTING.md has the map.
 //!
 //! # What versions promise
@@ -86,6 +91,7 @@ pub mod prelude;
 pub mod ptx;
 pub mod quant;
 mod stack;
+pub mod train;
 
 // As `kernel`.
 #[doc(hidden)]

@@ -42,7 +42,7 @@ Training:
 Results:
   --out DIR              where the pictures and the checkpoint go [default: out]
   --checkpoint FILE      the checkpoint [default: train_gpt.safetensors in the output directory]
-  --checkpoint-every N   write it every N steps (at least 2) as well as at the end
+  --checkpoint-every N   write it every N steps as well as at the end
   --resume FILE          go on from a checkpoint; with the same text and options the run ends in
                          the same bits as one that was never interrupted
   --log FILE             write the loss of every step as CSV
@@ -126,7 +126,7 @@ impl Args {
                 Long("layers") => args.model.layers = parser.value()?.parse_with(at_least::<1>)?,
                 Long("heads") => args.model.set_heads(parser.value()?.parse_with(at_least::<1>)?),
                 Long("dim") => args.model.set_dim(parser.value()?.parse_with(at_least::<1>)?),
-                // Two make the shortest curve, and the earliest state that a checkpoint can hold.
+                // Two make the shortest curve.
                 Long("steps") => args.steps = parser.value()?.parse_with(at_least::<2>)?,
                 Long("batch") => args.batch = parser.value()?.parse_with(at_least::<1>)?,
                 Long("rate") => args.rate = parser.value()?.parse_with(positive)?,
@@ -134,7 +134,7 @@ impl Args {
                 Long("out") => args.out = parser.value()?.into(),
                 Long("checkpoint") => checkpoint = Some(parser.value()?.into()),
                 Long("checkpoint-every") => {
-                    args.checkpoint_every = Some(parser.value()?.parse_with(at_least::<2>)?);
+                    args.checkpoint_every = Some(parser.value()?.parse_with(at_least::<1>)?);
                 }
                 Long("resume") => args.resume = Some(parser.value()?.into()),
                 Long("log") => args.log = Some(parser.value()?.into()),

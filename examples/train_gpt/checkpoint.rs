@@ -5,12 +5,12 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{Device, Result, Tensor, bail, safetensors};
+use kaio_candle::train::AdamW;
 
 use crate::args::Args;
 use crate::data::Corpus;
 use crate::model::{Config, Family, Gpt};
 use crate::ops::Arithmetic;
-use crate::optim::Optimizer;
 use crate::train::batch_rng;
 
 const LOSSES: &str = "run.losses";
@@ -20,16 +20,15 @@ const WINDOWS: &str = "run.windows";
 /// The peak learning rate.
 const RATE: &str = "run.rate";
 
-/// Writes the run to `path`, and lets it go on from what was written, as a resumed run would.
+/// Writes the run to `path`.
 pub fn save(
     path: &Path,
     model: &Gpt,
-    optimizer: &mut Optimizer,
+    optimizer: &AdamW,
     losses: &[f32],
     device: &Device,
 ) -> Result<()> {
     let mut tensors = optimizer.state()?;
-    optimizer.set_state(&tensors, losses.len())?;
     for (name, var) in model.parameters() {
         tensors.insert(name.clone(), var.as_tensor().clone());
     }
@@ -64,12 +63,7 @@ pub fn export(path: &Path, args: &Args, corpus: &Corpus) -> Result<()> {
 }
 
 /// Fills the model and the optimizer from `path` and returns the losses of the steps done.
-pub fn load(
-    path: &Path,
-    model: &Gpt,
-    optimizer: &mut Optimizer,
-    device: &Device,
-) -> Result<Vec<f32>> {
+pub fn load(path: &Path, model: &Gpt, optimizer: &mut AdamW, device: &Device) -> Result<Vec<f32>> {
     let tensors = match safetensors::load(path, device) {
         Ok(tensors) => tensors,
         Err(error) => bail!("cannot read the checkpoint {}: {error}", path.display()),
@@ -87,7 +81,7 @@ pub fn load(
         var.set(tensor(&tensors, name)?)?;
     }
     let losses = tensor(&tensors, LOSSES)?.to_vec1::<f32>()?;
-    optimizer.set_state(&tensors, losses.len())?;
+    optimizer.set_state(&tensors)?;
     Ok(losses)
 }
 

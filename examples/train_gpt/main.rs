@@ -23,7 +23,6 @@ mod checkpoint;
 mod data;
 mod model;
 mod ops;
-mod optim;
 mod rng;
 mod sample;
 mod train;

@@ -9,6 +9,7 @@ mod exp;
 mod gemm;
 mod glu;
 mod operand;
+mod optimizer;
 mod product;
 mod quantised;
 mod simd;
@@ -17,6 +18,7 @@ mod widen;
 pub(crate) use attention::{Attended, attention, attention_backward};
 pub(crate) use epilogue::epilogue;
 pub(crate) use glu::{glu, glu_backward};
+pub(crate) use optimizer::{AdamWFactors, adamw, adamw_8bit, add, squares, with_floats};
 pub(crate) use product::matmul;
 pub(crate) use quantised::{
     Activations, dequantize, matmul_fp8, matmul_int8, matmul_quant, quantize_rows,

@@ -14,6 +14,7 @@ use crate::options::Gate;
 use crate::quant::QuantScheme;
 use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
+use crate::train::{AdamWCall, AdamWTables, Sum, Update};
 
 #[cfg(feature = "cuda")]
 use {
@@ -356,4 +357,39 @@ pub(crate) fn glu_backward(
             _ => native::glu_backward(op, kind, operands),
         }
     })
+}
+
+/// A step of AdamW of tensors on one GPU, none of them empty, at least one.
+pub(crate) fn adamw(
+    op: &'static str,
+    updates: &[Update],
+    call: &AdamWCall,
+    tables: &mut AdamWTables,
+) -> Result<()> {
+    on_gpu!(native::adamw(op, updates, call, tables))
+}
+
+/// The norm of all gradients together times `scale`, and the factor (with the scale) that makes it at most `max_norm`:
+/// f32 `[2]`. The gradients are on one GPU, none of them empty, at least one, and without gaps.
+pub(crate) fn grad_norm(
+    op: &'static str,
+    grads: &[&Tensor],
+    scale: f32,
+    max_norm: f32,
+) -> Result<Tensor> {
+    on_gpu!(native::grad_norm(op, grads, scale, max_norm))
+}
+
+/// The same gradients times the factor of [`grad_norm`].
+pub(crate) fn scale_grads(
+    op: &'static str,
+    grads: &[&Tensor],
+    clip: &Tensor,
+) -> Result<Vec<Tensor>> {
+    on_gpu!(native::scale_grads(op, grads, clip))
+}
+
+/// Adds gradients, such as those of [`grad_norm`], to sums.
+pub(crate) fn accumulate(op: &'static str, sums: &[Sum]) -> Result<()> {
+    on_gpu!(native::accumulate(op, sums))
 }

@@ -15,6 +15,7 @@ pub mod glu;
 pub(crate) mod hopper;
 mod multiprocessor;
 mod name;
+pub mod optimizer;
 pub mod params;
 mod plan;
 pub mod quantize;
@@ -118,6 +119,8 @@ kernels! {
     Encode(encode::Config) by encode::emit;
     /// A quantised weight in floats, on any GPU.
     Dequant(dequant::Config) by dequant::emit;
+    /// A pass over all tensors of a model at once, on any GPU.
+    Optimizer(optimizer::Config) by optimizer::emit;
 }
 
 /// Hands out shared memory: each region has one owner and an offset that nobody types in.

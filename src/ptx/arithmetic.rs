@@ -235,6 +235,17 @@ impl<'k> Reg<'k, f32> {
         d
     }
 
+    /// `mul.rn`: a product that the assembler leaves alone. Of `mul` and `add` it makes one `fma`, which rounds once
+    /// less.
+    pub fn mul_rn(self, other: impl Into<Value<'k, f32>>) -> Self {
+        self.kernel().binary("mul.rn.f32", self, other)
+    }
+
+    /// `sqrt.rn`: the square root, rounded once.
+    pub fn sqrt(self) -> Self {
+        self.kernel().unary("sqrt.rn.f32", self)
+    }
+
     /// `cvt.rni.s32`: the nearest integer, the even one of two; of NaN 0.
     pub fn nearest(self) -> Reg<'k, i32> {
         self.kernel().unary("cvt.rni.s32.f32", self)

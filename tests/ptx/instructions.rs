@@ -69,6 +69,8 @@ fn floats() -> Source {
         -x,
         x.fma(y, 0.5),
         x.fma(2.0, y),
+        x.mul_rn(y),
+        x.sqrt(),
         x.min(y),
         x.max(f32::NEG_INFINITY),
         x.abs(),

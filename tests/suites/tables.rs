@@ -1,6 +1,6 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
-use crate::suites::{attention, empty, errors, glu, loaders, matmul, quantized, weights};
+use crate::suites::{attention, empty, errors, glu, loaders, matmul, quantized, train, weights};
 
 macro_rules! tables {
     ($($name:ident: $suite:path;)*) => {$(
@@ -91,6 +91,16 @@ tables! {
     attention_many_tiles: attention::many_tiles;
     attention_gradients_of_many_tiles: attention::gradients_of_many_tiles;
     attention_accuracy: attention::accuracy;
+    train_adamw_formula: train::formula;
+    train_adamw_options: train::options;
+    train_adamw_sixteen_bits: train::sixteen_bits;
+    train_adamw_layouts: train::layouts;
+    train_adamw_accumulation: train::accumulation;
+    train_adamw_moments_in_8_bits: train::moments_in_8_bits;
+    train_adamw_clipped: train::clipped_steps;
+    train_adamw_resume: train::resume;
+    train_adamw_bytes: train::kept_bytes;
+    train_clip: train::clip;
     empty_products: empty::products;
     empty_attention: empty::attention;
     empty_quantisers: empty::quantisers;
@@ -110,6 +120,7 @@ tables! {
     errors_checkpoints: errors::checkpoints;
     errors_sizes: errors::sizes;
     errors_tracked: errors::tracked;
+    errors_train: errors::train;
     errors_variants: errors::variants;
     errors_layers: errors::layers;
     errors_devices: errors::devices;

@@ -8,6 +8,7 @@ mod glu;
 mod limit;
 mod matmul;
 mod operand;
+mod optimizer;
 mod plan;
 mod quantised;
 mod quantize;
@@ -21,6 +22,7 @@ pub(crate) use bytes::{matmul_fp8, matmul_int8};
 pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
+pub(crate) use optimizer::{accumulate, adamw, grad_norm, scale_grads};
 pub(super) use quantised::{Codewords, Panel};
 pub(crate) use quantised::{
     dequantize, matmul_quant, matmul_quant_all, pack_signed, repack, unpack,

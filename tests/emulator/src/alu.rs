@@ -100,8 +100,9 @@ pub fn function(name: &str) -> Option<Function> {
     Some(match name {
         "add.f32" => each!(|[a, b, ..]| bits(f(a) + f(b))),
         "sub.f32" => each!(|[a, b, ..]| bits(f(a) - f(b))),
-        "mul.f32" => each!(|[a, b, ..]| bits(f(a) * f(b))),
+        "mul.f32" | "mul.rn.f32" => each!(|[a, b, ..]| bits(f(a) * f(b))),
         "div.rn.f32" => each!(|[a, b, ..]| bits(f(a) / f(b))),
+        "sqrt.rn.f32" => each!(|[a, ..]| bits(f(a).sqrt())),
         "fma.rn.f32" => each!(|[a, b, c, _]| bits(f(a).mul_add(f(b), f(c)))),
         "fma.rn.f16x2" => each!(|[a, b, c, _]| halves(
             [a, b, c],
@@ -149,6 +150,8 @@ pub fn function(name: &str) -> Option<Function> {
         "add.u64" => each!(|[a, b, ..]| a.wrapping_add(b)),
         "sub.u64" => each!(|[a, b, ..]| a.wrapping_sub(b)),
         "mul.lo.u64" => each!(|[a, b, ..]| a.wrapping_mul(b)),
+        "min.u64" => each!(|[a, b, ..]| a.min(b)),
+        "max.u64" => each!(|[a, b, ..]| a.max(b)),
         "div.u64" => each!(|[a, b, ..]| a / b),
         "shl.b64" => each!(|[a, b, ..]| a.checked_shl(u(b)).unwrap_or(0)),
         "shr.u64" => each!(|[a, b, ..]| a.checked_shr(u(b)).unwrap_or(0)),

@@ -5,6 +5,7 @@ mod attention_backward;
 mod dequant;
 mod encode;
 mod glu;
+mod optimizer;
 mod products;
 mod quantize;
 mod strided;
@@ -198,6 +199,7 @@ families! {
     Glu(glu::Glus): (&ALL, 6);
     Dequant(dequant::Dequants): (&ALL, 4);
     Encode(encode::Encoders): (&ALL, 4);
+    Optimizer(optimizer::Optimizers): (&ALL, 2);
     Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
     Transpose(transpose::Transpositions): (&ALL, 1);
     Strided(strided::Copies): (&ALL, 1);

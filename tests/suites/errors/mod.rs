@@ -25,11 +25,13 @@ macro_rules! refused {
 mod attention;
 mod loaders;
 mod sizes;
+mod train;
 mod weights;
 
 pub use attention::{attention_tc, flash_attn, flash_options};
 pub use loaders::{awq, checkpoints, compressed_tensors, gptq, nf4};
 pub use sizes::sizes;
+pub use train::train;
 pub use weights::weights;
 
 /// Zeros on one device.
