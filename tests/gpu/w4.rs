@@ -7,7 +7,7 @@ use kaio_candle::kernel::gemm::Epilogue;
 use kaio_candle::kernel::w4::{self, Codes, Scheme, stream, tiles};
 use kaio_candle::prelude::*;
 use kaio_candle::ptx::{Half, Target};
-use kaio_candle::quant::{QuantScheme, QuantWeight};
+use kaio_candle::quant::{Per, QuantScheme, QuantWeight};
 use kaio_candle::tune::{self, W4};
 
 use super::gpu;
@@ -355,12 +355,17 @@ fn w4_weights_of_users() -> Result<()> {
     Ok(())
 }
 
-/// Products with several weights, by one kernel where there are few rows.
+/// Products with several weights of four or eight bits, by one kernel.
 #[test]
 fn w4_projections() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
     let plain = super::suites::Layout::Plain;
-    for (i, scheme) in SCHEMES.into_iter().enumerate() {
+    let bytes = [
+        QuantScheme::Int8 { per: Per::Channel },
+        QuantScheme::Fp8 { per: Per::Tensor },
+        QuantScheme::Fp8 { per: Per::Block },
+    ];
+    for (i, scheme) in SCHEMES.into_iter().chain(bytes).enumerate() {
         for (k, widths) in [(256, [192, 64, 64]), (600, [72, 65, 1]), (136, [1, 130, 64])] {
             let mut source = Source::new(&format!("{scheme:?} {widths:?}"), &Device::Cpu);
             let mut weight = |n| -> Result<[QuantWeight; 2]> {
@@ -369,7 +374,7 @@ fn w4_projections() -> Result<()> {
                 Ok([host.to_device(&gpu)?, host])
             };
             let [q, key, v] = [weight(widths[0])?, weight(widths[1])?, weight(widths[2])?];
-            for m in [1, 5, 16, 40] {
+            for m in [1, 5, 16, 40, 150] {
                 let dtype = [DType::F16, DType::BF16][(i + m) % 2];
                 let x = source.tensor(dtype, &[m, k], plain)?;
                 let results = |x: &Tensor, of: usize| -> Result<[Tensor; 3]> {

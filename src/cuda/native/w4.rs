@@ -1,4 +1,4 @@
-//! Weights of four bits: their packed form, and products with them.
+//! Weights of four bits: their packed form; products of 16-bit activations with codes of four and of eight bits.
 
 use std::sync::Arc;
 
@@ -219,11 +219,40 @@ pub(crate) fn matmul_all(
     epilogue: Epilogue,
 ) -> Result<Option<Vec<CudaStorage>>> {
     let gpu = Gpu::of(op, x.0.device())?;
-    let rows = (x.1.count() * x.1.rows) as u64;
-    if weights.len() > w4::MOST_WEIGHTS || !w4::together(rows, &gpu.device) {
+    if weights.len() > w4::MOST_WEIGHTS
+        || !w4::together(&facts(x, weights, epilogue, None), &gpu.device)
+    {
         return Ok(None);
     }
     Call::new(op, x, weights, epilogue, None)?.run_chosen().map(Some)
+}
+
+/// The facts of a product with weights of as many rows and one scheme.
+fn facts(
+    (x, rows): Operand,
+    weights: &[Weight],
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
+) -> Problem {
+    let Element::Half(half) = element(x.dtype()) else {
+        unreachable!("activations are f16 or bf16")
+    };
+    let columns = |i: usize| weights.get(i).map_or(0, |weight| weight.n as u64);
+    let Weight { scheme, k, .. } = weights[0];
+    Problem {
+        m: (rows.count() * rows.rows) as u64,
+        n: columns(0),
+        others: [columns(1), columns(2)],
+        k: k as u64,
+        half,
+        scheme,
+        epilogue: gemm::Epilogue {
+            out: element(epilogue.out_dtype),
+            scale: gemm::Scale::None,
+            bias: bias.map(|(storage, _)| element(storage.dtype())),
+            activation: epilogue.activation,
+        },
+    }
 }
 
 /// What a weight brings to a product.
@@ -259,7 +288,8 @@ impl<'a> Call<'a> {
     ) -> Result<Self> {
         let device = x.device().clone();
         let gpu = Gpu::of(op, &device)?;
-        let Weight { scheme, k, .. } = weights[0];
+        let scheme = weights[0].scheme;
+        let facts = facts((x, rows), weights, epilogue, bias);
         let operands = weights.iter().flat_map(|weight| {
             let zeros = weight.zeros.as_ref().map(|(storage, _)| *storage);
             [Some(weight.codes), Some(weight.scales.0), zeros]
@@ -267,7 +297,6 @@ impl<'a> Call<'a> {
         let others = [Some(x), bias.map(|(storage, _)| storage)];
         let inputs = others.into_iter().chain(operands).flatten();
         let order = Order::new(op, device.cuda_stream(), inputs);
-        let m = rows.count() * rows.rows;
         let x = lines(op, (x, rows))?;
         let of_groups = |groups: &Groups<'a>| lines_of_groups(op, &scheme, groups);
         let part = |weight: &Weight<'a>| -> Result<Part<'a>> {
@@ -276,25 +305,7 @@ impl<'a> Call<'a> {
             Ok(Part { n, codes, code_lines, scales: of_groups(&weight.scales)?, zeros })
         };
         let parts = weights.iter().map(part).collect::<Result<Vec<_>>>()?;
-        let columns = |i: usize| parts.get(i).map_or(0, |part| part.n as u64);
         let bias = bias.map(|bias| row(op, bias)).transpose()?;
-        let Element::Half(half) = element(x.storage().dtype()) else {
-            unreachable!("activations are f16 or bf16")
-        };
-        let facts = Problem {
-            m: m as u64,
-            n: columns(0),
-            others: [columns(1), columns(2)],
-            k: k as u64,
-            half,
-            scheme,
-            epilogue: gemm::Epilogue {
-                out: element(epilogue.out_dtype),
-                scale: gemm::Scale::None,
-                bias: bias.as_ref().map(|bias| element(bias.storage().dtype())),
-                activation: epilogue.activation,
-            },
-        };
         countable(op, ["this crate", "take"], facts.limit(), SPLIT)?;
         let out_dtype = epilogue.out_dtype;
         Ok(Self { op, device, order, gpu, facts, x, weights: parts, bias, out_dtype })

@@ -8,7 +8,7 @@
 use super::sm90::{Config, Launch, Order, Orient, Store};
 use super::{BLOCK, Major, Problem, Scale};
 use crate::kernel::Device;
-use crate::kernel::w4::{Codes, Scheme};
+use crate::kernel::w4::{self, Codes, Scheme};
 use crate::ptx::Factor;
 
 /// The largest number of blocks along y and z of a grid.
@@ -85,41 +85,45 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
 }
 
 /// The choices that decide most about speed.
-pub(in crate::kernel) struct Shape {
+pub(in crate::kernel) struct Shape<'a> {
     pub orient: Orient,
     pub rows: u32,
     pub cols: u32,
     pub split: u32,
     pub blocks_per_sm: u32,
     pub pingpong: bool,
-    pub weight: Option<Scheme>,
+    pub weights: Option<&'a w4::Problem>,
 }
 
-impl Shape {
+impl Shape<'_> {
     /// One that is not split.
     pub fn new(orient: Orient, rows: u32, cols: u32) -> Self {
-        let (split, blocks_per_sm, pingpong, weight) = (1, 1, false, None);
-        Self { orient, rows, cols, split, blocks_per_sm, pingpong, weight }
+        let (split, blocks_per_sm, pingpong, weights) = (1, 1, false, None);
+        Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights }
     }
 
     /// All other choices, unless the shape is not possible or plainly idle.
     pub fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
-        let Self { orient, rows, cols, split, blocks_per_sm, pingpong, weight } = self;
+        let Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights } = self;
+        let weight = weights.map(|of| of.scheme);
         let [lhs, rhs] = orient.order([problem.lhs, problem.rhs]);
         let [height, width] = orient.order([problem.m, problem.n]);
         let elements = orient.order(problem.elements);
         if u64::from(split) > problem.k.div_ceil(elements[0].per_line().into()) {
             return None;
         }
-        let aligned = (problem.n * u64::from(problem.epilogue.out.size())).is_multiple_of(16);
+        let widths = weights.map_or(vec![problem.n], |of| of.widths().to_vec());
+        let in_units = |unit: u64| widths.iter().all(|n| n.is_multiple_of(unit));
+        let aligned = in_units(16 / u64::from(problem.epilogue.out.size()));
         let whole = orient == Orient::Plain && cols.is_multiple_of(64);
         let slabs = pingpong || (weight.is_some() && cols >= 32);
         let tma = aligned && split == 1 && (whole || slabs);
-        let unit = if problem.n.is_multiple_of(4) { 4 } else { 1 };
+        let unit = if in_units(4) { 4 } else { 1 };
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {
             elements,
             weight,
+            weights: weights.map_or(1, w4::Problem::weights),
             lhs,
             rhs,
             orient,
@@ -141,7 +145,10 @@ impl Shape {
             store: if tma { Store::Tma } else { Store::Staged { unit } },
             epilogue: problem.epilogue,
         };
-        let launch = Launch::new(&config, problem, device.multiprocessors);
+        let launch = match weights {
+            None => Launch::new(&config, problem, device.multiprocessors),
+            Some(_) => Launch::of_weights(&config, problem, &widths, device.multiprocessors),
+        };
         if pingpong && problem.elements[0] == Factor::E4m3 {
             return None;
         }

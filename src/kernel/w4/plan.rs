@@ -1,7 +1,7 @@
 //! The plan of a product.
 
 use super::{Codes, MOST_WEIGHTS, Scheme, layout, stream, tiles};
-use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80};
+use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80, sm90};
 use crate::kernel::plan::{self, Plan as _, count};
 use crate::kernel::{self, Device, Element, Step};
 use crate::ptx::{Half, Target};
@@ -57,8 +57,7 @@ impl plan::Plan for Plan {
                 Self::stream(stream::choose(problem, device), problem)
             }
             (Target::Sm90a, _) => {
-                let config = tiles::choose(problem, device).into();
-                Self::tiles(&config, problem, device).expect("it is one")
+                Self::tiles(tiles::choose(problem, device), problem, device)
             }
             (Target::Sm80 | Target::Sm89, _) => Self::panel(problem, device),
         }
@@ -86,10 +85,20 @@ fn streamed(codes: Codes, target: Target) -> u64 {
     }
 }
 
-/// Whether one kernel multiplies `m` rows with several weights of four bits: that for a few rows does so, where a cluster
-/// adds the sums of its parts.
-pub fn together(m: u64, device: &Device) -> bool {
-    m <= stream::MOST && device.target == Target::Sm90a
+/// Whether one kernel is to multiply the rows with all weights of a problem that has several.
+pub fn together(problem: &Problem, device: &Device) -> bool {
+    let codes = problem.scheme.codes;
+    match device.target {
+        Target::Sm90a => problem.m <= streamed(codes, device.target) || !codes.are_bytes(),
+        Target::Sm80 | Target::Sm89 if problem.m > streamed(codes, device.target) => false,
+        // No second kernel adds parts of several products, so that few columns are faster one by one.
+        Target::Sm80 | Target::Sm89 => {
+            let alone = |n| Problem { n, others: [0; 2], ..*problem };
+            let widths = problem.widths().into_iter().filter(|&n| n > 0);
+            let apart: f64 = widths.map(|n| stream::time(&alone(n), device)).sum();
+            stream::time(problem, device) <= apart
+        }
+    }
 }
 
 /// The kernels worth a try for a problem.
@@ -118,14 +127,17 @@ impl Plan {
         match *config {
             kernel::Config::W4Stream(config) => Some(Self::stream(config, problem)),
             kernel::Config::MatmulSm90(tiles) if tiles.weight == Some(problem.scheme) => {
-                Self::tiles(config, problem, device)
+                Some(Self::tiles(tiles, problem, device))
             }
             _ => None,
         }
     }
 
-    fn tiles(config: &kernel::Config, problem: &Problem, device: &Device) -> Option<Self> {
-        Some(Self::Tiles(gemm::Plan::of(config, &problem.product(), device)?))
+    fn tiles(config: sm90::Config, problem: &Problem, device: &Device) -> Self {
+        let (product, widths) = (problem.products(), problem.widths());
+        let sms = device.multiprocessors;
+        let launch = sm90::Launch::of_weights(&config, &product, &widths, sms);
+        Self::Tiles(gemm::Plan::Sm90(config, launch))
     }
 
     fn stream(config: stream::Config, problem: &Problem) -> Self {
@@ -180,12 +192,17 @@ impl Problem {
         over.map(|(name, size)| (format!("{name} of {size}"), MOST))
     }
 
-    /// The same as a product of matrices.
+    /// The product with the first weight, as one of matrices.
     pub fn product(&self) -> gemm::Problem {
         let Self { m, n, k, half, epilogue, .. } = *self;
         let elements = [half.into(); 2];
         let (lhs, rhs) = (Major::K, Major::K);
         gemm::Problem { m, n, k, batch: 1, elements, lhs, rhs, epilogue }
+    }
+
+    /// The same with all weights, as if they were one.
+    pub(super) fn products(&self) -> gemm::Problem {
+        gemm::Problem { n: self.widths().iter().sum(), ..self.product() }
     }
 
     /// From column to column of the weight's elements, in elements.
@@ -200,7 +217,7 @@ impl Problem {
     }
 
     /// How many weights there are.
-    pub(super) fn weights(&self) -> u32 {
+    pub fn weights(&self) -> u32 {
         self.widths().iter().filter(|&&n| n > 0).count() as u32
     }
 

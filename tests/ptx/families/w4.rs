@@ -1,7 +1,7 @@
 //! Weights of four bits: products, and the codes in other forms.
 
 use kaio_candle::Activation;
-use kaio_candle::kernel::gemm::{Epilogue, Major, sm90};
+use kaio_candle::kernel::gemm::{self, Epilogue, Major, sm90};
 use kaio_candle::kernel::w4::{self, Codes, Plan, Problem, Scheme, layout, stream};
 use kaio_candle::kernel::{Config, Device, Element};
 use kaio_candle::ptx::{Factor, Half, Target};
@@ -58,7 +58,7 @@ impl Family for Products {
                         };
                         let problem = Problem { m, n, others: [0; 2], k, half, scheme, epilogue };
                         all.push(problem);
-                        if m <= stream::MOST && !scheme.codes.are_bytes() {
+                        if !scheme.codes.are_bytes() || m <= stream::MOST {
                             let (others, epilogue) =
                                 ([[n, 0], [1024, 1024]][i % 2], Epilogue::round(out));
                             all.push(Problem { others, epilogue, ..problem });
@@ -71,7 +71,7 @@ impl Family for Products {
     }
 
     fn applies(problem: &Problem, device: &Device) -> bool {
-        problem.others == [0; 2] || w4::together(problem.m, device)
+        problem.others == [0; 2] || w4::together(problem, device)
     }
 
     fn fits(kernel: &Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
@@ -86,7 +86,12 @@ impl Family for Products {
                 let facts = (config.scheme, config.half) == (problem.scheme, problem.half);
                 rule(facts, "another problem's facts")
             }
-            Config::MatmulSm90(config) => hopper_fits(config, gpu, &product),
+            Config::MatmulSm90(config) => {
+                rule(config.weights == problem.weights(), "another number of weights")?;
+                let widths = problem.widths().into_iter().filter(|&n| n > 0);
+                let product = |n| gemm::Problem { n, ..product };
+                widths.map(product).try_for_each(|one| hopper_fits(config, gpu, &one))
+            }
             Config::MatmulSm80(config) => portable_fits(config, gpu, &product),
             Config::MatmulReduce(_) | Config::W4Layout(_) => Ok(()),
             _ => another(),
@@ -189,6 +194,7 @@ impl Family for Products {
         let tile = sm90::Config {
             elements: [Factor::Half(Half::Bf16); 2],
             weight: Some(Scheme { scale: BF16, ..scheme }),
+            weights: 1,
             lhs: Major::K,
             rhs: Major::K,
             orient: sm90::Orient::Swapped,

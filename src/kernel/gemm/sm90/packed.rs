@@ -14,7 +14,6 @@
 use super::config::Config;
 use super::{Gemm, descriptor};
 use crate::kernel::Element;
-use crate::kernel::gemm::Name;
 use crate::kernel::gemm::share::Share;
 use crate::kernel::hopper::barriers::Mbarrier;
 use crate::kernel::hopper::product::{LeftStep, products};
@@ -22,6 +21,7 @@ use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{SLAB, WARPGROUP};
 use crate::kernel::raster::Tile;
 use crate::kernel::w4::nibbles::{Decoder, Offset};
+use crate::kernel::w4::weight::{Rows, Weight};
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme};
 use crate::ptx::{Address, Delivery, Factor, Half, Kernel, Reg};
 
@@ -46,37 +46,15 @@ impl PackedStage {
     }
 }
 
-/// The operand in memory.
+/// The operand in memory: one of the weights.
 #[derive(Clone, Copy)]
 pub(super) struct Packed<'k> {
     scheme: Scheme,
     stage: PackedStage,
-    codes: Reg<'k, u64>,
-    scales: Lines<'k>,
-    zeros: Option<Lines<'k>>,
+    pub weight: Weight<'k>,
     /// Rows of `W`.
     k: Reg<'k, u32>,
     decoder: Decoder<'k>,
-}
-
-/// Scales or zero points: a row for each group.
-#[derive(Clone, Copy)]
-struct Lines<'k> {
-    address: Reg<'k, u64>,
-    line: Reg<'k, u64>,
-    /// Bytes of an element.
-    size: u32,
-}
-
-impl<'k> Lines<'k> {
-    fn params(k: &'k Kernel, address: Name, line: Name, size: u32) -> Self {
-        Self { address: k.pointer(address), line: k.param(line), size }
-    }
-
-    /// Where column `column` of a group is.
-    fn at(&self, group: Reg<'k, u32>, column: Reg<'k, u32>) -> Reg<'k, u64> {
-        self.address + (group.wide() * self.line + column.wide()) * u64::from(self.size)
-    }
 }
 
 /// What a producer copies of a tile.
@@ -87,43 +65,23 @@ pub(super) struct PackedTile<'k> {
     /// The tile's first column of `W`.
     column: Reg<'k, u32>,
     /// Bytes of a row of scales and of one of zero points.
-    lines: Vec<(Lines<'k>, u32, Reg<'k, u32>)>,
+    lines: Vec<(Rows<'k>, u32, Reg<'k, u32>)>,
     /// Bytes that arrive for a stage.
     pub bytes: Reg<'k, u32>,
     to: Reg<'k, u32>,
 }
 
 impl<'k> Packed<'k> {
-    /// Declares the parameters. All threads of the block come here: those of a table fill it, at `table`.
-    pub fn params(k: &'k Kernel, c: &Config, scheme: Scheme) -> impl Fn(Reg<'k, u32>) -> Self {
-        let codes = k.pointer(Name::Codes);
-        let size = scheme.scale.size();
-        let scales = Lines::params(k, Name::Scales, Name::ScaleLine, size);
-        let zeros = scheme.zeros.then(|| Lines::params(k, Name::Zeros, Name::ZeroLine, 1));
-        let depth = k.param(Name::K);
-        let (half, threads, stage) = (half(c), c.threads(), PackedStage::new(&scheme, c.rows));
-        move |table| Self {
+    /// All threads of the block come here: those of a table fill it, at `table`.
+    pub fn new(c: &Config, weight: Weight<'k>, depth: Reg<'k, u32>, table: Reg<'k, u32>) -> Self {
+        let scheme = c.weight.expect("it is one");
+        Self {
             scheme,
-            stage,
-            codes,
-            scales,
-            zeros,
+            stage: PackedStage::new(&scheme, c.rows),
+            weight,
             k: depth,
-            decoder: Decoder::new(k, half, scheme.codes, table, threads),
+            decoder: Decoder::new(table.kernel(), half(c), scheme.codes, table, c.threads()),
         }
-    }
-
-    /// The only group of both of a lane's columns: columns past the last one have anyone's.
-    fn column_scales(&self, columns: [Reg<'k, u32>; 2]) -> [Reg<'k, f32>; 2] {
-        let k = self.codes.kernel();
-        let zero = k.var(0u32);
-        columns.map(|column| {
-            let at = self.scales.at(zero, column);
-            match self.scheme.scale {
-                Element::F32 => k.ld_global_nc::<f32, 1>(at)[0],
-                Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
-            }
-        })
     }
 }
 
@@ -143,7 +101,7 @@ impl<'k> Gemm<'k, '_> {
         let blocks = (0..c.consumers()).map(|i| {
             let column = column + i * SLAB;
             let block = (column / BLOCK).mul_wide(self.depth);
-            (k.var(of.codes + block * u64::from(BLOCK_BYTES)), column.lt(cols))
+            (k.var(of.weight.codes + block * u64::from(BLOCK_BYTES)), column.lt(cols))
         });
         let blocks: Vec<_> = blocks.collect();
         // As far as there are columns, in units of 16 bytes: rows of groups have whole ones.
@@ -151,9 +109,9 @@ impl<'k> Gemm<'k, '_> {
         let lines = match of.scheme.group {
             None => vec![],
             Some(_) => {
-                let scales = Some((of.scales, of.stage.scales));
-                let zeros = of.zeros.map(|zeros| (zeros, of.stage.zeros));
-                let bytes = |(lines, to): (Lines<'k>, u32)| {
+                let scales = Some((of.weight.scales, of.stage.scales));
+                let zeros = of.weight.zeros.map(|zeros| (zeros, of.stage.zeros));
+                let bytes = |(lines, to): (Rows<'k>, u32)| {
                     (lines, to, (left * lines.size).div_ceil(16) * 16)
                 };
                 [scales, zeros].into_iter().flatten().map(bytes).collect()
@@ -187,14 +145,12 @@ impl<'k> Gemm<'k, '_> {
         let [cols, _] = c.orient.order(self.size);
         let columns = [0, 8].map(|more| (tile.row * c.rows + row + more).min(cols - 1));
         let whole = of.scheme.group.is_none();
-        let always = match of.zeros {
-            Some(zeros) if whole => {
-                let zero = k.var(0u32);
-                columns.map(|column| of.decoder.zero(k.ld_global_nc_u8(zeros.at(zero, column))))
-            }
-            _ => [of.decoder.symmetric(); 2],
-        };
-        let scales = whole.then(|| of.column_scales(columns));
+        let zero = |column| whole.then(|| of.weight.column_zero(column))?;
+        let always = columns.map(|column| match zero(column) {
+            Some(zero) => of.decoder.zero(zero),
+            None => of.decoder.symmetric(),
+        });
+        let scales = whole.then(|| columns.map(|column| of.weight.column_scale(column)));
         let decode = || self.decode(of, place.stage, [thread, group, row], always);
         let multiply = |fragments: &[[Reg<'k, u32>; 4]], accumulate: Reg<'k, bool>| {
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);

@@ -50,7 +50,6 @@ impl<'k> Gemm<'k, '_> {
     pub(super) fn store_staged<S: Sum>(
         &self,
         unit: u32,
-        out: Reg<'k, u64>,
         tile: Tile<'k>,
         thread: Reg<'k, u32>,
     ) {
@@ -70,7 +69,7 @@ impl<'k> Gemm<'k, '_> {
         let stride = threads * c.split;
         let result = TileOfResult {
             terms: self.terms,
-            out,
+            out: self.out,
             rows: self.size[0],
             cols: self.size[1],
             first,

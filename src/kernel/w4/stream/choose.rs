@@ -25,7 +25,7 @@ const WARP: f64 = 40.0;
 /// Of a round of clusters, and more for each warp of them on a multiprocessor.
 const CLUSTER: f64 = 1150.0;
 const SHARE: f64 = 15.0;
-/// Of a second kernel.
+/// Of one more kernel.
 const LAUNCH: f64 = 4000.0;
 
 /// The configuration with the least estimated time.
@@ -36,6 +36,11 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         .min_by(|a, b| a.0.total_cmp(&b.0))
         .expect("small blocks fit every device")
         .1
+}
+
+/// Estimated clocks of what is chosen, with its launch.
+pub fn time(problem: &Problem, device: &Device) -> f64 {
+    LAUNCH + estimate(&choose(problem, device), problem, device)
 }
 
 /// Those worth an estimate, the simplest first.

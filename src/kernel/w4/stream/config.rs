@@ -6,7 +6,7 @@ use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::w4::nibbles::Decoder;
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES, MOST_WEIGHTS, Scheme};
-use crate::ptx::{Half, Kernel, Reg, Target};
+use crate::ptx::{Half, Target};
 
 /// Bytes of a row of `x` in a slot: as many elements as a block of codes has rows.
 pub(super) const LINE: u32 = 2 * BLOCK;
@@ -101,14 +101,6 @@ impl Config {
         Slot { x, scales, zeros, bytes: (zeros + zero_bytes).next_multiple_of(LINE) }
     }
 
-    /// A scale from memory.
-    pub(super) fn load_scale<'k>(&self, k: &'k Kernel, at: Reg<'k, u64>) -> Reg<'k, f32> {
-        match self.scheme.scale {
-            Element::F32 => k.ld_global_nc::<f32, 1>(at)[0],
-            Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
-        }
-    }
-
     /// Bytes of the warps' rings.
     pub(super) fn ring_bytes(&self) -> u32 {
         self.warps * self.slots * self.slot().bytes
@@ -173,10 +165,6 @@ impl Config {
                         && self.epilogue.bias.is_none()
                         && (self.split == 1 || self.clustered())),
                 format!("{} weights", self.weights),
-            ),
-            (
-                !self.scheme.codes.are_bytes() || self.weights == 1,
-                "several weights of codes of eight bits".into(),
             ),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];

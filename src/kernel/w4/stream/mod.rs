@@ -20,7 +20,7 @@ mod launch;
 mod lines;
 mod store;
 
-pub use choose::{MOST, candidates, choose};
+pub use choose::{MOST, candidates, choose, time};
 pub use config::Config;
 pub use launch::Launch;
 
@@ -31,6 +31,7 @@ use crate::kernel::gemm::share::Share;
 use crate::kernel::gemm::terms::Terms;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::w4::BLOCK;
+use crate::kernel::w4::weight::Weight;
 use crate::kernel::w4::nibbles::{Decoder, Offset};
 use crate::ptx::{Kernel, Mma, Reg, Source, Target};
 use config::{LINE, Slot, TOKENS};
@@ -53,7 +54,7 @@ pub fn emit(config: &Config) -> Source {
     if config.clustered() {
         k.cluster(config.split);
     }
-    let operands = Operands::params(k, &config.scheme);
+    let (mut operands, weights) = Operands::params(k, config);
     let terms = Terms::params(k, config.epilogue);
     let base = k.shared(config.shared_bytes());
     let (thread, lane) = (k.thread(), k.lane());
@@ -66,14 +67,15 @@ pub fn emit(config: &Config) -> Source {
         1 => (k.var(0), k.block_x()),
         split => (k.block_x() % split, k.block_x() / split),
     };
-    let (column, token) = match config.several {
+    let (line, token) = match config.several {
         false => (block, k.var(0)),
         true => {
             let blocks = operands.m.div_ceil(config.tokens);
             (block / blocks, block % blocks * config.tokens)
         }
     };
-    let (operands, column) = operands.of_column(config, column);
+    let column;
+    (operands.weight, column) = Weight::of_line(&weights, line, BLOCK);
     let share = Share::new(operands.pairs(), config.split, || part);
     let first = share.first + warp;
     let s = Stream {
@@ -150,7 +152,7 @@ impl<'k> Stream<'k, '_> {
         };
         let totals = zeros();
         let whole =
-            c.scheme.group.is_none().then(|| store::column_groups(c, operands, self.lane, column));
+            c.scheme.group.is_none().then(|| store::column_groups(operands, self.lane, column));
         let of_pairs = match c.scheme.group {
             Some(_) if c.scheme.codes.are_bytes() => {
                 Some(PairScales::new(c, &operands, column, self.first))
@@ -165,7 +167,7 @@ impl<'k> Stream<'k, '_> {
             // A group of two blocks has its scales from the first one on.
             let mut group = None;
             let of_pair = of_pairs.as_ref().map(|scales| {
-                let scale = scales.of(c, pair);
+                let scale = scales.of(pair);
                 by_tile(|_| scale)
             });
             for block in 0..PAIR {

@@ -16,22 +16,18 @@ pub struct ColumnGroups<'k> {
 
 /// Loads them: columns past the last one have anyone's.
 pub fn column_groups<'k>(
-    c: &Config,
     operands: Operands<'k>,
     lane: Reg<'k, u32>,
     column: Reg<'k, u32>,
 ) -> ColumnGroups<'k> {
-    let k = lane.kernel();
     let first = column * BLOCK + lane / 4;
-    let last = operands.n - 1;
-    let (scales, zeros) = operands.first_group();
-    let scales = by_tile(|col| {
-        let col = (first + col).min(last);
-        let number = operands.scale_step.map_or(col, |step| col * step);
-        c.load_scale(k, scales.element(number, c.scheme.scale.size()))
+    let weight = operands.weight;
+    let of = |col| (first + col).min(weight.n - 1);
+    let scales = by_tile(|col| weight.column_scale(of(col)));
+    let zeros = weight.zeros.and_then(|_| {
+        let zeros = by_tile(|col| weight.column_zero(of(col)));
+        zeros.into_iter().map(|[a, b]| Some([a?, b?])).collect()
     });
-    let zeros =
-        zeros.map(|zeros| by_tile(|col| k.ld_global_nc_u8(zeros + (first + col).min(last).wide())));
     ColumnGroups { scales, zeros }
 }
 
@@ -74,9 +70,9 @@ impl<'k> Tile<'k, '_> {
         let zero = k.var(0u32);
         let result = TileOfResult {
             terms,
-            out: operands.out,
+            out: operands.weight.out,
             rows: operands.m,
-            cols: operands.n,
+            cols: operands.weight.n,
             first: (self.token, self.column * BLOCK),
             batch: if partial { self.part } else { zero },
         };
