@@ -15,7 +15,7 @@ use super::bytes;
 use super::limit::{SPLIT, countable};
 use super::operand::element;
 use super::plan::Plans;
-use super::w4;
+use super::w4::{self, Results};
 use crate::error::Error;
 use crate::kernel::dequant::{Arguments, Codes, Plan, Problem};
 use crate::kernel::w4::{Plan as ProductPlan, Scheme};
@@ -181,17 +181,18 @@ pub(crate) fn matmul_quant(
     super::matmul(op, &problem, epilogue, x.0, &panel.storage, bias)
 }
 
-/// The products with weights of one scheme, if one kernel makes all of them; nothing is empty.
+/// The products with weights of one scheme, or what becomes of them, if one kernel does it all; nothing is empty.
 pub(crate) fn matmul_quant_all(
     op: &'static str,
     x: View<CudaStorage>,
     weights: &[CudaWeight],
+    results: Results,
     epilogue: Epilogue,
 ) -> Result<Option<Vec<CudaStorage>>> {
     let weights: Option<Vec<_>> = weights.iter().map(as_codes).collect();
     match weights.as_deref() {
         Some(all @ [first, others @ ..]) if others.iter().all(|w| w.scheme == first.scheme) => {
-            w4::matmul_all(op, (x.0, &Stack::new(x.1)), all, epilogue)
+            w4::matmul_all(op, (x.0, &Stack::new(x.1)), all, results, epilogue)
         }
         _ => Ok(None),
     }

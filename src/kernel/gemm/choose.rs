@@ -295,7 +295,11 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     }
 
     let [lhs_size, rhs_size] = problem.elements.map(|element| f64::from(element.size()));
-    let rhs_size = if config.weight.is_some() { 0.5 } else { rhs_size };
+    let rhs_size = match config.weight {
+        Some(scheme) if scheme.codes.are_bytes() => 1.0,
+        Some(_) => 0.5,
+        None => rhs_size,
+    };
     let lines = problem.m as f64 * lhs_size + problem.n as f64 * rhs_size;
     let operands = lines * problem.k as f64 * problem.batch as f64;
     // Where a dimension is small, the other operand is a weight, which is not read twice in a row.
@@ -309,12 +313,15 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     3.5 + (compute.powi(5) + transfer.powi(5)).powf(0.2)
 }
 
-/// Clocks of a stage of a weight of four bits, whose products take `multiply` of all blocks `together` on a
-/// multiprocessor: a warpgroup decodes the next stage meanwhile. Fitted to 45 problems on an H200.
+/// Clocks of a stage of a weight of codes, whose products take `multiply` of all blocks `together` on a
+/// multiprocessor: a warpgroup decodes the next stage meanwhile. Fitted to 45 problems on an H200;
+/// of eight bits estimated: 64 to 112 instructions of a warp, where four bits take 60.
 fn decoded(config: &Config, scheme: &Scheme, multiply: f64, together: f64) -> f64 {
     let first = match (scheme.codes, scheme.zeros) {
         (Codes::Int4, false) => 190.0,
         (Codes::Int4, true) => 200.0,
+        (Codes::Int8 | Codes::E4m3, _) if scheme.group.is_none() => 200.0,
+        (Codes::E4m3, _) => 300.0,
         _ => 250.0,
     };
     let decode = first + 140.0 * f64::from(config.consumers()) * together;

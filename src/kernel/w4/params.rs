@@ -1,8 +1,9 @@
 //! The values of the parameters of the products' kernels.
 
-use super::{MOST_WEIGHTS, Plan, Problem};
+use super::{BLOCK, MOST_WEIGHTS, Plan, Problem};
+use crate::kernel::Copied;
 use crate::kernel::gemm::{self, Name};
-use crate::kernel::params::{self, Argument, Arguments as _};
+use crate::kernel::params::{self, Argument, Arguments as _, TensorMap};
 use crate::kernel::plan::count;
 
 /// The names of what a weight brings of its own.
@@ -147,6 +148,11 @@ impl Arguments<'_> {
     fn tiles(&self, plan: &gemm::Plan, step: usize, name: Name) -> Option<Argument> {
         // Results may have descriptors.
         let result = WEIGHTS.iter().position(|names| names.out == name);
+        let bytes = self.problem.scheme.codes.are_bytes();
+        let codes = WEIGHTS.iter().position(|names| bytes && names.codes == name);
+        if let Some(of) = codes {
+            return self.code_lines(of).map(Argument::TensorMap);
+        }
         if result.is_none()
             && let Some(own) = self.of_weight(name)
         {
@@ -157,6 +163,13 @@ impl Arguments<'_> {
         let address = self.weights.get(of)?.codes;
         let weight = gemm::Operand { address, line: 0, batch: [(1, 0); 2] };
         self.matrices(plan, step, weight, of, name)
+    }
+
+    /// Codes of eight bits as TMA finds them: boxes of 64 by 64.
+    fn code_lines(&self, of: usize) -> Option<TensorMap> {
+        let &Weight { codes, codes_line, .. } = self.weights.get(of)?;
+        let dims = [self.problem.k, self.problem.widths()[of]];
+        Some(TensorMap::new(Copied::Byte, codes, dims, [codes_line], [BLOCK; 2]))
     }
 
     /// Of a product of matrices, with the weight number `of`.

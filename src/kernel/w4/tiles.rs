@@ -72,7 +72,7 @@ mod tests {
 
     fn problem([m, n, k]: [u64; 3], scheme: Scheme) -> Problem {
         let epilogue = Epilogue::round(Element::Half(Half::Bf16));
-        Problem { m, n, others: [0; 2], k, half: Half::Bf16, scheme, epilogue }
+        Problem { m, n, others: [0; 2], gated: false, k, half: Half::Bf16, scheme, epilogue }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What a kernel is given of a weight, or of each of several.
 
-use super::params::{WEIGHTS, WeightNames};
 use super::Scheme;
+use super::params::{WEIGHTS, WeightNames};
 use crate::kernel::Element;
 use crate::kernel::gemm::Name;
 use crate::ptx::{Kernel, Reg};

@@ -56,7 +56,16 @@ impl Family for Products {
                             },
                             _ => Epilogue::round(out),
                         };
-                        let problem = Problem { m, n, others: [0; 2], k, half, scheme, epilogue };
+                        let problem = Problem {
+                            m,
+                            n,
+                            others: [0; 2],
+                            gated: false,
+                            k,
+                            half,
+                            scheme,
+                            epilogue,
+                        };
                         all.push(problem);
                         if !scheme.codes.are_bytes() || m <= stream::MOST {
                             let (others, epilogue) =
@@ -149,6 +158,7 @@ impl Family for Products {
             blocks_per_sm: 2,
             unit: 4,
             weights: 1,
+            gated: false,
             epilogue: Epilogue::round(F16),
         };
         let several = stream::Config { weights: 3, ..plain };

@@ -10,8 +10,8 @@ use crate::kernel::hopper::{ATOM, LINE, SLAB, WARPGROUP};
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::plan::count;
-use crate::kernel::w4::{MOST_WEIGHTS, Scheme};
 use crate::kernel::w4::nibbles::Decoder;
+use crate::kernel::w4::{MOST_WEIGHTS, Scheme};
 use crate::ptx::Factor;
 
 /// Which matrix the tiles are tiles of.
@@ -61,7 +61,7 @@ pub enum Order {
 pub struct Config {
     /// The types of the kernel's left and right operand.
     pub elements: [Factor; 2],
-    /// If the kernel's left operand is a weight of four bits, how it is quantised. The weight is packed, and
+    /// If the kernel's left operand is a weight of four or eight bits, how it is quantised. The weight is packed, and
     /// [`elements`](Self::elements) are what its codes become.
     pub weight: Option<Scheme>,
     /// How many such weights the right operand is multiplied with: their tiles follow each other.
@@ -329,9 +329,8 @@ impl Config {
                     || (self.orient == Orient::Swapped
                         && !self.pingpong
                         && !self.batched
-                        && self.weight.is_none_or(|scheme| !scheme.codes.are_bytes())
                         && matches!(self.elements[0], Factor::Half(_))),
-                "a weight of four bits that is no left operand of a single swapped product".into(),
+                "a weight of codes that is no left operand of a single swapped product".into(),
             ),
             // A bias is of one weight.
             (
@@ -359,7 +358,11 @@ impl Config {
                 self.rhs == Major::Outer || self.cols.is_multiple_of(self.rhs_lines),
                 format!("boxes of {} lines for {} columns", self.rhs_lines, self.cols),
             ),
-            (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
+            // Of codes the next stage is loaded before the one before last is free.
+            (
+                self.stages >= if self.weight.is_some() { 3 } else { 2 },
+                format!("{} stages (at least 2, of codes 3)", self.stages),
+            ),
             (
                 matches!(self.split, 1 | 2 | 4 | 8),
                 format!("a split of {} (1, 2, 4 or 8)", self.split),

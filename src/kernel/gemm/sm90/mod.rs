@@ -7,6 +7,7 @@
 
 mod blocks;
 mod config;
+mod lines;
 mod load;
 mod packed;
 mod slabs;
@@ -45,7 +46,10 @@ pub fn emit(config: &Config) -> Source {
     let (lhs, weights) = match config.weight {
         None => (Some(k.tensor_map(Name::Lhs)), vec![]),
         Some(scheme) => {
-            let codes = |names: &WeightNames| (k.pointer(names.codes), None);
+            let codes = |names: &WeightNames| match scheme.codes.are_bytes() {
+                true => (k.tensor_map(names.codes), None),
+                false => (k.pointer(names.codes), None),
+            };
             (None, Weight::params(k, scheme, config.weights, codes, result))
         }
     };

@@ -90,6 +90,7 @@ fn small(problem: &Problem, device: &Device) -> Config {
         blocks_per_sm: 1,
         unit: if problem.widths().iter().all(|n| n.is_multiple_of(4)) { 4 } else { 1 },
         weights: problem.weights(),
+        gated: problem.gated,
         epilogue: problem.epilogue,
     }
 }
@@ -105,7 +106,7 @@ fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
     let (sms, resident) = (f64::from(device.multiprocessors), f64::from(c.blocks_per_sm));
     let (warps, split) = (f64::from(c.warps), f64::from(c.split));
     let pairs = problem.k.div_ceil(128).div_ceil(c.split.into());
-    let of_warp = pairs.div_ceil(c.warps.into()) as f64;
+    let of_warp = pairs.div_ceil(c.together().into()) as f64;
     let rounds = (blocks / (sms * resident)).ceil();
     let busiest = (blocks / sms).ceil();
 
@@ -153,7 +154,7 @@ mod tests {
         let element = Element::Half(Half::Bf16);
         let scheme = Scheme { codes, zeros: false, scale: element, group };
         let epilogue = Epilogue::round(element);
-        Problem { m, n, others: [0; 2], k, half: Half::Bf16, scheme, epilogue }
+        Problem { m, n, others: [0; 2], gated: false, k, half: Half::Bf16, scheme, epilogue }
     }
 
     #[test]

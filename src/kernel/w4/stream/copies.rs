@@ -122,7 +122,7 @@ impl<'k> Copies<'k> {
             operands,
             lane,
             pair: k.var(first),
-            step: config.warps,
+            step: config.together(),
             codes: k.var(codes),
             lines,
             x,

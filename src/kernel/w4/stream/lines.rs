@@ -51,7 +51,8 @@ impl<'k> LineCopies<'k> {
         let k = lane.kernel();
         let column = column * BLOCK + lane / TOGETHER;
         let row = lane % TOGETHER * CHUNK;
-        let from = operands.weight.codes + column.wide() * line + (first * (PAIR * BLOCK) + row).wide();
+        let from =
+            operands.weight.codes + column.wide() * line + (first * (PAIR * BLOCK) + row).wide();
         Self {
             from: k.var(from),
             apart: line * u64::from(COLUMNS),
@@ -136,7 +137,7 @@ impl<'k> PairScales<'k> {
             weight: operands.weight,
             column: column / Self::COLUMNS,
             first,
-            step: c.warps,
+            step: c.together(),
             last: operands.pairs() - 1,
             held: k.var(0u32),
         }

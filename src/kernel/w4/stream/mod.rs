@@ -12,6 +12,8 @@
 //! ```
 //!
 //! Scales multiply sums, not codes: a group's products are added up without them first.
+//!
+//! Of a gated result half of the warps have the gate's columns, and the others those that it is multiplied with.
 
 mod choose;
 mod config;
@@ -31,8 +33,8 @@ use crate::kernel::gemm::share::Share;
 use crate::kernel::gemm::terms::Terms;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::w4::BLOCK;
-use crate::kernel::w4::weight::Weight;
 use crate::kernel::w4::nibbles::{Decoder, Offset};
+use crate::kernel::w4::weight::Weight;
 use crate::ptx::{Kernel, Mma, Reg, Source, Target};
 use config::{LINE, Slot, TOKENS};
 use copies::{Copies, Operands, PAIR};
@@ -75,9 +77,20 @@ pub fn emit(config: &Config) -> Source {
         }
     };
     let column;
-    (operands.weight, column) = Weight::of_line(&weights, line, BLOCK);
+    // The warp's place among those that share its weight.
+    let place;
+    match (config.gated, weights.as_slice()) {
+        (true, &[gate, up]) => {
+            operands.weight = up.or(gate, warp.ge(config.together()));
+            (column, place) = (line, warp % config.together());
+        }
+        _ => {
+            (operands.weight, column) = Weight::of_line(&weights, line, BLOCK);
+            place = warp;
+        }
+    }
     let share = Share::new(operands.pairs(), config.split, || part);
-    let first = share.first + warp;
+    let first = share.first + place;
     let s = Stream {
         k,
         c: config,
@@ -87,7 +100,7 @@ pub fn emit(config: &Config) -> Source {
         copies: Copies::new(config, operands, lane, [token, column], first),
         first,
         // Of a share of fewer pairs than warps, the last ones have none.
-        pairs: (share.count + (config.warps - 1) - warp) / config.warps,
+        pairs: (share.count + (config.together() - 1) - place) / config.together(),
     };
     let decoder = s.begin(base);
     let sums = s.run(&decoder, operands, column);
