@@ -59,6 +59,8 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                     let promoted = problem.elements[0] == Factor::E4m3;
                     let most = match problem.epilogue.scale {
                         _ if promoted && rows == 128 => 0,
+                        // Nor are there any for scales of so many columns.
+                        Scale::Blocks if orient == Orient::Swapped => 32,
                         Scale::ZeroPoint => 32,
                         _ => 64,
                     };

@@ -195,6 +195,12 @@ impl Config {
         self.cols <= most
     }
 
+    /// Whether a thread has registers for scales of blocks that it will need later: those of the columns of a swapped
+    /// tile are many.
+    pub(super) fn scales_ahead(&self) -> bool {
+        self.orient == Orient::Plain || self.cols <= 16 || self.blocks_per_sm == 1
+    }
+
     /// The boxes of a stage of the left operand.
     pub fn lhs_boxes(&self) -> Boxes {
         Boxes::new(self.lhs, self.rows, self.lhs_lines, self.elements[0])
