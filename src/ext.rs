@@ -270,7 +270,8 @@ pub trait KaioTensorExt: sealed::Sealed {
 
     /// The first half of a gated feed-forward layer, `silu(x·G) · (x·U)`, with quantised weights of one width.
     ///
-    /// Both products are rounded to the dtype of `x`, and so is the result: see [`kaio_swiglu`](Self::kaio_swiglu).
+    /// The result is rounded to the dtype of `x`. So are both products before, unless one kernel has them in f32, as for a few rows
+    /// that track no gradient: see [`kaio_swiglu`](Self::kaio_swiglu).
     ///
     /// | argument | shape | dtype |
     /// |---|---|---|

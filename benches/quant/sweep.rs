@@ -38,8 +38,16 @@ pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
                 let epilogue = Epilogue::round(half);
                 let [m64, n64, k64] = [m, n, k].map(|size| size as u64);
                 let half = Half::Bf16;
-                let problem =
-                    Problem { m: m64, n: n64, others: [0; 2], k: k64, half, scheme, epilogue };
+                let problem = Problem {
+                    m: m64,
+                    n: n64,
+                    others: [0; 2],
+                    gated: false,
+                    k: k64,
+                    half,
+                    scheme,
+                    epilogue,
+                };
                 let x = Tensor::randn(0f32, 1., (m, k), &gpu.device)?.to_dtype(DType::BF16)?;
                 let options = MatmulOptions::default().out_dtype(DType::BF16);
                 let want = tune::w4_matmul(&x, &weight, &options, None)?.to_dtype(DType::F32)?;

@@ -67,6 +67,7 @@ pub fn run(gpu: &mut Gpu, filter: &str, file: &mut File) -> Result<()> {
                         m: m64,
                         n: n64,
                         others: [0; 2],
+                        gated: false,
                         k: k64,
                         half,
                         scheme,

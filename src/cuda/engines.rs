@@ -162,13 +162,36 @@ pub(crate) fn matmul_quant_all(
     weights: &[CudaWeight],
     epilogue: Epilogue,
 ) -> Result<Option<Vec<CudaStorage>>> {
-    on_gpu!({
-        let empty = weights.iter().any(|weight| weight.facts.dims.contains(&0));
-        if weights.len() < 2 || empty || x.1.shape().elem_count() == 0 {
-            return Ok(None);
-        }
-        native::matmul_quant_all(op, x, weights, epilogue)
+    on_gpu!(match weights.len() > 1 && together(x, weights) {
+        true => native::matmul_quant_all(op, x, weights, native::Results::Each, epilogue),
+        false => Ok(None),
     })
+}
+
+/// `act(x·G) · (x·U)` of f16 or bf16 activations, if one kernel makes it.
+pub(crate) fn matmul_quant_gated(
+    op: &'static str,
+    x: View<CudaStorage>,
+    weights: &[CudaWeight; 2],
+    epilogue: Epilogue,
+) -> Result<Option<CudaStorage>> {
+    on_gpu!(match together(x, weights) {
+        true => {
+            let gated = native::Results::Gated;
+            let all = native::matmul_quant_all(op, x, weights, gated, epilogue)?;
+            Ok(all.and_then(|all| all.into_iter().next()))
+        }
+        false => Ok(None),
+    })
+}
+
+/// Whether x and weights may be a kernel's that has several weights: nothing is empty, nor beyond f16, which takes a way of
+/// its own.
+#[cfg(feature = "cuda")]
+fn together(x: View<CudaStorage>, weights: &[CudaWeight]) -> bool {
+    let f16 = x.0.dtype() == DType::F16;
+    let fits = |w: &CudaWeight| !w.facts.dims.contains(&0) && !(f16 && w.facts.exponent != 0);
+    x.1.shape().elem_count() > 0 && weights.iter().all(fits)
 }
 
 /// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)` of int8 bytes, with `factors` scale and zero point.

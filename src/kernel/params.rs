@@ -90,7 +90,7 @@ pub trait Arguments {
 pub const RANK: usize = 5;
 
 /// How a tensor lies in memory, and the box that one transfer of TMA moves, whose lines are swizzled over
-/// 128 bytes of shared memory.
+/// as many bytes of shared memory as they have, 64 or 128.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TensorMap {
     /// The elements' type.
@@ -171,7 +171,7 @@ impl TensorMap {
                 self.boxed().iter().all(|len| (1..=256).contains(len)),
                 format!("boxes of {:?}", self.boxed()),
             ),
-            (line <= 128 && multiple(line.into()), format!("lines of {line} bytes")),
+            (matches!(line, 64 | 128), format!("lines of {line} bytes (64 or 128)")),
         ];
         match rules.into_iter().find(|(holds, _)| !holds) {
             Some((_, what)) => Err(what),

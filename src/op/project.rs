@@ -4,10 +4,11 @@ use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor}
 
 use super::matmul::{RESULT, Scaled, bias_gradient};
 use super::{Computed, Differentiable, Epilogue, Op, View, eval};
+use crate::options::Gate;
 use crate::quant::QuantWeight;
 use crate::quant::planes::{Facts, Weight};
 use crate::stack::Stack;
-use crate::{check, cpu, cuda};
+use crate::{Activation, check, cpu, cuda};
 
 /// What the activations are.
 #[derive(Clone, Copy, Debug)]
@@ -203,6 +204,36 @@ impl Project {
         let inputs = [Some(&scaled.grad), Some(weight.codes), Some(weight.scales), weight.zeros];
         let [product] = eval(&op, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
         scaled.restore(product)
+    }
+}
+
+/// `silu(x·G) · (x·U)`, of which no input tracks a gradient: two products of floats and their operands.
+pub(super) struct Gated(pub Project);
+
+impl Op for Gated {
+    fn name(&self) -> &'static str {
+        self.0.name
+    }
+
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
+        let [(gate, shape), (up, _)] = &*self.0.cpu(inputs)? else { unreachable!("two weights") };
+        let at = Layout::contiguous(shape);
+        Ok(vec![(cpu::glu(Gate::Silu, (gate, &at), (up, &at))?, shape.clone())])
+    }
+
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
+        let Inputs { x, weights, .. } = self.0.read(inputs);
+        let [gate, up] = &*weights else { unreachable!("two weights") };
+        let (_, shape) = rows(self.0.name, x.1, gate.facts.dims[1])?;
+        let silu = Epilogue { activation: Some(Activation::Silu), ..self.0.epilogue };
+        let both = [*gate, *up];
+        if let Some(out) = cuda::matmul_quant_gated(self.0.name, x, &both, silu)? {
+            return Ok(vec![(out, shape)]);
+        }
+        let [(gate, _), (up, _)] = &*self.0.cuda(inputs)? else { unreachable!("two weights") };
+        let stack = Stack::new(&Layout::contiguous(&shape));
+        let out = cuda::glu(self.0.name, Gate::Silu, [(gate, &stack), (up, &stack)])?;
+        Ok(vec![(out, shape)])
     }
 }
 

@@ -3,8 +3,8 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::matmul::{RESULT, check_out_dtype};
-use super::project::{Lhs, Project};
-use super::{Epilogue, apply, glu};
+use super::project::{Gated, Lhs, Project};
+use super::{Epilogue, apply, eval, glu};
 use crate::check::{self, Arg, INT4_GROUP};
 use crate::error::Error;
 use crate::options::Gate;
@@ -103,8 +103,28 @@ pub(crate) fn swiglu_project(x: &Tensor, gate: &QuantWeight, up: &QuantWeight) -
     let why = format_args!("the N of `gate` {:?}", gate.dims2());
     let fix = "gate and up have the same width";
     check::dim(OP, "up", ("N", up.dims2().1), (gate.dims2().1, why), fix)?;
-    let [gate, up] = projections(OP, x, [gate, up], ["gate", "up"])?;
-    glu(OP, Gate::Silu, &gate, &up)
+    let (weights, names) = ([gate, up], ["gate", "up"]);
+    let forms = check_projections(OP, x, weights, names)?;
+    // Gradients are those of three ops, and a permutation is of one product.
+    if x.track_op() || forms.iter().any(|form| form.planes().order.is_some()) {
+        let [gate, up] = projections(OP, x, weights, names)?;
+        return glu(OP, Gate::Silu, &gate, &up);
+    }
+    let call = Call { forms: &forms, ..Call::new(OP, x) };
+    let (project, inputs) = call.project(Lhs::Float, Epilogue::round(x.dtype()))?;
+    let [out] = eval(&Gated(project), &inputs.iter().collect::<Vec<_>>())?;
+    Ok(out)
+}
+
+/// The weights as products read them.
+fn check_projections<'a, const N: usize>(
+    op: &'static str,
+    x: &Tensor,
+    weights: [&'a QuantWeight; N],
+    names: [&'static str; N],
+) -> Result<Vec<&'a Form>> {
+    check_weights(op, x, &names.into_iter().zip(weights).collect::<Vec<_>>(), None)?;
+    weights.into_iter().map(|w| w.prepared(op)).collect()
 }
 
 fn projections<const N: usize>(
@@ -113,8 +133,7 @@ fn projections<const N: usize>(
     weights: [&QuantWeight; N],
     names: [&'static str; N],
 ) -> Result<[Tensor; N]> {
-    check_weights(op, x, &names.into_iter().zip(weights).collect::<Vec<_>>(), None)?;
-    let forms = weights.iter().map(|w| w.prepared(op)).collect::<Result<Vec<_>>>()?;
+    let forms = check_projections(op, x, weights, names)?;
     let epilogue = Epilogue::round(x.dtype());
     if forms.iter().all(|form| form.planes().order.is_none()) {
         return Call { forms: &forms, ..Call::new(op, x) }.run(Lhs::Float, epilogue);
@@ -476,6 +495,12 @@ impl<'a> Call<'a> {
     }
 
     fn run<const N: usize>(&self, lhs: Lhs, epilogue: Epilogue) -> Result<[Tensor; N]> {
+        let (project, inputs) = self.project(lhs, epilogue)?;
+        apply(project, &inputs.iter().collect::<Vec<_>>())
+    }
+
+    /// The op and its inputs.
+    fn project(&self, lhs: Lhs, epilogue: Epilogue) -> Result<(Project, Vec<Tensor>)> {
         let Self { op, x, scales, source, bias, forms } = *self;
         let project = Project {
             name: op,
@@ -487,10 +512,11 @@ impl<'a> Call<'a> {
             epilogue,
         };
         let own = [Some(x), scales, source, bias].into_iter().flatten();
-        let operands = forms.iter().map(|form| form.operands()).collect::<Result<Vec<_>>>()?;
-        let mut inputs: Vec<&Tensor> = own.collect();
-        inputs.extend(operands.iter().flatten());
-        apply(project, &inputs)
+        let mut inputs: Vec<Tensor> = own.cloned().collect();
+        for form in forms {
+            inputs.extend(form.operands()?);
+        }
+        Ok((project, inputs))
     }
 
     /// A product of codes, of whose inputs the bias alone has a gradient.

@@ -70,6 +70,13 @@ impl Kernel {
         d
     }
 
+    /// `ld.shared.u16`: two bytes, of 0 to 65535.
+    pub fn ld_shared_u16<'k>(&'k self, from: impl Into<Address<'k, u32>>) -> Reg<'k, u32> {
+        let (d, from) = (self.reg(), from.into());
+        self.emit(format_args!("ld.shared.u16 {d}, {from}"));
+        d
+    }
+
     /// `ld.acquire.gpu`: a number that another block of threads [adds to](Self::red_release_add), and with it what
     /// that block wrote before.
     pub fn ld_acquire<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {

@@ -7,7 +7,7 @@ use kaio_candle::kernel::gemm::Epilogue;
 use kaio_candle::kernel::w4::{self, Codes, Scheme, stream, tiles};
 use kaio_candle::prelude::*;
 use kaio_candle::ptx::{Half, Target};
-use kaio_candle::quant::{QuantScheme, QuantWeight};
+use kaio_candle::quant::{Per, QuantScheme, QuantWeight};
 use kaio_candle::tune::{self, W4};
 
 use super::gpu;
@@ -208,6 +208,7 @@ fn w4_stream_shapes() -> Result<()> {
                 blocks_per_sm: 1,
                 unit: if case.weight.size[1] % 4 == 0 { 4 } else { 1 },
                 weights: 1,
+                gated: false,
                 epilogue: Epilogue::round(Element::Half(half)),
             };
             let slots = config.slots.min(config.max_slots(232_448));
@@ -251,7 +252,8 @@ fn w4_tile_shapes() -> Result<()> {
             let options = MatmulOptions::default().out_dtype(dtype(out));
             let epilogue = Epilogue::round(out);
             let [m, n, k] = [m, n, k].map(|size| size as u64);
-            let problem = w4::Problem { m, n, others: [0; 2], k, half, scheme, epilogue };
+            let problem =
+                w4::Problem { m, n, others: [0; 2], gated: false, k, half, scheme, epilogue };
             for (number, config) in tiles::candidates(&problem, &device).into_iter().enumerate() {
                 // A third of them for each case, other ones each time.
                 if (number + i + j) % 3 != 0 {
@@ -355,12 +357,17 @@ fn w4_weights_of_users() -> Result<()> {
     Ok(())
 }
 
-/// Products with several weights, by one kernel where there are few rows.
+/// Products with several weights of four or eight bits, by one kernel.
 #[test]
 fn w4_projections() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
     let plain = super::suites::Layout::Plain;
-    for (i, scheme) in SCHEMES.into_iter().enumerate() {
+    let bytes = [
+        QuantScheme::Int8 { per: Per::Channel },
+        QuantScheme::Fp8 { per: Per::Tensor },
+        QuantScheme::Fp8 { per: Per::Block },
+    ];
+    for (i, scheme) in SCHEMES.into_iter().chain(bytes).enumerate() {
         for (k, widths) in [(256, [192, 64, 64]), (600, [72, 65, 1]), (136, [1, 130, 64])] {
             let mut source = Source::new(&format!("{scheme:?} {widths:?}"), &Device::Cpu);
             let mut weight = |n| -> Result<[QuantWeight; 2]> {
@@ -369,18 +376,36 @@ fn w4_projections() -> Result<()> {
                 Ok([host.to_device(&gpu)?, host])
             };
             let [q, key, v] = [weight(widths[0])?, weight(widths[1])?, weight(widths[2])?];
-            for m in [1, 5, 16, 40] {
+            let up = weight(widths[0])?;
+            for m in [1, 5, 16, 40, 150] {
                 let dtype = [DType::F16, DType::BF16][(i + m) % 2];
                 let x = source.tensor(dtype, &[m, k], plain)?;
-                let results = |x: &Tensor, of: usize| -> Result<[Tensor; 3]> {
-                    Ok(x.kaio_qkv_project([&q[of], &key[of], &v[of]])?.into())
+                let on_gpu = x.to_device(&gpu)?;
+                // In f64, and of elements that are rounded to the dtype of x.
+                let exact = |[_, w]: &[QuantWeight; 2]| -> Result<[Nd; 2]> {
+                    let value = Nd::of(&w.dequantize(DType::F32)?)?;
+                    let rounded = Nd::of(&value.tensor(dtype)?)?;
+                    Ok([value, rounded].map(|w| product(&Nd::of(&x).expect("a matrix"), &w)))
                 };
-                let (got, want) = (results(&x.to_device(&gpu)?, 0)?, results(&x, 1)?);
-                for (got, want) in got.iter().zip(&want) {
-                    let want = Nd::of(want)?;
+                let near = |what: &str, got: &Tensor, [want, rounded]: [Nd; 2]| {
+                    let allowed = 2.0 * want.max_error(&rounded.tensor(DType::F32)?)?;
                     let last = ulp(dtype, want.peak());
-                    close(&format!("{scheme:?} {widths:?} {m}"), got, &want, |_| 2.0 * last)?;
+                    close(&format!("{what} {scheme:?} {widths:?} {m}"), got, &want, |_| {
+                        allowed + last
+                    })
+                };
+                let got: [Tensor; 3] = on_gpu.kaio_qkv_project([&q[0], &key[0], &v[0]])?.into();
+                for (got, w) in got.iter().zip([&q, &key, &v]) {
+                    near("projection", got, exact(w)?)?;
                 }
+                // One kernel where there are few rows.
+                let [mut want, mut rounded] = exact(&q)?;
+                for (sums, by) in [&mut want, &mut rounded].into_iter().zip(exact(&up)?) {
+                    let both = sums.data.iter_mut().zip(by.data);
+                    both.for_each(|(gate, up)| *gate *= up / (1.0 + (-*gate).exp()));
+                }
+                let got = on_gpu.kaio_swiglu_project(&q[0], &up[0])?;
+                near("gated", &got, [want, rounded])?;
             }
         }
     }

@@ -179,6 +179,7 @@ pub unsafe fn launch(
 /// `dims`, `boxed` as many, at most 5.
 pub fn tensor_map(
     element: CUtensorMapDataType,
+    swizzle: CUtensorMapSwizzle,
     address: u64,
     dims: &[u64],
     strides: &[u64],
@@ -201,7 +202,7 @@ pub fn tensor_map(
             boxed.as_ptr(),
             ones.as_ptr(),
             CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle,
             // H200, 2026-11-23, weights from memory: 256 B is 4 % slower (248 against 239 µs for
             // 128256×4096 at M = 1), none and 64 B are the same.
             CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,

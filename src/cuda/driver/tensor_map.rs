@@ -1,6 +1,6 @@
 //! Descriptors for TMA.
 
-use cudarc::driver::sys::{self, CUtensorMapDataType as Type};
+use cudarc::driver::sys::{self, CUtensorMapDataType as Type, CUtensorMapSwizzle as Swizzle};
 
 use super::raw;
 use crate::error::{Error, Result};
@@ -9,13 +9,14 @@ use crate::kernel::{Copied, Element};
 use crate::ptx::Half;
 
 /// How a tensor of up to five dimensions lies in memory, and the box that one transfer moves, whose
-/// lines are swizzled over 128 bytes of shared memory. For GPUs of compute capability 9.0 and later.
+/// lines are swizzled over 64 or 128 bytes of shared memory, as many as they have. For GPUs of compute capability 9.0 and later.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorMap(sys::CUtensorMap);
 
 impl TensorMap {
     /// `dims` and `boxed` in elements, innermost first; `strides` in bytes, of all dimensions but the
-    /// innermost, multiples of 16; `address` a multiple of 16. A box is at most 128 bytes wide and 256
+    /// innermost, multiples of 16; `address` a multiple of 16. A box is at most 128 bytes wide (up to 64 are swizzled over
+    /// as many) and 256
     /// elements in other dimensions. What a box shows outside the tensor is zero.
     ///
     /// It takes no memory and no time on the GPU: make one for each launch.
@@ -42,13 +43,19 @@ impl TensorMap {
         if !(1..=RANK).contains(&rank) || strides.len() + 1 != rank || boxed.len() != rank {
             return Err(refuse(format!("1 to {RANK} dimensions, as many boxes, a stride less")));
         }
-        let kind = match element.into() {
+        let element = element.into();
+        let kind_size = element.size();
+        let kind = match element {
             Copied::Float(Element::F32) => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
             Copied::Float(Element::Half(Half::F16)) => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             Copied::Float(Element::Half(Half::Bf16)) => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             Copied::Byte => Type::CU_TENSOR_MAP_DATA_TYPE_UINT8,
         };
-        raw::tensor_map(kind, address, dims, strides, boxed)
+        let swizzle = match boxed[0] * kind_size {
+            ..=64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        raw::tensor_map(kind, swizzle, address, dims, strides, boxed)
             .map(Self)
             .map_err(|e| refuse(format!("what the driver takes ({e})")))
     }

@@ -30,3 +30,4 @@ pub(crate) use quantised::{
 pub(crate) use quantize::{Rounded, quantize_rows};
 pub(crate) use strided::copy;
 pub(super) use strided::packed_bytes;
+pub(super) use w4::Results;

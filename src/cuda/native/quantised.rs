@@ -15,7 +15,7 @@ use super::bytes;
 use super::limit::{SPLIT, countable};
 use super::operand::element;
 use super::plan::Plans;
-use super::w4;
+use super::w4::{self, Results};
 use crate::error::Error;
 use crate::kernel::dequant::{Arguments, Codes, Plan, Problem};
 use crate::kernel::w4::{Plan as ProductPlan, Scheme};
@@ -138,21 +138,24 @@ fn packed<'a>(weight: &CudaWeight<'a>, lines: w4::CodeLines) -> w4::Weight<'a> {
     }
 }
 
-/// The weight, if there are kernels that multiply with its codes.
+/// The weight as kernels that multiply with codes read it, if it lies so.
+fn as_codes<'a>(weight: &CudaWeight<'a>) -> Option<w4::Weight<'a>> {
+    match is_w4(&weight.facts) {
+        true => Some(packed(weight, w4::CodeLines::default())),
+        false => bytes::code_lines(weight).map(|lines| packed(weight, lines)),
+    }
+}
+
+/// The same, if there are such kernels for so many rows.
 fn multiplied<'a>(
     op: &'static str,
     weight: &CudaWeight<'a>,
     rows: &Stack,
     device: &CudaDevice,
 ) -> Result<Option<w4::Weight<'a>>> {
-    if is_w4(&weight.facts) {
-        return Ok(Some(packed(weight, w4::CodeLines::default())));
-    }
-    let Some(lines) = bytes::code_lines(weight) else { return Ok(None) };
-    let packed = packed(weight, lines);
     let m = (rows.count() * rows.rows) as u64;
     let target = Gpu::of(op, device)?.device.target;
-    Ok(ProductPlan::takes(packed.scheme.codes, m, target).then_some(packed))
+    Ok(as_codes(weight).filter(|weight| ProductPlan::takes(weight.scheme.codes, m, target)))
 }
 
 /// `act(x·W + bias)`, or `x·Wᵀ`. There are kernels for the codes of the former. Else the weight is made floats of
@@ -178,21 +181,18 @@ pub(crate) fn matmul_quant(
     super::matmul(op, &problem, epilogue, x.0, &panel.storage, bias)
 }
 
-/// The products with packed weights of one scheme, if one kernel makes all of them; nothing is empty.
+/// The products with weights of one scheme, or what becomes of them, if one kernel does it all; nothing is empty.
 pub(crate) fn matmul_quant_all(
     op: &'static str,
     x: View<CudaStorage>,
     weights: &[CudaWeight],
+    results: Results,
     epilogue: Epilogue,
 ) -> Result<Option<Vec<CudaStorage>>> {
-    if !weights.iter().all(|weight| is_w4(&weight.facts)) {
-        return Ok(None);
-    }
-    let packed = |weight| packed(weight, w4::CodeLines::default());
-    let weights: Vec<_> = weights.iter().map(packed).collect();
-    match weights.as_slice() {
-        [first, others @ ..] if others.iter().all(|other| other.scheme == first.scheme) => {
-            w4::matmul_all(op, (x.0, &Stack::new(x.1)), &weights, epilogue)
+    let weights: Option<Vec<_>> = weights.iter().map(as_codes).collect();
+    match weights.as_deref() {
+        Some(all @ [first, others @ ..]) if others.iter().all(|w| w.scheme == first.scheme) => {
+            w4::matmul_all(op, (x.0, &Stack::new(x.1)), all, results, epilogue)
         }
         _ => Ok(None),
     }

@@ -1,4 +1,4 @@
-//! Weights of four bits: their packed form, and products with them.
+//! Weights of four bits: their packed form; products of 16-bit activations with codes of four and of eight bits.
 
 use std::sync::Arc;
 
@@ -207,8 +207,18 @@ pub(crate) fn matmul(
     epilogue: Epilogue,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
-    let products = Call::new(op, x, std::slice::from_ref(weight), epilogue, bias)?.run_chosen()?;
+    let weights = std::slice::from_ref(weight);
+    let products = Call::new(op, x, weights, Results::Each, epilogue, bias)?.run_chosen()?;
     Ok(products.into_iter().next().expect("one for the weight"))
+}
+
+/// What becomes of the products with several weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Results {
+    /// Each is a result.
+    Each,
+    /// The first one, activated, times the second.
+    Gated,
 }
 
 /// The products with weights of one scheme, if one kernel makes all of them.
@@ -216,14 +226,46 @@ pub(crate) fn matmul_all(
     op: &'static str,
     x: Operand,
     weights: &[Weight],
+    results: Results,
     epilogue: Epilogue,
 ) -> Result<Option<Vec<CudaStorage>>> {
     let gpu = Gpu::of(op, x.0.device())?;
-    let rows = (x.1.count() * x.1.rows) as u64;
-    if weights.len() > w4::MOST_WEIGHTS || !w4::together(rows, &gpu.device) {
+    if weights.len() > w4::MOST_WEIGHTS
+        || !w4::together(&facts(x, weights, results, epilogue, None), &gpu.device)
+    {
         return Ok(None);
     }
-    Call::new(op, x, weights, epilogue, None)?.run_chosen().map(Some)
+    Call::new(op, x, weights, results, epilogue, None)?.run_chosen().map(Some)
+}
+
+/// The facts of a product with weights of as many rows and one scheme.
+fn facts(
+    (x, rows): Operand,
+    weights: &[Weight],
+    results: Results,
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
+) -> Problem {
+    let Element::Half(half) = element(x.dtype()) else {
+        unreachable!("activations are f16 or bf16")
+    };
+    let columns = |i: usize| weights.get(i).map_or(0, |weight| weight.n as u64);
+    let Weight { scheme, k, .. } = weights[0];
+    Problem {
+        m: (rows.count() * rows.rows) as u64,
+        n: columns(0),
+        others: [columns(1), columns(2)],
+        gated: results == Results::Gated,
+        k: k as u64,
+        half,
+        scheme,
+        epilogue: gemm::Epilogue {
+            out: element(epilogue.out_dtype),
+            scale: gemm::Scale::None,
+            bias: bias.map(|(storage, _)| element(storage.dtype())),
+            activation: epilogue.activation,
+        },
+    }
 }
 
 /// What a weight brings to a product.
@@ -254,12 +296,14 @@ impl<'a> Call<'a> {
         op: &'static str,
         (x, rows): Operand<'a>,
         weights: &[Weight<'a>],
+        results: Results,
         epilogue: Epilogue,
         bias: Option<View<'a, CudaStorage>>,
     ) -> Result<Self> {
         let device = x.device().clone();
         let gpu = Gpu::of(op, &device)?;
-        let Weight { scheme, k, .. } = weights[0];
+        let scheme = weights[0].scheme;
+        let facts = facts((x, rows), weights, results, epilogue, bias);
         let operands = weights.iter().flat_map(|weight| {
             let zeros = weight.zeros.as_ref().map(|(storage, _)| *storage);
             [Some(weight.codes), Some(weight.scales.0), zeros]
@@ -267,7 +311,6 @@ impl<'a> Call<'a> {
         let others = [Some(x), bias.map(|(storage, _)| storage)];
         let inputs = others.into_iter().chain(operands).flatten();
         let order = Order::new(op, device.cuda_stream(), inputs);
-        let m = rows.count() * rows.rows;
         let x = lines(op, (x, rows))?;
         let of_groups = |groups: &Groups<'a>| lines_of_groups(op, &scheme, groups);
         let part = |weight: &Weight<'a>| -> Result<Part<'a>> {
@@ -276,25 +319,7 @@ impl<'a> Call<'a> {
             Ok(Part { n, codes, code_lines, scales: of_groups(&weight.scales)?, zeros })
         };
         let parts = weights.iter().map(part).collect::<Result<Vec<_>>>()?;
-        let columns = |i: usize| parts.get(i).map_or(0, |part| part.n as u64);
         let bias = bias.map(|bias| row(op, bias)).transpose()?;
-        let Element::Half(half) = element(x.storage().dtype()) else {
-            unreachable!("activations are f16 or bf16")
-        };
-        let facts = Problem {
-            m: m as u64,
-            n: columns(0),
-            others: [columns(1), columns(2)],
-            k: k as u64,
-            half,
-            scheme,
-            epilogue: gemm::Epilogue {
-                out: element(epilogue.out_dtype),
-                scale: gemm::Scale::None,
-                bias: bias.as_ref().map(|bias| element(bias.storage().dtype())),
-                activation: epilogue.activation,
-            },
-        };
         countable(op, ["this crate", "take"], facts.limit(), SPLIT)?;
         let out_dtype = epilogue.out_dtype;
         Ok(Self { op, device, order, gpu, facts, x, weights: parts, bias, out_dtype })
@@ -305,11 +330,13 @@ impl<'a> Call<'a> {
         self.run(&*PLANS.get(self.op, &self.gpu, &self.facts)?)
     }
 
-    /// A product for each weight.
+    /// A product for each weight, or the only result.
     pub fn run(&self, compiled: &Compiled<Plan>) -> Result<Vec<CudaStorage>> {
         let (device, problem) = (&self.device, &self.facts);
         let alloc = |len: u64, dtype| uninit(device, &Shape::from(len as usize), dtype);
-        let products = self.weights.iter().map(|w| alloc(problem.m * w.n as u64, self.out_dtype));
+        let results = if problem.gated { 1 } else { self.weights.len() };
+        let results = self.weights[..results].iter();
+        let products = results.map(|w| alloc(problem.m * w.n as u64, self.out_dtype));
         let mut products = products.collect::<Result<Vec<_>>>()?;
         let partial = compiled.plan.partial_sums(problem);
         let mut partial = partial.map(|sums| alloc(sums, DType::F32)).transpose()?;
@@ -319,23 +346,28 @@ impl<'a> Call<'a> {
             // What is held until the launch is submitted.
             let x = Memory::of(self.x.storage(), device);
             let bias = self.bias.as_ref().map(|bias| (Memory::of(bias.storage(), device), bias));
-            let held = self.weights.iter().zip(&mut products).map(|(part, out)| {
+            let results: Vec<_> =
+                products.iter_mut().map(|out| Memory::of_mut(out, device)).collect();
+            let held = self.weights.iter().map(|part| {
                 let zeros = part.zeros.as_ref();
                 (
                     (Memory::of(part.codes, device), part.code_lines),
                     (Memory::of(part.scales.storage(), device), &part.scales),
                     zeros.map(|zeros| (Memory::of(zeros.storage(), device), zeros)),
-                    Memory::of_mut(out, device),
                 )
             });
             let held: Vec<_> = held.collect();
-            let weights = held.iter().map(|(codes, (scales, lines), zeros, out)| w4::Weight {
-                codes: codes.0.at(codes.1.first),
-                codes_line: codes.1.line as u64,
-                scales: placed(scales, lines),
-                scale_each: lines.stack.cols > 1,
-                zeros: zeros.as_ref().map(|(zeros, lines)| placed(zeros, lines)),
-                out: out.address(),
+            let last = results.len() - 1;
+            let weights = held.iter().enumerate().map(|(i, (codes, (scales, lines), zeros))| {
+                let out = results[i.min(last)].address();
+                w4::Weight {
+                    codes: codes.0.at(codes.1.first),
+                    codes_line: codes.1.line as u64,
+                    scales: placed(scales, lines),
+                    scale_each: lines.stack.cols > 1,
+                    zeros: zeros.as_ref().map(|(zeros, lines)| placed(zeros, lines)),
+                    out,
+                }
             });
             let weights: Vec<_> = weights.collect();
             let [partial, panel] = [&mut partial, &mut panel]

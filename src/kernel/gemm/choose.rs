@@ -8,7 +8,7 @@
 use super::sm90::{Config, Launch, Order, Orient, Store};
 use super::{BLOCK, Major, Problem, Scale};
 use crate::kernel::Device;
-use crate::kernel::w4::{Codes, Scheme};
+use crate::kernel::w4::{self, Codes, Scheme};
 use crate::ptx::Factor;
 
 /// The largest number of blocks along y and z of a grid.
@@ -59,6 +59,8 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                     let promoted = problem.elements[0] == Factor::E4m3;
                     let most = match problem.epilogue.scale {
                         _ if promoted && rows == 128 => 0,
+                        // Nor are there any for scales of so many columns.
+                        Scale::Blocks if orient == Orient::Swapped => 32,
                         Scale::ZeroPoint => 32,
                         _ => 64,
                     };
@@ -85,41 +87,45 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
 }
 
 /// The choices that decide most about speed.
-pub(in crate::kernel) struct Shape {
+pub(in crate::kernel) struct Shape<'a> {
     pub orient: Orient,
     pub rows: u32,
     pub cols: u32,
     pub split: u32,
     pub blocks_per_sm: u32,
     pub pingpong: bool,
-    pub weight: Option<Scheme>,
+    pub weights: Option<&'a w4::Problem>,
 }
 
-impl Shape {
+impl Shape<'_> {
     /// One that is not split.
     pub fn new(orient: Orient, rows: u32, cols: u32) -> Self {
-        let (split, blocks_per_sm, pingpong, weight) = (1, 1, false, None);
-        Self { orient, rows, cols, split, blocks_per_sm, pingpong, weight }
+        let (split, blocks_per_sm, pingpong, weights) = (1, 1, false, None);
+        Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights }
     }
 
     /// All other choices, unless the shape is not possible or plainly idle.
     pub fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
-        let Self { orient, rows, cols, split, blocks_per_sm, pingpong, weight } = self;
+        let Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights } = self;
+        let weight = weights.map(|of| of.scheme);
         let [lhs, rhs] = orient.order([problem.lhs, problem.rhs]);
         let [height, width] = orient.order([problem.m, problem.n]);
         let elements = orient.order(problem.elements);
         if u64::from(split) > problem.k.div_ceil(elements[0].per_line().into()) {
             return None;
         }
-        let aligned = (problem.n * u64::from(problem.epilogue.out.size())).is_multiple_of(16);
+        let widths = weights.map_or(vec![problem.n], |of| of.widths().to_vec());
+        let in_units = |unit: u64| widths.iter().all(|n| n.is_multiple_of(unit));
+        let aligned = in_units(16 / u64::from(problem.epilogue.out.size()));
         let whole = orient == Orient::Plain && cols.is_multiple_of(64);
         let slabs = pingpong || (weight.is_some() && cols >= 32);
         let tma = aligned && split == 1 && (whole || slabs);
-        let unit = if problem.n.is_multiple_of(4) { 4 } else { 1 };
+        let unit = if in_units(4) { 4 } else { 1 };
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {
             elements,
             weight,
+            weights: weights.map_or(1, w4::Problem::weights),
             lhs,
             rhs,
             orient,
@@ -141,7 +147,10 @@ impl Shape {
             store: if tma { Store::Tma } else { Store::Staged { unit } },
             epilogue: problem.epilogue,
         };
-        let launch = Launch::new(&config, problem, device.multiprocessors);
+        let launch = match weights {
+            None => Launch::new(&config, problem, device.multiprocessors),
+            Some(_) => Launch::of_weights(&config, problem, &widths, device.multiprocessors),
+        };
         if pingpong && problem.elements[0] == Factor::E4m3 {
             return None;
         }
@@ -288,7 +297,11 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     }
 
     let [lhs_size, rhs_size] = problem.elements.map(|element| f64::from(element.size()));
-    let rhs_size = if config.weight.is_some() { 0.5 } else { rhs_size };
+    let rhs_size = match config.weight {
+        Some(scheme) if scheme.codes.are_bytes() => 1.0,
+        Some(_) => 0.5,
+        None => rhs_size,
+    };
     let lines = problem.m as f64 * lhs_size + problem.n as f64 * rhs_size;
     let operands = lines * problem.k as f64 * problem.batch as f64;
     // Where a dimension is small, the other operand is a weight, which is not read twice in a row.
@@ -302,12 +315,15 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     3.5 + (compute.powi(5) + transfer.powi(5)).powf(0.2)
 }
 
-/// Clocks of a stage of a weight of four bits, whose products take `multiply` of all blocks `together` on a
-/// multiprocessor: a warpgroup decodes the next stage meanwhile. Fitted to 45 problems on an H200.
+/// Clocks of a stage of a weight of codes, whose products take `multiply` of all blocks `together` on a
+/// multiprocessor: a warpgroup decodes the next stage meanwhile. Fitted to 45 problems on an H200;
+/// of eight bits estimated: 64 to 112 instructions of a warp, where four bits take 60.
 fn decoded(config: &Config, scheme: &Scheme, multiply: f64, together: f64) -> f64 {
     let first = match (scheme.codes, scheme.zeros) {
         (Codes::Int4, false) => 190.0,
         (Codes::Int4, true) => 200.0,
+        (Codes::Int8 | Codes::E4m3, _) if scheme.group.is_none() => 200.0,
+        (Codes::E4m3, _) => 300.0,
         _ => 250.0,
     };
     let decode = first + 140.0 * f64::from(config.consumers()) * together;

@@ -85,12 +85,16 @@ names! {
         ZeroLine "zero_line",
         /// From row to row of its elements, where they are made.
         OutLine "out_line",
-        /// A second weight of four bits that the same rows are multiplied with: the same as [`Codes`](Self::Codes).
+        /// A second weight that the same rows are multiplied with: the same as [`Codes`](Self::Codes).
         Codes1 "codes1",
+        /// Where they are bytes along K: from column to column.
+        CodesLine1 "codes_line1",
         /// Its scales.
         Scales1 "scales1",
         /// From row to row.
         ScaleLine1 "scale_line1",
+        /// Of bytes with a scale for each column 1, or 0 if there is one for all.
+        ScaleStep1 "scale_step1",
         /// Its zero points.
         Zeros1 "zeros1",
         /// From row to row.
@@ -99,12 +103,16 @@ names! {
         N1 "n1",
         /// The address of its product.
         Out1 "out1",
-        /// A third weight of four bits that the same rows are multiplied with: the same as [`Codes`](Self::Codes).
+        /// A third weight that the same rows are multiplied with: the same as [`Codes`](Self::Codes).
         Codes2 "codes2",
+        /// Where they are bytes along K: from column to column.
+        CodesLine2 "codes_line2",
         /// Its scales.
         Scales2 "scales2",
         /// From row to row.
         ScaleLine2 "scale_line2",
+        /// Of bytes with a scale for each column 1, or 0 if there is one for all.
+        ScaleStep2 "scale_step2",
         /// Its zero points.
         Zeros2 "zeros2",
         /// From row to row.

@@ -26,6 +26,29 @@ impl<'k> TileOfResult<'k> {
         col: Reg<'k, u32>,
         inside: Option<Reg<'k, bool>>,
     ) {
+        self.finish(sums, None, line, col, inside);
+    }
+
+    /// The same of sums that are multiplied with others after their activation.
+    pub fn store_times<S: Sum>(
+        &self,
+        sums: &[Reg<'k, S>],
+        by: &[Reg<'k, f32>],
+        line: Reg<'k, u32>,
+        col: Reg<'k, u32>,
+        inside: Option<Reg<'k, bool>>,
+    ) {
+        self.finish(sums, Some(by), line, col, inside);
+    }
+
+    fn finish<S: Sum>(
+        &self,
+        sums: &[Reg<'k, S>],
+        by: Option<&[Reg<'k, f32>]>,
+        line: Reg<'k, u32>,
+        col: Reg<'k, u32>,
+        inside: Option<Reg<'k, bool>>,
+    ) {
         let (k, out) = (line.kernel(), self.terms.epilogue.out);
         let (row, col) = (self.first.0 + line, self.first.1 + col);
         let mut valid = row.lt(self.rows) & col.lt(self.cols);
@@ -40,8 +63,11 @@ impl<'k> TileOfResult<'k> {
             true => self.terms.lines(Lines::Rows, self.batch * self.rows + row, || valid),
             false => [self.terms.line(Lines::Rows)],
         };
-        let done: Vec<_> =
-            sums.iter().zip(of_cols).map(|(&x, col)| self.terms.finish(x, of_row, col)).collect();
+        let done = sums.iter().zip(of_cols).map(|(&x, col)| self.terms.finish(x, of_row, col));
+        let done: Vec<_> = match by {
+            None => done.collect(),
+            Some(by) => done.zip(by).map(|(x, &by)| x * by).collect(),
+        };
         // (batch · rows + row) · cols + col, in 64 bits.
         let line = self.batch.mul_wide(self.rows) + row.wide();
         let index = line * self.cols.wide() + col.wide();

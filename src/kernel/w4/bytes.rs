@@ -79,6 +79,14 @@ impl<'k> Bytes<'k> {
         }
     }
 
+    /// The two lower codes of a word of e4m3, times a number, each rounded once. Hopper's.
+    pub fn scaled(&self, codes: Reg<'k, u32>, by: Reg<'k, f32>) -> Reg<'k, u32> {
+        let k = self.k;
+        let floats = k.cvt_f16x2_e4m3x2(k.halves(codes)[0]);
+        let [first, second] = k.unpack(Half::F16, floats);
+        k.cvt_rn_x2(self.half, first * by, second * by)
+    }
+
     /// The left operand of 16 rows of `K` in an order in which each lane has four that follow each other: `words` of
     /// both of its columns of `W`.
     pub fn fragment(&self, [first, second]: [Reg<'k, u32>; 2]) -> [Reg<'k, u32>; 4] {

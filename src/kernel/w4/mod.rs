@@ -23,13 +23,13 @@
 mod bytes;
 pub mod layout;
 pub(super) mod nibbles;
-mod params;
+pub(super) mod params;
 mod plan;
 pub mod stream;
 pub mod tiles;
+pub(super) mod weight;
 
 pub use nibbles::NF4;
-use params::WEIGHTS;
 pub use params::{Arguments, Weight};
 pub use plan::{Plan, Problem, candidates, together};
 

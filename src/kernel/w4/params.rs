@@ -1,13 +1,16 @@
 //! The values of the parameters of the products' kernels.
 
-use super::{MOST_WEIGHTS, Plan, Problem};
+use super::{BLOCK, MOST_WEIGHTS, Plan, Problem};
+use crate::kernel::Copied;
 use crate::kernel::gemm::{self, Name};
-use crate::kernel::params::{self, Argument, Arguments as _};
+use crate::kernel::params::{self, Argument, Arguments as _, TensorMap};
 use crate::kernel::plan::count;
 
 /// The names of what a weight brings of its own.
-pub(super) struct WeightNames {
+pub(in crate::kernel) struct WeightNames {
     pub codes: Name,
+    pub codes_line: Name,
+    pub scale_step: Name,
     pub scales: [Name; 2],
     pub zeros: [Name; 2],
     pub n: Name,
@@ -18,6 +21,8 @@ pub(super) struct WeightNames {
 pub(super) const WEIGHTS: [WeightNames; MOST_WEIGHTS] = [
     WeightNames {
         codes: Name::Codes,
+        codes_line: Name::CodesLine,
+        scale_step: Name::ScaleStep,
         scales: [Name::Scales, Name::ScaleLine],
         zeros: [Name::Zeros, Name::ZeroLine],
         n: Name::N,
@@ -25,6 +30,8 @@ pub(super) const WEIGHTS: [WeightNames; MOST_WEIGHTS] = [
     },
     WeightNames {
         codes: Name::Codes1,
+        codes_line: Name::CodesLine1,
+        scale_step: Name::ScaleStep1,
         scales: [Name::Scales1, Name::ScaleLine1],
         zeros: [Name::Zeros1, Name::ZeroLine1],
         n: Name::N1,
@@ -32,6 +39,8 @@ pub(super) const WEIGHTS: [WeightNames; MOST_WEIGHTS] = [
     },
     WeightNames {
         codes: Name::Codes2,
+        codes_line: Name::CodesLine2,
+        scale_step: Name::ScaleStep2,
         scales: [Name::Scales2, Name::ScaleLine2],
         zeros: [Name::Zeros2, Name::ZeroLine2],
         n: Name::N2,
@@ -89,7 +98,7 @@ impl params::Arguments for Arguments<'_> {
             (Plan::Panel(_, plan), step) => {
                 let (address, line) = (self.panel?, self.problem.panel_line());
                 let weight = gemm::Operand { address, line, batch: [(1, 0); 2] };
-                self.matrices(plan, step - 1, weight, name)
+                self.matrices(plan, step - 1, weight, 0, name)
             }
             _ => None,
         }
@@ -107,8 +116,6 @@ impl Arguments<'_> {
         Some(match name {
             Name::Lhs => Argument::Pointer(self.x.0),
             Name::LhsLine => Argument::U64(self.x.1),
-            Name::CodesLine => Argument::U64(self.first()?.codes_line),
-            Name::ScaleStep => Argument::U32(self.first()?.scale_each.into()),
             Name::Out => Argument::Pointer(out),
             Name::Bias => Argument::Pointer(self.bias?),
             Name::M => Argument::U32(count(m)),
@@ -121,7 +128,7 @@ impl Arguments<'_> {
     fn of_weight(&self, name: Name) -> Option<Argument> {
         let widths = self.problem.widths();
         self.weights.iter().zip(&WEIGHTS).zip(widths).find_map(|((weight, names), n)| {
-            let &Weight { codes, scales, zeros, out, .. } = weight;
+            let &Weight { codes, codes_line, scale_each, scales, zeros, out } = weight;
             let lines = |names: [Name; 2], (address, line)| match name {
                 _ if name == names[0] => Some(Argument::Pointer(address)),
                 _ if name == names[1] => Some(Argument::U64(line)),
@@ -129,6 +136,8 @@ impl Arguments<'_> {
             };
             match name {
                 _ if name == names.codes => Some(Argument::Pointer(codes)),
+                _ if name == names.codes_line => Some(Argument::U64(codes_line)),
+                _ if name == names.scale_step => Some(Argument::U32(scale_each.into())),
                 _ if name == names.n => Some(Argument::U32(count(n))),
                 _ if name == names.out => Some(Argument::Pointer(out)),
                 _ => lines(names.scales, scales).or_else(|| lines(names.zeros, zeros?)),
@@ -137,34 +146,51 @@ impl Arguments<'_> {
     }
 
     fn tiles(&self, plan: &gemm::Plan, step: usize, name: Name) -> Option<Argument> {
-        match name {
-            Name::Codes | Name::Scales | Name::ScaleLine | Name::Zeros | Name::ZeroLine => {
-                return self.of_weight(name);
-            }
-            _ => {}
+        // Results may have descriptors.
+        let result = WEIGHTS.iter().position(|names| names.out == name);
+        let bytes = self.problem.scheme.codes.are_bytes();
+        let codes = WEIGHTS.iter().position(|names| bytes && names.codes == name);
+        if let Some(of) = codes {
+            return self.code_lines(of).map(Argument::TensorMap);
         }
+        if result.is_none()
+            && let Some(own) = self.of_weight(name)
+        {
+            return Some(own);
+        }
+        let (of, name) = result.map_or((0, name), |of| (of, Name::Out));
         // In place of the weight, of which nothing else is asked.
-        let weight = gemm::Operand { address: self.first()?.codes, line: 0, batch: [(1, 0); 2] };
-        self.matrices(plan, step, weight, name)
+        let address = self.weights.get(of)?.codes;
+        let weight = gemm::Operand { address, line: 0, batch: [(1, 0); 2] };
+        self.matrices(plan, step, weight, of, name)
     }
 
-    /// Of a product of matrices.
+    /// Codes of eight bits as TMA finds them: boxes of 64 by 64.
+    fn code_lines(&self, of: usize) -> Option<TensorMap> {
+        let &Weight { codes, codes_line, .. } = self.weights.get(of)?;
+        let dims = [self.problem.k, self.problem.widths()[of]];
+        Some(TensorMap::new(Copied::Byte, codes, dims, [codes_line], [BLOCK; 2]))
+    }
+
+    /// Of a product of matrices, with the weight number `of`.
     fn matrices(
         &self,
         plan: &gemm::Plan,
         step: usize,
         weight: gemm::Operand,
+        of: usize,
         name: Name,
     ) -> Option<Argument> {
         let (address, line) = self.x;
         let x = gemm::Operand { address, line, batch: [(1, 0); 2] };
+        let problem = gemm::Problem { n: self.problem.widths()[of], ..self.problem.product() };
         let arguments = gemm::Arguments {
-            problem: &self.problem.product(),
+            problem: &problem,
             plan,
             operands: [x, weight],
             scales: gemm::Scales::None,
             bias: self.bias,
-            out: self.first()?.out,
+            out: self.weights.get(of)?.out,
             partial: self.partial,
         };
         arguments.argument(step, name)

@@ -1,16 +1,15 @@
 //! The plan of a product.
 
 use super::{Codes, MOST_WEIGHTS, Scheme, layout, stream, tiles};
-use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80};
+use crate::kernel::gemm::{self, Epilogue, Major, Name, sm80, sm90};
 use crate::kernel::plan::{self, Plan as _, count};
 use crate::kernel::{self, Device, Element, Step};
 use crate::ptx::{Half, Target};
 
 /// Rows of `x` that Ampere's kernel for a few rows takes sixteen at a time. Beyond, a weight's elements are worth making.
 const STREAMED: u64 = 256;
-/// The same on Hopper of codes of eight bits, which its kernels for more do not take. Estimated, not measured: to make the
-/// elements of 8192 × 8192 codes takes as long as 160 rows.
-const STREAMED_BYTES: u64 = 128;
+/// Rows of which the benches time both of Hopper's kernels for codes of eight bits.
+const COMPARED: u64 = 128;
 
 /// `act(x·W + bias)`, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,6 +21,9 @@ pub struct Problem {
     /// Columns of other weights of as many rows that `x` is multiplied with as well, by the same kernel: see
     /// [`together`]. 0: none.
     pub others: [u64; MOST_WEIGHTS - 1],
+    /// Whether the result is one, `act(x·W) · (x·V)`, with V the one other weight, of as many columns: by
+    /// [`together`]'s kernel alone.
+    pub gated: bool,
     /// Rows of `W`.
     pub k: u64,
     /// The type of `x`.
@@ -52,14 +54,11 @@ impl plan::Plan for Plan {
     fn new(problem: &Problem, device: &Device) -> Self {
         let bytes = problem.scheme.codes.are_bytes();
         match (device.target, problem.m) {
-            // Bytes have no other kernel, however many rows there are.
-            (target, m) if bytes || m <= streamed(problem.scheme.codes, target) => {
+            // Bytes have no other portable kernel, however many rows there are.
+            (target, m) if m <= streamed(target) || bytes && target != Target::Sm90a => {
                 Self::stream(stream::choose(problem, device), problem)
             }
-            (Target::Sm90a, _) => {
-                let config = tiles::choose(problem, device).into();
-                Self::tiles(&config, problem, device).expect("it is one")
-            }
+            (Target::Sm90a, _) => Self::tiles(tiles::choose(problem, device), problem, device),
             (Target::Sm80 | Target::Sm89, _) => Self::panel(problem, device),
         }
     }
@@ -78,29 +77,39 @@ impl plan::Plan for Plan {
 }
 
 /// The most rows of `x` that the kernel for a few takes.
-fn streamed(codes: Codes, target: Target) -> u64 {
+fn streamed(target: Target) -> u64 {
     match target {
         Target::Sm80 | Target::Sm89 => STREAMED,
-        Target::Sm90a if codes.are_bytes() => STREAMED_BYTES,
         Target::Sm90a => stream::MOST,
     }
 }
 
-/// Whether one kernel multiplies `m` rows with several weights of four bits: that for a few rows does so, where a cluster
-/// adds the sums of its parts.
-pub fn together(m: u64, device: &Device) -> bool {
-    m <= stream::MOST && device.target == Target::Sm90a
+/// Whether one kernel is to multiply the rows with all weights of a problem that has several.
+pub fn together(problem: &Problem, device: &Device) -> bool {
+    match device.target {
+        // A block has both columns of a gated result, which that for a few rows does.
+        Target::Sm90a if problem.gated => problem.m <= stream::MOST,
+        Target::Sm90a => true,
+        Target::Sm80 | Target::Sm89 if problem.m > streamed(device.target) => false,
+        // No second kernel adds parts of several products, so that few columns are faster one by one.
+        Target::Sm80 | Target::Sm89 => {
+            let alone = |n| Problem { n, others: [0; 2], gated: false, ..*problem };
+            let widths = problem.widths().into_iter().filter(|&n| n > 0);
+            let apart: f64 = widths.map(|n| stream::time(&alone(n), device)).sum();
+            stream::time(problem, device) <= apart
+        }
+    }
 }
 
 /// The kernels worth a try for a problem.
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<kernel::Config> {
     let mut all = vec![];
-    let bytes = problem.scheme.codes.are_bytes();
-    if problem.m <= streamed(problem.scheme.codes, device.target) || device.target != Target::Sm90a
-    {
+    let hopper = device.target == Target::Sm90a;
+    let compared = problem.scheme.codes.are_bytes() && problem.m <= COMPARED;
+    if problem.m <= streamed(device.target) || !hopper || compared {
         all.extend(stream::candidates(problem, device).into_iter().map(kernel::Config::from));
     }
-    if device.target == Target::Sm90a && !bytes {
+    if hopper && !problem.gated {
         all.extend(tiles::candidates(problem, device).into_iter().map(kernel::Config::from));
     }
     all
@@ -110,7 +119,7 @@ impl Plan {
     /// Whether there are kernels for so many rows of `x` and a weight of such codes, other than by way of its elements,
     /// which those of codes of eight bits are no part of here.
     pub fn takes(codes: Codes, m: u64, target: Target) -> bool {
-        !codes.are_bytes() || m <= streamed(codes, target)
+        !codes.are_bytes() || target == Target::Sm90a || m <= streamed(target)
     }
 
     /// With a configuration that nobody chose; `None` for a kernel of another family.
@@ -118,14 +127,17 @@ impl Plan {
         match *config {
             kernel::Config::W4Stream(config) => Some(Self::stream(config, problem)),
             kernel::Config::MatmulSm90(tiles) if tiles.weight == Some(problem.scheme) => {
-                Self::tiles(config, problem, device)
+                Some(Self::tiles(tiles, problem, device))
             }
             _ => None,
         }
     }
 
-    fn tiles(config: &kernel::Config, problem: &Problem, device: &Device) -> Option<Self> {
-        Some(Self::Tiles(gemm::Plan::of(config, &problem.product(), device)?))
+    fn tiles(config: sm90::Config, problem: &Problem, device: &Device) -> Self {
+        let (product, widths) = (problem.products(), problem.widths());
+        let sms = device.multiprocessors;
+        let launch = sm90::Launch::of_weights(&config, &product, &widths, sms);
+        Self::Tiles(gemm::Plan::Sm90(config, launch))
     }
 
     fn stream(config: stream::Config, problem: &Problem) -> Self {
@@ -180,12 +192,17 @@ impl Problem {
         over.map(|(name, size)| (format!("{name} of {size}"), MOST))
     }
 
-    /// The same as a product of matrices.
+    /// The product with the first weight, as one of matrices.
     pub fn product(&self) -> gemm::Problem {
         let Self { m, n, k, half, epilogue, .. } = *self;
         let elements = [half.into(); 2];
         let (lhs, rhs) = (Major::K, Major::K);
         gemm::Problem { m, n, k, batch: 1, elements, lhs, rhs, epilogue }
+    }
+
+    /// The same with all weights, as if they were one.
+    pub(super) fn products(&self) -> gemm::Problem {
+        gemm::Problem { n: self.widths().iter().sum(), ..self.product() }
     }
 
     /// From column to column of the weight's elements, in elements.
@@ -200,12 +217,13 @@ impl Problem {
     }
 
     /// How many weights there are.
-    pub(super) fn weights(&self) -> u32 {
+    pub fn weights(&self) -> u32 {
         self.widths().iter().filter(|&&n| n > 0).count() as u32
     }
 
-    /// Columns of blocks of all weights.
+    /// Columns of blocks of all results.
     pub(super) fn columns(&self) -> u32 {
-        count(self.widths().iter().map(|n| n.div_ceil(super::BLOCK.into())).sum())
+        let results = if self.gated { 1 } else { MOST_WEIGHTS };
+        count(self.widths()[..results].iter().map(|n| n.div_ceil(super::BLOCK.into())).sum())
     }
 }

@@ -10,7 +10,7 @@ const WIDTHS: [u32; 10] = [16, 24, 32, 48, 64, 96, 128, 160, 192, 256];
 
 /// The configuration with the least estimated time.
 pub fn choose(problem: &Problem, device: &Device) -> Config {
-    let product = problem.product();
+    let product = problem.products();
     candidates(problem, device)
         .into_iter()
         .map(|config| (estimate(&config, &product, device), config))
@@ -21,7 +21,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
 
 /// Those worth an estimate.
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
-    let product = problem.product();
+    let product = problem.products();
     let whole = WIDTHS.iter().position(|&cols| u64::from(cols) >= problem.m);
     // All rows of `x` at once, or with as few tiles as there are in narrower ones.
     let (least, most) = match whole {
@@ -37,7 +37,7 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                 let shape = Shape {
                     split,
                     blocks_per_sm,
-                    weight: Some(problem.scheme),
+                    weights: Some(problem),
                     ..Shape::new(Orient::Swapped, rows, cols)
                 };
                 all.extend(shape.config(&product, device));
@@ -72,7 +72,7 @@ mod tests {
 
     fn problem([m, n, k]: [u64; 3], scheme: Scheme) -> Problem {
         let epilogue = Epilogue::round(Element::Half(Half::Bf16));
-        Problem { m, n, others: [0; 2], k, half: Half::Bf16, scheme, epilogue }
+        Problem { m, n, others: [0; 2], gated: false, k, half: Half::Bf16, scheme, epilogue }
     }
 
     #[test]

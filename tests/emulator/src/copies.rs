@@ -16,15 +16,15 @@ pub struct Map {
     /// In bytes, from the second dimension on.
     pub strides: [u64; 4],
     pub boxed: [u32; 5],
-    pub rank: u16,
+    pub rank: u8,
     /// Bytes of an element.
-    pub size: u16,
+    pub size: u8,
+    /// Bytes of a line of a box, over which it is swizzled.
+    pub line: u16,
 }
 
 impl Map {
     pub const MARK: u64 = 0x7e11_5a30_11ad_d1e5;
-    /// Bytes of a line of a box.
-    const LINE: u32 = 128;
 
     /// The descriptor at an address of a kernel's parameters.
     pub fn at(address: u64) -> Self {
@@ -36,14 +36,18 @@ impl Map {
         map
     }
 
+    fn line(&self) -> u32 {
+        self.line.into()
+    }
+
     fn boxed(&self) -> &[u32] {
         &self.boxed[..self.rank.into()]
     }
 
     /// Bytes of a box.
     fn bytes(&self) -> u32 {
-        assert_eq!(self.boxed[0] * u32::from(self.size), Self::LINE, "a line of a box");
-        self.boxed()[1..].iter().product::<u32>() * Self::LINE
+        assert_eq!(self.boxed[0] * u32::from(self.size), self.line(), "a line of a box");
+        self.boxed()[1..].iter().product::<u32>() * self.line()
     }
 
     /// The lines of the box at these elements that begin inside of the tensor: where they lie in the box
@@ -65,15 +69,20 @@ impl Map {
                     return None;
                 }
             }
-            Some((line * Self::LINE, bytes.clone(), address as u64))
+            Some((line * self.line(), bytes.clone(), address as u64))
         };
-        (0..self.bytes() / Self::LINE).filter_map(line).collect()
+        (0..self.bytes() / self.line()).filter_map(line).collect()
     }
 }
 
-/// Where a byte of a swizzled box lies: bits 4 to 6 of an address are XORed with bits 7 to 9.
+/// Where a byte of a box of lines of 128 bytes lies: bits 4 to 6 of an address are XORed with bits 7 to 9.
 pub fn swizzled(at: u32) -> u32 {
-    at ^ (at >> 3 & 0x70)
+    swizzled_over(128, at)
+}
+
+/// Of lines of so many bytes: of 64, bits 4 and 5 with bits 7 and 8.
+fn swizzled_over(line: u32, at: u32) -> u32 {
+    at ^ (at >> 3 & (line - 16))
 }
 
 /// A box on its way.
@@ -94,7 +103,8 @@ impl Transfer {
             let mut byte = bytes.start;
             while byte < bytes.end {
                 let next = (byte / UNIT * UNIT + UNIT).min(bytes.end);
-                pieces.push((swizzled(self.shared + line + byte), address, (next - byte) as usize));
+                let place = swizzled_over(self.map.line(), self.shared + line + byte);
+                pieces.push((place, address, (next - byte) as usize));
                 address += u64::from(next - byte);
                 byte = next;
             }

@@ -428,10 +428,12 @@ pub unsafe extern "C" fn cuTensorMapEncodeTiled(
     boxed: *const u32,
     _: *const u32,
     _: c_uint,
-    _: c_uint,
+    swizzle: c_uint,
     _: c_uint,
     _: c_uint,
 ) -> Status {
+    const SWIZZLE_64: c_uint = 2;
+    const SWIZZLE_128: c_uint = 3;
     const U8: c_uint = 0;
     const F16: c_uint = 6;
     const F32: c_uint = 7;
@@ -442,6 +444,11 @@ pub unsafe extern "C" fn cuTensorMapEncodeTiled(
         F32 => 4,
         _ => return INVALID,
     };
+    let line = match swizzle {
+        SWIZZLE_64 => 64,
+        SWIZZLE_128 => 128,
+        _ => return INVALID,
+    };
     let rank = rank as usize;
     let mut encoded = Map {
         mark: Map::MARK,
@@ -449,8 +456,9 @@ pub unsafe extern "C" fn cuTensorMapEncodeTiled(
         dims: [1; 5],
         strides: [0; 4],
         boxed: [1; 5],
-        rank: rank as u16,
+        rank: rank as u8,
         size,
+        line,
     };
     // SAFETY: the arrays have as many entries as the rank says.
     unsafe {

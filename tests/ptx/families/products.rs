@@ -430,6 +430,7 @@ const PLAIN: Epilogue = Epilogue::round(BF16);
 const HOPPER: sm90::Config = sm90::Config {
     elements: [BF16_FACTOR; 2],
     weight: None,
+    weights: 1,
     lhs: Major::K,
     rhs: Major::Outer,
     orient: sm90::Orient::Plain,

@@ -1,7 +1,7 @@
 //! Weights of four bits: products, and the codes in other forms.
 
 use kaio_candle::Activation;
-use kaio_candle::kernel::gemm::{Epilogue, Major, sm90};
+use kaio_candle::kernel::gemm::{self, Epilogue, Major, sm90};
 use kaio_candle::kernel::w4::{self, Codes, Plan, Problem, Scheme, layout, stream};
 use kaio_candle::kernel::{Config, Device, Element};
 use kaio_candle::ptx::{Factor, Half, Target};
@@ -32,7 +32,7 @@ impl Family for Products {
     /// All types, schemes and numbers of tokens, of weights of some sizes.
     fn problems(extent: Extent) -> Vec<Problem> {
         let (tokens, sizes): (&[u64], &[[u64; 2]]) = match extent {
-            Extent::Few => (&[1, 8, 16, 100, 4096], &[[4096, 4096]]),
+            Extent::Few => (&[1, 8, 16, 100, 4096], &[[4096, 4096], [129, 65]]),
             Extent::All => (
                 &[1, 2, 3, 7, 16, 17, 40, 64, 128, 200, 1024, 4096],
                 &[[1024, 4096], [4096, 4096], [28_672, 4096], [8192, 28_672], [129, 65]],
@@ -44,8 +44,8 @@ impl Family for Products {
                 for (half, scale) in
                     [(Half::F16, F16), (Half::Bf16, BF16), (Half::Bf16, Element::F32)]
                 {
-                    // As they are prepared, bytes have scales in f32; for many rows another family has them.
-                    let bytes = (scale != Element::F32 && m <= 128).then(schemes_of_bytes);
+                    // As they are prepared, bytes have scales in f32.
+                    let bytes = (scale != Element::F32).then(schemes_of_bytes);
                     for scheme in schemes(scale).into_iter().chain(bytes.into_iter().flatten()) {
                         let out = [Element::Half(half), Element::F32][(i + j) % 2];
                         let epilogue = match (i + j) % 3 {
@@ -56,12 +56,24 @@ impl Family for Products {
                             },
                             _ => Epilogue::round(out),
                         };
-                        let problem = Problem { m, n, others: [0; 2], k, half, scheme, epilogue };
+                        let problem = Problem {
+                            m,
+                            n,
+                            others: [0; 2],
+                            gated: false,
+                            k,
+                            half,
+                            scheme,
+                            epilogue,
+                        };
                         all.push(problem);
-                        if m <= stream::MOST && !scheme.codes.are_bytes() {
-                            let (others, epilogue) =
-                                ([[n, 0], [1024, 1024]][i % 2], Epilogue::round(out));
-                            all.push(Problem { others, epilogue, ..problem });
+                        let (others, epilogue) =
+                            ([[n, 0], [1024, 1024]][i % 2], Epilogue::round(out));
+                        all.push(Problem { others, epilogue, ..problem });
+                        if j % 2 == 1 {
+                            let epilogue =
+                                Epilogue { activation: Some(Activation::Silu), ..epilogue };
+                            all.push(Problem { others: [n, 0], gated: true, epilogue, ..problem });
                         }
                     }
                 }
@@ -71,7 +83,8 @@ impl Family for Products {
     }
 
     fn applies(problem: &Problem, device: &Device) -> bool {
-        problem.others == [0; 2] || w4::together(problem.m, device)
+        Plan::takes(problem.scheme.codes, problem.m, device.target)
+            && (problem.others == [0; 2] || w4::together(problem, device))
     }
 
     fn fits(kernel: &Config, gpu: &Gpu, problem: &Problem) -> Result<(), String> {
@@ -86,7 +99,12 @@ impl Family for Products {
                 let facts = (config.scheme, config.half) == (problem.scheme, problem.half);
                 rule(facts, "another problem's facts")
             }
-            Config::MatmulSm90(config) => hopper_fits(config, gpu, &product),
+            Config::MatmulSm90(config) => {
+                rule(config.weights == problem.weights(), "another number of weights")?;
+                let widths = problem.widths().into_iter().filter(|&n| n > 0);
+                let product = |n| gemm::Problem { n, ..product };
+                widths.map(product).try_for_each(|one| hopper_fits(config, gpu, &one))
+            }
             Config::MatmulSm80(config) => portable_fits(config, gpu, &product),
             Config::MatmulReduce(_) | Config::W4Layout(_) => Ok(()),
             _ => another(),
@@ -144,9 +162,12 @@ impl Family for Products {
             blocks_per_sm: 2,
             unit: 4,
             weights: 1,
+            gated: false,
             epilogue: Epilogue::round(F16),
         };
         let several = stream::Config { weights: 3, ..plain };
+        let silu = Epilogue { activation: Some(Activation::Silu), ..plain.epilogue };
+        let gated = stream::Config { weights: 2, gated: true, epilogue: silu, ..plain };
         let zeros = stream::Config {
             target: Target::Sm80,
             half: Half::Bf16,
@@ -189,6 +210,7 @@ impl Family for Products {
         let tile = sm90::Config {
             elements: [Factor::Half(Half::Bf16); 2],
             weight: Some(Scheme { scale: BF16, ..scheme }),
+            weights: 1,
             lhs: Major::K,
             rhs: Major::K,
             orient: sm90::Orient::Swapped,
@@ -217,8 +239,12 @@ impl Family for Products {
             store: sm90::Store::Staged { unit: 4 },
             ..tile
         };
+        let several_tiles = sm90::Config { weights: 3, ..tile };
+        let lines = sm90::Config { weight: Some(schemes_of_bytes()[0]), ..tile };
+        let scaled = sm90::Config { weight: Some(schemes_of_bytes()[2]), stages: 4, ..small };
         vec![
             ("w4_stream", Config::W4Stream(plain)),
+            ("w4_stream_gated", Config::W4Stream(gated)),
             ("w4_stream_several", Config::W4Stream(several)),
             ("w4_stream_zeros", Config::W4Stream(zeros)),
             ("w4_stream_nf4", Config::W4Stream(table)),
@@ -227,6 +253,9 @@ impl Family for Products {
             ("w8_stream_blocks", Config::W4Stream(blocks)),
             ("w4_tile", Config::MatmulSm90(tile)),
             ("w4_tile_zeros", Config::MatmulSm90(small)),
+            ("w4_tile_several", Config::MatmulSm90(several_tiles)),
+            ("w8_tile", Config::MatmulSm90(lines)),
+            ("w8_tile_blocks", Config::MatmulSm90(scaled)),
         ]
     }
 }

@@ -17,6 +17,7 @@ use crate::kernel::hopper::barriers::Mbarrier;
 use crate::kernel::hopper::product::{LeftStep, products};
 use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{Lane, SLAB};
+use crate::kernel::multiprocessor::WARP;
 use crate::kernel::raster::Tile;
 use crate::ptx::{Kernel, Reg};
 
@@ -27,28 +28,128 @@ pub(super) struct BlockScales<'k> {
     pub cols: Reg<'k, u64>,
 }
 
-/// Where a thread finds the scales of a tile: those of its rows or columns of the left operand, and those of the right
-/// one's blocks: one for the tile, or for each 64 of its columns.
+/// The scales of a tile: those of a thread's rows or columns of the left operand, and those of the right one's blocks:
+/// one for the tile, or for each 64 of its columns.
+///
+/// Lanes that need the same scales hold those of some stages, one each, and hand them round: four lanes that share rows load
+/// 16 bytes of each row together for four stages, and do so four stages ahead.
 struct TileScales<'k> {
-    lines: Vec<Reg<'k, u64>>,
-    blocks: Vec<Reg<'k, u64>>,
-    /// Bytes from a block to the next along the depth.
-    stride: Reg<'k, u64>,
+    lines: Vec<Held<'k>>,
+    turns_of_lines: Turns<'k>,
+    /// A lane has those of one block and stage.
+    blocks: Held<'k>,
+    count_of_blocks: u32,
+    turns_of_blocks: Turns<'k>,
+    /// The next stage of this block's share, and how many it has.
+    stage: Reg<'k, u32>,
+    stages: Reg<'k, u32>,
+}
+
+/// Which lane has what.
+#[derive(Clone, Copy)]
+struct Turns<'k> {
+    /// Stages of a turn.
+    stages: u32,
+    /// The one that the lane holds of each turn.
+    place: Reg<'k, u32>,
+    /// The lane that holds the first one for this lane, and lanes from a stage's to the next one's.
+    first: Reg<'k, u32>,
+    step: u32,
+}
+
+/// What a lane holds of one line, or of all blocks.
+struct Held<'k> {
+    now: Reg<'k, f32>,
+    /// Of the turn after this one, where there are registers for it.
+    next: Option<Reg<'k, f32>>,
+    /// Where the next one to load is, and bytes from a turn's to the next turn's.
+    from: Reg<'k, u64>,
+    apart: Reg<'k, u64>,
+}
+
+/// Columns of blocks whose scales a warp holds at most.
+const MOST_BLOCKS: u32 = 4;
+
+impl<'k> Turns<'k> {
+    /// Of the rows of a quad.
+    fn of_rows(lane: Reg<'k, u32>) -> Self {
+        Self { stages: 4, place: lane % 4, first: lane / 4 * 4, step: 1 }
+    }
+
+    /// Of the columns of eight lanes.
+    fn of_columns(lane: Reg<'k, u32>) -> Self {
+        Self { stages: 8, place: lane / 4, first: lane % 4, step: 4 }
+    }
+
+    /// Of blocks, of which each lane of four has one.
+    fn of_blocks(lane: Reg<'k, u32>) -> Self {
+        let none = lane.kernel().var(0);
+        Self {
+            stages: WARP / MOST_BLOCKS,
+            place: lane / MOST_BLOCKS,
+            first: none,
+            step: MOST_BLOCKS,
+        }
+    }
+}
+
+impl<'k> Held<'k> {
+    /// `from`: the lane's of the first turn. Loads that one, if it is `ahead` of its turn.
+    fn new(
+        from: Reg<'k, u64>,
+        stride: Reg<'k, u64>,
+        turns: Turns<'k>,
+        stages: Reg<'k, u32>,
+        ahead: bool,
+    ) -> Self {
+        let k = from.kernel();
+        let from = k.var(from + turns.place.wide() * stride);
+        let apart = stride * u64::from(turns.stages);
+        let held = Self { now: k.reg(), next: ahead.then(|| k.reg()), from, apart };
+        if let Some(next) = held.next {
+            held.load(next, turns.place.lt(stages));
+            held.from.increase(apart);
+        }
+        held
+    }
+
+    fn load(&self, to: Reg<'k, f32>, there: Reg<'k, bool>) {
+        let k = to.kernel();
+        let [scale] = k.when(there, || k.ld_global_nc::<f32, 1>(self.from));
+        k.when(there, || to.set(scale));
+    }
+
+    /// A turn begins where `begins` holds, and the one to load is there where `there` does, too.
+    fn turn(&self, begins: Reg<'k, bool>, there: Reg<'k, bool>) {
+        let k = self.now.kernel();
+        if let Some(next) = self.next {
+            k.when(begins, || self.now.set(next));
+        }
+        self.load(self.next.unwrap_or(self.now), begins & there);
+        k.when(begins, || self.from.increase(self.apart));
+    }
 }
 
 impl<'k> TileScales<'k> {
-    /// Loads those of a stage and goes to the next: of each block, a product of both for each line.
-    fn next(&self, k: &'k Kernel) -> Vec<Vec<Reg<'k, f32>>> {
-        let load = |&from: &Reg<'k, u64>| {
-            let [scale] = k.ld_global_nc::<f32, 1>(from);
-            scale
+    /// Those of the next stage: of each block, a product of both for each line.
+    fn next(&self, k: &'k Kernel) -> Vec<Reg<'k, f32>> {
+        let at = |turns: Turns<'k>, all: &[Held<'k>]| {
+            let at = self.stage % turns.stages;
+            let ahead = if all[0].next.is_some() { turns.stages } else { 0 };
+            let there = (self.stage + turns.place + ahead).lt(self.stages);
+            all.iter().for_each(|held| held.turn(at.eq(0), there));
+            turns.first + at * turns.step
         };
-        let blocks: Vec<_> = self.blocks.iter().map(load).collect();
-        let lines: Vec<_> = self.lines.iter().map(load).collect();
-        self.blocks.iter().for_each(|block| block.increase(self.stride));
-        self.lines.iter().for_each(|line| line.increase(4u64));
-        let of_block = |&block| lines.iter().map(|&line| line * block).collect();
-        blocks.iter().map(of_block).collect()
+        let of = |held: &Held<'k>, lane| k.shfl_idx(held.now.cast(), lane).cast::<f32>();
+        let lane = at(self.turns_of_lines, &self.lines);
+        let lines: Vec<_> = self.lines.iter().map(|held| of(held, lane)).collect();
+        let lane = at(self.turns_of_blocks, std::slice::from_ref(&self.blocks));
+        self.stage.increase(1);
+        let of_block = |block| {
+            let block = of(&self.blocks, lane + block);
+            lines.iter().map(move |&line| line * block).collect::<Vec<_>>()
+        };
+        (0..self.count_of_blocks).flat_map(of_block).collect()
     }
 }
 
@@ -72,9 +173,10 @@ impl<'k> Gemm<'k, '_> {
         let lhs = descriptor(self.base + self.smem.lhs + first_rows, c.lhs, c.rows, c.depth());
         let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
         let Share { first, count } = self.share();
-        let of_tile = |blocks| self.tile_scales(blocks, tile, Lane::new(thread), group, first);
+        let lane = Lane::new(thread);
+        let of_tile = |blocks| self.tile_scales(blocks, tile, lane, group, [first, count]);
         let scales = self.blocks.map(of_tile);
-        // Begins a stage's products, and fetches its scales meanwhile.
+        // Begins a stage's products, and makes its scales meanwhile.
         let begin = |part: &Part<'k>| {
             place.wait();
             let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
@@ -83,7 +185,7 @@ impl<'k> Gemm<'k, '_> {
                 ([LeftStep::Shared(a.operand(step))], b.operand(step))
             });
             if let Some(scales) = &scales {
-                let next = scales.next(k).into_iter().flatten();
+                let next = scales.next(k);
                 part.scales.iter().zip(next).for_each(|(to, from)| to.set(from));
             }
         };
@@ -106,8 +208,7 @@ impl<'k> Gemm<'k, '_> {
         let part = || Part {
             sums: sums.iter().map(|_| k.reg()).collect(),
             scales: {
-                let count =
-                    scales.as_ref().map_or(0, |scales| scales.lines.len() * scales.blocks.len());
+                let count = scales.as_ref().map_or(0, |s| s.lines.len() as u32 * s.count_of_blocks);
                 (0..count).map(|_| k.reg()).collect()
             },
         };
@@ -164,41 +265,46 @@ impl<'k> Gemm<'k, '_> {
         tile: Tile<'k>,
         Lane { lane, warp }: Lane<'k>,
         group: Reg<'k, u32>,
-        first: Reg<'k, u32>,
+        [first, stages]: [Reg<'k, u32>; 2],
     ) -> TileScales<'k> {
-        let c = self.c;
+        let (k, c) = (self.k, self.c);
         let [m, n] = self.size;
         let tile_row = tile.row * c.rows + group * SLAB;
         let tile_col = tile.col * c.cols;
-        let (lines, col): (Vec<_>, _) = match c.orient {
+        let (lines, col, turns_of_lines): (Vec<_>, _, _) = match c.orient {
             Orient::Plain => {
                 let row = tile_row + (warp * 16 + lane / 4);
-                (vec![row, row + 8], tile_col)
+                (vec![row, row + 8], tile_col, Turns::of_rows(lane))
             }
             Orient::Swapped => {
                 let col = tile_col + lane % 4 * 2;
                 let pairs = (0..c.cols / 8).flat_map(|j| [0, 1].map(|i| col + (8 * j + i)));
-                (pairs.collect(), tile_row)
+                (pairs.collect(), tile_row, Turns::of_columns(lane))
             }
         };
-        let at = |line: Reg<'k, u32>| {
+        let ahead = c.scales_ahead();
+        let size = k.var(4u64);
+        let held = |line: Reg<'k, u32>| {
             // Sums of rows that do not exist are not stored: any row will do.
             let row = tile.batch_row(c.batched, m, line.min(m - 1));
-            let k = row.kernel();
-            k.var(rows + (row.wide() * self.depth.wide() + first.wide()) * 4u64)
-        };
-        let blocks = n.div_ceil(BLOCK);
-        let of_column = |col: Reg<'k, u32>| {
-            let block = (col / BLOCK).min(blocks - 1);
-            let block = first.wide() * blocks.wide() + block.wide();
-            self.k.var(cols + block * 4u64)
+            let from = rows + (row.wide() * self.depth.wide() + first.wide()) * 4u64;
+            Held::new(from, size, turns_of_lines, stages, ahead)
         };
         let [_, extent] = c.orient.order([c.rows, c.cols]);
         let each = if BLOCK.is_multiple_of(extent) { extent } else { SLAB };
+        let blocks = n.div_ceil(BLOCK);
+        let column = col + (lane % MOST_BLOCKS).min(extent / each - 1) * each;
+        let block = (column / BLOCK).min(blocks - 1);
+        let from = cols + (first.wide() * blocks.wide() + block.wide()) * 4u64;
+        let turns_of_blocks = Turns::of_blocks(lane);
         TileScales {
-            lines: lines.into_iter().map(at).collect(),
-            blocks: (0..extent / each).map(|i| of_column(col + i * each)).collect(),
-            stride: blocks.wide() * 4u64,
+            lines: lines.into_iter().map(held).collect(),
+            turns_of_lines,
+            blocks: Held::new(from, blocks.wide() * 4u64, turns_of_blocks, stages, true),
+            count_of_blocks: extent / each,
+            turns_of_blocks,
+            stage: k.var(0),
+            stages,
         }
     }
 }

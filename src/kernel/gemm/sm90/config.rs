@@ -10,8 +10,8 @@ use crate::kernel::hopper::{ATOM, LINE, SLAB, WARPGROUP};
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::plan::count;
-use crate::kernel::w4::Scheme;
 use crate::kernel::w4::nibbles::Decoder;
+use crate::kernel::w4::{MOST_WEIGHTS, Scheme};
 use crate::ptx::Factor;
 
 /// Which matrix the tiles are tiles of.
@@ -61,9 +61,11 @@ pub enum Order {
 pub struct Config {
     /// The types of the kernel's left and right operand.
     pub elements: [Factor; 2],
-    /// If the kernel's left operand is a weight of four bits, how it is quantised. The weight is packed, and
+    /// If the kernel's left operand is a weight of four or eight bits, how it is quantised. The weight is packed, and
     /// [`elements`](Self::elements) are what its codes become.
     pub weight: Option<Scheme>,
+    /// How many such weights the right operand is multiplied with: their tiles follow each other.
+    pub weights: u32,
     /// How the kernel's left operand lies.
     pub lhs: Major,
     /// How the kernel's right operand lies.
@@ -141,9 +143,10 @@ impl Config {
         let layouts = Major::names(self.orient.order([self.lhs, self.rhs]));
         let (element, batched) = (self.elements[0].name(), given(self.batched, " batched"));
         let weight = self.weight.map_or(String::new(), |scheme| format!(" {}", scheme.name()));
+        let weights = several(self.weights, |weights| format!(" {weights}weights"));
         let scales = self.weight.map_or(String::new(), |w| format!("{} ", w.scale.name()));
         format!(
-            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{split}{pingpong}{blocks} {store} \
+            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{weights}{split}{pingpong}{blocks} {store} \
              {order}, {layouts} {scales}{element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
             self.depth(),
             epilogue.name()
@@ -190,6 +193,12 @@ impl Config {
             Orient::Swapped => 16,
         };
         self.cols <= most
+    }
+
+    /// Whether a thread has registers for scales of blocks that it will need later: those of the columns of a swapped
+    /// tile are many.
+    pub(super) fn scales_ahead(&self) -> bool {
+        self.orient == Orient::Plain || self.cols <= 16 || self.blocks_per_sm == 1
     }
 
     /// The boxes of a stage of the left operand.
@@ -326,9 +335,16 @@ impl Config {
                     || (self.orient == Orient::Swapped
                         && !self.pingpong
                         && !self.batched
-                        && self.weight.is_none_or(|scheme| !scheme.codes.are_bytes())
                         && matches!(self.elements[0], Factor::Half(_))),
-                "a weight of four bits that is no left operand of a single swapped product".into(),
+                "a weight of codes that is no left operand of a single swapped product".into(),
+            ),
+            // A bias is of one weight.
+            (
+                self.weights == 1
+                    || (self.weight.is_some()
+                        && (2..=MOST_WEIGHTS as u32).contains(&self.weights)
+                        && self.epilogue.bias.is_none()),
+                format!("{} weights", self.weights),
             ),
             self.epilogue.rule(multiplied(self.elements)),
             (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
@@ -348,7 +364,11 @@ impl Config {
                 self.rhs == Major::Outer || self.cols.is_multiple_of(self.rhs_lines),
                 format!("boxes of {} lines for {} columns", self.rhs_lines, self.cols),
             ),
-            (self.stages >= 2, format!("{} stages (at least 2)", self.stages)),
+            // Of codes the next stage is loaded before the one before last is free.
+            (
+                self.stages >= if self.weight.is_some() { 3 } else { 2 },
+                format!("{} stages (at least 2, of codes 3)", self.stages),
+            ),
             (
                 matches!(self.split, 1 | 2 | 4 | 8),
                 format!("a split of {} (1, 2, 4 or 8)", self.split),
@@ -480,9 +500,20 @@ pub struct Launch {
 impl Launch {
     /// The launch of a configuration on a problem.
     pub fn new(config: &Config, problem: &Problem, multiprocessors: u32) -> Self {
-        let [rows, cols] = config.orient.order([problem.m, problem.n]);
+        let [rows, _] = config.orient.order([problem.m, problem.n]);
+        Self::of_weights(config, problem, &[rows], multiprocessors)
+    }
+
+    /// The same, with the rows of the kernel's left operand, or of each of several.
+    pub(in crate::kernel) fn of_weights(
+        config: &Config,
+        problem: &Problem,
+        rows: &[u64],
+        multiprocessors: u32,
+    ) -> Self {
+        let [_, cols] = config.orient.order([problem.m, problem.n]);
         let height = config.rows;
-        let tile_rows = count(rows.div_ceil(height.into()));
+        let tile_rows = count(rows.iter().map(|rows| rows.div_ceil(height.into())).sum());
         let tile_cols = count(cols.div_ceil(config.cols.into()));
         let each = u64::from(tile_rows) * u64::from(tile_cols);
         let tiles = count(each.saturating_mul(problem.batch));

@@ -109,12 +109,13 @@ impl<'k> Gemm<'k, '_> {
             how: Delivery::Plain,
         };
         self.tiles(None, |tile| {
+            let (of, tile) = self.of_weight(tile);
             let batch = self.inner_batch.map(|inner| [tile.batch % inner, tile.batch / inner]);
-            let lhs = match self.lhs {
+            let lhs = match of.lhs {
                 Left::Matrix(map) => {
                     LeftTile::Matrix(self.operand_tile(matrix(map), tile.row * c.rows))
                 }
-                Left::Packed(packed) => LeftTile::Packed(self.packed_tile(packed, tile)),
+                Left::Packed(packed) => LeftTile::Packed(of.packed_tile(packed, tile)),
             };
             let rhs = self.operand_tile(rhs, tile.col * c.cols);
             let Share { first, count } = self.share();

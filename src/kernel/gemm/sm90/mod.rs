@@ -7,6 +7,7 @@
 
 mod blocks;
 mod config;
+mod lines;
 mod load;
 mod packed;
 mod slabs;
@@ -23,6 +24,8 @@ use crate::kernel::hopper::product::{Descriptor, LeftStep, products};
 use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{SLAB_BYTES, WARPGROUP};
 use crate::kernel::raster::{Raster, Tile};
+use crate::kernel::w4::params::WeightNames;
+use crate::kernel::w4::weight::Weight;
 use crate::ptx::{Factor, Kernel, Reg, Source, Target};
 use blocks::BlockScales;
 use config::SharedMap;
@@ -36,16 +39,26 @@ pub fn emit(config: &Config) -> Source {
     k.blocks_per_sm(config.blocks_per_sm);
     k.cluster(config.split);
     let smem = config.smem();
-    let (lhs, packed) = match config.weight {
-        None => (Some(k.tensor_map(Name::Lhs)), None),
-        Some(scheme) => (None, Some(Packed::params(k, config, scheme))),
+    let result = |name| match config.store {
+        Store::Tma => k.tensor_map(name),
+        Store::Staged { .. } => k.pointer(name),
+    };
+    let (lhs, weights) = match config.weight {
+        None => (Some(k.tensor_map(Name::Lhs)), vec![]),
+        Some(scheme) => {
+            let codes = |names: &WeightNames| match scheme.codes.are_bytes() {
+                true => (k.tensor_map(names.codes), None),
+                false => (k.pointer(names.codes), None),
+            };
+            (None, Weight::params(k, scheme, config.weights, codes, result))
+        }
     };
     let rhs = k.tensor_map(Name::Rhs);
-    let out = match config.store {
-        Store::Tma => Out::Map(k.tensor_map(Name::Out)),
-        Store::Staged { unit } => Out::Memory { unit, address: k.pointer(Name::Out) },
+    let m = k.param(Name::M);
+    let (n, out) = match weights.first() {
+        None => (k.param(Name::N), result(Name::Out)),
+        Some(first) => (first.n, first.out),
     };
-    let size = [k.param(Name::M), k.param(Name::N)];
     let terms = Terms::params(k, config.epilogue);
     let blocks = (config.epilogue.scale == Scale::Blocks).then(|| BlockScales {
         rows: k.pointer(Name::RowScales),
@@ -61,10 +74,12 @@ pub fn emit(config: &Config) -> Source {
 
     k.if_(warp.eq(0), || {
         k.if_(k.elect_sync(), || {
-            for map in lhs.into_iter().chain([rhs]) {
-                k.prefetch_tensor_map(map);
-            }
-            if let Out::Map(map) = out {
+            let outs = match weights.as_slice() {
+                [] => vec![out],
+                all => all.iter().map(|weight| weight.out).collect(),
+            };
+            let outs = outs.into_iter().filter(|_| config.store == Store::Tma);
+            for map in lhs.into_iter().chain([rhs]).chain(outs) {
                 k.prefetch_tensor_map(map);
             }
             if let Some(pingpong) = smem.pingpong {
@@ -73,11 +88,11 @@ pub fn emit(config: &Config) -> Source {
             smem.ring.init(k, base, config.readers());
         })
     });
-    let lhs = match (lhs, packed) {
-        (Some(map), _) => Left::Matrix(map),
-        (None, packed) => {
-            let with_table = packed.expect("one of both");
-            Left::Packed(with_table(base + smem.table))
+    let lhs = match lhs {
+        Some(map) => Left::Matrix(map),
+        None => {
+            let depth = k.param(Name::K);
+            Left::Packed(Packed::new(config, weights[0], depth, base + smem.table))
         }
     };
     k.sync_block();
@@ -87,11 +102,12 @@ pub fn emit(config: &Config) -> Source {
     let g = Gemm {
         k,
         c: config,
-        smem,
+        smem: &smem,
         lhs,
+        weights: &weights,
         rhs,
         out,
-        size,
+        size: [m, n],
         terms,
         blocks,
         depth,
@@ -131,12 +147,6 @@ pub fn emit(config: &Config) -> Source {
     k.finish()
 }
 
-#[derive(Clone, Copy)]
-enum Out<'k> {
-    Map(Reg<'k, u64>),
-    Memory { unit: u32, address: Reg<'k, u64> },
-}
-
 /// The left operand.
 #[derive(Clone, Copy)]
 enum Left<'k> {
@@ -145,13 +155,17 @@ enum Left<'k> {
     Packed(Packed<'k>),
 }
 
+#[derive(Clone, Copy)]
 struct Gemm<'k, 'c> {
     k: &'k Kernel,
     c: &'c Config,
-    smem: SharedMap,
+    smem: &'c SharedMap,
     lhs: Left<'k>,
+    /// If the left operand is packed: all of those that have tiles.
+    weights: &'c [Weight<'k>],
     rhs: Reg<'k, u64>,
-    out: Out<'k>,
+    /// The address of `C`, or its descriptor.
+    out: Reg<'k, u64>,
     /// Rows and columns of `C`.
     size: [Reg<'k, u32>; 2],
     terms: Terms<'k>,
@@ -179,6 +193,15 @@ impl<'k> Gemm<'k, '_> {
         k.for_(first, raster.count, all, |i| body(raster.tile(i, c.batched)));
     }
 
+    /// With the weight, of as many as there are, that has a tile, and the tile as one of that weight's.
+    fn of_weight(&self, tile: Tile<'k>) -> (Self, Tile<'k>) {
+        let Left::Packed(mut packed) = self.lhs else { return (*self, tile) };
+        let (weight, row) = Weight::of_line(self.weights, tile.row, self.c.rows);
+        let (out, size) = (weight.out, [self.size[0], weight.n]);
+        packed.weight = weight;
+        (Self { lhs: Left::Packed(packed), out, size, ..*self }, Tile { row, ..tile })
+    }
+
     /// This block's share of the depth.
     fn share(&self) -> Share<'k> {
         Share::new(self.depth, self.c.split, || self.k.cluster_rank())
@@ -196,32 +219,28 @@ impl<'k> Gemm<'k, '_> {
         let tile = |_| (0..c.cols / 2).map(|_| k.reg::<S>()).collect();
         let accumulators: Vec<Vec<_>> = (0..c.m64_tiles()).map(tile).collect();
         self.tiles(turn.map(|_| group), |tile| {
-            let scales = self.copy_scales(tile, thread, group);
+            let (of, tile) = self.of_weight(tile);
+            let scales = of.copy_scales(tile, thread, group);
             // Those of packed codes and of blocks are floats: see `Config::check`.
             let floats = || accumulators[0].iter().map(|sum| sum.cast()).collect::<Vec<_>>();
-            match &self.lhs {
+            match &of.lhs {
                 Left::Packed(packed) => {
-                    self.multiply_packed(packed, &floats(), place, tile, (thread, group));
+                    of.multiply_packed(packed, &floats(), place, tile, (thread, group));
                 }
                 Left::Matrix(_) if c.promotes() => {
-                    self.promote(&floats(), place, tile, (thread, group, leader));
+                    of.promote(&floats(), place, tile, (thread, group, leader));
                 }
-                Left::Matrix(_) => {
-                    self.multiply(&accumulators, place, group, turn, leader);
-                }
+                Left::Matrix(_) => of.multiply(&accumulators, place, group, turn, leader),
             }
-            match self.out {
-                Out::Map(map) => {
-                    let at = (thread, group);
-                    self.store_slabs(&accumulators, map, tile, at, leader, scales);
-                }
-                Out::Memory { unit, address } => {
-                    self.stage(&accumulators[0], thread);
-                    self.store_staged::<S>(unit, address, tile, thread);
+            match c.store {
+                Store::Tma => of.store_slabs(&accumulators, tile, (thread, group), leader, scales),
+                Store::Staged { unit } => {
+                    of.stage(&accumulators[0], thread);
+                    of.store_staged::<S>(unit, tile, thread);
                 }
             }
         });
-        if let Out::Map(_) = self.out {
+        if c.store == Store::Tma {
             k.when(leader, || k.tma_wait_read(0));
         }
     }

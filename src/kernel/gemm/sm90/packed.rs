@@ -1,4 +1,4 @@
-//! A left operand of four bits, `Wᵀ`: the producer copies codes as they lie in memory, and warpgroups turn them into
+//! A left operand of four or eight bits, `Wᵀ`: the producer copies codes as they lie in memory, and warpgroups turn them into
 //! fragments, scaled, in registers. While wgmma multiplies those of a stage, the next ones are decoded.
 //!
 //! ```text
@@ -9,12 +9,12 @@
 //!  └────────────┴────────────┴─────────────────────────────┴───────────────────┘
 //! ```
 //!
-//! A scale for a whole column multiplies sums in the end.
+//! A scale for a whole column multiplies sums in the end. Codes of eight bits are those of [`lines`](super::lines).
 
 use super::config::Config;
+use super::lines::{Codes, LINES};
 use super::{Gemm, descriptor};
 use crate::kernel::Element;
-use crate::kernel::gemm::Name;
 use crate::kernel::gemm::share::Share;
 use crate::kernel::hopper::barriers::Mbarrier;
 use crate::kernel::hopper::product::{LeftStep, products};
@@ -22,6 +22,7 @@ use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{SLAB, WARPGROUP};
 use crate::kernel::raster::Tile;
 use crate::kernel::w4::nibbles::{Decoder, Offset};
+use crate::kernel::w4::weight::{Rows, Weight};
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme};
 use crate::ptx::{Address, Delivery, Factor, Half, Kernel, Reg};
 
@@ -38,6 +39,10 @@ pub struct PackedStage {
 impl PackedStage {
     /// Of a tile of `rows` rows.
     pub fn new(scheme: &Scheme, rows: u32) -> Self {
+        if scheme.codes.are_bytes() {
+            let bytes = rows / SLAB * LINES;
+            return Self { groups: 0, scales: bytes, zeros: bytes, bytes };
+        }
         let groups = scheme.group.map_or(0, |group| BLOCK.div_ceil(group));
         let scales = rows / BLOCK * BLOCK_BYTES;
         let zeros = scales + groups * rows * scheme.scale.size();
@@ -46,84 +51,52 @@ impl PackedStage {
     }
 }
 
-/// The operand in memory.
+/// The operand in memory: one of the weights.
 #[derive(Clone, Copy)]
 pub(super) struct Packed<'k> {
-    scheme: Scheme,
+    pub scheme: Scheme,
     stage: PackedStage,
-    codes: Reg<'k, u64>,
-    scales: Lines<'k>,
-    zeros: Option<Lines<'k>>,
+    pub weight: Weight<'k>,
     /// Rows of `W`.
-    k: Reg<'k, u32>,
-    decoder: Decoder<'k>,
+    pub k: Reg<'k, u32>,
+    pub decoder: Decoder<'k>,
 }
 
-/// Scales or zero points: a row for each group.
-#[derive(Clone, Copy)]
-struct Lines<'k> {
-    address: Reg<'k, u64>,
-    line: Reg<'k, u64>,
-    /// Bytes of an element.
-    size: u32,
-}
-
-impl<'k> Lines<'k> {
-    fn params(k: &'k Kernel, address: Name, line: Name, size: u32) -> Self {
-        Self { address: k.pointer(address), line: k.param(line), size }
-    }
-
-    /// Where column `column` of a group is.
-    fn at(&self, group: Reg<'k, u32>, column: Reg<'k, u32>) -> Reg<'k, u64> {
-        self.address + (group.wide() * self.line + column.wide()) * u64::from(self.size)
-    }
-}
+/// The left operands of all steps of a stage.
+pub(super) type Fragments<'k> = Vec<[Reg<'k, u32>; 4]>;
 
 /// What a producer copies of a tile.
 pub(super) struct PackedTile<'k> {
     of: Packed<'k>,
-    /// The next block of codes of each warpgroup, and whether there is one.
+    /// The next block of codes of each warpgroup, or the descriptor of codes in lines; and whether there is one.
     blocks: Vec<(Reg<'k, u64>, Reg<'k, bool>)>,
     /// The tile's first column of `W`.
     column: Reg<'k, u32>,
     /// Bytes of a row of scales and of one of zero points.
-    lines: Vec<(Lines<'k>, u32, Reg<'k, u32>)>,
+    lines: Vec<(Rows<'k>, u32, Reg<'k, u32>)>,
     /// Bytes that arrive for a stage.
     pub bytes: Reg<'k, u32>,
     to: Reg<'k, u32>,
 }
 
 impl<'k> Packed<'k> {
-    /// Declares the parameters. All threads of the block come here: those of a table fill it, at `table`.
-    pub fn params(k: &'k Kernel, c: &Config, scheme: Scheme) -> impl Fn(Reg<'k, u32>) -> Self {
-        let codes = k.pointer(Name::Codes);
-        let size = scheme.scale.size();
-        let scales = Lines::params(k, Name::Scales, Name::ScaleLine, size);
-        let zeros = scheme.zeros.then(|| Lines::params(k, Name::Zeros, Name::ZeroLine, 1));
-        let depth = k.param(Name::K);
-        let (half, threads, stage) = (half(c), c.threads(), PackedStage::new(&scheme, c.rows));
-        move |table| Self {
+    /// All threads of the block come here: those of a table fill it, at `table`.
+    pub fn new(c: &Config, weight: Weight<'k>, depth: Reg<'k, u32>, table: Reg<'k, u32>) -> Self {
+        let scheme = c.weight.expect("it is one");
+        Self {
             scheme,
-            stage,
-            codes,
-            scales,
-            zeros,
+            stage: PackedStage::new(&scheme, c.rows),
+            weight,
             k: depth,
-            decoder: Decoder::new(k, half, scheme.codes, table, threads),
+            decoder: Decoder::new(table.kernel(), half(c), scheme.codes, table, c.threads()),
         }
     }
+}
 
-    /// The only group of both of a lane's columns: columns past the last one have anyone's.
-    fn column_scales(&self, columns: [Reg<'k, u32>; 2]) -> [Reg<'k, f32>; 2] {
-        let k = self.codes.kernel();
-        let zero = k.var(0u32);
-        columns.map(|column| {
-            let at = self.scales.at(zero, column);
-            match self.scheme.scale {
-                Element::F32 => k.ld_global_nc::<f32, 1>(at)[0],
-                Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
-            }
-        })
+impl Packed<'_> {
+    /// Bytes of a warpgroup's codes in a stage.
+    fn codes_bytes(&self) -> u32 {
+        if self.scheme.codes.are_bytes() { LINES } else { BLOCK_BYTES }
     }
 }
 
@@ -142,18 +115,21 @@ impl<'k> Gemm<'k, '_> {
         let column = tile.row * c.rows;
         let blocks = (0..c.consumers()).map(|i| {
             let column = column + i * SLAB;
+            if of.scheme.codes.are_bytes() {
+                return (of.weight.codes, column.lt(cols));
+            }
             let block = (column / BLOCK).mul_wide(self.depth);
-            (k.var(of.codes + block * u64::from(BLOCK_BYTES)), column.lt(cols))
+            (k.var(of.weight.codes + block * u64::from(BLOCK_BYTES)), column.lt(cols))
         });
         let blocks: Vec<_> = blocks.collect();
         // As far as there are columns, in units of 16 bytes: rows of groups have whole ones.
         let left = (cols.max(column) - column).min(c.rows);
-        let lines = match of.scheme.group {
-            None => vec![],
-            Some(_) => {
-                let scales = Some((of.scales, of.stage.scales));
-                let zeros = of.zeros.map(|zeros| (zeros, of.stage.zeros));
-                let bytes = |(lines, to): (Lines<'k>, u32)| {
+        let lines = match of.stage.groups {
+            0 => vec![],
+            _ => {
+                let scales = Some((of.weight.scales, of.stage.scales));
+                let zeros = of.weight.zeros.map(|zeros| (zeros, of.stage.zeros));
+                let bytes = |(lines, to): (Rows<'k>, u32)| {
                     (lines, to, (left * lines.size).div_ceil(16) * 16)
                 };
                 [scales, zeros].into_iter().flatten().map(bytes).collect()
@@ -164,7 +140,7 @@ impl<'k> Gemm<'k, '_> {
         let count = count.reduce(|a, b| a + b).expect("there is a warpgroup");
         let bytes = lines
             .iter()
-            .fold(count * BLOCK_BYTES, |sum, &(.., bytes)| sum + bytes * of.stage.groups);
+            .fold(count * of.codes_bytes(), |sum, &(.., bytes)| sum + bytes * of.stage.groups);
         PackedTile { of, blocks, column, lines, bytes, to: self.base + self.smem.lhs }
     }
 
@@ -180,22 +156,31 @@ impl<'k> Gemm<'k, '_> {
         let (k, c) = (self.k, self.c);
         let thread = thread % WARPGROUP;
         let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
-        let Share { count, .. } = self.share();
+        let Share { first, count } = self.share();
         // Each warp for itself: it has read its codes.
         let first_lane = (thread % 32).eq(0);
         let row = group * SLAB + thread / 32 * 16 + thread % 32 / 4;
         let [cols, _] = c.orient.order(self.size);
         let columns = [0, 8].map(|more| (tile.row * c.rows + row + more).min(cols - 1));
         let whole = of.scheme.group.is_none();
-        let always = match of.zeros {
-            Some(zeros) if whole => {
-                let zero = k.var(0u32);
-                columns.map(|column| of.decoder.zero(k.ld_global_nc_u8(zeros.at(zero, column))))
+        let zero = |column| whole.then(|| of.weight.column_zero(column))?;
+        let always = columns.map(|column| match zero(column) {
+            Some(zero) => of.decoder.zero(zero),
+            None => of.decoder.symmetric(),
+        });
+        let scales = whole.then(|| columns.map(|column| of.weight.column_scale(column)));
+        let blocks = self.tile_blocks(of, tile.row * c.rows + group * SLAB, first);
+        let load = || {
+            let stage = self.base + place.stage * of.stage.bytes + self.smem.lhs;
+            match of.scheme.codes.are_bytes() {
+                true => Loaded::Lines(self.load_lines(stage + group * LINES, row - group * SLAB)),
+                false => Loaded::Words(self.load_words(of, stage, [thread, group, row])),
             }
-            _ => [of.decoder.symmetric(); 2],
         };
-        let scales = whole.then(|| of.column_scales(columns));
-        let decode = || self.decode(of, place.stage, [thread, group, row], always);
+        let decode = |loaded: Loaded<'k>| match loaded {
+            Loaded::Lines(codes) => self.decode_lines(of, &codes, blocks.as_ref()),
+            Loaded::Words(words) => self.decode_words(of, &words, always),
+        };
         let multiply = |fragments: &[[Reg<'k, u32>; 4]], accumulate: Reg<'k, bool>| {
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             products(c.factor(), &[sums], c.depth(), accumulate, |step| {
@@ -205,29 +190,36 @@ impl<'k> Gemm<'k, '_> {
         // Two sets, of stages in turn.
         let set = || (0..c.depth() / 16).map(|_| k.regs::<u32, 4>()).collect::<Vec<_>>();
         let (even, odd) = (set(), set());
-        let decode_to = |to: &[[Reg<'k, u32>; 4]]| {
-            let both = to.iter().flatten().zip(decode().into_iter().flatten());
+        let decode_to = |to: &[[Reg<'k, u32>; 4]], loaded| {
+            let both = to.iter().flatten().zip(decode(loaded).into_iter().flatten());
             both.for_each(|(to, from)| to.set(from));
         };
         // The barrier of the stage whose products were begun last.
         let before = Mbarrier::unset(k);
-        // Begins a stage's products, and waits for those of the one before, whose fragments and stage are free then.
+        // Begins a stage's products; gives its barrier.
         let begin = |from: &[[Reg<'k, u32>; 4]], later: Reg<'k, bool>| {
             let done = place.done();
             multiply(from, later);
             place.advance();
+            done
+        };
+        // Waits for the products of the stage before, whose fragments and stage are free then.
+        let settle = |done, later: Reg<'k, bool>| {
             k.wgmma_wait(1);
             k.when(first_lane & later, || before.arrive());
             before.set(done);
         };
-        // Decodes the next stage meanwhile.
+        // Decodes the next stage meanwhile. What it has comes from shared memory during the wait.
         let go_on = |from: &[[Reg<'k, u32>; 4]], to: &[[Reg<'k, u32>; 4]], later| {
-            begin(from, later);
+            let done = begin(from, later);
             place.wait();
-            decode_to(to);
+            let loaded = load();
+            settle(done, later);
+            decode_to(to, loaded);
         };
+        let end = |from: &[[Reg<'k, u32>; 4]], later| settle(begin(from, later), later);
         place.wait();
-        decode_to(&even);
+        decode_to(&even, load());
         let others = count - 1;
         let yes = count.ge(1);
         k.for_(0, others / 2, 1, |i| {
@@ -236,10 +228,10 @@ impl<'k> Gemm<'k, '_> {
         });
         k.if_else(
             (others % 2).eq(0),
-            || begin(&even, others.ne(0)),
+            || end(&even, others.ne(0)),
             || {
                 go_on(&even, &odd, others.ne(1));
-                begin(&odd, yes);
+                end(&odd, yes);
             },
         );
         k.wgmma_wait(0);
@@ -249,48 +241,80 @@ impl<'k> Gemm<'k, '_> {
         }
     }
 
-    /// The fragments of a stage, for a thread of a warpgroup whose first row of the tile is `row`.
-    fn decode(
+    /// What a thread of a warpgroup, whose first row of the tile is `row`, has of a stage of words at `stage`.
+    fn load_words(
         &self,
         of: &Packed<'k>,
         stage: Reg<'k, u32>,
         [thread, group, row]: [Reg<'k, u32>; 3],
-        always: [Offset<'k>; 2],
-    ) -> Vec<[Reg<'k, u32>; 4]> {
+    ) -> Words<'k> {
         let (k, c) = (self.k, self.c);
-        let Packed { scheme, stage: layout, decoder, .. } = *of;
-        let stage = self.base + stage * layout.bytes + self.smem.lhs;
+        let Packed { scheme, stage: layout, .. } = *of;
         let words = k.ld_shared::<u32, 4>(stage + group * BLOCK_BYTES + thread * 16);
-        if scheme.group.is_none() {
+        let size = scheme.scale.size();
+        let of_row = |place: u32| {
+            let at = (stage + row * size).at((layout.scales + place * size).into());
+            let zero = |()| k.ld_shared_u8((stage + row).at((layout.zeros + place).into()));
+            (LoadedScale::load(k, scheme.scale, at), scheme.zeros.then_some(()).map(zero))
+        };
+        let groups = (0..layout.groups).map(|i| [0, 8].map(|more| of_row(i * c.rows + more)));
+        Words { words, groups: groups.collect() }
+    }
+
+    /// The fragments.
+    fn decode_words(
+        &self,
+        of: &Packed<'k>,
+        Words { words, groups }: &Words<'k>,
+        always: [Offset<'k>; 2],
+    ) -> Fragments<'k> {
+        let (k, decoder) = (self.k, of.decoder);
+        if groups.is_empty() {
             return words.map(|word| decoder.fragment(word, always)).into();
         }
-        let (none, half) = (k.var(0x8000_8000u32), half(c));
-        let size = scheme.scale.size();
-        let scales = stage + row * size;
-        let zeros = stage + row;
-        let groups: Vec<_> = (0..layout.groups)
-            .map(|number| {
-                let of_row = |more: u32| {
-                    let place = number * c.rows + more;
-                    let at = scales.at((layout.scales + place * size).into());
-                    let scale = Factors::load(k, half, scheme.scale, at);
-                    let zero = scheme.zeros.then(|| {
-                        let at = zeros.at((layout.zeros + place).into());
-                        decoder.zero(k.ld_shared_u8(at))
-                    });
-                    (scale, zero.unwrap_or(always[0]))
-                };
-                [of_row(0), of_row(8)]
-            })
-            .collect();
-        let steps = words.len() as u32 / layout.groups;
-        let fragment = |(step, word)| {
-            let [(first, low), (second, high)] = groups[(step / steps) as usize];
+        let (none, half) = (k.var(0x8000_8000u32), half(self.c));
+        let of_row = |&(scale, zero): &(LoadedScale<'k>, Option<_>)| {
+            let zero = zero.map_or(always[0], |zero| decoder.zero(zero));
+            (Factors::new(k, half, scale), zero)
+        };
+        let groups: Vec<_> = groups.iter().map(|both| both.each_ref().map(of_row)).collect();
+        let steps = words.len() / groups.len();
+        let fragment = |(step, &word)| {
+            let [(first, low), (second, high)] = groups[step / steps];
             let [a, b, c, d] = decoder.fragment(word, [low, high]);
             let scale = |x, by: Factors<'k>| by.scale(half, x, none);
             [scale(a, first), scale(b, second), scale(c, first), scale(d, second)]
         };
-        (0..).zip(words).map(fragment).collect()
+        words.iter().enumerate().map(fragment).collect()
+    }
+}
+
+/// What a lane loads of a stage.
+enum Loaded<'k> {
+    Words(Words<'k>),
+    Lines(Codes<'k>),
+}
+
+/// Of four bits: a word for each step, and of each group the scale and zero point of both of the lane's columns.
+struct Words<'k> {
+    words: [Reg<'k, u32>; 4],
+    groups: Vec<[(LoadedScale<'k>, Option<Reg<'k, u32>>); 2]>,
+}
+
+/// A scale as it lies in memory.
+#[derive(Clone, Copy)]
+enum LoadedScale<'k> {
+    Half(Half, Reg<'k, u16>),
+    Float(Reg<'k, f32>),
+}
+
+impl<'k> LoadedScale<'k> {
+    /// From shared memory.
+    fn load(k: &'k Kernel, element: Element, at: Address<'k, u32>) -> Self {
+        match element {
+            Element::Half(half) => Self::Half(half, k.ld_shared::<u16, 1>(at)[0]),
+            Element::F32 => Self::Float(k.ld_shared::<f32, 1>(at)[0]),
+        }
     }
 }
 
@@ -303,17 +327,13 @@ struct Factors<'k> {
 }
 
 impl<'k> Factors<'k> {
-    /// From shared memory.
-    fn load(k: &'k Kernel, half: Half, element: Element, at: Address<'k, u32>) -> Self {
-        let scale = match element {
-            Element::Half(of) => {
-                let [scale] = k.ld_shared::<u16, 1>(at);
-                if of == half {
-                    return Self { scale: k.pack(scale, scale), rest: None };
-                }
-                k.widen(of, scale)
+    fn new(k: &'k Kernel, half: Half, scale: LoadedScale<'k>) -> Self {
+        let scale = match scale {
+            LoadedScale::Half(of, scale) if of == half => {
+                return Self { scale: k.pack(scale, scale), rest: None };
             }
-            Element::F32 => k.ld_shared::<f32, 1>(at)[0],
+            LoadedScale::Half(of, scale) => k.widen(of, scale),
+            LoadedScale::Float(scale) => scale,
         };
         let rounded = k.cvt_rn(half, scale);
         let rest = scale - k.widen(half, rounded);
@@ -331,6 +351,9 @@ impl<'k> Factors<'k> {
 impl<'k> PackedTile<'k> {
     /// Goes to stage `first` of the depth.
     pub fn begin(&self, first: Reg<'k, u32>) {
+        if self.of.scheme.codes.are_bytes() {
+            return;
+        }
         let before = first.wide() * u64::from(BLOCK_BYTES);
         self.blocks.iter().for_each(|(from, _)| from.increase(before));
     }
@@ -339,6 +362,16 @@ impl<'k> PackedTile<'k> {
     pub fn load(&self, stage: Reg<'k, u32>, at: Reg<'k, u32>, full: Mbarrier<'k>) {
         let (k, of) = (stage.kernel(), self.of);
         let to = stage * of.stage.bytes + self.to;
+        if of.scheme.codes.are_bytes() {
+            let row = at * BLOCK;
+            for (i, &(map, inside)) in (0..).zip(&self.blocks) {
+                let place = [row, self.column + i * SLAB];
+                let to = to.at((i * LINES).into());
+                let load = || k.tma_load(to, map, &place, full.address(), Delivery::Once);
+                k.when(inside, load);
+            }
+            return;
+        }
         for (i, &(from, inside)) in (0..).zip(&self.blocks) {
             let to = to.at((i * BLOCK_BYTES).into());
             k.when(inside, || k.bulk_load(to, from, BLOCK_BYTES, full.address(), Delivery::Once));

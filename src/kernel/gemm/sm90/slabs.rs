@@ -72,7 +72,6 @@ impl<'k> Gemm<'k, '_> {
     pub(super) fn store_slabs<S: Sum>(
         &self,
         accumulators: &[Vec<Reg<'k, S>>],
-        map: Reg<'k, u64>,
         tile: Tile<'k>,
         (thread, group): (Reg<'k, u32>, Reg<'k, u32>),
         leader: Reg<'k, bool>,
@@ -95,7 +94,7 @@ impl<'k> Gemm<'k, '_> {
         let lane = Lane::new(thread);
         let [width, lines] = c.result_box();
         let store = SlabStore {
-            map,
+            map: self.out,
             out: c.epilogue.out,
             direction: match c.orient {
                 Orient::Plain => Direction::Rows,

@@ -47,13 +47,7 @@ impl<'k> Gemm<'k, '_> {
     }
 
     /// Adds up the blocks' staged tiles, each block a share of them in the same order, and stores.
-    pub(super) fn store_staged<S: Sum>(
-        &self,
-        unit: u32,
-        out: Reg<'k, u64>,
-        tile: Tile<'k>,
-        thread: Reg<'k, u32>,
-    ) {
+    pub(super) fn store_staged<S: Sum>(&self, unit: u32, tile: Tile<'k>, thread: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
         let [(row, lines), (col, width)] = c.orient.order([(tile.row, c.rows), (tile.col, c.cols)]);
         let first = (row * lines, col * width);
@@ -70,7 +64,7 @@ impl<'k> Gemm<'k, '_> {
         let stride = threads * c.split;
         let result = TileOfResult {
             terms: self.terms,
-            out,
+            out: self.out,
             rows: self.size[0],
             cols: self.size[1],
             first,

@@ -25,7 +25,7 @@ const WARP: f64 = 40.0;
 /// Of a round of clusters, and more for each warp of them on a multiprocessor.
 const CLUSTER: f64 = 1150.0;
 const SHARE: f64 = 15.0;
-/// Of a second kernel.
+/// Of one more kernel.
 const LAUNCH: f64 = 4000.0;
 
 /// The configuration with the least estimated time.
@@ -36,6 +36,11 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         .min_by(|a, b| a.0.total_cmp(&b.0))
         .expect("small blocks fit every device")
         .1
+}
+
+/// Estimated clocks of what is chosen, with its launch.
+pub fn time(problem: &Problem, device: &Device) -> f64 {
+    LAUNCH + estimate(&choose(problem, device), problem, device)
 }
 
 /// Those worth an estimate, the simplest first.
@@ -85,6 +90,7 @@ fn small(problem: &Problem, device: &Device) -> Config {
         blocks_per_sm: 1,
         unit: if problem.widths().iter().all(|n| n.is_multiple_of(4)) { 4 } else { 1 },
         weights: problem.weights(),
+        gated: problem.gated,
         epilogue: problem.epilogue,
     }
 }
@@ -100,7 +106,7 @@ fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
     let (sms, resident) = (f64::from(device.multiprocessors), f64::from(c.blocks_per_sm));
     let (warps, split) = (f64::from(c.warps), f64::from(c.split));
     let pairs = problem.k.div_ceil(128).div_ceil(c.split.into());
-    let of_warp = pairs.div_ceil(c.warps.into()) as f64;
+    let of_warp = pairs.div_ceil(c.together().into()) as f64;
     let rounds = (blocks / (sms * resident)).ceil();
     let busiest = (blocks / sms).ceil();
 
@@ -148,7 +154,7 @@ mod tests {
         let element = Element::Half(Half::Bf16);
         let scheme = Scheme { codes, zeros: false, scale: element, group };
         let epilogue = Epilogue::round(element);
-        Problem { m, n, others: [0; 2], k, half: Half::Bf16, scheme, epilogue }
+        Problem { m, n, others: [0; 2], gated: false, k, half: Half::Bf16, scheme, epilogue }
     }
 
     #[test]

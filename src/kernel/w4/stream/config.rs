@@ -6,7 +6,7 @@ use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::w4::nibbles::Decoder;
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES, MOST_WEIGHTS, Scheme};
-use crate::ptx::{Half, Kernel, Reg, Target};
+use crate::ptx::{Half, Target};
 
 /// Bytes of a row of `x` in a slot: as many elements as a block of codes has rows.
 pub(super) const LINE: u32 = 2 * BLOCK;
@@ -39,6 +39,8 @@ pub struct Config {
     pub unit: u32,
     /// How many weights the rows of `x` are multiplied with.
     pub weights: u32,
+    /// Whether the result is the product of both weights' ones, the first activated: half of a block's warps have each.
+    pub gated: bool,
     /// What is done to a sum before it is stored.
     pub epilogue: Epilogue,
 }
@@ -61,7 +63,10 @@ impl Config {
         let more = given(self.several, "+");
         let split = several(self.split, |split| format!(" split{split}"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
-        let weights = several(self.weights, |weights| format!(" {weights}weights"));
+        let weights = match self.gated {
+            true => " gated".into(),
+            false => several(self.weights, |weights| format!(" {weights}weights")),
+        };
         let (scheme, scale) = (self.scheme.name(), self.scheme.scale.name());
         let (half, epilogue) = (self.half.name(), self.epilogue.name());
         let target = match self.target {
@@ -77,6 +82,16 @@ impl Config {
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
         WARP * self.warps
+    }
+
+    /// Warps that share the rows of a weight.
+    pub(super) fn together(&self) -> u32 {
+        self.warps / self.sums_of_column()
+    }
+
+    /// Sums for each element of the result.
+    pub(super) fn sums_of_column(&self) -> u32 {
+        if self.gated { 2 } else { 1 }
     }
 
     /// Columns of an `mma`'s sums, times this.
@@ -101,14 +116,6 @@ impl Config {
         Slot { x, scales, zeros, bytes: (zeros + zero_bytes).next_multiple_of(LINE) }
     }
 
-    /// A scale from memory.
-    pub(super) fn load_scale<'k>(&self, k: &'k Kernel, at: Reg<'k, u64>) -> Reg<'k, f32> {
-        match self.scheme.scale {
-            Element::F32 => k.ld_global_nc::<f32, 1>(at)[0],
-            Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
-        }
-    }
-
     /// Bytes of the warps' rings.
     pub(super) fn ring_bytes(&self) -> u32 {
         self.warps * self.slots * self.slot().bytes
@@ -126,7 +133,7 @@ impl Config {
 
     /// Bytes of shared memory: the rings, over which the sums lie in the end, and the decoder's.
     pub fn shared_bytes(&self) -> u32 {
-        let sums = (self.warps + 1) * self.sums_bytes();
+        let sums = (self.warps + self.sums_of_column()) * self.sums_bytes();
         self.ring_bytes().max(sums).next_multiple_of(LINE)
             + Decoder::shared_bytes(self.scheme.codes)
     }
@@ -174,10 +181,7 @@ impl Config {
                         && (self.split == 1 || self.clustered())),
                 format!("{} weights", self.weights),
             ),
-            (
-                !self.scheme.codes.are_bytes() || self.weights == 1,
-                "several weights of codes of eight bits".into(),
-            ),
+            (!self.gated || self.weights == 2, format!("a gate of {} weights", self.weights)),
             (shared <= limit, format!("{shared} bytes of shared memory (at most {limit})")),
         ];
         match rules.into_iter().find(|(holds, _)| !holds) {

@@ -6,7 +6,9 @@ use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::gemm::Name;
 use crate::kernel::multiprocessor::WARP;
-use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme, WEIGHTS};
+use crate::kernel::w4::params::WeightNames;
+use crate::kernel::w4::weight::{Rows, Weight};
+use crate::kernel::w4::{BLOCK, BLOCK_BYTES};
 use crate::ptx::{Kernel, Reg};
 
 /// Blocks of codes that a warp takes together: the rows of a group may be those of two.
@@ -17,107 +19,22 @@ pub const PAIR: u32 = 2;
 pub struct Operands<'k> {
     x: Reg<'k, u64>,
     x_line: Reg<'k, u64>,
-    pub codes: Reg<'k, u64>,
-    /// Of bytes: from column to column.
-    codes_line: Option<Reg<'k, u64>>,
-    scales: Lines<'k>,
-    /// Of bytes whose columns have one each, or all the same: from one to the next.
-    pub scale_step: Option<Reg<'k, u32>>,
-    zeros: Option<Lines<'k>>,
     pub m: Reg<'k, u32>,
-    pub n: Reg<'k, u32>,
     pub k: Reg<'k, u32>,
-    pub out: Reg<'k, u64>,
-}
-
-/// Scales or zero points: rows of groups.
-#[derive(Clone, Copy)]
-pub struct Lines<'k> {
-    pub address: Reg<'k, u64>,
-    line: Reg<'k, u64>,
-    /// Bytes of an element.
-    size: u32,
-}
-
-impl<'k> Lines<'k> {
-    fn params(k: &'k Kernel, [address, line]: [Name; 2], size: u32) -> Self {
-        Self { address: k.pointer(address), line: k.param(line), size }
-    }
-
-    /// These if it holds, else others.
-    fn or(self, other: Self, holds: Reg<'k, bool>) -> Self {
-        let k = holds.kernel();
-        Self {
-            address: k.select(holds, self.address, other.address),
-            line: k.select(holds, self.line, other.line),
-            ..self
-        }
-    }
+    pub weight: Weight<'k>,
 }
 
 impl<'k> Operands<'k> {
-    /// Declares the parameters, of the first weight.
-    pub fn params(k: &'k Kernel, scheme: &Scheme) -> Self {
+    /// Declares the parameters: those of all weights.
+    pub fn params(k: &'k Kernel, c: &Config) -> (Self, Vec<Weight<'k>>) {
         let (x, x_line) = (k.pointer(Name::Lhs), k.param(Name::LhsLine));
-        let names = &WEIGHTS[0];
-        let bytes = scheme.codes.are_bytes();
-        Self {
-            x,
-            x_line,
-            codes: k.pointer(names.codes),
-            codes_line: bytes.then(|| k.param(Name::CodesLine)),
-            scales: Lines::params(k, names.scales, scheme.scale.size()),
-            scale_step: (bytes && scheme.group.is_none()).then(|| k.param(Name::ScaleStep)),
-            zeros: scheme.zeros.then(|| Lines::params(k, names.zeros, 1)),
-            m: k.param(Name::M),
-            n: k.param(names.n),
-            k: k.param(Name::K),
-            out: k.pointer(names.out),
-        }
-    }
-
-    /// With the weight, of as many as the configuration says, that has block `column` of the columns of all, and which
-    /// of its own that is. Declares the others' parameters.
-    pub fn of_column(self, c: &Config, column: Reg<'k, u32>) -> (Self, Reg<'k, u32>) {
-        if c.weights == 1 {
-            return (self, column);
-        }
-        let k = column.kernel();
-        let (mut of, mut own, mut before) = (self, column, self.n.div_ceil(BLOCK));
-        for (names, number) in WEIGHTS[1..c.weights as usize].iter().zip(2..) {
-            let other = Self {
-                codes: k.pointer(names.codes),
-                scales: Lines::params(k, names.scales, c.scheme.scale.size()),
-                zeros: c.scheme.zeros.then(|| Lines::params(k, names.zeros, 1)),
-                n: k.param(names.n),
-                out: k.pointer(names.out),
-                ..self
-            };
-            let further = column.ge(before);
-            of = Self {
-                codes: k.select(further, other.codes, of.codes),
-                scales: other.scales.or(of.scales, further),
-                zeros: other.zeros.zip(of.zeros).map(|(a, b)| a.or(b, further)),
-                n: k.select(further, other.n, of.n),
-                out: k.select(further, other.out, of.out),
-                ..self
-            };
-            own = k.select(further, column - before, own);
-            if number < c.weights {
-                before = before + other.n.div_ceil(BLOCK);
-            }
-        }
-        (of, own)
-    }
-
-    /// The addresses of the scales and zero points of the first group.
-    pub fn first_group(&self) -> (Reg<'k, u64>, Option<Reg<'k, u64>>) {
-        (self.scales.address, self.zeros.map(|zeros| zeros.address))
-    }
-
-    /// That of the scales, and elements from group to group.
-    pub fn scale_lines(&self) -> (Reg<'k, u64>, Reg<'k, u64>) {
-        (self.scales.address, self.scales.line)
+        let (m, depth) = (k.param(Name::M), k.param(Name::K));
+        let codes = |names: &WeightNames| {
+            let bytes = c.scheme.codes.are_bytes();
+            (k.pointer(names.codes), bytes.then(|| k.param(names.codes_line)))
+        };
+        let all = Weight::params(k, c.scheme, c.weights, codes, |out| k.pointer(out));
+        (Self { x, x_line, m, k: depth, weight: all[0] }, all)
     }
 
     /// Blocks of codes along K.
@@ -179,22 +96,22 @@ impl<'k> Copies<'k> {
     ) -> Self {
         let (k, slot) = (lane.kernel(), config.slot());
         let block = column.mul_wide(operands.blocks()) + (first * PAIR).wide();
-        let codes = operands.codes + block * u64::from(BLOCK_BYTES) + (lane * CHUNK).wide();
+        let codes = operands.weight.codes + block * u64::from(BLOCK_BYTES) + (lane * CHUNK).wide();
         let (line, chunk) = SwizzledTile::first_copy(lane);
         let together = SwizzledTile::lines_together(WARP);
         let x_lines = config.tokens.div_ceil(together);
-        let along = first * (PAIR * BLOCK) + chunk * (CHUNK / 2);
+        let row = first * (PAIR * BLOCK) + chunk * (CHUNK / 2);
         let x = (0..x_lines).map(|i| {
             // Sums of rows that do not exist are not stored: any row will do.
             let line = (token + line + i * together).min(operands.m - 1);
-            operands.x + (line.wide() * operands.x_line + along.wide()) * 2u64
+            operands.x + (line.wide() * operands.x_line + row.wide()) * 2u64
         });
         let x = x.collect();
-        let lines =
-            operands.codes_line.map(|line| LineCopies::new(&operands, line, lane, column, first));
+        let along = operands.weight.codes_line;
+        let lines = along.map(|line| LineCopies::new(&operands, line, lane, column, first));
         let groups = config.scheme.group.filter(|_| lines.is_none()).map_or(vec![], |group| {
-            let scales = (operands.scales, slot.scales);
-            let zeros = operands.zeros.map(|zeros| (zeros, slot.zeros));
+            let scales = (operands.weight.scales, slot.scales);
+            let zeros = operands.weight.zeros.map(|zeros| (zeros, slot.zeros));
             let copies =
                 |(lines, to)| GroupCopies::new(&operands, lines, to, group, lane, column, first);
             [Some(scales), zeros].into_iter().flatten().map(copies).collect()
@@ -205,7 +122,7 @@ impl<'k> Copies<'k> {
             operands,
             lane,
             pair: k.var(first),
-            step: config.warps,
+            step: config.together(),
             codes: k.var(codes),
             lines,
             x,
@@ -278,7 +195,7 @@ impl<'k> Copies<'k> {
 impl<'k> GroupCopies<'k> {
     fn new(
         operands: &Operands<'k>,
-        lines: Lines<'k>,
+        lines: Rows<'k>,
         to: u32,
         group: u32,
         lane: Reg<'k, u32>,
@@ -294,7 +211,7 @@ impl<'k> GroupCopies<'k> {
         let line = lines.line * u64::from(lines.size);
         let pointer = (first * rows_of_pair + row).wide() * line;
         let pointer = lines.address + pointer + (col * lines.size).wide();
-        let left = operands.n.max(col) - col;
+        let left = operands.weight.n.max(col) - col;
         Self {
             pointer: k.var(pointer),
             line,

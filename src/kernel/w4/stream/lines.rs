@@ -17,6 +17,7 @@ use super::copies::{Operands, PAIR};
 use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::w4::BLOCK;
+use crate::kernel::w4::weight::Weight;
 use crate::ptx::{Address, Kernel, Reg};
 
 /// Lanes that share a column.
@@ -50,11 +51,12 @@ impl<'k> LineCopies<'k> {
         let k = lane.kernel();
         let column = column * BLOCK + lane / TOGETHER;
         let row = lane % TOGETHER * CHUNK;
-        let from = operands.codes + column.wide() * line + (first * (PAIR * BLOCK) + row).wide();
+        let from =
+            operands.weight.codes + column.wide() * line + (first * (PAIR * BLOCK) + row).wide();
         Self {
             from: k.var(from),
             apart: line * u64::from(COLUMNS),
-            columns: operands.n.max(column) - column,
+            columns: operands.weight.n.max(column) - column,
             row,
             rows: operands.k,
         }
@@ -108,9 +110,9 @@ pub fn right<'k>(k: &'k Kernel, chunks: [Address<'k, u32>; 2]) -> Vec<[Reg<'k, u
 
 /// The scales of blocks of 128 rows and columns, one for each pair of blocks of codes.
 pub struct PairScales<'k> {
-    /// That of the first group of the columns, and bytes from group to group.
-    address: Reg<'k, u64>,
-    line: Reg<'k, u64>,
+    weight: Weight<'k>,
+    /// Which of a group's the columns have.
+    column: Reg<'k, u32>,
     /// The warp's first pair, and how many it leaves to others before its next one.
     first: Reg<'k, u32>,
     step: u32,
@@ -131,25 +133,23 @@ impl<'k> PairScales<'k> {
         first: Reg<'k, u32>,
     ) -> Self {
         let k = column.kernel();
-        let size = u64::from(c.scheme.scale.size());
-        let (address, line) = operands.scale_lines();
         Self {
-            address: address + (column / Self::COLUMNS).wide() * size,
-            line: line * size,
+            weight: operands.weight,
+            column: column / Self::COLUMNS,
             first,
-            step: c.warps,
+            step: c.together(),
             last: operands.pairs() - 1,
             held: k.var(0u32),
         }
     }
 
     /// That of the warp's pair `pair`: all of its lanes ask for each in turn.
-    pub fn of(&self, c: &Config, pair: Reg<'k, u32>) -> Reg<'k, f32> {
+    pub fn of(&self, pair: Reg<'k, u32>) -> Reg<'k, f32> {
         let k = pair.kernel();
         let lane = pair % WARP;
         k.if_(lane.eq(0), || {
             let group = (self.first + (pair + k.lane()) * self.step).min(self.last);
-            let scale = c.load_scale(k, self.address + group.wide() * self.line);
+            let scale = self.weight.load_scale(self.weight.scales.at(group, self.column));
             self.held.set(scale.cast());
         });
         k.shfl_idx(self.held, lane).cast()

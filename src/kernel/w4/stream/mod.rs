@@ -12,6 +12,8 @@
 //! ```
 //!
 //! Scales multiply sums, not codes: a group's products are added up without them first.
+//!
+//! Of a gated result half of the warps have the gate's columns, and the others those that it is multiplied with.
 
 mod choose;
 mod config;
@@ -20,7 +22,7 @@ mod launch;
 mod lines;
 mod store;
 
-pub use choose::{MOST, candidates, choose};
+pub use choose::{MOST, candidates, choose, time};
 pub use config::Config;
 pub use launch::Launch;
 
@@ -32,6 +34,7 @@ use crate::kernel::gemm::terms::Terms;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::w4::BLOCK;
 use crate::kernel::w4::nibbles::{Decoder, Offset};
+use crate::kernel::w4::weight::Weight;
 use crate::ptx::{Kernel, Mma, Reg, Source, Target};
 use config::{LINE, Slot, TOKENS};
 use copies::{Copies, Operands, PAIR};
@@ -53,7 +56,7 @@ pub fn emit(config: &Config) -> Source {
     if config.clustered() {
         k.cluster(config.split);
     }
-    let operands = Operands::params(k, &config.scheme);
+    let (mut operands, weights) = Operands::params(k, config);
     let terms = Terms::params(k, config.epilogue);
     let base = k.shared(config.shared_bytes());
     let (thread, lane) = (k.thread(), k.lane());
@@ -66,16 +69,28 @@ pub fn emit(config: &Config) -> Source {
         1 => (k.var(0), k.block_x()),
         split => (k.block_x() % split, k.block_x() / split),
     };
-    let (column, token) = match config.several {
+    let (line, token) = match config.several {
         false => (block, k.var(0)),
         true => {
             let blocks = operands.m.div_ceil(config.tokens);
             (block / blocks, block % blocks * config.tokens)
         }
     };
-    let (operands, column) = operands.of_column(config, column);
+    let column;
+    // The warp's place among those that share its weight.
+    let place;
+    match (config.gated, weights.as_slice()) {
+        (true, &[gate, up]) => {
+            operands.weight = up.or(gate, warp.ge(config.together()));
+            (column, place) = (line, warp % config.together());
+        }
+        _ => {
+            (operands.weight, column) = Weight::of_line(&weights, line, BLOCK);
+            place = warp;
+        }
+    }
     let share = Share::new(operands.pairs(), config.split, || part);
-    let first = share.first + warp;
+    let first = share.first + place;
     let s = Stream {
         k,
         c: config,
@@ -85,7 +100,7 @@ pub fn emit(config: &Config) -> Source {
         copies: Copies::new(config, operands, lane, [token, column], first),
         first,
         // Of a share of fewer pairs than warps, the last ones have none.
-        pairs: (share.count + (config.warps - 1) - warp) / config.warps,
+        pairs: (share.count + (config.together() - 1) - place) / config.together(),
     };
     let decoder = s.begin(base);
     let sums = s.run(&decoder, operands, column);
@@ -150,7 +165,7 @@ impl<'k> Stream<'k, '_> {
         };
         let totals = zeros();
         let whole =
-            c.scheme.group.is_none().then(|| store::column_groups(c, operands, self.lane, column));
+            c.scheme.group.is_none().then(|| store::column_groups(operands, self.lane, column));
         let of_pairs = match c.scheme.group {
             Some(_) if c.scheme.codes.are_bytes() => {
                 Some(PairScales::new(c, &operands, column, self.first))
@@ -165,7 +180,7 @@ impl<'k> Stream<'k, '_> {
             // A group of two blocks has its scales from the first one on.
             let mut group = None;
             let of_pair = of_pairs.as_ref().map(|scales| {
-                let scale = scales.of(c, pair);
+                let scale = scales.of(pair);
                 by_tile(|_| scale)
             });
             for block in 0..PAIR {

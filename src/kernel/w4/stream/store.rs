@@ -16,22 +16,18 @@ pub struct ColumnGroups<'k> {
 
 /// Loads them: columns past the last one have anyone's.
 pub fn column_groups<'k>(
-    c: &Config,
     operands: Operands<'k>,
     lane: Reg<'k, u32>,
     column: Reg<'k, u32>,
 ) -> ColumnGroups<'k> {
-    let k = lane.kernel();
     let first = column * BLOCK + lane / 4;
-    let last = operands.n - 1;
-    let (scales, zeros) = operands.first_group();
-    let scales = by_tile(|col| {
-        let col = (first + col).min(last);
-        let number = operands.scale_step.map_or(col, |step| col * step);
-        c.load_scale(k, scales.element(number, c.scheme.scale.size()))
+    let weight = operands.weight;
+    let of = |col| (first + col).min(weight.n - 1);
+    let scales = by_tile(|col| weight.column_scale(of(col)));
+    let zeros = weight.zeros.and_then(|_| {
+        let zeros = by_tile(|col| weight.column_zero(of(col)));
+        zeros.into_iter().map(|[a, b]| Some([a?, b?])).collect()
     });
-    let zeros =
-        zeros.map(|zeros| by_tile(|col| k.ld_global_nc_u8(zeros + (first + col).min(last).wide())));
     ColumnGroups { scales, zeros }
 }
 
@@ -63,7 +59,7 @@ pub struct Tile<'k, 'c> {
 }
 
 impl<'k> Tile<'k, '_> {
-    /// Adds the warps' sums, and those of a cluster's blocks, in their order, and stores.
+    /// Adds the sums of each weight's warps, and those of a cluster's blocks, in their order, and stores.
     pub fn store(&self, sums: &Sums<'k>, operands: Operands<'k>, terms: Terms<'k>) {
         let (k, c) = (self.k, self.c);
         // All warps are done with their rings.
@@ -74,41 +70,51 @@ impl<'k> Tile<'k, '_> {
         let zero = k.var(0u32);
         let result = TileOfResult {
             terms,
-            out: operands.out,
+            out: operands.weight.out,
             rows: operands.m,
-            cols: operands.n,
+            cols: operands.weight.n,
             first: (self.token, self.column * BLOCK),
             batch: if partial { self.part } else { zero },
         };
+        // Of each weight's warps.
         let warps: Vec<_> = (0..c.warps).map(|warp| warp * c.sums_bytes()).collect();
+        let sides: Vec<_> = warps.chunks(c.together() as usize).collect();
+        let store = |sums: &[Vec<_>], token, col, inside| match sums {
+            [gate, by] => result.store_times(gate, by, token, col, inside),
+            sums => result.store(&sums[0], token, col, inside),
+        };
         if !c.clustered() {
             return self.units(self.thread, c.threads(), |at, token, col, inside| {
-                let sums = self.whole(&warps, at);
-                result.store(&sums, token, col, inside);
+                let sums: Vec<_> = sides.iter().map(|warps| self.whole(warps, at)).collect();
+                store(&sums, token, col, inside);
             });
         }
         let whole = self.base + c.warps * c.sums_bytes();
+        let wholes = || (0..).map(|side: u32| whole + side * c.sums_bytes());
         self.units(self.thread, c.threads(), |at, _, _, inside| {
-            let sums = self.whole(&warps, at);
-            let store = || match *sums {
-                [a, b, c, d] => k.st_shared(whole + at, [a, b, c, d]),
-                _ => k.st_shared(whole + at, [sums[0]]),
-            };
-            match inside {
-                Some(inside) => k.if_(inside, store),
-                None => store(),
+            for (warps, whole) in sides.iter().zip(wholes()) {
+                let sums = self.whole(warps, at);
+                let store = || match *sums {
+                    [a, b, c, d] => k.st_shared(whole + at, [a, b, c, d]),
+                    _ => k.st_shared(whole + at, [sums[0]]),
+                };
+                match inside {
+                    Some(inside) => k.if_(inside, store),
+                    None => store(),
+                }
             }
         });
         k.sync_cluster();
-        let parts: Vec<_> = (0..c.split).map(|rank| k.mapa(whole, rank)).collect();
+        let parts = |whole| (0..c.split).map(|rank| k.mapa(whole, rank)).collect::<Vec<_>>();
+        let parts: Vec<_> = wholes().take(sides.len()).map(parts).collect();
         let mine = self.part * c.threads() + self.thread;
         self.units(mine, c.threads() * c.split, |at, token, col, inside| {
             let load = |part: &Reg<'k, u32>| match c.unit {
                 4 => k.ld_cluster::<f32, 4>(*part + at).to_vec(),
                 _ => k.ld_cluster::<f32, 1>(*part + at).to_vec(),
             };
-            let sums = add(parts.iter().map(load)).expect("there is a part");
-            result.store(&sums, token, col, inside);
+            let sum = |parts: &Vec<_>| add(parts.iter().map(load)).expect("there is a part");
+            store(&parts.iter().map(sum).collect::<Vec<_>>(), token, col, inside);
         });
         // Nobody leaves while others read its memory.
         k.sync_cluster();
