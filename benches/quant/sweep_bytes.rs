@@ -27,7 +27,7 @@ pub fn run(gpu: &mut Gpu, filter: &str, file: &mut File) -> Result<()> {
     {
         for [n, k] in SIZES {
             let name = |m: usize, activations| format!("{m}x{n}x{k} {kind}-{activations}");
-            let rows = [1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096];
+            let rows = [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096];
             let some = |m| wanted(&name(m, "16")) || wanted(&name(m, "8"));
             if !rows.into_iter().any(some) {
                 continue;
@@ -57,7 +57,7 @@ pub fn run(gpu: &mut Gpu, filter: &str, file: &mut File) -> Result<()> {
             };
             for m in rows {
                 let of = name(m, "16");
-                if wanted(&of) && m <= 128 {
+                if wanted(&of) {
                     let x = Tensor::randn(0f32, 1., (m, k), &gpu.device)?.to_dtype(DType::BF16)?;
                     let options = MatmulOptions::default().out_dtype(DType::BF16);
                     let epilogue = Epilogue::round(Element::Half(Half::Bf16));
