@@ -5,7 +5,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var, bail};
 use kaio_candle::train::{AdamW, AdamWConfig, clip_grad_norm};
 
-use super::{gradients, on_cpu, store, vars};
+use super::inputs::{gradients, on_cpu, store, vars};
 use crate::suites::Layout::{Plain, Transposed};
 use crate::suites::{Nd, Source, Tally, close, identical, ulp};
 
