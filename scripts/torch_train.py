@@ -149,8 +149,8 @@ def measure(name, mode, args):
         adam.zero_grad(set_to_none=True)
         return loss.detach()
 
-    for i in range(WARM_UP):
-        first = step(i) if i == 0 else first
+    first = step(0)
+    for i in range(1, WARM_UP):
         step(i)
     torch.cuda.synchronize()
     started = time.perf_counter()

@@ -34,6 +34,8 @@ mod suites;
 mod tables;
 #[path = "gpu/threads.rs"]
 mod threads;
+#[path = "gpu/train.rs"]
+mod train;
 #[path = "gpu/w4.rs"]
 mod w4;
 #[path = "gpu/w8.rs"]

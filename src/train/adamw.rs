@@ -6,11 +6,10 @@ use std::fmt;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Storage, Tensor, Var};
 
-use super::clip::{DTYPES, clip_of, one_device};
+use super::clip::{clip_of, one_device};
+use super::gradients::{DTYPES, complete, fit_gradient};
 use super::state::{accumulate_on_cpu, saved, step_on_cpu};
-use super::{
-    AdamWCall, AdamWConfig, AdamWTables, Moments, Sum, Update, complete, fit_gradient, options,
-};
+use super::{AdamWCall, AdamWConfig, AdamWTables, Moments, Sum, Update, options};
 use crate::cuda;
 use crate::error::Error;
 use crate::kernel::optimizer::Betas;

@@ -3,13 +3,12 @@
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 
-use super::{fit_gradient, options};
+use super::gradients::fit_gradient;
+use super::options;
 use crate::{cpu, cuda};
 
 /// What is added to a norm before it divides, as in PyTorch.
 const BESIDE_NORM: f64 = 1e-6;
-/// What gradients and variables may be.
-pub(super) const DTYPES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
 
 /// Scales all gradients by `min(1, max_norm / (norm + 10⁻⁶))`, with `norm = √Σ g²` over all of them together, and gives
 /// the norm: PyTorch's `clip_grad_norm_`.

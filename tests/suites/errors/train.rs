@@ -59,7 +59,7 @@ pub fn train(device: &Device) {
         adamw.step(&wrong) => Dimension,
             "AdamW::step: `gradient` has a dimension = 5, wanted 4, in [5], as `variable` [4]; expand one with \
              `.broadcast_as(..)?`";
-        clip_grad_norm(&[a.clone()], &mut bytes, 1.0) => DType,
+        clip_grad_norm(std::slice::from_ref(&a), &mut bytes, 1.0) => DType,
             "clip_grad_norm: `gradient` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
     }
     tally.case("a refused step changes nothing", || {

@@ -6,7 +6,7 @@ use candle_core::{Device, Result, Tensor, Var, bail};
 use candle_nn::Optimizer;
 use kaio_candle::train::{AdamW, AdamWConfig, Moments, Schedule};
 
-use super::{all_on_cpu, gradients, on_cpu, store, vars};
+use super::inputs::{all_on_cpu, gradients, on_cpu, store, vars};
 use crate::suites::Layout::{Columns, Narrowed, Plain, Repeated, Transposed};
 use crate::suites::{Nd, Source, Tally, close, identical, ulp};
 

@@ -4,7 +4,7 @@ use candle_core::DType::{BF16, F16, F32};
 use candle_core::{Device, Result, Tensor, Var, bail, safetensors};
 use kaio_candle::train::{AdamW, AdamWConfig, Moments, Schedule};
 
-use super::{gradients, store, vars};
+use super::inputs::{gradients, store, vars};
 use crate::suites::{Nd, Source, Tally, identical};
 
 /// A run from a file of its state ends in the bits of one that went on.
