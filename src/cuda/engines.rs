@@ -8,7 +8,7 @@ use super::Operand;
 use crate::Engine;
 use crate::op::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
-    AttentionWants, Epilogue, MatmulProblem, View,
+    AttentionWants, Epilogue, MatmulProblem, Rounding, View,
 };
 use crate::options::Gate;
 use crate::quant::QuantScheme;
@@ -200,27 +200,23 @@ pub(crate) fn matmul_fp8(
     })
 }
 
-/// Activations rounded to int8 in u8 or to e4m3, the elements from row to row of these, and the scales of groups of
-/// `width` elements of each row.
-pub(crate) fn quantize_rows(
+/// `act(x·W + bias)` of floats that are rounded to the codes of the weight's scheme.
+pub(crate) fn matmul_rounded(
     op: &'static str,
     x: View<CudaStorage>,
-    dtype: DType,
-    width: usize,
-) -> Result<(CudaStorage, usize, CudaStorage)> {
+    rounding: Rounding,
+    weight: &CudaWeight,
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
+) -> Result<CudaStorage> {
     on_gpu!({
-        match x.1.shape().elem_count() {
-            0 => {
-                let (rows, k) = x.1.dims().split_at(x.1.dims().len() - 1);
-                let groups = rows.iter().product::<usize>() * k[0].div_ceil(width);
-                Ok((empty::zeros(x.0, 0, dtype)?, k[0], empty::zeros(x.0, groups, DType::F32)?))
-            }
-            _ => {
-                let rows = (x.0, &Stack::new(x.1));
-                let native::Rounded { codes, row, scales } =
-                    native::quantize_rows(op, rows, dtype, width)?;
-                Ok((codes, row, scales))
-            }
+        let problem = MatmulProblem::new(op, x.1, &Layout::contiguous(&weight.facts.dims[..]))?;
+        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
+            return empty::matmul(op, &problem, epilogue, x.0, bias);
+        }
+        match native::matmul_rounded(op, x, rounding, weight, epilogue, bias)? {
+            Some(out) => Ok(out),
+            None => scaled::matmul_rounded(op, x, rounding, weight, epilogue, bias),
         }
     })
 }

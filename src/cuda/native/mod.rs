@@ -7,6 +7,7 @@ mod encode;
 mod glu;
 mod limit;
 mod matmul;
+mod ones;
 mod operand;
 mod plan;
 mod quantised;
@@ -17,7 +18,7 @@ pub(crate) mod w4;
 
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
-pub(crate) use bytes::{matmul_fp8, matmul_int8};
+pub(crate) use bytes::{matmul_fp8, matmul_int8, matmul_rounded};
 pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
