@@ -12,6 +12,7 @@ use crate::op::{
 };
 use crate::options::Gate;
 use crate::quant::QuantScheme;
+use crate::quant::load::int4::Packing;
 use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
 
@@ -73,6 +74,24 @@ pub(crate) fn repack(op: &'static str, plain: &Planes) -> Result<Option<Form>> {
 /// The same of a weight in the layout of `quantize_int4`, of any strides and not empty.
 pub(crate) fn pack_signed(op: &'static str, planes: &Planes) -> Result<Form> {
     on_gpu!(native::pack_signed(op, planes))
+}
+
+/// Plain codes of four bits, u32 `[⌈k/8⌉, n]`, of a checkpoint's words on a GPU, whose rows may be taken in an order; past the
+/// last one is `fill`. No dimension is 0.
+pub(crate) fn regroup(
+    op: &'static str,
+    words: &Tensor,
+    packing: Packing,
+    dims: [usize; 2],
+    order: Option<&Tensor>,
+    fill: u8,
+) -> Result<Tensor> {
+    on_gpu!(native::regroup(op, words, packing, dims, order, fill))
+}
+
+/// The sum of all codes of words `[⌈k/8⌉, n]` on a GPU, each of eight rows.
+pub(crate) fn sum_of_codes(op: &'static str, words: &Tensor, dims: [usize; 2]) -> Result<f64> {
+    on_gpu!(native::sum_of_codes(op, words, dims))
 }
 
 /// A weight `[K, N]` on a GPU rounded to codes: finite floats, at least one.

@@ -71,11 +71,14 @@ impl Planes {
         Ok(())
     }
 
-    /// Row-major, each tensor in memory of its own.
+    /// Row-major, each tensor in memory of its own. Codes of eight bits on a GPU, whose kernels want them by columns, may lie
+    /// so already.
     pub fn alone(self, op: &'static str) -> Result<Self> {
-        let Self { codes, scales, zeros, .. } = self;
+        let Self { scheme, codes, scales, zeros, .. } = self;
+        let by_columns =
+            !scheme.is_4bit() && codes.device().is_cuda() && codes.t()?.is_contiguous();
         Ok(Self {
-            codes: alone(op, &codes)?,
+            codes: if by_columns { alone(op, &codes.t()?)?.t()? } else { alone(op, &codes)? },
             scales: alone(op, &scales)?,
             zeros: zeros.as_ref().map(|zeros| alone(op, zeros)).transpose()?,
             ..self
@@ -182,7 +185,13 @@ impl Form {
     /// On a device, in the form that files hold: of a weight that a user has, which is never signed.
     pub fn plain(&self, op: &'static str, device: &Device) -> Result<Planes> {
         match self {
-            Self::Plain(planes) | Self::Signed(planes) => planes.to_device(device),
+            Self::Plain(planes) | Self::Signed(planes) => {
+                let planes = planes.to_device(device)?;
+                match device.is_cpu() {
+                    true => Ok(Planes { codes: planes.codes.contiguous()?, ..planes }),
+                    false => Ok(planes),
+                }
+            }
             Self::Packed(planes) if planes.scheme.is_4bit() => {
                 cuda::unpack(op, planes)?.to_device(device)
             }

@@ -9,8 +9,8 @@ use kaio_candle::prelude::*;
 use super::suites::{Layout, Source};
 use super::{gpu, say};
 
-/// Allocations, launches, copies and fills.
-type Counts = [u64; 3];
+/// Allocations, launches, copies and fills, bytes to the host.
+type Counts = [u64; 4];
 
 unsafe extern "C" {
     fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
@@ -124,6 +124,59 @@ fn calls_of_quantised_products() -> Result<()> {
             let counted: [u64; 3] = std::array::from_fn(|i| after[i] - before[i]);
             assert_eq!(counted, want, "{name}, {m} rows: allocations, launches, copies");
         }
+    }
+    Ok(())
+}
+
+/// The words of a checkpoint's weight stay on the GPU: the host sees what says how they are meant, and whether scales are finite.
+#[test]
+fn loading_reads_little() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let Some(counts) = counter() else {
+        say("does not apply: a count of bytes to the host, this driver does not count");
+        return Ok(());
+    };
+    let (k, n) = (1024, 256);
+    let words = |rows, cols| Tensor::full(0x5678_9abc_u32, (rows, cols), &device);
+    let scales = |rows: usize, cols: usize| Tensor::full(0.5f32, (rows, cols), &device);
+    let groups = k / 128;
+    // Zero points of 7 and 8, by which no format is told.
+    let zeros = Tensor::full(0x8787_8787_u32, (groups, n / 8), &device)?;
+    let order = Tensor::from_iter((0..k as u32).map(|row| row % groups as u32), &device)?;
+    let state = br#"{"quant_type": "nf4", "blocksize": 64, "shape": [256, 1024]}"#;
+    let state = Tensor::new(state.as_slice(), &device)?;
+    let shape = Tensor::new(&[n as i64, k as i64], &device)?;
+    let absmax = Tensor::ones(k * n / 64, DType::F32, &device)?;
+    let nibbles = Tensor::full(0x4b_u8, k * n / 2, &device)?;
+    let bytes = e4m3([n, k], &device)?;
+
+    type Load<'a> = Box<dyn Fn() -> Result<QuantWeight> + 'a>;
+    let cases: [(&str, Load); 5] = [
+        (
+            "GPTQ",
+            Box::new(|| {
+                let (qweight, scales) = (words(k / 8, n)?, scales(groups, n)?);
+                QuantWeight::from_gptq(&qweight, &zeros, &scales, Some(&order))
+            }),
+        ),
+        ("AWQ", Box::new(|| QuantWeight::from_awq(&words(k, n / 8)?, &zeros, &scales(groups, n)?))),
+        (
+            "compressed-tensors",
+            Box::new(|| {
+                let (packed, scales) = (words(n, k / 8)?, scales(n, groups)?);
+                QuantWeight::from_compressed_tensors(&packed, &scales, &shape, None, None)
+            }),
+        ),
+        ("nf4", Box::new(|| QuantWeight::from_nf4(&nibbles, &absmax, &state, None))),
+        ("fp8", Box::new(|| QuantWeight::from_fp8(&bytes.t()?, &scales(n / 128, k / 128)?.t()?))),
+    ];
+    for (name, load) in cases {
+        let before = counts();
+        let weight = load()?;
+        weight.prepare()?;
+        let read = counts()[3] - before[3];
+        assert_eq!(weight.dims2(), (k, n), "{name}");
+        assert!(read < (k * n / 2 / 8) as u64, "{name}: {read} bytes are read by the host");
     }
     Ok(())
 }

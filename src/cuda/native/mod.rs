@@ -1,5 +1,6 @@
 //! The engine `Engine::Native`: this crate's own kernels on candle's stream.
 
+mod along_k;
 mod attention;
 mod attention_backward;
 mod bytes;
@@ -12,6 +13,7 @@ mod operand;
 mod plan;
 mod quantised;
 mod quantize;
+mod regroup;
 mod strided;
 pub mod tune;
 pub(crate) mod w4;
@@ -27,5 +29,6 @@ pub(crate) use quantised::{
     dequantize, matmul_quant, matmul_quant_all, pack_signed, repack, unpack,
 };
 pub(crate) use quantize::{Rounded, quantize_rows};
+pub(crate) use regroup::{regroup, sum_of_codes};
 pub(crate) use strided::copy;
 pub(super) use strided::packed_bytes;

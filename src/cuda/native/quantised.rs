@@ -9,7 +9,7 @@ use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::engines::CudaWeight;
 use super::super::fit::{self, Fitted, Want, fit};
-use super::bytes;
+use super::along_k;
 use super::limit::{SPLIT, countable};
 use super::ones::{failed, is_captured};
 use super::operand::{element, per_chunk};
@@ -44,7 +44,7 @@ pub(crate) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Form>> 
     }
     let form = match planes.scheme.is_4bit() {
         true => pack(op, planes, false)?,
-        false => bytes::repack(op, planes)?,
+        false => along_k::repack(op, planes)?,
     };
     let stream = device.cuda_stream();
     if stream.cu_stream() as usize == PER_THREAD {
@@ -145,7 +145,7 @@ fn multiplied<'a>(
     if is_w4(&weight.facts) {
         return Ok(Some(packed(weight, w4::CodeLines::default())));
     }
-    let Some(lines) = bytes::code_lines(weight) else { return Ok(None) };
+    let Some(lines) = along_k::code_lines(weight) else { return Ok(None) };
     let packed = packed(weight, lines);
     let m = (rows.count() * rows.rows) as u64;
     let target = Gpu::of(op, device)?.device.target;
@@ -209,7 +209,7 @@ pub(crate) fn dequantize(
         return Ok(Panel::new(op, weight, dtype)?.storage);
     }
     // Bytes are turned faster than floats.
-    let (codes, layout) = bytes::across(op, weight)?;
+    let (codes, layout) = along_k::across(op, weight)?;
     Ok(Panel::new(op, &CudaWeight { codes: (&codes, &layout), ..*weight }, dtype)?.storage)
 }
 

@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
 
-use super::bytes::{CodeScales, Vector, activations, codes_call};
+use super::along_k::activations;
+use super::bytes::{CodeScales, Vector, codes_call};
 use super::matmul::Call;
 use super::plan::Compiled;
 use super::quantised::tensor;

@@ -9,14 +9,20 @@ pub enum Call {
     Launch,
     /// Copies and fills.
     Copy,
+    /// A byte that is copied to the host.
+    ByteToHost,
 }
 
-const KINDS: usize = 3;
+const KINDS: usize = 4;
 
 static COUNTS: [AtomicU64; KINDS] = [const { AtomicU64::new(0) }; KINDS];
 
 pub fn count(call: Call) {
-    COUNTS[call as usize].fetch_add(1, Ordering::Relaxed);
+    add(call, 1);
+}
+
+pub fn add(call: Call, many: usize) {
+    COUNTS[call as usize].fetch_add(many as u64, Ordering::Relaxed);
 }
 
 /// The counts so far, in the order of [`Call`]. No driver has this function, so that a test knows where it is.

@@ -6,7 +6,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 
-use crate::calls::{Call, count};
+use crate::calls::{Call, add, count};
 use crate::candle;
 use crate::copies::Map;
 use crate::grid::{Launch, Param};
@@ -269,6 +269,7 @@ pub extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: u64, bytes: usize, _: *mut
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyDtoHAsync_v2(to: u64, from: u64, bytes: usize, _: *mut c_void) -> Status {
+    add(Call::ByteToHost, bytes);
     Memory::now().check(from, bytes);
     copy(from, to, bytes)
 }

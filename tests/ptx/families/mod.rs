@@ -7,6 +7,7 @@ mod encode;
 mod glu;
 mod products;
 mod quantize;
+mod regroup;
 mod strided;
 mod transpose;
 mod w4;
@@ -199,6 +200,7 @@ families! {
     Dequant(dequant::Dequants): (&ALL, 4);
     Encode(encode::Encoders): (&ALL, 4);
     Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
+    Regroup(regroup::Regroupings): (&ALL, 4);
     Transpose(transpose::Transpositions): (&ALL, 1);
     Strided(strided::Copies): (&ALL, 1);
     W4(w4::Products): (&HOPPERS, 1), (&ALL, 1);
