@@ -191,10 +191,52 @@ def matmul(text):
     return svg.document()
 
 
+def quantised(text):
+    """Time by the rows of the activations: of each cell the first number is ours, the second that of 16 bits."""
+    four, eight = table(text, "8192², f16"), table(text, "int8 codes")
+    (int4,) = [row for row in four if row[0] == "8192²"]
+    of_eight = {row[0]: row for row in eight}
+    lines = [
+        ("16 bits", [1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096], int4, 1),
+        ("int4, groups of 128", [1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096], int4, 0),
+        ("x rounded to int8, int8", [1, 16, 64, 256, 1024, 4096, 8192], of_eight["bf16 x, rounded to int8 inside"], 0),
+        ("e4m3 codes", [1, 16, 64, 256, 1024, 4096, 8192], of_eight["e4m3 codes, scales of lines"], 0),
+    ]
+    svg = Svg(
+        f"Products with a weight of 8192², bf16, {GPU}, {measured(text, '[quantised weights]')}",
+        "rows of the activations",
+        "microseconds",
+        lambda m: 0.03 + 0.94 * math.log2(m) / 12,
+        lambda us: math.log10(us / 10) / 2,
+    )
+    svg.grid([(4**i, f"{4**i}") for i in range(7)], [10, 20, 50, 100, 200, 500, 1000])
+    entries = []
+    for (name, rows, cells, number), colour in zip(lines, ["#444444", *COLOURS]):
+        points = []
+        for m, cell in zip(rows, cells[1:]):
+            if cell and m <= 4096:
+                points.append(svg.at(m, microseconds(cell.split("/")[number].strip())))
+        svg.path(points, colour, 3)
+        for x, y in points:
+            svg.dot(x, y, colour, True, 3)
+
+        def draw(x, y, colour=colour):
+            svg.path([(x, y), (x + 24, y)], colour, 3)
+
+        entries.append((name, draw))
+    svg.legend(entries, WIDTH - RIGHT, HEIGHT - BOTTOM - 14)
+    return svg.document()
+
+
 def main():
     text = (DOCS / "figures.md").read_text(encoding="utf-8")
     stale = []
-    charts = {"attention-h200.svg": attention, "attention-backward-h200.svg": backward, "matmul-h200.svg": matmul}
+    charts = {
+        "attention-h200.svg": attention,
+        "attention-backward-h200.svg": backward,
+        "matmul-h200.svg": matmul,
+        "quantised-h200.svg": quantised,
+    }
     for name, draw in charts.items():
         path, drawn = DOCS / name, draw(text)
         if drawn is None:

@@ -5,6 +5,8 @@
 
 #[path = "gpu/bytes.rs"]
 mod bytes;
+#[path = "gpu/calls.rs"]
+mod calls;
 #[path = "../examples/custom_kernel.rs"]
 mod custom_kernel;
 #[path = "gpu/determinism.rs"]

@@ -52,7 +52,7 @@ pub(crate) fn matmul_int8(
 ) -> Result<Vec<f32>> {
     let rhs = Stack::new(weight.codes.1);
     let rows = x.scales.map(floats).transpose()?;
-    let cols = floats(weight.scales)?;
+    let cols = if weight.facts.unit { vec![1.0] } else { floats(weight.scales)? };
     // Σ (x − z)·w = Σ x·w − z·Σ w.
     let sums = if zero_point == 0 { Vec::new() } else { column_sums(weight.codes.0, &rhs)? };
     let finish = |[row, first]: [usize; 2], exact: &[i32], out: &mut [f32]| {
@@ -184,11 +184,11 @@ impl Tensors {
 
     /// The weight in f32.
     fn operand<'a>(&'a self, weight: &CpuWeight<'a>) -> Result<Box<dyn Operand + 'a>> {
-        let Facts { scheme, dims, signed, .. } = weight.facts;
+        let Facts { scheme, dims, signed, unit, .. } = weight.facts;
         if signed {
             return Ok(Box::new(Int4::new(weight.codes, weight.scales)?));
         }
-        let scales = operand(weight.scales.0, &self.scales)?;
+        let scales = || operand(weight.scales.0, &self.scales);
         let group = scheme.group(dims);
         let loops = match scheme {
             QuantScheme::Int8 { .. } => INT8,
@@ -203,14 +203,15 @@ impl Tensors {
                 return Ok(Box::new(Nibbles {
                     words,
                     stack: &self.codes,
-                    scales,
+                    scales: scales()?,
                     zeros,
                     height: group[0],
                 }));
             }
         };
         let elements = Elements { data: bytes(weight.codes.0)?, stack: &self.codes, loops };
-        Ok(Box::new(Bytes { elements, scales: Some(scales), group }))
+        let scales = if unit { None } else { Some(scales()?) };
+        Ok(Box::new(Bytes { elements, scales, group }))
     }
 }
 

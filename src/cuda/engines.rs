@@ -8,10 +8,11 @@ use super::Operand;
 use crate::Engine;
 use crate::op::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
-    AttentionWants, Epilogue, MatmulProblem, View,
+    AttentionWants, Epilogue, MatmulProblem, Rounding, View,
 };
 use crate::options::Gate;
 use crate::quant::QuantScheme;
+use crate::quant::load::int4::Packing;
 use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
 use crate::train::{AdamWCall, AdamWTables, Sum, Update};
@@ -75,6 +76,24 @@ pub(crate) fn repack(op: &'static str, plain: &Planes) -> Result<Option<Form>> {
 /// The same of a weight in the layout of `quantize_int4`, of any strides and not empty.
 pub(crate) fn pack_signed(op: &'static str, planes: &Planes) -> Result<Form> {
     on_gpu!(native::pack_signed(op, planes))
+}
+
+/// Plain codes of four bits, u32 `[⌈k/8⌉, n]`, of a checkpoint's words on a GPU, whose rows may be taken in an order; past the
+/// last one is `fill`. No dimension is 0.
+pub(crate) fn regroup(
+    op: &'static str,
+    words: &Tensor,
+    packing: Packing,
+    dims: [usize; 2],
+    order: Option<&Tensor>,
+    fill: u8,
+) -> Result<Tensor> {
+    on_gpu!(native::regroup(op, words, packing, dims, order, fill))
+}
+
+/// The sum of all codes of words `[⌈k/8⌉, n]` on a GPU, each of eight rows.
+pub(crate) fn sum_of_codes(op: &'static str, words: &Tensor, dims: [usize; 2]) -> Result<f64> {
+    on_gpu!(native::sum_of_codes(op, words, dims))
 }
 
 /// A weight `[K, N]` on a GPU rounded to codes: finite floats, at least one.
@@ -235,27 +254,23 @@ pub(crate) fn matmul_fp8(
     })
 }
 
-/// Activations rounded to int8 in u8 or to e4m3, the elements from row to row of these, and the scales of groups of
-/// `width` elements of each row.
-pub(crate) fn quantize_rows(
+/// `act(x·W + bias)` of floats that are rounded to the codes of the weight's scheme.
+pub(crate) fn matmul_rounded(
     op: &'static str,
     x: View<CudaStorage>,
-    dtype: DType,
-    width: usize,
-) -> Result<(CudaStorage, usize, CudaStorage)> {
+    rounding: Rounding,
+    weight: &CudaWeight,
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
+) -> Result<CudaStorage> {
     on_gpu!({
-        match x.1.shape().elem_count() {
-            0 => {
-                let (rows, k) = x.1.dims().split_at(x.1.dims().len() - 1);
-                let groups = rows.iter().product::<usize>() * k[0].div_ceil(width);
-                Ok((empty::zeros(x.0, 0, dtype)?, k[0], empty::zeros(x.0, groups, DType::F32)?))
-            }
-            _ => {
-                let rows = (x.0, &Stack::new(x.1));
-                let native::Rounded { codes, row, scales } =
-                    native::quantize_rows(op, rows, dtype, width)?;
-                Ok((codes, row, scales))
-            }
+        let problem = MatmulProblem::new(op, x.1, &Layout::contiguous(&weight.facts.dims[..]))?;
+        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
+            return empty::matmul(op, &problem, epilogue, x.0, bias);
+        }
+        match native::matmul_rounded(op, x, rounding, weight, epilogue, bias)? {
+            Some(out) => Ok(out),
+            None => scaled::matmul_rounded(op, x, rounding, weight, epilogue, bias),
         }
     })
 }

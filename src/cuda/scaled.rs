@@ -10,7 +10,7 @@ use super::fit::{self, Fitted, Want, fit};
 use super::native::{Codewords, Panel};
 use super::{empty, epilogue, native};
 use crate::kernel::dequant::Codes;
-use crate::op::{Epilogue, View};
+use crate::op::{Epilogue, Rounding, View};
 use crate::quant::{Per, QuantScheme};
 use crate::stack::Stack;
 
@@ -31,6 +31,10 @@ pub(super) fn matmul_fp8(
     let unit_layout = Layout::contiguous((1, 1));
     let unit = (&one, &unit_layout);
     let lhs_scales = scales.unwrap_or(unit);
+    let weight = match weight.facts.unit {
+        true => CudaWeight { scales: unit, ..*weight },
+        false => *weight,
+    };
     let blocks = width < k || matches!(weight.facts.scheme, QuantScheme::Fp8 { per: Per::Block });
     let rows = match stack.fold_rows() {
         Some(rows) => Fitted::view(x.0, rows),
@@ -48,18 +52,36 @@ pub(super) fn matmul_fp8(
     if blocks {
         let group = [by_row, if width < k { width as u32 } else { 0 }];
         let lhs = lhs(group, lhs_scales).panel(op, DType::BF16)?;
-        return product(op, &lhs, weight, epilogue, bias);
+        return product(op, &lhs, &weight, epilogue, bias);
     }
     let lhs = lhs([0, 0], unit).panel(op, DType::F16)?;
-    let mut plain = *weight;
+    let mut plain = weight;
     plain.scales = unit;
     plain.facts.scheme = QuantScheme::Fp8 { per: Per::Tensor };
     let mut sums = product(op, &lhs, &plain, Epilogue::round(DType::F32), None)?;
     fit::copyable(op, m * n)?;
     let row = if by_row == 1 { lhs_scales.1.stride()[0] } else { 0 };
     sums = times(&sums, (m, n), lhs_scales, [row, 0])?;
-    sums = times(&sums, (m, n), weight.scales, columns(weight))?;
+    sums = times(&sums, (m, n), weight.scales, columns(&weight))?;
     epilogue::apply(op, sums, (m * n, n), bias, epilogue)
+}
+
+/// `act(x·W + bias)` of floats rounded to e4m3, which no kernel multiplies.
+pub(super) fn matmul_rounded(
+    op: &'static str,
+    x: View<CudaStorage>,
+    rounding: Rounding,
+    weight: &CudaWeight,
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
+) -> Result<CudaStorage> {
+    let stack = Stack::new(x.1);
+    let native::Rounded { codes, row, scales } =
+        native::quantize_rows(op, (x.0, &stack), rounding)?;
+    let (m, k) = (stack.count() * stack.rows, stack.cols);
+    let codes = (&codes, &each((m, k), [row, 1], 0));
+    let groups = packed((m, k.div_ceil(rounding.width)));
+    matmul_fp8(op, codes, Some((&scales, &groups)), rounding.width, weight, epilogue, bias)
 }
 
 /// `act(x·W + bias)`, or `x·Wᵀ`, of f16 activations and a weight that has an exponent: the scales are divided by that power of

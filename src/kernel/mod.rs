@@ -20,6 +20,7 @@ pub mod params;
 mod plan;
 pub mod quantize;
 mod raster;
+pub mod regroup;
 pub mod strided;
 pub mod transpose;
 pub mod w4;
@@ -117,6 +118,8 @@ kernels! {
     W4Layout(w4::layout::Config) by w4::layout::emit;
     /// A weight rounded to codes, on any GPU.
     Encode(encode::Config) by encode::emit;
+    /// Words of checkpoints regrouped along rows, on any GPU.
+    Regroup(regroup::Config) by regroup::emit;
     /// A quantised weight in floats, on any GPU.
     Dequant(dequant::Config) by dequant::emit;
     /// A pass over all tensors of a model at once, on any GPU.

@@ -19,7 +19,7 @@ pub(crate) use attention::{
 pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;
-pub(crate) use project::dequantize;
+pub(crate) use project::{Rounding, dequantize};
 pub(crate) use quantized::{
     QkvWeights, matmul_fp8, matmul_int4, matmul_int8, matmul_int8_with, matmul_quant, qkv_project,
     qkv_project_of, swiglu_project,

@@ -6,7 +6,7 @@ use super::matmul::{RESULT, Scaled, bias_gradient};
 use super::{Computed, Differentiable, Epilogue, Op, View, eval};
 use crate::options::Gate;
 use crate::quant::QuantWeight;
-use crate::quant::planes::{Facts, Weight};
+use crate::quant::planes::{Facts, Operands, Weight};
 use crate::stack::Stack;
 use crate::{Activation, check, cpu, cuda};
 
@@ -19,18 +19,26 @@ pub(crate) enum Lhs {
     Int8 { scale: f32, zero_point: i32 },
     /// e4m3, of which `width` elements of a row share a scale.
     Fp8 { width: usize },
+    /// f16 or bf16, which the product rounds to codes.
+    Rounded(Rounding),
 }
 
-/// Products of x with some weights, a result each. Inputs: x, its scales, what it is rounded from, the bias, and the
-/// operands of each weight.
+/// How activations are rounded to codes of eight bits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rounding {
+    /// u8 for int8, or e4m3.
+    pub dtype: DType,
+    /// Elements of a row that share a scale.
+    pub width: usize,
+}
+
+/// Products of x with some weights, a result each. Inputs: x, its scales, the bias, and the operands of each weight.
 #[derive(Clone)]
 pub(super) struct Project {
     pub name: &'static str,
     pub lhs: Lhs,
     /// Whether codes have scales of their own.
     pub scales: bool,
-    /// Whether x is rounded from floats, which have the gradient.
-    pub source: bool,
     pub bias: bool,
     pub weights: Vec<Facts>,
     pub epilogue: Epilogue,
@@ -49,23 +57,18 @@ impl Project {
         let mut inputs = inputs.iter().copied();
         let mut next = || inputs.next().expect("as many inputs as the op has");
         let (x, scales) = (next(), self.scales.then(&mut next));
-        // The source of x is there for its gradient alone.
-        let _ = self.source.then(&mut next);
         let bias = self.bias.then(&mut next);
         let weights = self.weights.iter().map(|facts| facts.read(&mut inputs)).collect();
         Inputs { x, scales, bias, weights }
     }
 
-    /// The input that has a gradient besides the bias.
-    fn differentiable(&self) -> Option<usize> {
-        match self.lhs {
-            Lhs::Float => Some(0),
-            _ => self.source.then_some(1 + usize::from(self.scales)),
-        }
+    /// Whether x has a gradient: codes have none.
+    fn differentiates_x(&self) -> bool {
+        matches!(self.lhs, Lhs::Float | Lhs::Rounded(_))
     }
 
     fn bias_at(&self) -> Option<usize> {
-        self.bias.then_some(1 + usize::from(self.scales) + usize::from(self.source))
+        self.bias.then_some(1 + usize::from(self.scales))
     }
 }
 
@@ -79,14 +82,40 @@ fn rows(op: &'static str, lhs: &Layout, n: usize) -> Result<(Stack, Shape)> {
     Ok((stack.fold_rows().unwrap_or(stack), Shape::from(dims)))
 }
 
+/// Activations rounded to codes, and the scales of groups in their rows.
+fn rounded(
+    op: &'static str,
+    (x, layout): View<CpuStorage>,
+    Rounding { dtype, width }: Rounding,
+) -> Result<[(CpuStorage, Layout); 2]> {
+    check::memory(op, "rounded activations", layout.dims(), DType::F32)?;
+    let (codes, scales) = cpu::quantize_rows((x, &Stack::new(layout)), dtype, width)?;
+    let (rows, k) = layout.dims().split_at(layout.dims().len() - 1);
+    let groups = (rows.iter().product::<usize>(), k[0].div_ceil(width));
+    Ok([
+        (codes, Layout::contiguous(layout.shape())),
+        (CpuStorage::F32(scales), Layout::contiguous(groups)),
+    ])
+}
+
 impl Op for Project {
     fn name(&self) -> &'static str {
         self.name
     }
 
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
-        let Inputs { x: (x, layout), scales, bias, weights, .. } = self.read(inputs);
+        let Inputs { x: (x, layout), scales, bias, weights } = self.read(inputs);
         let Epilogue { out_dtype, activation } = self.epilogue;
+        let made = match self.lhs {
+            Lhs::Rounded(rounding) => Some(rounded(self.name, (x, layout), rounding)?),
+            _ => None,
+        };
+        let (x, scales) = match &made {
+            Some([(codes, _), (scales, groups)]) => (codes, Some((scales, groups))),
+            None => (x, scales),
+        };
+        // Codes lie row by row.
+        let layout = made.as_ref().map_or(layout, |[(_, codes), _]| codes);
         let product = |weight: &Weight<View<CpuStorage>>| {
             let n = weight.facts.dims[1];
             let (lhs, shape) = rows(self.name, layout, n)?;
@@ -97,7 +126,12 @@ impl Op for Project {
                 Lhs::Int8 { scale, zero_point } => {
                     cpu::matmul_int8(&x, (scale, zero_point), weight)?
                 }
-                Lhs::Fp8 { width } => cpu::matmul_fp8(&x, width, weight)?,
+                Lhs::Rounded(Rounding { dtype: DType::U8, .. }) => {
+                    cpu::matmul_int8(&x, (1.0, 0), weight)?
+                }
+                Lhs::Fp8 { width } | Lhs::Rounded(Rounding { width, .. }) => {
+                    cpu::matmul_fp8(&x, width, weight)?
+                }
             };
             cpu::epilogue(&mut out, n, bias, activation)?;
             Ok((cpu::narrow_to(out_dtype, out)?, shape))
@@ -106,7 +140,7 @@ impl Op for Project {
     }
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
-        let Inputs { x, scales, bias, weights, .. } = self.read(inputs);
+        let Inputs { x, scales, bias, weights } = self.read(inputs);
         if matches!(self.lhs, Lhs::Float)
             && bias.is_none()
             && let Some(all) = cuda::matmul_quant_all(self.name, x, &weights, self.epilogue)?
@@ -128,6 +162,9 @@ impl Op for Project {
                 Lhs::Fp8 { width } => {
                     cuda::matmul_fp8(op, x, scales, width, weight, epilogue, bias)?
                 }
+                Lhs::Rounded(rounding) => {
+                    cuda::matmul_rounded(op, x, rounding, weight, epilogue, bias)?
+                }
             };
             Ok((out, shape))
         };
@@ -137,15 +174,12 @@ impl Op for Project {
 
 impl Differentiable for Project {
     fn differentiates(&self, input: usize) -> bool {
-        [self.differentiable(), self.bias_at()].contains(&Some(input))
+        (input == 0 && self.differentiates_x()) || self.bias_at() == Some(input)
     }
 
     /// Codes of x, and their scales, are for the product alone.
     fn reads(&self, input: usize) -> bool {
-        match self.differentiable() {
-            Some(x) => input >= x,
-            None => self.bias_at() == Some(input),
-        }
+        self.differentiates_x() || self.bias_at() == Some(input)
     }
 
     /// `dx = Σ dC·Wᵀ` over the weights. Where x is rounded to eight bits, the rounding counts as the identity. Never asked of a
@@ -163,10 +197,10 @@ impl Differentiable for Project {
         {
             all[at] = Some(bias_gradient(grad, bias)?);
         }
-        let Some(at) = self.differentiable().filter(|&at| inputs[at].track_op()) else {
+        let x = inputs[0];
+        if !self.differentiates_x() || !x.track_op() {
             return Ok(all);
-        };
-        let x = inputs[at];
+        }
         let mut pairs = weights.iter().zip(grads).filter_map(|(w, grad)| Some((w, grad.as_ref()?)));
         let terms = pairs.clone().count();
         // One term is rounded by its kernel; several are added in f32.
@@ -181,7 +215,7 @@ impl Differentiable for Project {
                 None => term,
             }))
         })?;
-        all[at] = Some(match sum {
+        all[0] = Some(match sum {
             Some(sum) => sum.to_dtype(x.dtype())?,
             None => x.zeros_like()?,
         });
@@ -270,11 +304,8 @@ impl Op for Backward {
 pub(crate) fn dequantize(op: &'static str, weight: &QuantWeight, dtype: DType) -> Result<Tensor> {
     super::matmul::check_out_dtype(op, "dtype", dtype, "cast what it gives")?;
     let form = weight.prepared(op)?;
-    let operands = form.operands()?;
-    let [rows] = eval(
-        &Dequantize { name: op, facts: form.facts(), dtype },
-        &operands.iter().collect::<Vec<_>>(),
-    )?;
+    let Operands { facts, tensors } = form.operands()?;
+    let [rows] = eval(&Dequantize { name: op, facts, dtype }, &tensors.iter().collect::<Vec<_>>())?;
     match &form.planes().order {
         Some(order) if rows.elem_count() > 0 => rows.index_select(&order.inverse, 0),
         _ => Ok(rows),

@@ -3,17 +3,15 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::matmul::{RESULT, check_out_dtype};
-use super::project::{Gated, Lhs, Project};
+use super::project::{Gated, Lhs, Project, Rounding};
 use super::{Epilogue, apply, eval, glu};
 use crate::check::{self, Arg, INT4_GROUP};
 use crate::error::Error;
 use crate::options::Gate;
-use crate::quant::planes::{Form, Planes, exponent};
+use crate::quant::planes::{Form, Operands, Planes, exponent};
 use crate::quant::scheme::BLOCK;
 use crate::quant::{Per, QuantScheme, QuantWeight, scales_of};
 use crate::{Activation, Activations, Engine, Fp8Options, Int8Options, MatmulOptions, cuda};
-
-mod activations;
 
 /// The largest K whose sum of int8 products cannot leave i32: `K · 128 · 128 < 2³¹`, and, where codes of activations stand
 /// for their distance from a zero point, `K · 255 · 128 < 2³¹`.
@@ -39,11 +37,13 @@ pub(crate) fn matmul_quant(
     let lhs = match (opts.activations, weight.scheme()) {
         (Activations::Float, _) => Lhs::Float,
         (Activations::Int8, QuantScheme::Int8 { .. }) => {
-            int8_depth(op, ("x", weight.dims2().0), 0)?;
-            Lhs::Int8 { scale: 1.0, zero_point: 0 }
+            let k = weight.dims2().0;
+            int8_depth(op, ("x", k), 0)?;
+            Lhs::Rounded(Rounding { dtype: DType::U8, width: k.max(1) })
         }
         (Activations::Fp8, QuantScheme::Fp8 { per }) => {
-            Lhs::Fp8 { width: width(per, weight.dims2().0) }
+            let width = width(per, weight.dims2().0);
+            Lhs::Rounded(Rounding { dtype: DType::F8E4M3, width })
         }
         (activations, scheme) => {
             return Err(Error::Value {
@@ -58,30 +58,14 @@ pub(crate) fn matmul_quant(
     };
     let form = weight.prepared(op)?;
     let x = gather(x, form)?;
-    let call = Call { bias, forms: &[form], ..Call::new(op, &x) };
+    let weights = [form.operands()?];
+    let call = Call { bias, weights: &weights, ..Call::new(op, &x) };
     let tracked = x.track_op() || bias.is_some_and(Tensor::track_op);
     let epilogue = Epilogue { out_dtype, activation: opts.activation };
     epilogue.around(tracked, call.is_empty(), |epilogue| {
-        let [out] = match lhs {
-            Lhs::Float => call.run(lhs, epilogue)?,
-            Lhs::Int8 { .. } => {
-                let (codes, scales) = activations::quantize(op, &x, DType::U8, x_depth(&x))?;
-                let source = Some(&x);
-                Call { x: &codes, scales: Some(&scales), source, ..call }.run(lhs, epilogue)?
-            }
-            Lhs::Fp8 { width } => {
-                let (codes, scales) = activations::quantize(op, &x, DType::F8E4M3, width)?;
-                let source = Some(&x);
-                Call { x: &codes, scales: Some(&scales), source, ..call }.run(lhs, epilogue)?
-            }
-        };
+        let [out] = call.run(lhs, epilogue)?;
         Ok(out)
     })
-}
-
-/// K.
-fn x_depth(x: &Tensor) -> usize {
-    x.dims()[x.rank() - 1]
 }
 
 /// Elements of a row of activations that share a scale.
@@ -110,9 +94,10 @@ pub(crate) fn swiglu_project(x: &Tensor, gate: &QuantWeight, up: &QuantWeight) -
         let [gate, up] = projections(OP, x, weights, names)?;
         return glu(OP, Gate::Silu, &gate, &up);
     }
-    let call = Call { forms: &forms, ..Call::new(OP, x) };
-    let (project, inputs) = call.project(Lhs::Float, Epilogue::round(x.dtype()))?;
-    let [out] = eval(&Gated(project), &inputs.iter().collect::<Vec<_>>())?;
+    let weights = operands(forms)?;
+    let call = Call { weights: &weights, ..Call::new(OP, x) };
+    let (project, inputs) = call.project(Lhs::Float, Epilogue::round(x.dtype()));
+    let [out] = eval(&Gated(project), &inputs)?;
     Ok(out)
 }
 
@@ -136,16 +121,22 @@ fn projections<const N: usize>(
     let forms = check_projections(op, x, weights, names)?;
     let epilogue = Epilogue::round(x.dtype());
     if forms.iter().all(|form| form.planes().order.is_none()) {
-        return Call { forms: &forms, ..Call::new(op, x) }.run(Lhs::Float, epilogue);
+        let weights = operands(forms)?;
+        return Call { weights: &weights, ..Call::new(op, x) }.run(Lhs::Float, epilogue);
     }
     // Each has its own order of the columns of x.
     let one = |form: &Form| -> Result<Tensor> {
         let x = gather(x, form)?;
-        let [out] = Call { forms: &[form], ..Call::new(op, &x) }.run(Lhs::Float, epilogue)?;
+        let weights = [form.operands()?];
+        let [out] = Call { weights: &weights, ..Call::new(op, &x) }.run(Lhs::Float, epilogue)?;
         Ok(out)
     };
     let all = forms.iter().map(|form| one(form)).collect::<Result<Vec<_>>>()?;
     all.try_into().map_err(|_| candle_core::Error::msg("a result for each weight"))
+}
+
+fn operands<'a>(forms: impl IntoIterator<Item = &'a Form>) -> Result<Vec<Operands>> {
+    forms.into_iter().map(Form::operands).collect()
 }
 
 /// The weights of three projections in the layouts of their own.
@@ -191,7 +182,8 @@ pub(crate) fn qkv_project_of(x: &Tensor, weights: QkvWeights) -> Result<(Tensor,
             (op, pairs.into_iter().map(form).collect::<Result<Vec<_>>>()?)
         }
     };
-    let call = Call { forms: &forms.iter().collect::<Vec<_>>(), ..Call::new(op, x) };
+    let weights = operands(&forms)?;
+    let call = Call { weights: &weights, ..Call::new(op, x) };
     let [q, k, v] = call.run(Lhs::Float, Epilogue::round(DType::F16))?;
     Ok((q, k, v))
 }
@@ -204,8 +196,8 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     check::dtype(OP, a, &[DType::F16])?;
     let k = check::activations(OP, a)?;
     check_int4(OP, ("lhs", k), b, s)?;
-    let form = int4_form(OP, k, packed, scales)?;
-    let call = Call { forms: &[&form], ..Call::new(OP, lhs) };
+    let weights = [int4_form(OP, k, packed, scales)?.operands()?];
+    let call = Call { weights: &weights, ..Call::new(OP, lhs) };
     let [out] = call.run(Lhs::Float, Epilogue::round(DType::F32))?;
     Ok(out)
 }
@@ -280,19 +272,19 @@ fn int8_product(
     });
     let rows = rows.transpose()?;
     check_codes_out_dtype(op, opts.out_dtype)?;
-    let (per, cols) = match &opts.rhs_scales {
-        None => (Per::Tensor, Tensor::ones((1, 1), DType::F32, lhs.device())?),
+    let weight = match &opts.rhs_scales {
+        None => Operands::of_codes(QuantScheme::Int8 { per: Per::Tensor }, rhs)?,
         Some(scales) => match scales_of(op, b, scales)? {
             (Per::Block, _) => {
                 return Err(scales_shape(op, "rhs_scales", scales, "[N] or [1, N] of `rhs`"));
             }
-            found => found,
+            (per, cols) => Form::Plain(int8_planes(rhs, cols, per)?).operands()?,
         },
     };
     let call = Call {
         scales: rows.as_ref(),
         bias: opts.bias.as_ref(),
-        forms: &[&Form::Plain(int8_planes(rhs, cols, per)?)],
+        weights: &[weight],
         ..Call::new(op, lhs)
     };
     call.finish(Lhs::Int8 { scale, zero_point }, opts.out_dtype, opts.activation)
@@ -309,33 +301,36 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
     check_codes_out_dtype(OP, opts.out_dtype)?;
     let each = lhs.dims()[..lhs.rank() - 1].iter().product::<usize>();
     let (width, rows) = match &opts.lhs_scales {
-        None => (k, Tensor::ones((1, 1), DType::F32, lhs.device())?),
-        Some(one) if one.elem_count() == 1 => (k, one.reshape((1, 1))?),
+        None => (k, None),
+        Some(one) if one.elem_count() == 1 => (k, Some(one.reshape((1, 1))?)),
         Some(scales) => match row_groups(lhs, scales) {
-            Some(1) => (k, scales.reshape((each, 1))?),
-            Some(groups) => (BLOCK, scales.reshape((each, groups))?),
+            Some(1) => (k, Some(scales.reshape((each, 1))?)),
+            Some(groups) => (BLOCK, Some(scales.reshape((each, groups))?)),
             None => {
                 let want = "one element, [.., M], [.., M, 1] or [.., M, K/128 rounded up] of `lhs`";
                 return Err(scales_shape(OP, "lhs_scales", scales, want));
             }
         },
     };
-    let (per, cols) = match &opts.rhs_scales {
-        None => (Per::Tensor, Tensor::ones((1, 1), DType::F32, lhs.device())?),
-        Some(scales) => scales_of(OP, b, scales)?,
+    let weight = match &opts.rhs_scales {
+        None => Operands::of_codes(QuantScheme::Fp8 { per: Per::Tensor }, rhs)?,
+        Some(scales) => {
+            let (per, scales) = scales_of(OP, b, scales)?;
+            let (scheme, dims, codes) =
+                (QuantScheme::Fp8 { per }, rhs.dims2()?.into(), rhs.clone());
+            let planes =
+                Planes { scheme, dims, codes, scales, zeros: None, order: None, exponent: 0 };
+            planes.check(OP)?;
+            Form::Plain(planes).operands()?
+        }
     };
-    let (scheme, dims) = (QuantScheme::Fp8 { per }, rhs.dims2()?.into());
-    let codes = rhs.clone();
-    let planes =
-        Planes { scheme, dims, codes, scales: cols, zeros: None, order: None, exponent: 0 };
-    planes.check(OP)?;
     // Scales of rows are those of one matrix, which a GPU makes itself.
     let whole = lhs.elem_count() > 0 && lhs.device().is_cpu();
     let x = if whole { lhs.contiguous()? } else { lhs.clone() };
     let call = Call {
-        scales: Some(&rows),
+        scales: rows.as_ref(),
         bias: opts.bias.as_ref(),
-        forms: &[&Form::Plain(planes)],
+        weights: &[weight],
         ..Call::new(OP, &x)
     };
     call.finish(Lhs::Fp8 { width: width.max(1) }, opts.out_dtype, opts.activation)
@@ -478,45 +473,40 @@ struct Call<'a> {
     op: &'static str,
     x: &'a Tensor,
     scales: Option<&'a Tensor>,
-    source: Option<&'a Tensor>,
     bias: Option<&'a Tensor>,
-    forms: &'a [&'a Form],
+    weights: &'a [Operands],
 }
 
 impl<'a> Call<'a> {
     fn new(op: &'static str, x: &'a Tensor) -> Self {
-        Self { op, x, scales: None, source: None, bias: None, forms: &[] }
+        Self { op, x, scales: None, bias: None, weights: &[] }
     }
 
     /// Whether there are no results.
     fn is_empty(&self) -> bool {
         self.x.dims()[..self.x.rank() - 1].contains(&0)
-            || self.forms.iter().all(|form| form.planes().dims[1] == 0)
+            || self.weights.iter().all(|weight| weight.facts.dims[1] == 0)
     }
 
     fn run<const N: usize>(&self, lhs: Lhs, epilogue: Epilogue) -> Result<[Tensor; N]> {
-        let (project, inputs) = self.project(lhs, epilogue)?;
-        apply(project, &inputs.iter().collect::<Vec<_>>())
+        let (project, inputs) = self.project(lhs, epilogue);
+        apply(project, &inputs)
     }
 
     /// The op and its inputs.
-    fn project(&self, lhs: Lhs, epilogue: Epilogue) -> Result<(Project, Vec<Tensor>)> {
-        let Self { op, x, scales, source, bias, forms } = *self;
+    fn project(&self, lhs: Lhs, epilogue: Epilogue) -> (Project, Vec<&'a Tensor>) {
+        let Self { op, x, scales, bias, weights } = *self;
         let project = Project {
             name: op,
             lhs,
             scales: scales.is_some(),
-            source: source.is_some(),
             bias: bias.is_some(),
-            weights: forms.iter().map(|form| form.facts()).collect(),
+            weights: weights.iter().map(|weight| weight.facts).collect(),
             epilogue,
         };
-        let own = [Some(x), scales, source, bias].into_iter().flatten();
-        let mut inputs: Vec<Tensor> = own.cloned().collect();
-        for form in forms {
-            inputs.extend(form.operands()?);
-        }
-        Ok((project, inputs))
+        let own = [Some(x), scales, bias].into_iter().flatten();
+        let inputs = own.chain(weights.iter().flat_map(|weight| &weight.tensors)).collect();
+        (project, inputs)
     }
 
     /// A product of codes, of whose inputs the bias alone has a gradient.

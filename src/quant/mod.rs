@@ -28,7 +28,7 @@
 mod file;
 mod int4;
 mod int8;
-mod load;
+pub(crate) mod load;
 mod order;
 pub(crate) mod planes;
 pub(crate) mod quantize;

@@ -71,11 +71,14 @@ impl Planes {
         Ok(())
     }
 
-    /// Row-major, each tensor in memory of its own.
+    /// Row-major, each tensor in memory of its own. Codes of eight bits on a GPU, whose kernels want them by columns, may lie
+    /// so already.
     pub fn alone(self, op: &'static str) -> Result<Self> {
-        let Self { codes, scales, zeros, .. } = self;
+        let Self { scheme, codes, scales, zeros, .. } = self;
+        let by_columns =
+            !scheme.is_4bit() && codes.device().is_cuda() && codes.t()?.is_contiguous();
         Ok(Self {
-            codes: alone(op, &codes)?,
+            codes: if by_columns { alone(op, &codes.t()?)?.t()? } else { alone(op, &codes)? },
             scales: alone(op, &scales)?,
             zeros: zeros.as_ref().map(|zeros| alone(op, zeros)).transpose()?,
             ..self
@@ -148,7 +151,8 @@ pub(crate) enum Form {
     /// any.
     Signed(Planes),
     /// On a GPU, with codes as its kernels read them. Of four bits: words in the order of [`crate::kernel::w4`]. Of eight:
-    /// `[n, k]`, each row with as many elements more as make a multiple of 16 bytes.
+    /// `[n, k]`, each row with as many elements more as make a multiple of 16 bytes, and f32 scales, one for each column where
+    /// the scheme has one for all.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // Made on a GPU alone.
     Packed(Planes),
 }
@@ -160,33 +164,42 @@ impl Form {
         }
     }
 
-    pub fn facts(&self) -> Facts {
+    fn facts(&self) -> Facts {
         let &Planes { scheme, dims, exponent, .. } = self.planes();
         let (signed, packed) = (matches!(self, Self::Signed(_)), matches!(self, Self::Packed(_)));
-        Facts { scheme, dims, signed, packed, exponent }
+        Facts { scheme, dims, signed, packed, exponent, unit: false }
     }
 
     /// What a product reads: all but the order of rows, which the columns of the other operand take on instead. Codes of
     /// eight bits are `[k, n]` in either form.
-    pub fn operands(&self) -> Result<Vec<Tensor>> {
+    pub fn operands(&self) -> Result<Operands> {
         let Planes { scheme, codes, scales, zeros, .. } = self.planes();
         let codes = match self {
             Self::Packed(planes) if !scheme.is_4bit() => planes.across()?,
             _ => codes.clone(),
         };
-        Ok([Some(codes), Some(scales.clone()), zeros.clone()].into_iter().flatten().collect())
+        let tensors = [Some(codes), Some(scales.clone()), zeros.clone()];
+        Ok(Operands { facts: self.facts(), tensors: tensors.into_iter().flatten().collect() })
     }
 
     /// On a device, in the form that files hold: of a weight that a user has, which is never signed.
     pub fn plain(&self, op: &'static str, device: &Device) -> Result<Planes> {
         match self {
-            Self::Plain(planes) | Self::Signed(planes) => planes.to_device(device),
+            Self::Plain(planes) | Self::Signed(planes) => {
+                let planes = planes.to_device(device)?;
+                match device.is_cpu() {
+                    true => Ok(Planes { codes: planes.codes.contiguous()?, ..planes }),
+                    false => Ok(planes),
+                }
+            }
             Self::Packed(planes) if planes.scheme.is_4bit() => {
                 cuda::unpack(op, planes)?.to_device(device)
             }
             Self::Packed(planes) => {
                 let planes = planes.to_device(device)?;
-                Ok(Planes { codes: planes.across()?.contiguous()?, ..planes })
+                let [_, cols] = groups(planes.scheme, planes.dims);
+                let scales = planes.scales.narrow(1, 0, cols)?.contiguous()?;
+                Ok(Planes { codes: planes.across()?.contiguous()?, scales, ..planes })
             }
         }
     }
@@ -196,6 +209,22 @@ impl Planes {
     /// Packed codes of eight bits as a matrix `[k, n]`.
     fn across(&self) -> Result<Tensor> {
         self.codes.narrow(1, 0, self.dims[0])?.t()
+    }
+}
+
+/// A weight as an op has it: what it is, and its inputs.
+pub(crate) struct Operands {
+    pub facts: Facts,
+    pub tensors: Vec<Tensor>,
+}
+
+impl Operands {
+    /// Codes of eight bits that stand for themselves.
+    pub fn of_codes(scheme: QuantScheme, codes: &Tensor) -> Result<Self> {
+        let dims = codes.dims2()?.into();
+        let (signed, packed, exponent, unit) = (false, false, 0, true);
+        let facts = Facts { scheme, dims, signed, packed, exponent, unit };
+        Ok(Self { facts, tensors: vec![codes.clone()] })
     }
 }
 
@@ -210,13 +239,16 @@ pub(crate) struct Facts {
     pub packed: bool,
     /// [`Planes::exponent`].
     pub exponent: i32,
+    /// Whether all scales are 1, and no tensor has them.
+    pub unit: bool,
 }
 
 impl Facts {
     /// The weight, whose operands are the next of `inputs`.
-    pub fn read<T>(self, inputs: &mut impl Iterator<Item = T>) -> Weight<T> {
+    pub fn read<T: Copy>(self, inputs: &mut impl Iterator<Item = T>) -> Weight<T> {
         let mut next = || inputs.next().expect("the operands of a weight are inputs");
-        let (codes, scales) = (next(), next());
+        let codes = next();
+        let scales = if self.unit { codes } else { next() };
         let zeros = self.scheme.has_zero_points().then(next);
         Weight { facts: self, codes, scales, zeros }
     }
@@ -227,6 +259,7 @@ impl Facts {
 pub(crate) struct Weight<T> {
     pub facts: Facts,
     pub codes: T,
+    /// Nobody's to read if they are all 1: see [`Facts::unit`].
     pub scales: T,
     pub zeros: Option<T>,
 }

@@ -1,67 +1,27 @@
 //! Products of 8-bit operands, which tensor cores take along K alone.
 
+use std::sync::Arc;
+
 use candle_core::backend::BackendStorage;
-use candle_core::op::BackpropOp;
-use candle_core::scalar::Scalar;
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
-use super::super::driver::order::Order;
 use super::super::engines::CudaWeight;
-use super::super::fit::{Fitted, Want, fit, pack};
+use super::super::fit::pack;
 use super::super::{Operand, empty};
-use super::limit::{SPLIT, countable};
+use super::along_k::{activations, lies_along_k, weight};
 use super::matmul::{Call, CallScales};
-use super::operand::{ALIGN, Lines, element, per_chunk, row};
-use super::plan::Plans;
-use super::w4::CodeLines;
+use super::ones::{Ones, ones};
+use super::operand::{ALIGN, Lines, Source, element, row};
+use super::quantize::Rows;
 use crate::error::Error;
 use crate::kernel::Element;
-use crate::kernel::gemm::{BLOCK, Epilogue, Major, Scale};
-use crate::kernel::transpose;
-use crate::op::{self, View};
+use crate::kernel::gemm::{BLOCK, Epilogue, Scale};
+use crate::op::{self, Rounding, View};
 use crate::ptx::{Factor, Target};
-use crate::quant::planes::{Form, Planes};
 use crate::quant::{Per, QuantScheme};
 use crate::stack::Stack;
-
-static TRANSPOSITIONS: Plans<transpose::Plan> = Plans::new();
-
-/// The form in which the kernels read a weight of bytes, if it is another one: codes along K, `[n, ..]` with each row of a
-/// multiple of 16 bytes, and scales in f32.
-pub(super) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Form>> {
-    let own = Planes { scales: planes.scales.to_dtype(DType::F32)?, ..planes.clone() };
-    Ok(match along_k(op, planes)? {
-        Some(codes) => Some(Form::Packed(Planes { codes, ..own })),
-        None => (planes.scales.dtype() != DType::F32).then_some(Form::Plain(own)),
-    })
-}
-
-/// Where codes are that lie along K.
-pub(super) fn code_lines(weight: &CudaWeight) -> Option<CodeLines> {
-    let (codes, layout) = weight.codes;
-    let along = Stack::new(layout).t();
-    let lines = lies_along_k(&along, codes.dtype())?;
-    Some(CodeLines { first: along.matrix_offset(0), line: lines.stride })
-}
-
-/// Codes that lie along K, if they do not.
-fn along_k(op: &'static str, planes: &Planes) -> Result<Option<Tensor>> {
-    let [k, n] = planes.dims;
-    let (storage, layout) = planes.codes.storage_and_layout();
-    let Storage::Cuda(codes) = &*storage else { return Ok(None) };
-    let stack = Stack::new(layout);
-    if k == 0 || n == 0 || lies_along_k(&stack.t(), codes.dtype()).is_some() {
-        return Ok(None);
-    }
-    let (fitted, lines) = weight(op, (codes, &stack))?;
-    let Some(along) = fitted.into_copy() else { return Ok(None) };
-    let shape = (n, lines.stride);
-    let codes = Tensor::from_storage(Storage::Cuda(along), shape, BackpropOp::none(), false);
-    drop(storage);
-    Ok(Some(codes))
-}
 
 /// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)` of int8 bytes; neither the result nor the depth is
 /// empty.
@@ -82,9 +42,11 @@ pub(crate) fn matmul_int8(
     };
     let columns = Layout::contiguous(rhs.cols);
     let zero = sums.as_ref().map(|sums| (zero_point, (sums, &columns)));
-    let lines = LineScales::new(x, rows, w)?;
+    let rows = rows.map(|rows| Held::new(rows, 0, rows.1.dims()[0]));
+    let lines = LineScales::new(op, rows.transpose()?, w)?;
+    let x = activations(op, (x, &stack))?;
     let scales = lines.scales(one, zero);
-    matmul_codes(op, Factor::S8, (x, &stack), weight, scales, bias, epilogue)
+    codes_call(op, Factor::S8, x, weight, scales, bias, epilogue)?.run_chosen()
 }
 
 /// `act(Σ x·w + bias)` of e4m3, each with its scales, those of x of groups of `width` elements of a row; `None` if
@@ -99,30 +61,135 @@ pub(crate) fn matmul_fp8(
     bias: Option<View<CudaStorage>>,
 ) -> Result<Option<CudaStorage>> {
     let (stack, rhs) = (Stack::new(layout), Stack::new(w.codes.1));
-    let (x, weight, k) = ((x, &stack), (w.codes.0, &rhs), stack.cols);
-    let per = match w.facts.scheme {
-        QuantScheme::Fp8 { per } => per,
-        _ => return Ok(None),
-    };
-    let lines = width >= k && per != Per::Block;
-    if !takes_e4m3(op, x.0.device(), lines)? {
-        return Ok(None);
-    }
-    let product = |scales| matmul_codes(op, Factor::E4m3, x, weight, scales, bias, epilogue);
+    let (weight, k) = ((w.codes.0, &rhs), stack.cols);
+    let Some(scales) = Fp8Scales::of(op, x.device(), (width, k), w)? else { return Ok(None) };
     let blocks = [k, rhs.cols].map(|len| len.div_ceil(BLOCK as usize));
-    if lines {
-        let lines = LineScales::new(x.0, rows, w)?;
-        return Ok(Some(product(lines.scales(1.0, None))?));
-    }
-    // Of blocks along the depth; scales of more than one are repeated.
-    let grouped = width >= k || width == BLOCK as usize;
-    let (Some(rows), true, Per::Block | Per::Tensor) = (rows, grouped, per) else {
-        return Ok(None);
+    let m = stack.count() * stack.rows;
+    let product = |scales| {
+        let x = activations(op, (x, &stack))?;
+        codes_call(op, Factor::E4m3, x, weight, scales, bias, epilogue)?.run_chosen().map(Some)
     };
-    let rows = repeated(rows, [stack.count() * stack.rows, blocks[0]])?;
-    let cols = repeated(w.scales, blocks)?;
-    Ok(Some(product(CodeScales::Blocks { rows: rows.view(), cols: cols.view() })?))
+    match scales {
+        Fp8Scales::Lines => {
+            let rows = rows.map(|rows| Held::new(rows, 0, rows.1.dims()[0]));
+            let lines = LineScales::new(op, rows.transpose()?, w)?;
+            product(lines.scales(1.0, None))
+        }
+        Fp8Scales::Blocks => {
+            // Scales of more than one block are repeated.
+            let one = match rows.is_none() || w.facts.unit {
+                true => Some(empty::full(x, 1, 1.0)?),
+                false => None,
+            };
+            let unit = Layout::contiguous((1, 1));
+            let given = |scales: Option<_>| {
+                scales.or(one.as_ref().map(|one| (one, &unit))).expect("a one for what is missing")
+            };
+            let rows = repeated(given(rows), [m, blocks[0]])?;
+            let cols = repeated(given((!w.facts.unit).then_some(w.scales)), blocks)?;
+            product(CodeScales::Blocks { rows: rows.vector(), cols: cols.vector() })
+        }
+    }
 }
+
+/// Scales of e4m3 that there are kernels for.
+enum Fp8Scales {
+    /// Of rows and columns.
+    Lines,
+    /// Of blocks along the depth.
+    Blocks,
+}
+
+impl Fp8Scales {
+    /// With groups of `width` of the `k` elements of a row of activations.
+    fn of(
+        op: &'static str,
+        device: &CudaDevice,
+        (width, k): (usize, usize),
+        w: &CudaWeight,
+    ) -> Result<Option<Self>> {
+        let QuantScheme::Fp8 { per } = w.facts.scheme else { return Ok(None) };
+        let lines = width >= k && per != Per::Block;
+        let grouped = width >= k || width == BLOCK as usize;
+        Ok(match takes_e4m3(op, device, lines)? {
+            false => None,
+            true if lines => Some(Self::Lines),
+            true => (grouped && per != Per::Channel).then_some(Self::Blocks),
+        })
+    }
+}
+
+/// `act(x·w + bias)` of floats, rounded to codes here; `None` if there is no kernel for these. Neither the result nor the depth
+/// is empty.
+pub(crate) fn matmul_rounded(
+    op: &'static str,
+    (x, layout): View<CudaStorage>,
+    rounding: Rounding,
+    w: &CudaWeight,
+    epilogue: op::Epilogue,
+    bias: Option<View<CudaStorage>>,
+) -> Result<Option<CudaStorage>> {
+    /// Bytes of codes and scales up to which they lie behind the result, as long as that lives: a call of few rows takes
+    /// the host's time, and each allocation a part of it.
+    const BEHIND: usize = 1 << 16;
+
+    let (stack, rhs) = (Stack::new(layout), Stack::new(w.codes.1));
+    let (device, weight, k) = (x.device(), (w.codes.0, &rhs), stack.cols);
+    let m = stack.count() * stack.rows;
+    let factor = if rounding.dtype == DType::U8 { Factor::S8 } else { Factor::E4m3 };
+    let blocks = match factor {
+        Factor::E4m3 => match Fp8Scales::of(op, device, (rounding.width, k), w)? {
+            None => return Ok(None),
+            Some(scales) => matches!(scales, Fp8Scales::Blocks),
+        },
+        _ => false,
+    };
+    let rows = Rows::new(op, (x, &stack), rounding)?;
+    let (codes, scratch) = (rows.codes(), rows.codes() + WORD * rows.scales());
+    let (len, size) = (m * rhs.cols, epilogue.out_dtype.size_in_bytes());
+    let before = (len * size).next_multiple_of(ALIGN);
+    let behind = scratch <= BEHIND;
+    let alloc = |bytes: usize, dtype: DType| {
+        uninit(device, &Shape::from(bytes.div_ceil(dtype.size_in_bytes())), dtype)
+    };
+    let mut out = alloc(if behind { before + scratch } else { len * size }, epilogue.out_dtype)?;
+    let mut own = if behind { None } else { Some(alloc(scratch, DType::U8)?) };
+    // One that is behind the result stays where it is; another one is held until the product is submitted.
+    let held = own.as_mut().map(|own| Memory::of_mut(own, device));
+    let at = match &held {
+        Some(memory) => {
+            let at = memory.address();
+            rows.round([at, at + codes as u64])?;
+            at
+        }
+        None => {
+            let memory = Memory::of_mut(&mut out, device);
+            let at = memory.address() + before as u64;
+            rows.round([at, at + codes as u64])?;
+            at
+        }
+    };
+    let lhs = Stack::row_major(m, rows.row()).narrow(m, k);
+    let lines = lies_along_k(&lhs, rounding.dtype).expect("rows of codes begin where lines do");
+    let lhs = (Source::Held(at, lhs), lines);
+    let scales = Vector::At(at + codes as u64, rows.scales());
+    let lines;
+    let scales = match blocks {
+        // Of as many blocks as the weight's are.
+        true => CodeScales::Blocks { rows: scales, cols: Vector::Of(w.scales.0, w.scales.1) },
+        false => {
+            lines = LineScales::new(op, Some(Held::At(at + codes as u64, rows.scales())), w)?;
+            lines.scales(1.0, None)
+        }
+    };
+    let call = codes_call(op, factor, lhs, weight, scales, bias, epilogue)?;
+    call.run_chosen_into(&mut out)?;
+    drop(held);
+    Ok(Some(out))
+}
+
+/// Bytes of a scale.
+const WORD: usize = size_of::<f32>();
 
 /// A matrix of f32 without gaps, of `dims`: sides of one are repeated.
 fn repeated<'a>((storage, layout): View<'a, CudaStorage>, dims: [usize; 2]) -> Result<Held<'a>> {
@@ -149,13 +216,19 @@ struct LineScales<'a> {
 enum Held<'a> {
     View(&'a CudaStorage, Layout),
     Made(CudaStorage, Layout),
+    /// The first of ones.
+    Ones(Arc<Ones>, usize),
+    /// At an address that the caller holds.
+    At(u64, usize),
 }
 
 impl Held<'_> {
-    fn view(&self) -> View<'_, CudaStorage> {
+    fn vector(&self) -> Vector<'_> {
         match self {
-            Self::View(storage, layout) => (storage, layout),
-            Self::Made(storage, layout) => (storage, layout),
+            Self::View(storage, layout) => Vector::Of(storage, layout),
+            Self::Made(storage, layout) => Vector::Of(storage, layout),
+            Self::Ones(ones, len) => Vector::At(ones.address(), *len),
+            &Self::At(address, len) => Vector::At(address, len),
         }
     }
 
@@ -178,17 +251,21 @@ impl Held<'_> {
 }
 
 impl<'a> LineScales<'a> {
-    /// Those of x, `[rows, 1]`, 1 or none, and of a weight.
-    fn new(
-        x: &CudaStorage,
-        rows: Option<View<'a, CudaStorage>>,
-        w: &CudaWeight<'a>,
-    ) -> Result<Self> {
-        let rows = match rows {
-            Some(rows) => Held::new(rows, 0, rows.1.dims()[0])?,
-            None => Held::Made(empty::full(x, 1, 1.0)?, Layout::contiguous(1)),
-        };
-        Ok(Self { rows, cols: Held::new(w.scales, 1, w.facts.dims[1])? })
+    /// Those of x, one for each row or for all, or none, and of a weight.
+    fn new(op: &'static str, rows: Option<Held<'a>>, w: &CudaWeight<'a>) -> Result<Self> {
+        let (device, n) = (w.codes.0.device(), w.facts.dims[1]);
+        let ones =
+            |len| Ok::<_, candle_core::Error>(Held::Ones(ones(op, device, DType::F32, len)?, len));
+        Ok(match rows {
+            // One for all columns is one for all rows as well.
+            None if !w.facts.unit && w.scales.1.dims()[1] == 1 => {
+                Self { rows: Held::new(w.scales, 1, 1)?, cols: ones(n)? }
+            }
+            rows => Self {
+                rows: rows.map_or_else(|| ones(1), Ok)?,
+                cols: if w.facts.unit { ones(n)? } else { Held::new(w.scales, 1, n)? },
+            },
+        })
     }
 
     fn scales<'b>(
@@ -196,7 +273,37 @@ impl<'a> LineScales<'a> {
         one: f32,
         zero: Option<(i32, View<'b, CudaStorage>)>,
     ) -> CodeScales<'b> {
-        CodeScales::Lines { one, rows: self.rows.view(), cols: self.cols.view(), zero }
+        CodeScales::Lines { one, rows: self.rows.vector(), cols: self.cols.vector(), zero }
+    }
+}
+
+/// f32 without gaps.
+#[derive(Clone, Copy)]
+pub(crate) enum Vector<'a> {
+    /// All elements of a view.
+    Of(&'a CudaStorage, &'a Layout),
+    /// So many at an address, a multiple of 16, that the caller holds.
+    At(u64, usize),
+}
+
+impl<'a> Vector<'a> {
+    fn fit(self, op: &'static str) -> Result<Source<'a>> {
+        Ok(match self {
+            Self::Of(storage, layout) => row(op, (storage, layout))?.into(),
+            Self::At(address, len) => Source::Held(address, Stack::row_major(1, len)),
+        })
+    }
+
+    /// The same in one dimension.
+    fn flat(self, op: &'static str) -> Result<Source<'a>> {
+        match self {
+            Self::Of(storage, layout) => {
+                let len = layout.shape().elem_count();
+                let layout = Layout::contiguous_with_offset(len, layout.start_offset());
+                Ok(row(op, (storage, &layout))?.into())
+            }
+            at => at.fit(op),
+        }
     }
 }
 
@@ -207,12 +314,12 @@ pub(crate) enum CodeScales<'a> {
     /// sums of the weight's columns.
     Lines {
         one: f32,
-        rows: View<'a, CudaStorage>,
-        cols: View<'a, CudaStorage>,
+        rows: Vector<'a>,
+        cols: Vector<'a>,
         zero: Option<(i32, View<'a, CudaStorage>)>,
     },
     /// `[rows, ⌈K/128⌉]` of x and `[⌈K/128⌉, ⌈N/128⌉]` of the weight, both without gaps.
-    Blocks { rows: View<'a, CudaStorage>, cols: View<'a, CudaStorage> },
+    Blocks { rows: Vector<'a>, cols: Vector<'a> },
 }
 
 impl<'a> CodeScales<'a> {
@@ -220,20 +327,15 @@ impl<'a> CodeScales<'a> {
     fn fit(self, op: &'static str) -> Result<(Scale, CallScales<'a>)> {
         Ok(match self {
             Self::Blocks { rows, cols } => {
-                let flat = |(storage, layout): View<'a, CudaStorage>| {
-                    let len = layout.shape().elem_count();
-                    let layout = Layout::contiguous_with_offset(len, layout.start_offset());
-                    row(op, (storage, &layout))
-                };
-                (Scale::Blocks, CallScales::Blocks { rows: flat(rows)?, cols: flat(cols)? })
+                (Scale::Blocks, CallScales::Blocks { rows: rows.flat(op)?, cols: cols.flat(op)? })
             }
             Self::Lines { one, rows, cols, zero } => {
                 let scale = if zero.is_some() { Scale::ZeroPoint } else { Scale::Lines };
                 let zero = match zero {
                     None => None,
-                    Some((zero, sums)) => Some((zero, row(op, sums)?)),
+                    Some((zero, sums)) => Some((zero, row(op, sums)?.into())),
                 };
-                let (rows, cols) = (row(op, rows)?, row(op, cols)?);
+                let (rows, cols) = (rows.fit(op)?, cols.fit(op)?);
                 (scale, CallScales::Lines { one, rows, cols, zero })
             }
         })
@@ -249,30 +351,18 @@ fn takes_e4m3(op: &'static str, device: &CudaDevice, lines: bool) -> Result<bool
     })
 }
 
-/// `act(scales · (x - zero)·w + bias)` of bytes, int8 or e4m3; `[.., M, K]` and `[K, N]`, which are not empty.
-fn matmul_codes(
-    op: &'static str,
-    factor: Factor,
-    x: Operand,
-    w: Operand,
-    scales: CodeScales,
-    bias: Option<View<CudaStorage>>,
-    epilogue: op::Epilogue,
-) -> Result<CudaStorage> {
-    codes_call(op, factor, x, w, scales, bias, epilogue)?.run_chosen()
-}
-
+/// `act(scales · (x - zero)·w + bias)` of bytes, int8 or e4m3; lines along K of activations, and `[K, N]`, which are not empty.
 pub(super) fn codes_call<'a>(
     op: &'static str,
     factor: Factor,
-    x: Operand<'a>,
+    (x, x_lines): (impl Into<Source<'a>>, Lines),
     w: Operand<'a>,
     scales: CodeScales<'a>,
     bias: Option<View<'a, CudaStorage>>,
     op::Epilogue { out_dtype, activation }: op::Epilogue,
 ) -> Result<Call<'a>> {
     let lines = matches!(scales, CodeScales::Lines { .. });
-    if factor == Factor::E4m3 && !takes_e4m3(op, x.0.device(), lines)? {
+    if factor == Factor::E4m3 && !takes_e4m3(op, w.0.device(), lines)? {
         let (what, fix) = (
             "this crate".into(),
             "take one of compute capability 9.0, or without scales of blocks 8.9".into(),
@@ -280,7 +370,7 @@ pub(super) fn codes_call<'a>(
         let limit = "has no kernels for e4m3 on this GPU".into();
         return Err(Error::Unsupported { op, what, limit, fix }.into());
     }
-    let (m, n) = (x.1.count() * x.1.rows, w.1.cols);
+    let (m, n) = (x_lines.outer, w.1.cols);
     let (scale, scales) = scales.fit(op)?;
     let epilogue = Epilogue {
         scale,
@@ -288,99 +378,31 @@ pub(super) fn codes_call<'a>(
         activation,
         ..Epilogue::round(element(out_dtype))
     };
-    let operands = [(activations(op, x)?, factor), (weight(op, w)?, factor)];
-    Call::of(op, operands, epilogue, scales, bias, (out_dtype, m * n))
+    let (b, b_lines) = weight(op, w)?;
+    let operands = [((x.into(), x_lines), factor), ((b.into(), b_lines), factor)];
+    Call::of(op, w.0.device(), operands, epilogue, scales, bias, (out_dtype, m * n))
 }
 
 /// i32: the sums of the columns of an int8 weight `[K, N]`, which is not empty: a product with ones.
 fn column_sums(op: &'static str, w: Operand) -> Result<CudaStorage> {
     let (k, n) = (w.1.rows, w.1.cols);
-    let mut ones = uninit(w.0.device(), &Shape::from(k), DType::U8)?;
-    ones.const_set(Scalar::U8(1), &Layout::contiguous(k))?;
-    let row = Stack::row_major(1, k);
+    let device = w.0.device();
+    let row = k.next_multiple_of(ALIGN);
+    let ones = ones(op, device, DType::U8, row)?;
+    let one = Stack::row_major(1, row).narrow(1, k);
+    let lines = lies_along_k(&one, DType::U8).expect("a line");
+    let (b, b_lines) = weight(op, w)?;
     let call = Call::of(
         op,
-        [(activations(op, (&ones, &row))?, Factor::S8), (weight(op, w)?, Factor::S8)],
+        device,
+        [
+            ((Source::Held(ones.address(), one), lines), Factor::S8),
+            ((b.into(), b_lines), Factor::S8),
+        ],
         Epilogue { scale: Scale::Exact, ..Epilogue::round(Element::F32) },
         CallScales::None,
         None,
         (DType::I32, n),
     )?;
     call.run_chosen()
-}
-
-/// Activations as one matrix whose rows begin at multiples of 16 bytes: as they are, or a copy.
-pub(super) fn activations<'a>(
-    op: &'static str,
-    (storage, stack): Operand<'a>,
-) -> Result<(Fitted<'a>, Lines)> {
-    let unit = per_chunk(storage.dtype());
-    let lines = |stack: &Stack| lies_along_k(stack, storage.dtype());
-    if let Some(folded) = stack.fold_rows()
-        && let Some(lines) = lines(&folded)
-    {
-        return Ok((Fitted::view(storage, folded), lines));
-    }
-    let cols = stack.cols.next_multiple_of(unit);
-    let want = Want { cols, align: ALIGN, folded: true, ..Want::default() };
-    let mut copy = fit(op, (storage, stack), want)?;
-    let rows = copy.stack.rows;
-    copy.stack = copy.stack.narrow(rows, stack.cols);
-    let lines = lines(&copy.stack).expect("a padded copy has lines");
-    Ok((copy, lines))
-}
-
-/// The lines along K of a matrix `[N, K]`, if it has any.
-fn lies_along_k(stack: &Stack, dtype: DType) -> Option<Lines> {
-    Lines::of(stack, per_chunk(dtype)).filter(|lines| lines.major == Major::K)
-}
-
-/// A weight `[K, N]` as lines along K.
-fn weight<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<(Fitted<'a>, Lines)> {
-    let unit = per_chunk(storage.dtype());
-    let (rows, cols) = (stack.rows, stack.cols);
-    if let Some(lines) = lies_along_k(&stack.t(), storage.dtype()) {
-        return Ok((Fitted::view(storage, stack.t()), lines));
-    }
-    let across = match Lines::of(&stack.t(), unit) {
-        Some(_) if cols.is_multiple_of(unit) => Fitted::view(storage, stack.clone()),
-        _ => {
-            let cols = cols.next_multiple_of(unit);
-            fit(op, (storage, stack), Want { cols, align: ALIGN, ..Want::default() })?
-        }
-    };
-    let place = (across.offset(0), across.stack.row_stride);
-    let (along, row) = transpose(op, across.storage(), place, [rows, cols])?;
-    let stack = Stack::row_major(cols, row).narrow(cols, rows);
-    let lines = Lines::of(&stack, unit).expect("rows are padded");
-    Ok((Fitted::copy(along, stack), lines))
-}
-
-/// The bytes of a matrix `[rows, cols]`, which begins at an element of a storage and whose rows lie so many bytes
-/// apart, as `[cols, rows]`; and the bytes of a row of that.
-fn transpose(
-    op: &'static str,
-    storage: &CudaStorage,
-    (first, stride): (usize, usize),
-    [rows, cols]: [usize; 2],
-) -> Result<(CudaStorage, usize)> {
-    let device = storage.device().clone();
-    let gpu = Gpu::of(op, &device)?;
-    let problem = transpose::Problem { rows: rows as u64, cols: cols as u64 };
-    countable(op, ["this crate", "take"], problem.limit(), SPLIT)?;
-    let order = Order::new(op, device.cuda_stream(), [storage]);
-    let compiled = TRANSPOSITIONS.get(op, &gpu, &problem)?;
-    let row = problem.out_row() as usize;
-    let mut out = uninit(&device, &Shape::from(cols * row), storage.dtype())?;
-    {
-        let (input, result) = (Memory::of(storage, &device), Memory::of_mut(&mut out, &device));
-        let arguments = transpose::Arguments {
-            problem: &problem,
-            plan: &compiled.plan,
-            input: (input.at(first), stride as u64),
-            out: result.address(),
-        };
-        order.run(|| Ok(compiled.launch(op, &device, &arguments)?))?;
-    }
-    Ok((out, row))
 }

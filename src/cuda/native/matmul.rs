@@ -10,7 +10,7 @@ use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::Fitted;
 use super::limit::{SPLIT, countable};
-use super::operand::{Batch, Lines, element, factor, operand, row};
+use super::operand::{Batch, Lines, Source, element, factor, operand, row};
 use super::plan::{Compiled, Plans};
 use crate::kernel::gemm::{self, Plan, Problem};
 use crate::op::{Epilogue, MatmulProblem, View};
@@ -37,44 +37,37 @@ pub(super) enum CallScales<'a> {
     None,
     /// f32 of 1×128 blocks of A and of 128×128 of B.
     Blocks {
-        rows: Fitted<'a>,
-        cols: Fitted<'a>,
+        rows: Source<'a>,
+        cols: Source<'a>,
     },
     /// A number, f32 of rows, one or each, and of columns; and a zero point of A with the i32 sums of the
     /// columns of B.
     Lines {
         one: f32,
-        rows: Fitted<'a>,
-        cols: Fitted<'a>,
-        zero: Option<(i32, Fitted<'a>)>,
+        rows: Source<'a>,
+        cols: Source<'a>,
+        zero: Option<(i32, Source<'a>)>,
     },
 }
 
 impl CallScales<'_> {
     /// Calls `with` for what a launch on a device passes.
     fn on<T>(&self, device: &CudaDevice, with: impl FnOnce(gemm::Scales) -> T) -> T {
-        fn memory<'m>(vector: &'m Fitted, device: &CudaDevice) -> Memory<'m> {
-            Memory::of(vector.storage(), device)
-        }
         match self {
             Self::None => with(gemm::Scales::None),
             Self::Blocks { rows, cols } => {
-                let (of_rows, of_cols) = (memory(rows, device), memory(cols, device));
-                let (rows, cols) = (of_rows.at(rows.offset(0)), of_cols.at(cols.offset(0)));
-                with(gemm::Scales::Blocks { rows, cols })
+                let [rows, cols] = [rows, cols].map(|vector| vector.on(device));
+                with(gemm::Scales::Blocks { rows: rows.address(), cols: cols.address() })
             }
             Self::Lines { one, rows, cols, zero } => {
-                let (of_rows, of_cols) = (memory(rows, device), memory(cols, device));
-                let of_sums = zero.as_ref().map(|(_, sums)| memory(sums, device));
-                let zero = zero.as_ref().zip(of_sums.as_ref());
+                let each = rows.stack().cols > 1;
+                let [rows, cols] = [rows, cols].map(|vector| vector.on(device));
+                let zero = zero.as_ref().map(|(zero, sums)| (*zero, sums.on(device)));
                 with(gemm::Scales::Lines {
                     one: *one,
-                    rows: gemm::PerRow {
-                        address: of_rows.at(rows.offset(0)),
-                        each: rows.stack.cols > 1,
-                    },
-                    cols: of_cols.at(cols.offset(0)),
-                    zero: zero.map(|((zero, sums), memory)| (*zero, memory.at(sums.offset(0)))),
+                    rows: gemm::PerRow { address: rows.address(), each },
+                    cols: cols.address(),
+                    zero: zero.as_ref().map(|(zero, sums)| (*zero, sums.address())),
                 })
             }
         }
@@ -89,7 +82,7 @@ impl CallScales<'_> {
                 [Some(rows), Some(cols), zero.as_ref().map(|(_, sums)| sums)]
             }
         };
-        all.into_iter().flatten().map(Fitted::storage)
+        all.into_iter().flatten().filter_map(Source::storage)
     }
 }
 
@@ -103,7 +96,7 @@ pub(super) struct Call<'a> {
     pub batch: Batch,
     /// How A and B lie.
     pub lines: [Lines; 2],
-    operands: [Fitted<'a>; 2],
+    operands: [Source<'a>; 2],
     scales: CallScales<'a>,
     bias: Option<Fitted<'a>>,
     out_dtype: DType,
@@ -128,14 +121,16 @@ impl<'a> Call<'a> {
             (operand(op, a, &problem.lhs)?, factor(a.dtype())),
             (operand(op, b, &problem.rhs.t())?, factor(b.dtype())),
         ];
+        let operands = operands.map(|((fitted, lines), factor)| ((fitted.into(), lines), factor));
         let out = (epilogue.out_dtype, problem.out.elem_count());
-        Self::of(op, operands, gemm, CallScales::None, bias, out)
+        Self::of(op, a.device(), operands, gemm, CallScales::None, bias, out)
     }
 
     /// Of operands that fit, with their types, and the result's dtype and length.
     pub fn of(
         op: &'static str,
-        [(a, lhs), (b, rhs)]: [((Fitted<'a>, Lines), Factor); 2],
+        device: &CudaDevice,
+        [(a, lhs), (b, rhs)]: [((Source<'a>, Lines), Factor); 2],
         epilogue: gemm::Epilogue,
         scales: CallScales<'a>,
         bias: Option<View<'a, CudaStorage>>,
@@ -143,13 +138,13 @@ impl<'a> Call<'a> {
     ) -> Result<Self> {
         let elements = [lhs, rhs];
         let ([a, b], [lhs, rhs]) = ([a.0, b.0], [a.1, b.1]);
-        let device = a.storage().device().clone();
+        let device = device.clone();
         let gpu = Gpu::of(op, &device)?;
-        let inputs = [Some(a.storage()), Some(b.storage()), bias.map(|(storage, _)| storage)];
+        let inputs = [a.storage(), b.storage(), bias.map(|(storage, _)| storage)];
         let inputs = inputs.into_iter().flatten().chain(scales.inputs());
         let order = Order::new(op, device.cuda_stream(), inputs);
         let bias = bias.map(|bias| row(op, bias)).transpose()?;
-        let batch = Batch::new(&a.stack, &b.stack);
+        let batch = Batch::new(a.stack(), b.stack());
         let facts = Problem {
             m: lhs.outer as u64,
             n: rhs.outer as u64,
@@ -183,22 +178,31 @@ impl<'a> Call<'a> {
     }
 
     pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
+        let mut out = uninit(&self.device, &Shape::from(self.out_len), self.out_dtype)?;
+        self.run_into(compiled, &mut out)?;
+        Ok(out)
+    }
+
+    /// By the kernels that are chosen for it, to the beginning of a storage.
+    pub fn run_chosen_into(&self, out: &mut CudaStorage) -> Result<()> {
+        self.run_into(&*PLANS.get(self.op, &self.gpu, &self.facts)?, out)
+    }
+
+    fn run_into(&self, compiled: &Compiled<Plan>, out: &mut CudaStorage) -> Result<()> {
         let (device, problem) = (&self.device, &self.facts);
-        let alloc = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
-        let mut out = alloc(self.out_len, self.out_dtype)?;
         let partial = compiled.plan.partial_sums(problem);
-        let mut partial = partial.map(|sums| alloc(sums as usize, DType::F32)).transpose()?;
-        let [a, b] = &self.operands;
-        let inputs = [Memory::of(a.storage(), device), Memory::of(b.storage(), device)];
+        let partial = partial.map(|sums| uninit(device, &Shape::from(sums as usize), DType::F32));
+        let mut partial = partial.transpose()?;
+        let inputs = self.operands.each_ref().map(|source| source.on(device));
         let bias = self.bias.as_ref();
         let bias = bias.map(|row| (Memory::of(row.storage(), device), row.offset(0)));
-        let result = Memory::of_mut(&mut out, device);
+        let result = Memory::of_mut(out, device);
         let partial = partial.as_mut().map(|sums| Memory::of_mut(sums, device));
         let products = problem.m * problem.n * problem.batch;
         let launch = |scales: gemm::Scales| {
             for (i, skipped) in (0..).zip(self.batch.launches()) {
                 let operand = |side: usize| gemm::Operand {
-                    address: inputs[side].at(self.operands[side].offset(0) + skipped[side]),
+                    address: inputs[side].after(skipped[side]),
                     line: self.lines[side].stride as u64,
                     batch: self.batch.side(side).map(|(len, each)| (len as u64, each as u64)),
                 };
@@ -215,8 +219,6 @@ impl<'a> Call<'a> {
             }
             Ok(())
         };
-        self.order.run(|| self.scales.on(device, launch))?;
-        drop(result);
-        Ok(out)
+        self.order.run(|| self.scales.on(device, launch))
     }
 }

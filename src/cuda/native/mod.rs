@@ -1,5 +1,6 @@
 //! The engine `Engine::Native`: this crate's own kernels on candle's stream.
 
+mod along_k;
 mod attention;
 mod attention_backward;
 mod bytes;
@@ -7,18 +8,20 @@ mod encode;
 mod glu;
 mod limit;
 mod matmul;
+mod ones;
 mod operand;
 mod optimizer;
 mod plan;
 mod quantised;
 mod quantize;
+mod regroup;
 mod strided;
 pub mod tune;
 pub(crate) mod w4;
 
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
-pub(crate) use bytes::{matmul_fp8, matmul_int8};
+pub(crate) use bytes::{matmul_fp8, matmul_int8, matmul_rounded};
 pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
@@ -28,6 +31,7 @@ pub(crate) use quantised::{
     dequantize, matmul_quant, matmul_quant_all, pack_signed, repack, unpack,
 };
 pub(crate) use quantize::{Rounded, quantize_rows};
+pub(crate) use regroup::{regroup, sum_of_codes};
 pub(crate) use strided::copy;
 pub(super) use strided::packed_bytes;
 pub(super) use w4::Results;

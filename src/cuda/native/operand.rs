@@ -1,13 +1,78 @@
 //! Operands as the native kernels read them.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, DType, Layout, Result};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result};
 
+use super::super::driver::memory::Memory;
 use super::super::fit::{Fitted, Want, fit};
 use crate::kernel::Element;
 use crate::kernel::gemm::Major;
 use crate::ptx::{Factor, Half};
 use crate::stack::Stack;
+
+/// Where a kernel reads: in a storage, or at an address in memory that the caller holds, ordered with the stream.
+pub(super) enum Source<'a> {
+    Storage(Fitted<'a>),
+    /// Of the first element, and how they lie from there on.
+    Held(u64, Stack),
+}
+
+impl<'a> Source<'a> {
+    pub fn stack(&self) -> &Stack {
+        match self {
+            Self::Storage(fitted) => &fitted.stack,
+            Self::Held(_, stack) => stack,
+        }
+    }
+
+    pub fn storage(&self) -> Option<&CudaStorage> {
+        match self {
+            Self::Storage(fitted) => Some(fitted.storage()),
+            Self::Held(..) => None,
+        }
+    }
+
+    /// For a launch.
+    pub fn on(&self, device: &CudaDevice) -> Placed<'_> {
+        match self {
+            Self::Storage(fitted) => {
+                Placed::Memory(Memory::of(fitted.storage(), device), fitted.offset(0))
+            }
+            &Self::Held(address, _) => Placed::Held(address),
+        }
+    }
+}
+
+impl<'a> From<Fitted<'a>> for Source<'a> {
+    fn from(fitted: Fitted<'a>) -> Self {
+        Self::Storage(fitted)
+    }
+}
+
+/// A [`Source`] while a launch is submitted.
+pub(super) enum Placed<'a> {
+    /// With the element that is the first.
+    Memory(Memory<'a>, usize),
+    Held(u64),
+}
+
+impl Placed<'_> {
+    /// The address of its first element.
+    pub fn address(&self) -> u64 {
+        self.after(0)
+    }
+
+    /// That of an element so many after it, as matrices of a batch in a storage have.
+    pub fn after(&self, skipped: usize) -> u64 {
+        match self {
+            Self::Memory(memory, first) => memory.at(first + skipped),
+            Self::Held(address) => {
+                debug_assert_eq!(skipped, 0, "what is held is one matrix");
+                *address
+            }
+        }
+    }
+}
 
 /// Bytes that a kernel's strides are multiples of.
 pub(super) const ALIGN: usize = 16;

@@ -3,17 +3,16 @@
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
-use cudarc::driver::DriverError;
-use cudarc::driver::sys::CUstreamCaptureStatus;
 
 use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::engines::CudaWeight;
 use super::super::fit::{self, Fitted, Want, fit};
-use super::bytes;
+use super::along_k;
 use super::limit::{SPLIT, countable};
-use super::operand::element;
+use super::ones::{failed, is_captured};
+use super::operand::{element, per_chunk};
 use super::plan::Plans;
 use super::w4::{self, Results};
 use crate::error::Error;
@@ -32,29 +31,27 @@ const LINE: usize = 16;
 /// The form in which the kernels read a weight that is in the plain one, if it is another: codes of four bits are packed,
 /// and those of eight lie along K, with scales in f32.
 pub(crate) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Form>> {
-    let stream = planes.device().as_cuda_device()?.cuda_stream();
+    let device = planes.device().as_cuda_device()?;
     let [k, n] = planes.dims;
     if k * n == 0 {
         return Ok(None);
     }
-    let failed = |e: DriverError| Error::Driver { op, message: e.to_string() };
-    if stream.capture_status().map_err(failed)?
-        != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
-    {
+    if is_captured(op, device)? {
         // Its memory would be the graph's, and nothing in it before a launch.
         let (what, fix) = ("this crate".into(), "call `QuantWeight::prepare` before".into());
         let limit = "cannot prepare a weight while a CUDA graph is captured".into();
         return Err(Error::Unsupported { op, what, limit, fix }.into());
     }
     let form = match planes.scheme.is_4bit() {
-        true => Some(pack(op, planes, false)?),
-        false => bytes::repack(op, planes)?,
+        true => pack(op, planes, false)?,
+        false => along_k::repack(op, planes)?,
     };
+    let stream = device.cuda_stream();
     if stream.cu_stream() as usize == PER_THREAD {
         // The weight is everyone's, but this stream another one in each thread.
-        stream.synchronize().map_err(failed)?;
+        stream.synchronize().map_err(|e| failed(op, e))?;
     }
-    Ok(form)
+    Ok(Some(form))
 }
 
 /// The default stream of whatever thread (`CU_STREAM_PER_THREAD`), which candle takes unless it is told otherwise.
@@ -142,7 +139,7 @@ fn packed<'a>(weight: &CudaWeight<'a>, lines: w4::CodeLines) -> w4::Weight<'a> {
 fn as_codes<'a>(weight: &CudaWeight<'a>) -> Option<w4::Weight<'a>> {
     match is_w4(&weight.facts) {
         true => Some(packed(weight, w4::CodeLines::default())),
-        false => bytes::code_lines(weight).map(|lines| packed(weight, lines)),
+        false => along_k::code_lines(weight).map(|lines| packed(weight, lines)),
     }
 }
 
@@ -204,15 +201,19 @@ pub(crate) fn dequantize(
     weight: &CudaWeight,
     dtype: DType,
 ) -> Result<CudaStorage> {
-    let Panel { storage, layout } = Panel::new(op, weight, dtype)?;
-    if layout.is_contiguous() {
-        return Ok(storage);
+    if is_w4(&weight.facts) {
+        return w4::dequantize(op, &packed(weight, Default::default()), dtype, false);
     }
-    fit::copyable(op, layout.shape().elem_count())?;
-    fit::pack(&storage, &layout)
+    if weight.facts.dims[1] == 1 {
+        // A column is by rows as well.
+        return Ok(Panel::new(op, weight, dtype)?.storage);
+    }
+    // Bytes are turned faster than floats.
+    let (codes, layout) = along_k::across(op, weight)?;
+    Ok(Panel::new(op, &CudaWeight { codes: (&codes, &layout), ..*weight }, dtype)?.storage)
 }
 
-/// A weight in floats, by rows or by columns as its codes lie.
+/// A weight in floats, by rows or by columns: as its codes of eight bits lie, or of four as products take them.
 pub(in crate::cuda) struct Panel {
     pub storage: CudaStorage,
     pub layout: Layout,
@@ -222,8 +223,16 @@ impl Panel {
     fn new(op: &'static str, weight: &CudaWeight, dtype: DType) -> Result<Self> {
         let Facts { scheme, dims, .. } = weight.facts;
         if is_w4(&weight.facts) {
-            let storage = w4::dequantize(op, &packed(weight, Default::default()), dtype, false)?;
-            return Ok(Self { storage, layout: Layout::contiguous((dims[0], dims[1])) });
+            let [k, n] = dims;
+            let unit = per_chunk(dtype);
+            // By columns, if they alone begin where products want lines to begin.
+            let turned = k.is_multiple_of(unit) && !n.is_multiple_of(unit);
+            let storage = w4::dequantize(op, &packed(weight, Default::default()), dtype, turned)?;
+            let layout = match turned {
+                true => Layout::contiguous((n, k)).transpose(0, 1)?,
+                false => Layout::contiguous((k, n)),
+            };
+            return Ok(Self { storage, layout });
         }
         let kind = match scheme {
             QuantScheme::Fp8 { .. } => Codes::E4m3,

@@ -1,7 +1,9 @@
 //! Activations rounded to eight bits.
 
+use std::sync::Arc;
+
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaStorage, DType, Result, Shape};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape};
 
 use super::super::Operand;
 use super::super::driver::gpu::Gpu;
@@ -12,6 +14,7 @@ use super::limit::{SPLIT, countable};
 use super::operand::{ALIGN, element};
 use super::plan::Plans;
 use crate::kernel::quantize::{Arguments, Plan, Problem};
+use crate::op::Rounding;
 use crate::ptx::Factor;
 use crate::stack::Stack;
 
@@ -25,47 +28,90 @@ pub(crate) struct Rounded {
     pub scales: CudaStorage,
 }
 
-/// Rows rounded to int8 bytes in u8 or to e4m3, in groups of `width` elements: a multiple of 16, or a whole row. The
-/// operand is not empty.
+/// Rows that are to be rounded, in memory that fits.
+pub(super) struct Rows<'a> {
+    op: &'static str,
+    device: CudaDevice,
+    gpu: Arc<Gpu>,
+    order: Order,
+    operand: Fitted<'a>,
+    facts: Problem,
+}
+
+impl<'a> Rows<'a> {
+    /// To int8 bytes in u8 or to e4m3, in groups of `width` elements: a multiple of 16, or a whole row. The operand is not
+    /// empty.
+    pub fn new(
+        op: &'static str,
+        (storage, stack): Operand<'a>,
+        Rounding { dtype, width }: Rounding,
+    ) -> Result<Self> {
+        let device = storage.device().clone();
+        let gpu = Gpu::of(op, &device)?;
+        let rows = stack.fold_rows().filter(|rows| rows.cols == 1 || rows.col_stride == 1);
+        let operand = match rows {
+            Some(rows) => Fitted::view(storage, rows),
+            None => fit(op, (storage, stack), Want { folded: true, ..Want::default() })?,
+        };
+        let Stack { rows, cols, row_stride, .. } = operand.stack;
+        let row_bytes = row_stride * storage.dtype().size_in_bytes();
+        let facts = Problem {
+            rows: rows as u64,
+            cols: cols as u64,
+            width: width.min(cols) as u64,
+            element: element(storage.dtype()),
+            code: if dtype == DType::U8 { Factor::S8 } else { Factor::E4m3 },
+            aligned: is_aligned(&operand.stack, storage.dtype(), ALIGN)
+                && (rows == 1 || row_bytes.is_multiple_of(ALIGN)),
+        };
+        countable(op, ["this crate", "round"], facts.limit(), SPLIT)?;
+        let order = Order::new(op, device.cuda_stream(), [storage]);
+        Ok(Self { op, device, gpu, order, operand, facts })
+    }
+
+    /// Codes from row to row, a byte each.
+    pub fn row(&self) -> usize {
+        self.facts.out_row() as usize
+    }
+
+    /// Codes in all: a multiple of 16.
+    pub fn codes(&self) -> usize {
+        self.operand.stack.rows * self.row()
+    }
+
+    /// Scales in all.
+    pub fn scales(&self) -> usize {
+        let Problem { rows, cols, width, .. } = self.facts;
+        (rows * cols.div_ceil(width)) as usize
+    }
+
+    /// Writes codes and f32 scales to addresses of as many, multiples of 16.
+    pub fn round(&self, results: [u64; 2]) -> Result<()> {
+        let Self { op, device, gpu, order, operand, facts } = self;
+        let compiled = PLANS.get(op, gpu, facts)?;
+        let input = Memory::of(operand.storage(), device);
+        let arguments = Arguments {
+            problem: facts,
+            input: (input.at(operand.offset(0)), operand.stack.row_stride as u64),
+            results,
+        };
+        order.run(|| Ok(compiled.launch(op, device, &arguments)?))
+    }
+}
+
+/// Rows rounded, in memory of their own.
 pub(crate) fn quantize_rows(
     op: &'static str,
-    (storage, stack): Operand,
-    dtype: DType,
-    width: usize,
+    operand: Operand,
+    rounding: Rounding,
 ) -> Result<Rounded> {
-    let device = storage.device().clone();
-    let gpu = Gpu::of(op, &device)?;
-    let rows = stack.fold_rows().filter(|rows| rows.cols == 1 || rows.col_stride == 1);
-    let fitted = match rows {
-        Some(rows) => Fitted::view(storage, rows),
-        None => fit(op, (storage, stack), Want { folded: true, ..Want::default() })?,
-    };
-    let Stack { rows, cols, row_stride, .. } = fitted.stack;
-    let row_bytes = row_stride * storage.dtype().size_in_bytes();
-    let problem = Problem {
-        rows: rows as u64,
-        cols: cols as u64,
-        width: width.min(cols) as u64,
-        element: element(storage.dtype()),
-        code: if dtype == DType::U8 { Factor::S8 } else { Factor::E4m3 },
-        aligned: is_aligned(&fitted.stack, storage.dtype(), ALIGN)
-            && (rows == 1 || row_bytes.is_multiple_of(ALIGN)),
-    };
-    countable(op, ["this crate", "round"], problem.limit(), SPLIT)?;
-    let order = Order::new(op, device.cuda_stream(), [storage]);
-    let compiled = PLANS.get(op, &gpu, &problem)?;
-    let row = problem.out_row() as usize;
-    let mut codes = uninit(&device, &Shape::from(rows * row), dtype)?;
-    let mut scales = uninit(&device, &Shape::from(rows * cols.div_ceil(width)), DType::F32)?;
+    let rows = Rows::new(op, operand, rounding)?;
+    let alloc = |len: usize, dtype| uninit(&rows.device, &Shape::from(len), dtype);
+    let mut codes = alloc(rows.codes(), rounding.dtype)?;
+    let mut scales = alloc(rows.scales(), DType::F32)?;
     {
-        let input = Memory::of(fitted.storage(), &device);
-        let results = [Memory::of_mut(&mut codes, &device), Memory::of_mut(&mut scales, &device)];
-        let arguments = Arguments {
-            problem: &problem,
-            input: (input.at(fitted.offset(0)), row_stride as u64),
-            results: results.each_ref().map(Memory::address),
-        };
-        order.run(|| Ok(compiled.launch(op, &device, &arguments)?))?;
+        let results = [&mut codes, &mut scales].map(|one| Memory::of_mut(one, &rows.device));
+        rows.round(results.each_ref().map(Memory::address))?;
     }
-    Ok(Rounded { codes, row, scales })
+    Ok(Rounded { codes, row: rows.row(), scales })
 }

@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
 
-use super::bytes::{CodeScales, codes_call};
+use super::along_k::activations;
+use super::bytes::{CodeScales, Vector, codes_call};
 use super::matmul::Call;
 use super::plan::Compiled;
 use super::quantised::tensor;
@@ -11,7 +12,9 @@ use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
 use crate::kernel::w4::Scheme;
 use crate::kernel::{self, Config, Plan};
-use crate::op::{AttentionInputs, AttentionProblem, AttentionWants, Epilogue, MatmulProblem};
+use crate::op::{
+    AttentionInputs, AttentionProblem, AttentionWants, Epilogue, MatmulProblem, Rounding,
+};
 use crate::options::MatmulOptions;
 use crate::ptx::Factor;
 use crate::stack::Stack;
@@ -67,14 +70,15 @@ pub fn matmul_bytes(
         bail!("not on a GPU")
     };
     let (x, w) = (Stack::new(la), Stack::new(lb).t());
-    let (rows, cols) = ((sr, lr), (sc, lc));
+    let (rows, cols) = (Vector::Of(sr, lr), Vector::Of(sc, lc));
     let scales = match lr.dims().len() {
         1 => CodeScales::Lines { one: 1.0, rows, cols, zero: None },
         _ => CodeScales::Blocks { rows, cols },
     };
     let factor = if int8 { Factor::S8 } else { Factor::E4m3 };
     let out = Epilogue::round(DType::BF16);
-    let call = codes_call("tune", factor, (sa, &x), (sb, &w), scales, None, out)?;
+    let x_lines = activations("tune", (sa, &x))?;
+    let call = codes_call("tune", factor, x_lines, (sb, &w), scales, None, out)?;
     product(&call, config, (x.rows, w.cols))
 }
 
@@ -83,7 +87,8 @@ pub fn quantize_rows(x: &Tensor, dtype: DType, width: usize) -> Result<[Tensor; 
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
     let stack = Stack::new(layout);
-    let rounded = quantize::quantize_rows("tune", (storage, &stack), dtype, width)?;
+    let rounding = Rounding { dtype, width };
+    let rounded = quantize::quantize_rows("tune", (storage, &stack), rounding)?;
     let codes = tensor(rounded.codes, (stack.rows, rounded.row)).narrow(1, 0, stack.cols)?;
     Ok([codes, tensor(rounded.scales, (stack.rows, stack.cols.div_ceil(width)))])
 }

@@ -4,12 +4,12 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::groups::Groups;
-use super::int4::{self, CODES, Int4};
+use super::int4::{self, CODES, Int4, Packing, Words};
 use crate::check;
 use crate::quant::QuantWeight;
 
 /// Where a word has each of its eight columns.
-const PLACES: [u8; CODES] = [0, 4, 1, 5, 2, 6, 3, 7];
+pub(super) const PLACES: [u8; CODES] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 impl QuantWeight {
     /// From the tensors of a layer quantised by AWQ to four bits: `W[k, n] = scales[g, n] · (q[k, n] − z[g, n])`.
@@ -45,8 +45,8 @@ impl QuantWeight {
         const FIX: &str = "take all tensors from one layer, of four bits and the layout `gemm`";
         let args = [("qweight", qweight), ("qzeros", qzeros), ("scales", scales)];
         super::tensors(OP, &args)?;
-        let words = super::words(OP, args[0], "[K, N/8]", FIX)?;
-        let zero_words = super::words(OP, args[1], "[groups, N/8]", FIX)?;
+        super::words(OP, args[0], "[K, N/8]", FIX)?;
+        super::words(OP, args[1], "[groups, N/8]", FIX)?;
         check::rank(OP, args[2], 2..=2, "[groups, N]", FIX)?;
 
         let [k, words_of_row] = [qweight.dims()[0], qweight.dims()[1]];
@@ -59,14 +59,14 @@ impl QuantWeight {
         check::dim(OP, "qzeros", ("columns", zero_columns), (words_of_row, why), FIX)?;
 
         let groups = Groups::new(OP, k, ("scales", count), None)?;
-        let zeros = Some(int4::zeros(&zero_words, n, PLACES));
-        let words = along_k(&words, [k, n]);
+        let zeros = Some(int4::zeros(&super::bits(qzeros)?, n, PLACES));
+        let words = Words { tensor: qweight, packing: Packing::Columns };
         Int4 { op: OP, dims: [k, n], words, scales, zeros, groups }.weight()
     }
 }
 
 /// Words of eight rows of a column, from words of eight columns of a row.
-fn along_k(words: &[u32], [k, n]: [usize; 2]) -> Vec<u32> {
+pub(super) fn along_k(words: &[u32], [k, n]: [usize; 2]) -> Vec<u32> {
     let mut to = vec![0; k.div_ceil(CODES) * n];
     if n == 0 {
         return to;

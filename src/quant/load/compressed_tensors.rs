@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::groups::Groups;
-use super::int4::{self, CODES, IN_ORDER, Int4};
+use super::int4::{self, CODES, IN_ORDER, Int4, Packing, Words};
 use crate::check;
 use crate::error::Error;
 use crate::quant::QuantWeight;
@@ -56,7 +56,7 @@ impl QuantWeight {
         args.extend(weight_zero_point.map(|t| ("weight_zero_point", t)));
         args.extend(weight_g_idx.map(|t| ("weight_g_idx", t)));
         super::tensors(OP, &args)?;
-        let words = super::words(OP, args[0], "[N, K/8]", FIX)?;
+        super::words(OP, args[0], "[N, K/8]", FIX)?;
         check::rank(OP, args[1], 2..=2, "[N, groups]", FIX)?;
         let shape = super::integers(OP, args[2], "[2]")?;
 
@@ -81,13 +81,13 @@ impl QuantWeight {
         check::dim(OP, "weight_scale", ("N", rows), (n, "the N of `weight_packed`"), FIX)?;
 
         let zeros = weight_zero_point.map(|t| {
-            let zero_words = super::words(OP, ("weight_zero_point", t), "[N/8, groups]", FIX)?;
+            super::words(OP, ("weight_zero_point", t), "[N/8, groups]", FIX)?;
             let (rows, columns) = t.dims2()?;
             let why = format!("N/8 for the N = {n} of `weight_packed`");
             check::dim(OP, "weight_zero_point", ("rows", rows), (n.div_ceil(CODES), why), FIX)?;
             let why = "those of `weight_scale`";
             check::dim(OP, "weight_zero_point", ("groups", columns), (count, why), FIX)?;
-            let zero_words = super::transpose(&zero_words, [rows, columns]);
+            let zero_words = super::transpose(&super::bits(t)?, [rows, columns]);
             Result::Ok(int4::zeros(&zero_words, n, IN_ORDER))
         });
         let zeros = zeros.transpose()?;
@@ -101,7 +101,7 @@ impl QuantWeight {
         let g_idx = g_idx.filter(|g_idx| g_idx.iter().any(|&group| group != -1));
         let by = g_idx.as_deref().map(|g_idx| ("weight_g_idx", g_idx));
         let groups = Groups::new(OP, k, ("weight_scale", count), by)?;
-        let words = super::transpose(&words, [n, words_of_row]);
+        let words = Words { tensor: weight_packed, packing: Packing::Turned };
         let scales = &weight_scale.t()?;
         Int4 { op: OP, dims: [k, n], words, scales, zeros, groups }.weight()
     }

@@ -4,8 +4,9 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::groups::Groups;
-use super::int4::{self, CODES, IN_ORDER, Int4};
+use super::int4::{self, CODES, IN_ORDER, Int4, Packing, Words};
 use crate::check;
+use crate::cuda;
 use crate::error::Error;
 use crate::quant::QuantWeight;
 
@@ -92,8 +93,8 @@ fn load(
     args.extend(g_idx.map(|t| ("g_idx", t)));
     super::tensors(op, &args)?;
     const FIX: &str = "take all tensors from one layer, of four bits";
-    let words = super::words(op, args[0], "[K/8, N]", FIX)?;
-    let zero_words = super::words(op, args[1], "[groups, N/8]", FIX)?;
+    super::words(op, args[0], "[K/8, N]", FIX)?;
+    super::words(op, args[1], "[groups, N/8]", FIX)?;
     check::rank(op, args[2], 2..=2, "[groups, N]", FIX)?;
     let g_idx = g_idx.map(|t| super::integers(op, ("g_idx", t), "[K]")).transpose()?;
 
@@ -111,11 +112,13 @@ fn load(
     let by = g_idx.as_deref().map(|g_idx| ("g_idx", g_idx));
     let groups = Groups::new(op, k, ("scales", count), by)?;
     let size = groups.size;
-    let stored = Stored { op, dims: [k, n], words: &words, zero_words: &zero_words, size };
+    let zero_words = super::bits(qzeros)?;
+    let stored = Stored { op, dims: [k, n], words: qweight, zero_words: &zero_words, size };
     let zeros = match format {
         Some(format) => stored.zeros(format),
         None => stored.zeros(stored.format()?),
     };
+    let words = Words { tensor: qweight, packing: Packing::Rows };
     Int4 { op, dims: [k, n], words, scales, zeros: Some(zeros), groups }.weight()
 }
 
@@ -123,7 +126,7 @@ fn load(
 struct Stored<'a> {
     op: &'static str,
     dims: [usize; 2],
-    words: &'a [u32],
+    words: &'a Tensor,
     zero_words: &'a [u32],
     /// Rows that share a zero point.
     size: usize,
@@ -149,11 +152,11 @@ impl Stored<'_> {
         const NEAR: f64 = 0.35;
         let stored = self.zeros(GptqFormat::V2);
         for (zero, format) in [(7, GptqFormat::V1), (8, GptqFormat::V2)] {
-            if self.words.is_empty() || stored.iter().all(|&z| z == zero) {
+            if self.words.elem_count() == 0 || stored.iter().all(|&z| z == zero) {
                 return Ok(format);
             }
         }
-        let code = self.mean_code();
+        let code = self.mean_code()?;
         let [v1, v2] = [GptqFormat::V1, GptqFormat::V2]
             .map(|format| code - self.mean_zero(&self.zeros(format)));
         match (v1.abs() < NEAR, v2.abs() < NEAR) {
@@ -172,16 +175,22 @@ impl Stored<'_> {
         }
     }
 
-    /// The mean of all codes.
-    fn mean_code(&self) -> f64 {
+    /// The mean of all codes, of which there are some.
+    fn mean_code(&self) -> Result<f64> {
         let [k, n] = self.dims;
-        let sum = |(row, words): (usize, &[u32])| -> u64 {
-            let used = (k - row * CODES).min(CODES);
-            let kept = u32::MAX >> (4 * (CODES - used));
-            words.iter().map(|&word| u64::from(nibbles(word & kept))).sum()
+        let sum = match self.words.device().is_cuda() {
+            true => cuda::sum_of_codes(self.op, self.words, self.dims)?,
+            false => {
+                let sum = |(row, words): (usize, &[u32])| -> u64 {
+                    let used = (k - row * CODES).min(CODES);
+                    let kept = u32::MAX >> (4 * (CODES - used));
+                    words.iter().map(|&word| u64::from(nibbles(word & kept))).sum()
+                };
+                let words = super::bits(self.words)?;
+                words.par_chunks(n).enumerate().map(sum).sum::<u64>() as f64
+            }
         };
-        let sum: u64 = self.words.par_chunks(n.max(1)).enumerate().map(sum).sum();
-        sum as f64 / (k * n) as f64
+        Ok(sum / (k * n) as f64)
     }
 
     /// The mean of all rows' zero points.

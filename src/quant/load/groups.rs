@@ -1,6 +1,6 @@
 //! Which rows of a weight share a scale.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use crate::error::Error;
 
@@ -61,17 +61,17 @@ impl Groups {
         usize::try_from(self.group).map_or(1, |group| self.size / group)
     }
 
-    /// The scales of the groups, from the format's, on the CPU.
+    /// The scales of the groups, from the format's, on their device.
     pub fn scales(&self, scales: &Tensor) -> Result<Tensor> {
         let (rows, n) = scales.dims2()?;
         if self.repeat() == 1 && rows == self.count {
             return Ok(scales.clone());
         }
         if self.count == 0 || n == 0 {
-            return Tensor::zeros((self.count, n), scales.dtype(), &Device::Cpu);
+            return Tensor::zeros((self.count, n), scales.dtype(), scales.device());
         }
         let rows = (0..self.count).map(|group| (group / self.repeat()) as u32);
-        scales.contiguous()?.index_select(&Tensor::from_iter(rows, &Device::Cpu)?, 0)
+        scales.contiguous()?.index_select(&Tensor::from_iter(rows, scales.device())?, 0)
     }
 
     /// The zero points of the groups, from the format's `[.., n]`.
@@ -149,6 +149,8 @@ fn ordered(
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     fn of(k: usize, count: usize) -> Result<(i32, usize, usize)> {

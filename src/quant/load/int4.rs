@@ -4,18 +4,86 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::groups::Groups;
+use super::{awq, nf4};
+use crate::cuda;
 use crate::quant::{QuantScheme, QuantWeight, order::Order, planes::Planes};
 
 /// Codes of a word.
 pub const CODES: usize = 8;
 
-/// A weight `[k, n]` as all of these formats have it once its words are along K: `scale · (code − zero)`, codes and
-/// zero points from 0 to 15.
+/// How a format packs the codes of a weight `[k, n]`, eight in a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Packing {
+    /// Words `[⌈k/8⌉, n]` of eight rows, the first one lowest.
+    Rows,
+    /// The same as `[n, ⌈k/8⌉]`.
+    Turned,
+    /// Words `[k, n/8]` of eight columns, in AWQ's order.
+    Columns,
+    /// Bytes, of `[n, k/8]` words of eight rows, the first of two in the higher four bits of a byte.
+    Bytes,
+}
+
+impl Packing {
+    /// Where a word has each of its eight codes.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // Read by a kernel alone.
+    pub fn places(self) -> [u8; CODES] {
+        match self {
+            Self::Rows | Self::Turned => IN_ORDER,
+            Self::Columns => awq::PLACES,
+            Self::Bytes => [1, 0, 3, 2, 5, 4, 7, 6],
+        }
+    }
+}
+
+/// Words of a file: i32, u32 or bytes, anywhere.
+pub struct Words<'a> {
+    pub tensor: &'a Tensor,
+    pub packing: Packing,
+}
+
+impl Words<'_> {
+    /// Words of eight rows `[⌈k/8⌉, n]`, on the CPU. What is past the last row may be anything.
+    fn host(&self, [k, n]: [usize; 2]) -> Result<Vec<u32>> {
+        let words = || super::bits(self.tensor);
+        Ok(match self.packing {
+            Packing::Rows => words()?,
+            Packing::Turned => super::transpose(&words()?, [n, k.div_ceil(CODES)]),
+            Packing::Columns => awq::along_k(&words()?, [k, n]),
+            Packing::Bytes => {
+                let bytes = super::host(self.tensor)?.to_vec1::<u8>()?;
+                super::transpose(&nf4::words(&bytes), [n, k / CODES])
+            }
+        })
+    }
+
+    /// Those that a weight has, on a device: rows in an order, and past the last one a code.
+    fn codes(
+        &self,
+        op: &'static str,
+        dims @ [k, n]: [usize; 2],
+        order: Option<&Order>,
+        fill: u8,
+        device: &Device,
+    ) -> Result<Tensor> {
+        if device.is_cuda() {
+            let order = order.map(|order| &order.rows);
+            return cuda::regroup(op, self.tensor, self.packing, dims, order, fill);
+        }
+        let mut words = self.host(dims)?;
+        if let Some(order) = order {
+            words = gathered(&words, n, &order.rows.to_vec1()?);
+        }
+        past(&mut words, dims, fill);
+        Tensor::from_vec(words, (k.div_ceil(CODES), n), device)
+    }
+}
+
+/// A weight `[k, n]` as all of these formats have it: `scale · (code − zero)`, codes and zero points from 0 to 15.
 pub struct Int4<'a> {
     pub op: &'static str,
     pub dims: [usize; 2],
-    /// `[⌈k/8⌉, n]`, the first row of eight in the lowest four bits. What is past the last row may be anything.
-    pub words: Vec<u32>,
+    pub words: Words<'a>,
     /// `[.., n]`, a row for each of the format's groups.
     pub scales: &'a Tensor,
     /// The same, or none where all are 8.
@@ -25,34 +93,42 @@ pub struct Int4<'a> {
 
 impl Int4<'_> {
     pub fn weight(self) -> Result<QuantWeight> {
-        let Self { op, dims: dims @ [k, n], words, scales, zeros, groups } = self;
-        let device = scales.device();
+        let Self { op, dims, words, scales, zeros, groups } = self;
         let zeros = zeros.filter(|zeros| zeros.iter().any(|&zero| zero != 8));
         let scheme = QuantScheme::Int4 { group: groups.group, zero_points: zeros.is_some() };
-        let mut words = match &groups.order {
-            Some(order) => gathered(&words, n, order),
-            None => words,
-        };
-        fill(&mut words, dims, scheme.zero_code());
-
-        let scales = groups.scales(&scales.to_device(&Device::Cpu)?)?;
-        let zeros = zeros.map(|zeros| groups.zeros(zeros, n));
-        let planes = Planes {
-            scheme,
-            dims,
-            codes: Tensor::from_vec(words, (k.div_ceil(CODES), n), &Device::Cpu)?,
-            scales,
-            zeros: zeros
-                .map(|zeros| Tensor::from_vec(zeros, (groups.count, n), &Device::Cpu))
-                .transpose()?,
-            order: groups
-                .order
-                .map(|order| Order::new(op, &Tensor::from_vec(order, k, &Device::Cpu)?))
-                .transpose()?,
-            exponent: 0,
-        };
-        QuantWeight::from_planes(op, planes)?.to_device(device)
+        weight(op, scheme, dims, &words, scales, zeros, &groups)
     }
+}
+
+/// A weight made where its tensors are.
+pub fn weight(
+    op: &'static str,
+    scheme: QuantScheme,
+    dims @ [k, n]: [usize; 2],
+    words: &Words,
+    scales: &Tensor,
+    zeros: Option<Vec<u8>>,
+    groups: &Groups,
+) -> Result<QuantWeight> {
+    let device = words.tensor.device();
+    // No kernel is launched for what is empty.
+    let at = if k * n == 0 { &Device::Cpu } else { device };
+    let order = groups.order.as_ref().map(|order| {
+        let rows = Tensor::from_slice(order, k, &Device::Cpu)?;
+        Order::new(op, &rows)?.to_device(at)
+    });
+    let order = order.transpose()?;
+    let zeros = zeros.map(|zeros| groups.zeros(zeros, n));
+    let planes = Planes {
+        scheme,
+        dims,
+        codes: words.codes(op, dims, order.as_ref(), scheme.zero_code(), at)?,
+        scales: groups.scales(&scales.to_device(at)?)?,
+        zeros: zeros.map(|zeros| Tensor::from_vec(zeros, (groups.count, n), at)).transpose()?,
+        order,
+        exponent: 0,
+    };
+    QuantWeight::from_planes(op, planes)?.to_device(device)
 }
 
 /// The words whose row `i` is row `order[i]` of others.
@@ -74,7 +150,7 @@ fn gathered(words: &[u32], n: usize, order: &[u32]) -> Vec<u32> {
 }
 
 /// Makes the rows past the last one the code of 0.
-fn fill(words: &mut [u32], [k, n]: [usize; 2], code: u8) {
+fn past(words: &mut [u32], [k, n]: [usize; 2], code: u8) {
     let used = k % CODES;
     if used == 0 || n == 0 {
         return;
@@ -111,11 +187,11 @@ mod tests {
         let order = [10, 0, 9, 1, 8, 2, 7, 3, 6, 4, 5];
         let mut to = gathered(&words, 2, &order);
         assert_eq!(to, [0x3728_190A, 0xC8D7_E6F5, 0x546, 0xAB9]);
-        fill(&mut to, [11, 2], 8);
+        past(&mut to, [11, 2], 8);
         assert_eq!(to, [0x3728_190A, 0xC8D7_E6F5, 0x8888_8546, 0x8888_8AB9]);
-        fill(&mut to, [11, 2], 0);
+        past(&mut to, [11, 2], 0);
         assert_eq!(to, [0x3728_190A, 0xC8D7_E6F5, 0x546, 0xAB9]);
-        fill(&mut to, [16, 2], 8);
+        past(&mut to, [16, 2], 8);
         assert_eq!(to, [0x3728_190A, 0xC8D7_E6F5, 0x546, 0xAB9]);
     }
 

@@ -1,11 +1,12 @@
-//! Weights as checkpoints have them, brought into the plain form. All of this runs on the CPU.
+//! Weights as checkpoints have them, brought into the plain form where they are: the words of a weight never leave a GPU.
+//! Zero points, the order of rows and nested scales, which are few beside it, are unpacked on the CPU.
 
 mod awq;
 mod checkpoint;
 mod compressed_tensors;
 mod gptq;
 mod groups;
-mod int4;
+pub(crate) mod int4;
 mod nf4;
 
 pub use checkpoint::Checkpoint;
@@ -37,11 +38,15 @@ fn dtype(op: &'static str, (arg, t): Arg, want: &[DType]) -> Result<()> {
     Err(Error::DType { op, arg, got, want: check::one_of(want), fix: fix.into() }.into())
 }
 
-/// The words of a matrix, row by row. Packages write them as i32, some as u32; the bits are the same.
-fn words(op: &'static str, arg: Arg, want: &'static str, fix: &'static str) -> Result<Vec<u32>> {
+/// A matrix of words. Packages write them as i32, some as u32; the bits are the same.
+fn words(op: &'static str, arg: Arg, want: &'static str, fix: &'static str) -> Result<()> {
     dtype(op, arg, &[DType::I32, DType::U32])?;
-    check::rank(op, arg, 2..=2, want, fix)?;
-    let flat = host(arg.1)?;
+    Ok(check::rank(op, arg, 2..=2, want, fix)?)
+}
+
+/// All words, row by row.
+fn bits(words: &Tensor) -> Result<Vec<u32>> {
+    let flat = host(words)?;
     match flat.dtype() {
         DType::U32 => flat.to_vec1(),
         _ => Ok(flat.to_vec1::<i32>()?.into_iter().map(i32::cast_unsigned).collect()),
@@ -102,8 +107,9 @@ mod tests {
         let signed = Tensor::new(&[[-1i32, 7], [i32::MIN, 0]], &Device::Cpu)?;
         let unsigned = Tensor::new(&[[u32::MAX, 7], [1 << 31, 0]], &Device::Cpu)?;
         for t in [signed, unsigned] {
-            assert_eq!(words("op", ("t", &t), "", "")?, [u32::MAX, 7, 1 << 31, 0]);
-            assert_eq!(words("op", ("t", &t.t()?), "", "")?, [u32::MAX, 1 << 31, 7, 0]);
+            words("op", ("t", &t), "", "")?;
+            assert_eq!(bits(&t)?, [u32::MAX, 7, 1 << 31, 0]);
+            assert_eq!(bits(&t.t()?)?, [u32::MAX, 1 << 31, 7, 0]);
         }
         Ok(())
     }

@@ -4,10 +4,10 @@ use candle_core::{DType, Device, Result, Tensor};
 use serde_json::{Map, Value};
 
 use super::groups::Groups;
-use super::int4::CODES;
+use super::int4::{self, CODES, Packing, Words};
 use crate::check;
 use crate::error::Error;
-use crate::quant::{QuantScheme, QuantWeight, planes::Planes};
+use crate::quant::{QuantScheme, QuantWeight};
 
 const OP: &str = "QuantWeight::from_nf4";
 
@@ -61,9 +61,8 @@ impl QuantWeight {
         let State { dims: [n, k], block, .. } = state;
 
         const FIX: &str = "take all tensors from one layer";
-        let bytes = super::host(weight)?.to_vec1::<u8>()?;
         let why = format!("two of the {n} × {k} of `quant_state` in each");
-        check::dim(OP, "weight", ("bytes", bytes.len()), (n * k / 2, why), FIX)?;
+        check::dim(OP, "weight", ("bytes", weight.elem_count()), (n * k / 2, why), FIX)?;
         let groups = Groups::of_size(OP, "absmax", k, block)?;
         let per_row = k / block;
         let count = args[1].1.elem_count();
@@ -72,31 +71,22 @@ impl QuantWeight {
         let absmax = match nested {
             None => {
                 super::dtype(OP, args[1], &[DType::F32])?;
-                super::host(absmax)?.to_vec1::<f32>()?
+                absmax.clone()
             }
-            Some(nested) => state.absmax(absmax, nested)?,
+            // Bytes: a sixty-fourth of the codes at most, which are two in a byte.
+            Some(nested) => Tensor::from_vec(state.absmax(absmax, nested)?, count, &Device::Cpu)?,
         };
-
-        let scales = super::transpose(&absmax, [n, per_row]);
-        let scales = groups.scales(&Tensor::from_vec(scales, (per_row, n), &Device::Cpu)?)?;
-        let words: Vec<u32> = bytes
-            .as_chunks::<{ CODES / 2 }>()
-            .0
-            .iter()
-            .map(|&word| in_order(u32::from_le_bytes(word)))
-            .collect();
-        let words = super::transpose(&words, [n, k / CODES]);
-        let planes = Planes {
-            scheme: QuantScheme::Nf4 { block: groups.group as usize },
-            dims: [k, n],
-            codes: Tensor::from_vec(words, (k / CODES, n), &Device::Cpu)?,
-            scales,
-            zeros: None,
-            order: None,
-            exponent: 0,
-        };
-        Self::from_planes(OP, planes)?.to_device(weight.device())
+        let scales = absmax.reshape((n, per_row))?.t()?;
+        let words = Words { tensor: weight, packing: Packing::Bytes };
+        let scheme = QuantScheme::Nf4 { block: groups.group as usize };
+        int4::weight(OP, scheme, [k, n], &words, &scales, None, &groups)
     }
+}
+
+/// Words of bytes, four in each.
+pub(super) fn words(bytes: &[u8]) -> Vec<u32> {
+    let words = bytes.as_chunks::<{ CODES / 2 }>().0.iter();
+    words.map(|&word| in_order(u32::from_le_bytes(word))).collect()
 }
 
 /// A word whose bytes have the first of two codes in their higher four bits, with it in the lower ones.

@@ -6,6 +6,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 
+use crate::calls::{Call, add, count};
 use crate::candle;
 use crate::copies::Map;
 use crate::grid::{Launch, Param};
@@ -194,6 +195,7 @@ pub unsafe extern "C" fn cuMemAlloc_v2(at: *mut u64, bytes: usize) -> Status {
 /// See [`cuDeviceGet`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAllocAsync(at: *mut u64, bytes: usize, _: *mut c_void) -> Status {
+    count(Call::Allocation);
     // SAFETY: the caller's promise.
     unsafe { at.write(allocate(bytes)) };
     SUCCESS
@@ -253,6 +255,7 @@ pub extern "C" fn cuMemPoolSetAttribute(_: *mut c_void, what: c_int, _: *const u
 
 /// Copies between addresses of which those of the GPU were checked.
 fn copy(from: u64, to: u64, bytes: usize) -> Status {
+    count(Call::Copy);
     // SAFETY: memory of the GPU is the host's; it was checked, and the caller promises his own.
     unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
     SUCCESS
@@ -266,6 +269,7 @@ pub extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: u64, bytes: usize, _: *mut
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyDtoHAsync_v2(to: u64, from: u64, bytes: usize, _: *mut c_void) -> Status {
+    add(Call::ByteToHost, bytes);
     Memory::now().check(from, bytes);
     copy(from, to, bytes)
 }
@@ -280,6 +284,7 @@ pub extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, _: *mut
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, _: *mut c_void) -> Status {
+    count(Call::Copy);
     Memory::now().check(to, bytes);
     // SAFETY: just checked.
     unsafe { (to as *mut u8).write_bytes(value, bytes) };
@@ -357,6 +362,7 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     params: *const *const c_void,
     _: *mut *mut c_void,
 ) -> Status {
+    count(Call::Launch);
     // SAFETY: functions are never freed; the configuration is the caller's promise.
     let (function, config) = unsafe { (&*function.cast::<Function>(), &*config) };
     let memory = Memory::now();

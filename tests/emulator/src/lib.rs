@@ -36,6 +36,7 @@
 //! | `candle` | the kernels of candle that are called besides |
 
 mod alu;
+mod calls;
 mod candle;
 mod copies;
 mod driver;

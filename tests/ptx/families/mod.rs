@@ -8,6 +8,7 @@ mod glu;
 mod optimizer;
 mod products;
 mod quantize;
+mod regroup;
 mod strided;
 mod transpose;
 mod w4;
@@ -201,6 +202,7 @@ families! {
     Encode(encode::Encoders): (&ALL, 4);
     Optimizer(optimizer::Optimizers): (&ALL, 2);
     Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
+    Regroup(regroup::Regroupings): (&ALL, 4);
     Transpose(transpose::Transpositions): (&ALL, 1);
     Strided(strided::Copies): (&ALL, 1);
     W4(w4::Products): (&HOPPERS, 1), (&ALL, 1);
