@@ -4,6 +4,7 @@
 //! arguments and describes the work as a value that implements [`Op`], which [`apply`] runs and puts into
 //! candle's graph.
 
+mod alone;
 mod attention;
 mod glu;
 mod matmul;
@@ -11,6 +12,7 @@ mod node;
 mod project;
 mod quantized;
 
+pub use alone::Backward;
 pub use attention::FlashAttnBackward;
 pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
