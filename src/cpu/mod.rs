@@ -8,6 +8,7 @@ mod epilogue;
 mod exp;
 mod gemm;
 mod glu;
+mod norm;
 mod operand;
 mod product;
 mod quantised;
@@ -17,6 +18,7 @@ mod widen;
 pub(crate) use attention::{Attended, attention, attention_backward};
 pub(crate) use epilogue::epilogue;
 pub(crate) use glu::{glu, glu_backward};
+pub(crate) use norm::{norm, norm_backward};
 pub(crate) use product::matmul;
 pub(crate) use quantised::{
     Activations, dequantize, matmul_fp8, matmul_int8, matmul_quant, quantize_rows,

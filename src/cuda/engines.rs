@@ -8,7 +8,8 @@ use super::Operand;
 use crate::Engine;
 use crate::op::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
-    AttentionWants, Epilogue, MatmulProblem, View,
+    AttentionWants, Epilogue, MatmulProblem, Norm, NormEach, NormGrads, NormInputs, NormResults,
+    NormUpstream, View,
 };
 use crate::options::Gate;
 use crate::quant::QuantScheme;
@@ -20,6 +21,7 @@ use {
     super::driver::gpu::{Gpu, has_kernels},
     super::{empty, kaio_ops, native, scaled},
     crate::error::Error,
+    crate::op::NormStats,
     candle_core::{Layout, backend::BackendStorage},
 };
 
@@ -344,5 +346,51 @@ pub(crate) fn glu_backward(
             0 => Ok([zeros()?, zeros()?]),
             _ => native::glu_backward(op, kind, operands),
         }
+    })
+}
+
+/// Normed rows of x or of its sum with a residual, that sum, and what a gradient needs of each row if it is saved.
+pub(crate) fn norm(
+    norm: &Norm,
+    inputs: &NormInputs<View<CudaStorage>>,
+) -> Result<NormResults<CudaStorage>> {
+    on_gpu!({
+        let (x, layout) = inputs.x;
+        if layout.shape().elem_count() > 0 {
+            return native::norm(norm, inputs);
+        }
+        let rows = layout.dims().split_last().map_or(0, |(_, rows)| rows.iter().product());
+        let none = || empty::zeros(x, 0, x.dtype());
+        let of_rows = || empty::zeros(x, rows, DType::F32);
+        let mean = || norm.centred.then(of_rows).transpose();
+        let stats = || Ok::<_, candle_core::Error>(NormStats { rstd: of_rows()?, mean: mean()? });
+        Ok(NormResults {
+            out: none()?,
+            sum: inputs.residual.map(|_| none()).transpose()?,
+            stats: norm.save.then(stats).transpose()?,
+        })
+    })
+}
+
+/// The gradients that are wanted of what was normed, the weight and the bias.
+pub(crate) fn norm_backward(
+    op: &'static str,
+    inputs: &NormUpstream<View<CudaStorage>>,
+    wants: NormEach<bool>,
+) -> Result<NormGrads<CudaStorage>> {
+    on_gpu!({
+        let ((x, layout), (weight, vector)) = (inputs.x, inputs.weight);
+        let NormEach { x: of_x, weight: of_weight, bias } = wants;
+        if layout.shape().elem_count() > 0 && (of_x || of_weight || bias) {
+            return native::norm_backward(op, inputs, wants);
+        }
+        let width = vector.dims()[0];
+        let columns =
+            |wanted: bool| wanted.then(|| empty::zeros(weight, width, weight.dtype())).transpose();
+        Ok(NormEach {
+            x: of_x.then(|| empty::zeros(x, 0, x.dtype())).transpose()?,
+            weight: columns(of_weight)?,
+            bias: columns(bias)?,
+        })
     })
 }

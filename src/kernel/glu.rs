@@ -225,17 +225,18 @@ pub fn emit(config: &Config) -> Source {
         k.if_(at.lt(units), || {
             let lane = Place { row: row.wide(), col: at.wide() * u64::from(unit), element };
             let unit = Unit { element, count: unit };
-            let load = |(from, stride)| unit.load(lane.in_rows(from, stride)).floats();
+            let load = |(from, stride)| unit.load(k, lane.in_rows(from, stride)).floats();
+            let store = |to, values: Vec<_>| unit.round(k, &values).store(k, to);
             let (gates, ups) = (load(gates), load(ups));
             let Some((grads, out_up)) = grads.map(load).zip(out_up) else {
                 let results = gates.iter().zip(&ups).map(|(&x, &up)| gate.apply(x) * up);
-                return unit.store(lane.in_rows(out, cols), &results.collect::<Vec<_>>());
+                return store(lane.in_rows(out, cols), results.collect());
             };
             let of_gate = gates.iter().zip(&ups).zip(&grads);
             let of_gate = of_gate.map(|((&x, &up), &grad)| grad * up * gate.slope(x));
-            unit.store(lane.in_rows(out, cols), &of_gate.collect::<Vec<_>>());
+            store(lane.in_rows(out, cols), of_gate.collect());
             let of_up = gates.iter().zip(&grads).map(|(&x, &grad)| grad * gate.apply(x));
-            unit.store(lane.in_rows(out_up, cols), &of_up.collect::<Vec<_>>());
+            store(lane.in_rows(out_up, cols), of_up.collect());
         });
     });
     k.finish()

@@ -15,6 +15,7 @@ pub mod glu;
 pub(crate) mod hopper;
 mod multiprocessor;
 mod name;
+pub mod norm;
 pub mod params;
 mod plan;
 pub mod quantize;
@@ -26,6 +27,7 @@ pub mod w4;
 
 pub use element::{Copied, Element};
 pub use plan::{Plan, Step};
+pub use rows::Tile;
 
 use crate::ptx::{Source, Target};
 
@@ -105,6 +107,14 @@ kernels! {
     FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
+    /// A norm of rows, on any GPU.
+    Norm(norm::Forward) by norm::emit_forward;
+    /// A norm's gradients.
+    NormBackward(norm::Backward) by norm::emit_backward;
+    /// The means of a norm's gradient, of long rows.
+    NormMoments(norm::Moments) by norm::emit_moments;
+    /// The gradients of a norm's weight and bias, of the blocks' sums.
+    NormColumns(norm::Columns) by norm::emit_columns;
     /// Activations rounded to eight bits.
     Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.

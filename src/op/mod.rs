@@ -9,6 +9,7 @@ mod attention;
 mod glu;
 mod matmul;
 mod node;
+mod norm;
 mod project;
 mod quantized;
 
@@ -21,6 +22,10 @@ pub(crate) use attention::{
 pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;
+pub(crate) use norm::{
+    Each as NormEach, Grads as NormGrads, Inputs as NormInputs, Norm, Results as NormResults,
+    Stats as NormStats, Upstream as NormUpstream, add_rms_norm, layer_norm, rms_norm,
+};
 pub(crate) use project::dequantize;
 pub(crate) use quantized::{
     QkvWeights, matmul_fp8, matmul_int4, matmul_int8, matmul_int8_with, matmul_quant, qkv_project,
@@ -77,6 +82,15 @@ pub(crate) fn cast(t: &Tensor, dtype: DType) -> Result<Tensor> {
         0 => Tensor::zeros(t.shape(), dtype, t.device()),
         _ => t.to_dtype(dtype),
     }
+}
+
+/// As rows of a matrix, of which a vector is one, in candle's graph.
+fn matrix(t: &Tensor) -> Result<Tensor> {
+    let mut t = t.clone();
+    while t.rank() < 2 {
+        t = t.unsqueeze(0)?;
+    }
+    Ok(t)
 }
 
 /// Runs an op outside candle's graph, within a gradient.

@@ -21,6 +21,7 @@ pub mod errors;
 pub mod glu;
 pub mod loaders;
 pub mod matmul;
+pub mod norm;
 pub mod quantized;
 pub mod weights;
 

@@ -1,6 +1,6 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
-use crate::suites::{attention, empty, errors, glu, loaders, matmul, quantized, weights};
+use crate::suites::{attention, empty, errors, glu, loaders, matmul, norm, quantized, weights};
 
 macro_rules! tables {
     ($($name:ident: $suite:path;)*) => {$(
@@ -29,6 +29,8 @@ tables! {
     matmul_kinds: matmul::kinds;
     matmul_random_products: matmul::random_products;
     glu: glu::glu;
+    norm: norm::norm;
+    norm_long_rows: norm::long_rows;
     int8: quantized::int8;
     int8_random: quantized::int8_random;
     int4: quantized::int4;
@@ -96,6 +98,7 @@ tables! {
     empty_quantisers: empty::quantisers;
     errors_matmul: errors::matmul;
     errors_glu: errors::glu;
+    errors_norm: errors::norm;
     errors_int8: errors::int8;
     errors_int4: errors::int4;
     errors_qkv: errors::qkv;

@@ -7,6 +7,7 @@ mod encode;
 mod glu;
 mod limit;
 mod matmul;
+mod norm;
 mod operand;
 mod plan;
 mod quantised;
@@ -21,6 +22,7 @@ pub(crate) use bytes::{matmul_fp8, matmul_int8};
 pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;
+pub(crate) use norm::{norm, norm_backward};
 pub(super) use quantised::{Codewords, Panel};
 pub(crate) use quantised::{
     dequantize, matmul_quant, matmul_quant_all, pack_signed, repack, unpack,

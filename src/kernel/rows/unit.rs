@@ -1,7 +1,7 @@
 //! Elements that a thread loads or stores at once, and computes with in f32.
 
 use crate::kernel::Element;
-use crate::ptx::{Half, Reg};
+use crate::ptx::{Address, Half, Kernel, Reg, Scalar};
 
 /// Bytes of the widest load or store.
 pub(in crate::kernel) const LINE: u32 = 16;
@@ -27,9 +27,9 @@ impl Unit {
         Self { element, count: if whole { element.per_chunk() } else { 1 } }
     }
 
-    /// Loads, and nothing else: within [`Kernel::when`](crate::ptx::Kernel::when), too.
-    pub fn load<'k>(self, from: Reg<'k, u64>) -> Loaded<'k> {
-        let k = from.kernel();
+    /// Loads, and nothing else: within [`Kernel::when`], too.
+    pub fn load<'k>(self, k: &'k Kernel, from: impl Into<Address<'k, u64>>) -> Loaded<'k> {
+        let from = from.into();
         // Words of 4 bytes, up to four at once.
         let words = self.count * self.element.size() / 4;
         let places = (0..words.div_ceil(4)).map(|i| from.at(i64::from(i * LINE)));
@@ -54,32 +54,15 @@ impl Unit {
         }
     }
 
-    /// Stores as many floats, rounded.
-    pub fn store<'k>(self, to: Reg<'k, u64>, values: &[Reg<'k, f32>]) {
+    /// As many floats, rounded.
+    pub fn round<'k>(self, k: &'k Kernel, values: &[Reg<'k, f32>]) -> Loaded<'k> {
         debug_assert_eq!(values.len(), self.count as usize);
-        let k = to.kernel();
         match self.element {
-            Element::Half(half) if self.count == 1 => k.st_global(to, [k.cvt_rn(half, values[0])]),
-            Element::F32 => words(to, values),
+            Element::F32 => Loaded::Floats(values.to_vec()),
+            Element::Half(half) if self.count == 1 => Loaded::One(half, k.cvt_rn(half, values[0])),
             Element::Half(half) => {
                 let pairs = values.chunks_exact(2).map(|pair| k.cvt_rn_x2(half, pair[0], pair[1]));
-                words(to, &pairs.collect::<Vec<_>>());
-            }
-        }
-    }
-}
-
-/// Stores words side by side, up to four at once.
-fn words<'k, T: crate::ptx::Scalar>(to: Reg<'k, u64>, values: &[Reg<'k, T>]) {
-    let k = to.kernel();
-    match *values {
-        [a] => k.st_global(to, [a]),
-        [a, b] => k.st_global(to, [a, b]),
-        _ => {
-            let (fours, rest) = values.as_chunks::<4>();
-            assert!(rest.is_empty(), "a unit is a power of two");
-            for (i, &four) in (0..).zip(fours) {
-                k.st_global(to.at(i * i64::from(LINE)), four);
+                Loaded::Pairs(half, pairs.collect())
             }
         }
     }
@@ -94,6 +77,44 @@ impl<'k> Loaded<'k> {
                 pairs.iter().flat_map(|&pair| pair.kernel().unpack(*half, pair)).collect()
             }
             Self::One(half, x) => vec![x.kernel().widen(*half, *x)],
+        }
+    }
+
+    /// Stores, and nothing else: within [`Kernel::when`], too.
+    pub fn store(&self, k: &'k Kernel, to: impl Into<Address<'k, u64>>) {
+        match self {
+            Self::Floats(floats) => words(k, to.into(), floats),
+            Self::Pairs(_, pairs) => words(k, to.into(), pairs),
+            Self::One(_, x) => k.st_global(to, [*x]),
+        }
+    }
+
+    /// The same where a predicate holds, else zeros.
+    pub fn or_zero(self, holds: Reg<'k, bool>) -> Self {
+        let k = holds.kernel();
+        match self {
+            Self::Floats(x) => {
+                Self::Floats(x.into_iter().map(|x| k.select(holds, x, 0.0)).collect())
+            }
+            Self::Pairs(half, x) => {
+                Self::Pairs(half, x.into_iter().map(|x| k.select(holds, x, 0)).collect())
+            }
+            Self::One(half, x) => Self::One(half, k.select(holds, x, 0)),
+        }
+    }
+}
+
+/// Stores words side by side, up to four at once.
+fn words<'k, T: Scalar>(k: &'k Kernel, to: Address<'k, u64>, values: &[Reg<'k, T>]) {
+    match *values {
+        [a] => k.st_global(to, [a]),
+        [a, b] => k.st_global(to, [a, b]),
+        _ => {
+            let (fours, rest) = values.as_chunks::<4>();
+            assert!(rest.is_empty(), "a unit is a power of two");
+            for (i, &four) in (0..).zip(fours) {
+                k.st_global(to.at(i * i64::from(LINE)), four);
+            }
         }
     }
 }

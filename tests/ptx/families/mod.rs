@@ -5,6 +5,7 @@ mod attention_backward;
 mod dequant;
 mod encode;
 mod glu;
+mod norm;
 mod products;
 mod quantize;
 mod strided;
@@ -196,6 +197,7 @@ families! {
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
+    Norm(norm::Norms): (&HOPPERS, 2), (&ALL, 2);
     Dequant(dequant::Dequants): (&ALL, 4);
     Encode(encode::Encoders): (&ALL, 4);
     Quantize(quantize::Quantizers): (&HOPPERS, 2), (&ALL, 2);
