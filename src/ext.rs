@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use crate::op::{self, QkvWeights};
 use crate::options::Gate;
 use crate::quant::QuantWeight;
-use crate::{FlashAttnOptions, Fp8Options, Int8Options, MatmulOptions};
+use crate::{FlashAttnOptions, Fp8Options, Int8Options, MatmulOptions, RopeLayout};
 
 mod sealed {
     pub trait Sealed {}
@@ -753,6 +753,73 @@ pub trait KaioTensorExt: sealed::Sealed {
         weight: &Tensor,
         eps: f32,
     ) -> Result<(Tensor, Tensor)>;
+
+    /// Rotary position embedding (Su et al., "RoFormer", 2021): the pair `(a, b)` becomes `(a·cos − b·sin, b·cos + a·sin)`
+    /// by the angle of its position. It takes the place of `candle_nn::rotary_emb::{rope, rope_i}`, through which no gradient
+    /// passes.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., heads, positions, D]`, or without heads | f16, bf16 or f32 |
+    /// | `cos`, `sin` | `[positions, R/2]` or `[batch, positions, R/2]`, of these or more positions | that of `x`, or f32 |
+    /// | `layout` | [`RopeLayout`]: which elements are pairs | |
+    /// | result | that of `x` | that of `x` |
+    ///
+    /// Elements from R on stay as they are (partial rotary). Computed in f32 and rounded once. Views whose last dimension is
+    /// contiguous are read in place, `[B, S, H, D]` with its dimensions swapped among them.
+    ///
+    /// # Gradient
+    ///
+    /// Of `x`: the rotation back, by the same kernel. `cos` and `sin` are constants.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or shapes, `cos` or `sin` that track a gradient, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let x = Tensor::new(&[[1f32, 0., 7.]], &Device::Cpu)?;
+    /// let angle = Tensor::new(&[[0.5f32]], &Device::Cpu)?;
+    /// let y = x.kaio_rope(&angle.cos()?, &angle.sin()?, RopeLayout::Halves)?.to_vec2::<f32>()?;
+    /// assert!((y[0][0] - 0.5f32.cos()).abs() < 1e-6 && (y[0][1] - 0.5f32.sin()).abs() < 1e-6);
+    /// assert_eq!(y[0][2], 7.);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_rope(&self, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor>;
+
+    /// Softmax over the last dimension, `e^(self − max) / Σ e^(self − max)`. It takes the place of
+    /// `candle_nn::ops::softmax_last_dim`, through which no gradient passes.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., width]` | f16, bf16 or f32 |
+    /// | result | that of `x` | that of `x` |
+    ///
+    /// Computed in f32 and rounded once. A row that is −∞ throughout, or has +∞ or NaN, is NaN. Views whose rows are
+    /// contiguous and a fixed distance apart are read in place; others are copied once.
+    ///
+    /// # Gradient
+    ///
+    /// From the result, in one pass.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes, no dimension.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let x = Tensor::new(&[[0f32, 3f32.ln()]], &Device::Cpu)?;
+    /// let y = x.kaio_softmax()?.to_vec2::<f32>()?;
+    /// assert!((y[0][1] - 0.75).abs() < 1e-6);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_softmax(&self) -> Result<Tensor>;
 }
 
 impl KaioTensorExt for Tensor {
@@ -866,5 +933,13 @@ impl KaioTensorExt for Tensor {
         eps: f32,
     ) -> Result<(Tensor, Tensor)> {
         op::add_rms_norm(self, residual, weight, eps)
+    }
+
+    fn kaio_rope(&self, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
+        op::rope(self, cos, sin, layout)
+    }
+
+    fn kaio_softmax(&self) -> Result<Tensor> {
+        op::softmax(self)
     }
 }

@@ -100,7 +100,7 @@ pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
 pub use options::{
     Activation, Activations, AttnLayout, Engine, FlashAttnOptions, Fp8Options, Int8Options,
-    MatmulOptions,
+    MatmulOptions, RopeLayout,
 };
 
 /// The code of README, of the recipes and of the chapters, run by `cargo test`.

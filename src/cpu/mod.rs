@@ -12,7 +12,9 @@ mod norm;
 mod operand;
 mod product;
 mod quantised;
+mod rope;
 mod simd;
+mod softmax;
 mod widen;
 
 pub(crate) use attention::{Attended, attention, attention_backward};
@@ -23,4 +25,6 @@ pub(crate) use product::matmul;
 pub(crate) use quantised::{
     Activations, dequantize, matmul_fp8, matmul_int8, matmul_quant, quantize_rows,
 };
+pub(crate) use rope::rope;
+pub(crate) use softmax::{softmax, softmax_backward};
 pub(crate) use widen::narrow_to;

@@ -9,7 +9,7 @@ use crate::Engine;
 use crate::op::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Epilogue, MatmulProblem, Norm, NormEach, NormGrads, NormInputs, NormResults,
-    NormUpstream, View,
+    NormUpstream, RopeProblem, View,
 };
 use crate::options::Gate;
 use crate::quant::QuantScheme;
@@ -392,5 +392,33 @@ pub(crate) fn norm_backward(
             weight: columns(of_weight)?,
             bias: columns(bias)?,
         })
+    })
+}
+
+/// Softmax of the rows of a view; given a gradient, the gradient of the rows of which it is the softmax.
+pub(crate) fn softmax(
+    op: &'static str,
+    x: View<CudaStorage>,
+    grad: Option<View<CudaStorage>>,
+) -> Result<CudaStorage> {
+    on_gpu!({
+        match x.1.shape().elem_count() {
+            0 => empty::zeros(x.0, 0, x.0.dtype()),
+            _ => native::softmax(op, x, grad),
+        }
+    })
+}
+
+/// Rows with pairs of their elements turned, of storages of rows, cosines and sines.
+pub(crate) fn rope(
+    op: &'static str,
+    problem: &RopeProblem,
+    storages: [&CudaStorage; 3],
+) -> Result<CudaStorage> {
+    on_gpu!({
+        match problem.x.elements() {
+            0 => empty::zeros(storages[0], 0, storages[0].dtype()),
+            _ => native::rope(op, problem, storages),
+        }
     })
 }

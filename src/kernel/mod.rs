@@ -20,7 +20,9 @@ pub mod params;
 mod plan;
 pub mod quantize;
 mod raster;
+pub mod rope;
 mod rows;
+pub mod softmax;
 pub mod strided;
 pub mod transpose;
 pub mod w4;
@@ -115,6 +117,10 @@ kernels! {
     NormMoments(norm::Moments) by norm::emit_moments;
     /// The gradients of a norm's weight and bias, of the blocks' sums.
     NormColumns(norm::Columns) by norm::emit_columns;
+    /// Softmax of rows, or its gradient, on any GPU.
+    Softmax(softmax::Config) by softmax::emit;
+    /// A rotary position embedding, on any GPU.
+    Rope(rope::Config) by rope::emit;
     /// Activations rounded to eight bits.
     Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.

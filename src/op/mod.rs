@@ -12,6 +12,8 @@ mod node;
 mod norm;
 mod project;
 mod quantized;
+mod rope;
+mod softmax;
 
 pub use alone::Backward;
 pub use attention::FlashAttnBackward;
@@ -31,6 +33,8 @@ pub(crate) use quantized::{
     QkvWeights, matmul_fp8, matmul_int4, matmul_int8, matmul_int8_with, matmul_quant, qkv_project,
     qkv_project_of, swiglu_project,
 };
+pub(crate) use rope::{RopeProblem, rope};
+pub(crate) use softmax::softmax;
 
 use std::ops::Deref;
 

@@ -23,6 +23,8 @@ pub mod loaders;
 pub mod matmul;
 pub mod norm;
 pub mod quantized;
+pub mod rope;
+pub mod softmax;
 pub mod weights;
 
 mod reference;

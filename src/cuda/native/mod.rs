@@ -12,6 +12,8 @@ mod operand;
 mod plan;
 mod quantised;
 mod quantize;
+mod rope;
+mod softmax;
 mod strided;
 pub mod tune;
 pub(crate) mod w4;
@@ -28,5 +30,7 @@ pub(crate) use quantised::{
     dequantize, matmul_quant, matmul_quant_all, pack_signed, repack, unpack,
 };
 pub(crate) use quantize::{Rounded, quantize_rows};
+pub(crate) use rope::rope;
+pub(crate) use softmax::softmax;
 pub(crate) use strided::copy;
 pub(super) use strided::packed_bytes;

@@ -4,8 +4,10 @@
 mod team;
 mod tile;
 mod unit;
+mod walk;
 
 pub(super) use team::{Team, across_lanes};
 pub use tile::Tile;
 pub(super) use tile::{Room, Slots};
 pub(super) use unit::{Loaded, Place, Unit};
+pub(super) use walk::{Walk, begin};

@@ -140,9 +140,14 @@ impl<'k> Slots<'k> {
         }
     }
 
+    /// A number where a unit is, and another where there is none, for each unit that may not be there.
+    pub fn or(&self, x: Reg<'k, f32>, other: f32) -> Vec<Option<Reg<'k, f32>>> {
+        let pick = |valid: &Option<_>| valid.map(|valid| self.k.select(valid, x, other));
+        self.valid.iter().map(pick).collect()
+    }
+
     /// A number where a unit is, and 0 where there is none, for each of them.
     pub fn or_zero(&self, x: Reg<'k, f32>) -> Vec<Reg<'k, f32>> {
-        let pick = |valid: &Option<_>| valid.map_or(x, |valid| self.k.select(valid, x, 0.0));
-        self.valid.iter().map(pick).collect()
+        self.or(x, 0.0).into_iter().map(|picked| picked.unwrap_or(x)).collect()
     }
 }

@@ -8,6 +8,8 @@ mod glu;
 mod norm;
 mod products;
 mod quantize;
+mod rope;
+mod softmax;
 mod strided;
 mod transpose;
 mod w4;
@@ -197,6 +199,8 @@ families! {
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
+    Softmax(softmax::Softmaxes): (&HOPPERS, 2), (&ALL, 2);
+    Rope(rope::Ropes): (&ALL, 4);
     Norm(norm::Norms): (&HOPPERS, 2), (&ALL, 2);
     Dequant(dequant::Dequants): (&ALL, 4);
     Encode(encode::Encoders): (&ALL, 4);

@@ -164,6 +164,31 @@ pub fn norm(device: &Device) {
     tally.finish();
 }
 
+pub fn rope(device: &Device) {
+    const HALVES: RopeLayout = RopeLayout::Halves;
+    let on = On(device);
+    let mut tally = Tally::new("errors of rope and softmax", device);
+    let (x, angles) = (on.f16([2, 3, 4, 8]), on.f16([4, 4]));
+    let rope = |cos: &Tensor, sin: &Tensor| x.kaio_rope(cos, sin, HALVES);
+    let var = Var::from_tensor(&angles).expect("a variable");
+    let batches = "give each batch its angles, or leave that dimension out";
+    refused! { tally;
+        on.f16([8]).kaio_rope(&angles, &angles, HALVES) => Rank, "kaio_rope: `x` has shape [8] (rank 1), wanted [.., heads, positions, D]; {ADD}";
+        on.u8([4, 8]).kaio_rope(&angles, &angles, HALVES) => DType, "kaio_rope: `x` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
+        rope(&on.bf16([4, 4]), &angles) => DType, "kaio_rope: `cos` is bf16, wanted f32 or f16; cast it with `.to_dtype(DType::F32)?`";
+        rope(&angles, &on.f32([4, 4])) => DType, "kaio_rope: `sin` is f32, wanted f16, the dtype of `cos`; cast it with `.to_dtype(DType::F16)?`";
+        rope(&angles, &on.f16([4, 3])) => Dimension, "kaio_rope: `sin` has a dimension = 3, wanted 4, in [4, 3], as `cos` [4, 4]; expand one with `.broadcast_as(..)?`";
+        rope(&on.f16([4]), &on.f16([4])) => Rank, "kaio_rope: `cos` has shape [4] (rank 1), wanted [positions, R/2] or [batch, positions, R/2]; narrow it to the positions of `x`";
+        rope(&on.f16([3, 4]), &on.f16([3, 4])) => Dimension, "kaio_rope: `cos` has positions = 3, wanted 4, or more, the positions of `x` [2, 3, 4, 8]; compute the angles of all positions";
+        rope(&on.f16([4, 5]), &on.f16([4, 5])) => Dimension, "kaio_rope: `cos` has R/2 = 5, wanted 4, or fewer, half of the last dimension of `x` [2, 3, 4, 8]; give each pair of elements one angle";
+        rope(&on.f16([3, 4, 4]), &on.f16([3, 4, 4])) => Dimension, "kaio_rope: `cos` has batch = 3, wanted 2, the batches of `x` [2, 3, 4, 8]; {batches}";
+        rope(&angles, &var) => Tracked, "kaio_rope: `sin` tracks a gradient, but this op has none for it; `.detach()` makes it a constant, and what it was computed from (the layers below) then gets no gradient through it";
+        on.f16([]).kaio_softmax() => Rank, "kaio_softmax: `x` has shape [] (rank 0), wanted [.., width]; {ADD}";
+        on.u8([4]).kaio_softmax() => DType, "kaio_softmax: `x` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
+    }
+    tally.finish();
+}
+
 pub fn int8(device: &Device) {
     let on = On(device);
     let mut tally = Tally::new("errors of int8", device);
