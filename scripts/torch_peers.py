@@ -191,8 +191,25 @@ def training(row):
     """The function as it stands, and compiled; backward: its gradients alone."""
     rows, cols, like = row["rows"], row["cols"], {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
     matrix = [rows, cols]
+    vector, F = [cols], torch.nn.functional
+    heads = [1, 32, rows // 32, cols]
+    cos, sin = (torch.randn(rows // 32, cols // 2, **like) for _ in range(2)) if "rope" in row["of"] else (None, None)
+
+    def halves(x):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def interleaved(x):
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
     shapes, function = {
-        "swiglu": ([matrix, matrix], lambda gate, up: torch.nn.functional.silu(gate) * up),
+        "rms_norm": ([matrix, vector], lambda x, weight: F.rms_norm(x, (cols,), weight, 1e-5)),
+        "layer_norm": ([matrix, vector, vector], lambda x, w, bias: F.layer_norm(x, (cols,), w, bias, 1e-5)),
+        "rope halves": ([heads], halves),
+        "rope interleaved": ([heads], interleaved),
+        "softmax": ([matrix], lambda x: torch.softmax(x, dim=-1)),
+        "swiglu": ([matrix, matrix], lambda gate, up: F.silu(gate) * up),
     }[row["of"]]
     backward = row["pass"] == "backward"
     inputs = [torch.randn(*dims, requires_grad=backward, **like) for dims in shapes]

@@ -413,5 +413,11 @@ pub fn long_rows(device: &Device) {
             tally.case(format!("{case:?}"), || case.check(device));
         }
     }
+    // Parts of rows without a gradient of the rows.
+    for kind in [Kind::Rms, Kind::Layer { bias: true }] {
+        let case = Case::new(kind, BF16, &[5, 16_392]);
+        let case = Case { tracked: [false, false, true, true], ..case };
+        tally.case(format!("{case:?}"), || case.check(device));
+    }
     tally.finish();
 }
