@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PyTorch's times for the rows of the benches matmul, quant, attention and optimizer, as more peers:
+"""PyTorch's times for the rows of the benches matmul, quant, attention, optimizer and training, as more peers:
 
     cargo bench --features cuda --bench matmul -- --list >rows.json
     python3 scripts/torch_peers.py rows.json >torch.json
@@ -132,6 +132,8 @@ def calls(row):
     """What to time, by the peer's name."""
     if row["op"] == "quant":
         return quantised(row)
+    if row["op"] == "training":
+        return training(row)
     if row["op"] == "host":
         return {}
     if row["op"] == "optimizer":
@@ -205,6 +207,51 @@ def optimizer(row):
         adam.step()
 
     return {"torch": {"adamw": adam.step, "adamw, clipped": clipped_step, "clip": clip}[row["of"]]}
+
+
+def training(row):
+    """The function as it stands, and compiled; backward: its gradients alone."""
+    rows, cols, like = row["rows"], row["cols"], {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
+    matrix = [rows, cols]
+    vector, F = [cols], torch.nn.functional
+    heads = [1, 32, rows // 32, cols]
+    cos, sin = (torch.randn(rows // 32, cols // 2, **like) for _ in range(2)) if "rope" in row["of"] else (None, None)
+
+    def halves(x):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def interleaved(x):
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+    shapes, function = {
+        "rms_norm": ([matrix, vector], lambda x, weight: F.rms_norm(x, (cols,), weight, 1e-5)),
+        "layer_norm": ([matrix, vector, vector], lambda x, w, bias: F.layer_norm(x, (cols,), w, bias, 1e-5)),
+        "rope halves": ([heads], halves),
+        "rope interleaved": ([heads], interleaved),
+        "softmax": ([matrix], lambda x: torch.softmax(x, dim=-1)),
+        "swiglu": ([matrix, matrix], lambda gate, up: F.silu(gate) * up),
+    }[row["of"]]
+    backward = row["pass"] == "backward"
+    inputs = [torch.randn(*dims, requires_grad=backward, **like) for dims in shapes]
+
+    def timed(function):
+        if not backward:
+            return lambda: function(*inputs)
+
+        @functools.cache
+        def ready():
+            out = function(*inputs)
+            return out, torch.randn_like(out)
+
+        def run():
+            out, upstream = ready()
+            torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+
+        return run
+
+    return {"torch": timed(function), "compiled": timed(torch.compile(function))}
 
 
 def read_safetensors(path, device="cuda"):

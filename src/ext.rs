@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use crate::op::{self, QkvWeights};
 use crate::options::Gate;
 use crate::quant::QuantWeight;
-use crate::{FlashAttnOptions, Fp8Options, Int8Options, MatmulOptions};
+use crate::{FlashAttnOptions, Fp8Options, Int8Options, MatmulOptions, RopeLayout};
 
 mod sealed {
     pub trait Sealed {}
@@ -641,6 +641,186 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor>;
+
+    /// RMSNorm over the last dimension: `self · weight / √(mean(self²) + eps)` (Zhang and Sennrich, "Root Mean Square Layer
+    /// Normalization", 2019). It takes the place of `candle_nn::ops::rms_norm`, through which no gradient passes.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., width]` | f16, bf16 or f32 |
+    /// | `weight` | `[width]` | that of `x`, or f32 |
+    /// | `eps` | | at least 0: 1e-6, say |
+    /// | result | that of `x` | that of `x` |
+    ///
+    /// Computed in f32 and rounded once. Views whose rows are contiguous and a fixed distance apart are read in place; others
+    /// are copied once.
+    ///
+    /// # Gradient
+    ///
+    /// Both, in one pass over `x` and the upstream gradient, the same from run to run; one f32 of each row is kept for it.
+    /// That of a constant is not computed.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or shapes, a negative or infinite `eps`, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # use kaio_candle::prelude::*;
+    /// let x = Tensor::new(&[[3f32, 4.]], &Device::Cpu)?;
+    /// let weight = Var::new(&[1f32, 2.], &Device::Cpu)?;
+    /// let y = x.kaio_rms_norm(&weight, 0.)?;
+    /// let rms = 12.5f32.sqrt();
+    /// assert!((y.to_vec2::<f32>()?[0][1] - 8. / rms).abs() < 1e-6);
+    /// let grads = y.sum_all()?.backward()?;
+    /// assert!((grads.get(&weight).unwrap().to_vec1::<f32>()?[0] - 3. / rms).abs() < 1e-6);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_rms_norm(&self, weight: &Tensor, eps: f32) -> Result<Tensor>;
+
+    /// LayerNorm over the last dimension: `(self − mean) · weight / √(variance + eps) + bias`, of the variance that divides
+    /// by the width (Ba, Kiros and Hinton, "Layer Normalization", 2016). It takes the place of `candle_nn::ops::layer_norm`,
+    /// through which no gradient passes.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., width]` | f16, bf16 or f32 |
+    /// | `weight` | `[width]` | that of `x`, or f32 |
+    /// | `bias` | `[width]` | that of `weight` |
+    /// | `eps` | | at least 0: 1e-5, say |
+    /// | result | that of `x` | that of `x` |
+    ///
+    /// Else as [`kaio_rms_norm`](Self::kaio_rms_norm).
+    ///
+    /// # Gradient
+    ///
+    /// All three, likewise; two f32 of each row are kept for it.
+    ///
+    /// # Errors
+    ///
+    /// As for `kaio_rms_norm`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let x = Tensor::new(&[[1f32, 3.], [5., 5.]], &Device::Cpu)?;
+    /// let (weight, bias) = (x.get(0)?, x.get(1)?);
+    /// let y = x.kaio_layer_norm(&weight, Some(&bias), 1e-12)?;
+    /// assert_eq!(y.to_vec2::<f32>()?, [[4., 8.], [5., 5.]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_layer_norm(&self, weight: &Tensor, bias: Option<&Tensor>, eps: f32) -> Result<Tensor>;
+
+    /// What a layer of a transformer begins with: the [RMSNorm](Self::kaio_rms_norm) of `self + residual`, and that sum,
+    /// which goes on, in one pass over memory.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., width]` | f16, bf16 or f32 |
+    /// | `residual` | that of `x` | that of `x` |
+    /// | `weight` | `[width]` | that of `x`, or f32 |
+    /// | `eps` | | at least 0: 1e-6, say |
+    /// | results: normed, sum | that of `x` | that of `x` |
+    ///
+    /// The sum is rounded, and what is normed is the rounded sum.
+    ///
+    /// # Gradient
+    ///
+    /// All three; the sum's own upstream gradient is added in the same pass.
+    ///
+    /// # Errors
+    ///
+    /// As for `kaio_rms_norm`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let attended = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
+    /// let (h, weight) = (attended.affine(2., 0.)?, attended.ones_like()?.squeeze(0)?);
+    /// let (normed, h) = attended.kaio_add_rms_norm(&h, &weight, 1e-6)?;
+    /// assert_eq!(h.to_vec2::<f32>()?, [[3., 6.]]);
+    /// assert_eq!(normed.to_vec2::<f32>()?, h.kaio_rms_norm(&weight, 1e-6)?.to_vec2::<f32>()?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_add_rms_norm(
+        &self,
+        residual: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+    ) -> Result<(Tensor, Tensor)>;
+
+    /// Rotary position embedding (Su et al., "RoFormer", 2021): the pair `(a, b)` becomes `(a·cos − b·sin, b·cos + a·sin)`
+    /// by the angle of its position. It takes the place of `candle_nn::rotary_emb::{rope, rope_i}`, through which no gradient
+    /// passes.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., heads, positions, D]`, or without heads | f16, bf16 or f32 |
+    /// | `cos`, `sin` | `[positions, R/2]` or `[batch, positions, R/2]`, of these or more positions | that of `x`, or f32 |
+    /// | `layout` | [`RopeLayout`]: which elements are pairs | |
+    /// | result | that of `x` | that of `x` |
+    ///
+    /// Elements from R on stay as they are (partial rotary). Computed in f32 and rounded once. Views whose last dimension is
+    /// contiguous are read in place, `[B, S, H, D]` with its dimensions swapped among them.
+    ///
+    /// # Gradient
+    ///
+    /// Of `x`: the rotation back, by the same kernel. `cos` and `sin` are constants.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or shapes, `cos` or `sin` that track a gradient, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let x = Tensor::new(&[[1f32, 0., 7.]], &Device::Cpu)?;
+    /// let angle = Tensor::new(&[[0.5f32]], &Device::Cpu)?;
+    /// let y = x.kaio_rope(&angle.cos()?, &angle.sin()?, RopeLayout::Halves)?.to_vec2::<f32>()?;
+    /// assert!((y[0][0] - 0.5f32.cos()).abs() < 1e-6 && (y[0][1] - 0.5f32.sin()).abs() < 1e-6);
+    /// assert_eq!(y[0][2], 7.);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_rope(&self, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor>;
+
+    /// Softmax over the last dimension, `e^(self − max) / Σ e^(self − max)`. It takes the place of
+    /// `candle_nn::ops::softmax_last_dim`, through which no gradient passes.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., width]` | f16, bf16 or f32 |
+    /// | result | that of `x` | that of `x` |
+    ///
+    /// Computed in f32 and rounded once. A row that is −∞ throughout, or has +∞ or NaN, is NaN. Views whose rows are
+    /// contiguous and a fixed distance apart are read in place; others are copied once.
+    ///
+    /// # Gradient
+    ///
+    /// From the result, in one pass.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes, no dimension.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let x = Tensor::new(&[[0f32, 3f32.ln()]], &Device::Cpu)?;
+    /// let y = x.kaio_softmax()?.to_vec2::<f32>()?;
+    /// assert!((y[0][1] - 0.75).abs() < 1e-6);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_softmax(&self) -> Result<Tensor>;
 }
 
 impl KaioTensorExt for Tensor {
@@ -737,5 +917,30 @@ impl KaioTensorExt for Tensor {
 
     fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor> {
         op::glu("kaio_geglu", Gate::GeluTanh, self, up)
+    }
+
+    fn kaio_rms_norm(&self, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        op::rms_norm(self, weight, eps)
+    }
+
+    fn kaio_layer_norm(&self, weight: &Tensor, bias: Option<&Tensor>, eps: f32) -> Result<Tensor> {
+        op::layer_norm(self, weight, bias, eps)
+    }
+
+    fn kaio_add_rms_norm(
+        &self,
+        residual: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        op::add_rms_norm(self, residual, weight, eps)
+    }
+
+    fn kaio_rope(&self, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
+        op::rope(self, cos, sin, layout)
+    }
+
+    fn kaio_softmax(&self) -> Result<Tensor> {
+        op::softmax(self)
     }
 }

@@ -29,6 +29,9 @@
 //! | [`kaio_flash_attn`](KaioTensorExt::kaio_flash_attn), [`_with`](KaioTensorExt::kaio_flash_attn_with), [`_with_lse`](KaioTensorExt::kaio_flash_attn_with_lse) | f16, bf16, f32 | the same, f32 | yes |
 //! | [`kaio_attention_tc`](KaioTensorExt::kaio_attention_tc) | f16 | f32 | no |
 //! | [`kaio_swiglu`](KaioTensorExt::kaio_swiglu), [`kaio_geglu`](KaioTensorExt::kaio_geglu) | f16, bf16, f32 | the same | yes |
+//! | [`kaio_rms_norm`](KaioTensorExt::kaio_rms_norm), [`kaio_layer_norm`](KaioTensorExt::kaio_layer_norm), [`kaio_add_rms_norm`](KaioTensorExt::kaio_add_rms_norm) | f16, bf16, f32 | the same | yes |
+//! | [`kaio_rope`](KaioTensorExt::kaio_rope) | f16, bf16, f32 | the same | of `x` |
+//! | [`kaio_softmax`](KaioTensorExt::kaio_softmax) | f16, bf16, f32 | the same | yes |
 //! | [`kaio_matmul_int8`](KaioTensorExt::kaio_matmul_int8) | int8 in u8 | f32 | no |
 //! | [`kaio_matmul_int8_with`](KaioTensorExt::kaio_matmul_int8_with) | int8 in u8 | f32, f16, bf16 | of the bias |
 //! | [`kaio_matmul_fp8`](KaioTensorExt::kaio_matmul_fp8) | f8e4m3 | f32, f16, bf16 | of the bias |
@@ -98,7 +101,7 @@ pub mod train;
 pub mod tune {
     #[cfg(feature = "cuda")]
     pub use crate::cuda::native::tune::*;
-    pub use crate::op::FlashAttnBackward;
+    pub use crate::op::{Backward, FlashAttnBackward};
 }
 #[cfg(feature = "cuda")]
 pub use cuda::{launch, registry};
@@ -106,7 +109,7 @@ pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
 pub use options::{
     Activation, Activations, AttnLayout, Engine, FlashAttnOptions, Fp8Options, Int8Options,
-    MatmulOptions,
+    MatmulOptions, RopeLayout,
 };
 
 /// The code of README, of the recipes and of the chapters, run by `cargo test`.

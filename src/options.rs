@@ -35,6 +35,15 @@ pub enum Gate {
     GeluTanh,
 }
 
+/// Which elements of a row [`kaio_rope`](crate::KaioTensorExt::kaio_rope) turns together, of those that it turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RopeLayout {
+    /// One of the first half with one of the second: GPT-NeoX, Llama of the transformers library; `candle_nn::rotary_emb::rope`.
+    Halves,
+    /// Neighbours: GPT-J, Llama as it was published; `candle_nn::rotary_emb::rope_i`.
+    Interleaved,
+}
+
 /// A function of each element of a product, computed in f32.
 ///
 /// An infinity or NaN gives what the formula gives: NaN stays NaN, and −∞ is NaN under all but

@@ -3,7 +3,7 @@
 pub use crate::quant::{Per, QuantScheme, QuantWeight};
 pub use crate::{
     Activation, Activations, AttnLayout, Engine, FlashAttnOptions, Fp8Options, Int8Options,
-    KaioTensorExt, MatmulOptions,
+    KaioTensorExt, MatmulOptions, RopeLayout,
 };
 
 #[cfg(feature = "cuda")]

@@ -159,9 +159,7 @@ impl Corpus {
 /// Every Rust, Markdown and TOML file of this crate, in the order of their paths.
 fn text_of_this_crate() -> Result<Vec<u8>> {
     let Some(root) = env::var_os("CARGO_MANIFEST_DIR") else {
-        bail!(
-            "the crate's sources are found only under `cargo run`; give a text with --text FILE"
-        )
+        bail!("the crate's sources are found only under `cargo run`; give a text with --text FILE")
     };
     let mut files = Vec::new();
     collect_sources(Path::new(&root), &mut files)?;

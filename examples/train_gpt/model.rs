@@ -11,7 +11,9 @@ const ROPE_BASE: f64 = 500_000.0;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// Of which products and norms may have biases.
-    Gpt { biases: bool },
+    Gpt {
+        biases: bool,
+    },
     Llama,
 }
 
@@ -223,11 +225,8 @@ impl Block {
             init.linear(&format!("{name}.{part}"), (from, to), std, &config)
         };
         let kv = kv_heads * head_dim;
-        let [q, k, v] = [
-            linear("q", dim, dim, std)?,
-            linear("k", dim, kv, std)?,
-            linear("v", dim, kv, std)?,
-        ];
+        let [q, k, v] =
+            [linear("q", dim, dim, std)?, linear("k", dim, kv, std)?, linear("v", dim, kv, std)?];
         let attention_out = linear("attention_out", dim, dim, last_std)?;
         let mlp_gate = match config.family {
             Family::Llama => Some(linear("mlp_gate", dim, hidden, std)?),

@@ -151,7 +151,8 @@ impl Arithmetic {
                 let repeated = |x: &Tensor| {
                     let x = heads_first(x)?;
                     let (batch, heads, rows, width) = x.dims4()?;
-                    let groups = x.unsqueeze(2)?.broadcast_as((batch, heads, shared, rows, width))?;
+                    let groups =
+                        x.unsqueeze(2)?.broadcast_as((batch, heads, shared, rows, width))?;
                     groups.contiguous()?.reshape((batch, heads * shared, rows, width))
                 };
                 let (q, k, v) = (heads_first(q)?, repeated(k)?, repeated(v)?);

@@ -8,19 +8,25 @@ mod epilogue;
 mod exp;
 mod gemm;
 mod glu;
+mod norm;
 mod operand;
 mod optimizer;
 mod product;
 mod quantised;
+mod rope;
 mod simd;
+mod softmax;
 mod widen;
 
 pub(crate) use attention::{Attended, attention, attention_backward};
 pub(crate) use epilogue::epilogue;
 pub(crate) use glu::{glu, glu_backward};
+pub(crate) use norm::{norm, norm_backward};
 pub(crate) use optimizer::{AdamWFactors, adamw, adamw_8bit, add, squares, with_floats};
 pub(crate) use product::matmul;
 pub(crate) use quantised::{
     Activations, dequantize, matmul_fp8, matmul_int8, matmul_quant, quantize_rows,
 };
+pub(crate) use rope::rope;
+pub(crate) use softmax::{softmax, softmax_backward};
 pub(crate) use widen::narrow_to;

@@ -8,7 +8,8 @@ use super::Operand;
 use crate::Engine;
 use crate::op::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
-    AttentionWants, Epilogue, MatmulProblem, Rounding, View,
+    AttentionWants, Epilogue, MatmulProblem, Norm, NormEach, NormGrads, NormInputs, NormResults,
+    NormUpstream, RopeProblem, Rounding, View,
 };
 use crate::options::Gate;
 use crate::quant::QuantScheme;
@@ -23,6 +24,7 @@ use {
     super::driver::pool::Pool,
     super::{empty, kaio_ops, native, scaled},
     crate::error::Error,
+    crate::op::NormStats,
     candle_core::{Layout, backend::BackendStorage},
 };
 
@@ -430,4 +432,78 @@ pub(crate) fn scale_grads(
 /// Adds gradients, such as those of [`grad_norm`], to sums.
 pub(crate) fn accumulate(op: &'static str, sums: &[Sum]) -> Result<()> {
     on_gpu!(native::accumulate(op, sums))
+}
+
+/// Normed rows of x or of its sum with a residual, that sum, and what a gradient needs of each row if it is saved.
+pub(crate) fn norm(
+    norm: &Norm,
+    inputs: &NormInputs<View<CudaStorage>>,
+) -> Result<NormResults<CudaStorage>> {
+    on_gpu!({
+        let (x, layout) = inputs.x;
+        if layout.shape().elem_count() > 0 {
+            return native::norm(norm, inputs);
+        }
+        let rows = layout.dims().split_last().map_or(0, |(_, rows)| rows.iter().product());
+        let none = || empty::zeros(x, 0, x.dtype());
+        let of_rows = || empty::zeros(x, rows, DType::F32);
+        let mean = || norm.centred.then(of_rows).transpose();
+        let stats = || Ok::<_, candle_core::Error>(NormStats { rstd: of_rows()?, mean: mean()? });
+        Ok(NormResults {
+            out: none()?,
+            sum: inputs.residual.map(|_| none()).transpose()?,
+            stats: norm.save.then(stats).transpose()?,
+        })
+    })
+}
+
+/// The gradients that are wanted of what was normed, the weight and the bias.
+pub(crate) fn norm_backward(
+    op: &'static str,
+    inputs: &NormUpstream<View<CudaStorage>>,
+    wants: NormEach<bool>,
+) -> Result<NormGrads<CudaStorage>> {
+    on_gpu!({
+        let ((x, layout), (weight, vector)) = (inputs.x, inputs.weight);
+        let NormEach { x: of_x, weight: of_weight, bias } = wants;
+        if layout.shape().elem_count() > 0 && (of_x || of_weight || bias) {
+            return native::norm_backward(op, inputs, wants);
+        }
+        let width = vector.dims()[0];
+        let columns =
+            |wanted: bool| wanted.then(|| empty::zeros(weight, width, weight.dtype())).transpose();
+        Ok(NormEach {
+            x: of_x.then(|| empty::zeros(x, 0, x.dtype())).transpose()?,
+            weight: columns(of_weight)?,
+            bias: columns(bias)?,
+        })
+    })
+}
+
+/// Softmax of the rows of a view; given a gradient, the gradient of the rows of which it is the softmax.
+pub(crate) fn softmax(
+    op: &'static str,
+    x: View<CudaStorage>,
+    grad: Option<View<CudaStorage>>,
+) -> Result<CudaStorage> {
+    on_gpu!({
+        match x.1.shape().elem_count() {
+            0 => empty::zeros(x.0, 0, x.0.dtype()),
+            _ => native::softmax(op, x, grad),
+        }
+    })
+}
+
+/// Rows with pairs of their elements turned, of storages of rows, cosines and sines.
+pub(crate) fn rope(
+    op: &'static str,
+    problem: &RopeProblem,
+    storages: [&CudaStorage; 3],
+) -> Result<CudaStorage> {
+    on_gpu!({
+        match problem.x.elements() {
+            0 => empty::zeros(storages[0], 0, storages[0].dtype()),
+            _ => native::rope(op, problem, storages),
+        }
+    })
 }

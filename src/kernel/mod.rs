@@ -15,18 +15,23 @@ pub mod glu;
 pub(crate) mod hopper;
 mod multiprocessor;
 mod name;
+pub mod norm;
 pub mod optimizer;
 pub mod params;
 mod plan;
 pub mod quantize;
 mod raster;
 pub mod regroup;
+pub mod rope;
+mod rows;
+pub mod softmax;
 pub mod strided;
 pub mod transpose;
 pub mod w4;
 
 pub use element::{Copied, Element};
 pub use plan::{Plan, Step};
+pub use rows::Tile;
 
 use crate::ptx::{Source, Target};
 
@@ -106,6 +111,18 @@ kernels! {
     FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
+    /// A norm of rows, on any GPU.
+    Norm(norm::Forward) by norm::emit_forward;
+    /// A norm's gradients.
+    NormBackward(norm::Backward) by norm::emit_backward;
+    /// The means of a norm's gradient, of long rows.
+    NormMoments(norm::Moments) by norm::emit_moments;
+    /// The gradients of a norm's weight and bias, of the blocks' sums.
+    NormColumns(norm::Columns) by norm::emit_columns;
+    /// Softmax of rows, or its gradient, on any GPU.
+    Softmax(softmax::Config) by softmax::emit;
+    /// A rotary position embedding, on any GPU.
+    Rope(rope::Config) by rope::emit;
     /// Activations rounded to eight bits.
     Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Result, Tensor};
 
-use super::{Computed, Differentiable, Op, View, apply, eval};
+use super::{Computed, Differentiable, Op, View, apply, eval, matrix};
 use crate::options::Gate;
 use crate::stack::Stack;
 use crate::{check, cpu, cuda};
@@ -17,14 +17,6 @@ pub(crate) fn glu(op: &'static str, kind: Gate, gate: &Tensor, up: &Tensor) -> R
     if gate.device().is_cpu() {
         check::memory(op, "the result", gate.dims(), DType::F32)?;
     }
-    // As matrices, of which a vector is one row.
-    let matrix = |t: &Tensor| {
-        let mut t = t.clone();
-        while t.rank() < 2 {
-            t = t.unsqueeze(0)?;
-        }
-        Ok::<_, candle_core::Error>(t)
-    };
     let [out] = apply(Glu { op, kind }, &[&matrix(gate)?, &matrix(up)?])?;
     if out.rank() == gate.rank() { Ok(out) } else { out.reshape(gate.shape()) }
 }

@@ -4,13 +4,18 @@
 //! arguments and describes the work as a value that implements [`Op`], which [`apply`] runs and puts into
 //! candle's graph.
 
+mod alone;
 mod attention;
 mod glu;
 mod matmul;
 mod node;
+mod norm;
 mod project;
 mod quantized;
+mod rope;
+mod softmax;
 
+pub use alone::Backward;
 pub use attention::FlashAttnBackward;
 pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
@@ -19,11 +24,17 @@ pub(crate) use attention::{
 pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;
+pub(crate) use norm::{
+    Each as NormEach, Grads as NormGrads, Inputs as NormInputs, Norm, Results as NormResults,
+    Stats as NormStats, Upstream as NormUpstream, add_rms_norm, layer_norm, rms_norm,
+};
 pub(crate) use project::{Rounding, dequantize};
 pub(crate) use quantized::{
     QkvWeights, matmul_fp8, matmul_int4, matmul_int8, matmul_int8_with, matmul_quant, qkv_project,
     qkv_project_of, swiglu_project,
 };
+pub(crate) use rope::{RopeProblem, rope};
+pub(crate) use softmax::softmax;
 
 use std::ops::Deref;
 
@@ -75,6 +86,15 @@ pub(crate) fn cast(t: &Tensor, dtype: DType) -> Result<Tensor> {
         0 => Tensor::zeros(t.shape(), dtype, t.device()),
         _ => t.to_dtype(dtype),
     }
+}
+
+/// As rows of a matrix, of which a vector is one, in candle's graph.
+fn matrix(t: &Tensor) -> Result<Tensor> {
+    let mut t = t.clone();
+    while t.rank() < 2 {
+        t = t.unsqueeze(0)?;
+    }
+    Ok(t)
 }
 
 /// Runs an op outside candle's graph, within a gradient.

@@ -21,7 +21,10 @@ pub mod errors;
 pub mod glu;
 pub mod loaders;
 pub mod matmul;
+pub mod norm;
 pub mod quantized;
+pub mod rope;
+pub mod softmax;
 pub mod train;
 pub mod weights;
 

@@ -1,6 +1,8 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
-use crate::suites::{attention, empty, errors, glu, loaders, matmul, quantized, train, weights};
+use crate::suites::{
+    attention, empty, errors, glu, loaders, matmul, norm, quantized, rope, softmax, train, weights,
+};
 
 macro_rules! tables {
     ($($name:ident: $suite:path;)*) => {$(
@@ -29,6 +31,10 @@ tables! {
     matmul_kinds: matmul::kinds;
     matmul_random_products: matmul::random_products;
     glu: glu::glu;
+    rope: rope::rope;
+    softmax: softmax::softmax;
+    norm: norm::norm;
+    norm_long_rows: norm::long_rows;
     int8: quantized::int8;
     int8_random: quantized::int8_random;
     int4: quantized::int4;
@@ -106,6 +112,8 @@ tables! {
     empty_quantisers: empty::quantisers;
     errors_matmul: errors::matmul;
     errors_glu: errors::glu;
+    errors_norm: errors::norm;
+    errors_rope: errors::rope;
     errors_int8: errors::int8;
     errors_int4: errors::int4;
     errors_qkv: errors::qkv;

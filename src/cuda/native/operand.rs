@@ -4,9 +4,11 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result};
 
 use super::super::driver::memory::Memory;
-use super::super::fit::{Fitted, Want, fit};
+use super::super::fit::{Fitted, Want, fit, is_aligned, pack};
+use crate::check;
 use crate::kernel::Element;
 use crate::kernel::gemm::Major;
+use crate::op::View;
 use crate::ptx::{Factor, Half};
 use crate::stack::Stack;
 
@@ -222,5 +224,53 @@ pub(super) fn element(dtype: DType) -> Element {
         DType::F32 => Element::F32,
         DType::BF16 => Element::Half(Half::Bf16),
         _ => Element::Half(Half::F16),
+    }
+}
+
+/// All rows of an operand as those of one matrix, whose elements are contiguous.
+pub(super) fn rows<'a>(
+    op: &'static str,
+    (storage, stack): (&'a CudaStorage, &Stack),
+) -> Result<Fitted<'a>> {
+    let folded = stack.fold_rows().filter(|folded| folded.cols <= 1 || folded.col_stride == 1);
+    match folded {
+        Some(folded) => Ok(Fitted::view(storage, folded)),
+        None => {
+            check::copyable(op, stack.elements())?;
+            let copy = pack(storage, &stack.layout())?;
+            let rows = stack.count() * stack.rows;
+            Ok(Fitted::copy(copy, Stack::row_major(rows, stack.cols)))
+        }
+    }
+}
+
+/// Whether all rows of a matrix begin at multiples of 16 bytes.
+pub(super) fn rows_aligned(stack: &Stack, dtype: DType) -> bool {
+    let row_bytes = stack.row_stride * dtype.size_in_bytes();
+    is_aligned(stack, dtype, ALIGN) && (stack.rows <= 1 || row_bytes.is_multiple_of(ALIGN))
+}
+
+/// An operand whose elements lie next to each other in each row of one matrix, or a copy that does.
+pub(super) struct Rows<'a>(Fitted<'a>);
+
+impl<'a> Rows<'a> {
+    /// Of a view of at least two dimensions.
+    pub fn of(op: &'static str, (storage, layout): View<'a, CudaStorage>) -> Result<Self> {
+        rows(op, (storage, &Stack::new(layout))).map(Self)
+    }
+
+    /// Whether all begin at multiples of 16 bytes.
+    pub fn aligned(&self) -> bool {
+        rows_aligned(&self.0.stack, self.0.storage().dtype())
+    }
+
+    /// To be read.
+    pub fn memory(&self, device: &CudaDevice) -> Memory<'_> {
+        Memory::of(self.0.storage(), device)
+    }
+
+    /// Address of the first row in that memory, and elements from row to row.
+    pub fn place(&self, memory: &Memory) -> (u64, u64) {
+        (memory.at(self.0.offset(0)), self.0.stack.row_stride as u64)
     }
 }

@@ -144,6 +144,53 @@ pub fn glu(device: &Device) {
     tally.finish();
 }
 
+pub fn norm(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of norm", device);
+    let (x, weight) = (on.f16([4, 8]), on.f16([8]));
+    let each = "give it one element for each column";
+    refused! { tally;
+        on.f16([]).kaio_rms_norm(&weight, 1e-5) => Rank, "kaio_rms_norm: `x` has shape [] (rank 0), wanted [.., width]; {ADD}";
+        on.u8([4, 8]).kaio_rms_norm(&weight, 1e-5) => DType, "kaio_rms_norm: `x` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
+        x.kaio_rms_norm(&x, 1e-5) => Rank, "kaio_rms_norm: `weight` has shape [4, 8] (rank 2), wanted [width]; flatten it with `.flatten_all()?`";
+        x.kaio_rms_norm(&on.f16([4]), 1e-5) => Dimension, "kaio_rms_norm: `weight` has width = 4, wanted 8, the last dimension of `x` [4, 8]; {each}";
+        x.kaio_rms_norm(&on.bf16([8]), 1e-5) => DType, "kaio_rms_norm: `weight` is bf16, wanted f32 or f16; cast it with `.to_dtype(DType::F32)?`";
+        on.f32([4, 8]).kaio_rms_norm(&weight, 1e-5) => DType, "kaio_rms_norm: `weight` is f16, wanted f32; cast it with `.to_dtype(DType::F32)?`";
+        x.kaio_rms_norm(&weight, f32::NAN) => Value, "kaio_rms_norm: `eps` is NaN, wanted a finite number; check how it was computed";
+        x.kaio_rms_norm(&weight, -1.0) => Value, "kaio_rms_norm: `eps` is -1, wanted at least 0; use 1e-5 or 1e-6";
+        x.kaio_layer_norm(&weight, Some(&on.f32([8])), 1e-5) => DType, "kaio_layer_norm: `bias` is f32, wanted f16, the dtype of `weight`; cast it with `.to_dtype(DType::F16)?`";
+        x.kaio_layer_norm(&weight, Some(&on.f16([1])), 1e-5) => Dimension, "kaio_layer_norm: `bias` has width = 1, wanted 8, the last dimension of `x` [4, 8]; {each}";
+        x.kaio_add_rms_norm(&on.bf16([4, 8]), &weight, 1e-5) => DType, "kaio_add_rms_norm: `residual` is bf16, wanted f16, the dtype of `x`; cast it with `.to_dtype(DType::F16)?`";
+        x.kaio_add_rms_norm(&weight, &weight, 1e-5) => Dimension, "kaio_add_rms_norm: `residual` has rank = 1, wanted 2, the rank of `x` [4, 8]; expand one with `.broadcast_as(..)?`";
+    }
+    tally.finish();
+}
+
+pub fn rope(device: &Device) {
+    const HALVES: RopeLayout = RopeLayout::Halves;
+    let on = On(device);
+    let mut tally = Tally::new("errors of rope and softmax", device);
+    let (x, angles) = (on.f16([2, 3, 4, 8]), on.f16([4, 4]));
+    let rope = |cos: &Tensor, sin: &Tensor| x.kaio_rope(cos, sin, HALVES);
+    let var = Var::from_tensor(&angles).expect("a variable");
+    let batches = "give each batch its angles, or leave that dimension out";
+    refused! { tally;
+        on.f16([8]).kaio_rope(&angles, &angles, HALVES) => Rank, "kaio_rope: `x` has shape [8] (rank 1), wanted [.., heads, positions, D]; {ADD}";
+        on.u8([4, 8]).kaio_rope(&angles, &angles, HALVES) => DType, "kaio_rope: `x` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
+        rope(&on.bf16([4, 4]), &angles) => DType, "kaio_rope: `cos` is bf16, wanted f32 or f16; cast it with `.to_dtype(DType::F32)?`";
+        rope(&angles, &on.f32([4, 4])) => DType, "kaio_rope: `sin` is f32, wanted f16, the dtype of `cos`; cast it with `.to_dtype(DType::F16)?`";
+        rope(&angles, &on.f16([4, 3])) => Dimension, "kaio_rope: `sin` has a dimension = 3, wanted 4, in [4, 3], as `cos` [4, 4]; expand one with `.broadcast_as(..)?`";
+        rope(&on.f16([4]), &on.f16([4])) => Rank, "kaio_rope: `cos` has shape [4] (rank 1), wanted [positions, R/2] or [batch, positions, R/2]; narrow it to the positions of `x`";
+        rope(&on.f16([3, 4]), &on.f16([3, 4])) => Dimension, "kaio_rope: `cos` has positions = 3, wanted 4, or more, the positions of `x` [2, 3, 4, 8]; compute the angles of all positions";
+        rope(&on.f16([4, 5]), &on.f16([4, 5])) => Dimension, "kaio_rope: `cos` has R/2 = 5, wanted 4, or fewer, half of the last dimension of `x` [2, 3, 4, 8]; give each pair of elements one angle";
+        rope(&on.f16([3, 4, 4]), &on.f16([3, 4, 4])) => Dimension, "kaio_rope: `cos` has batch = 3, wanted 2, the batches of `x` [2, 3, 4, 8]; {batches}";
+        rope(&angles, &var) => Tracked, "kaio_rope: `sin` tracks a gradient, but this op has none for it; `.detach()` makes it a constant, and what it was computed from (the layers below) then gets no gradient through it";
+        on.f16([]).kaio_softmax() => Rank, "kaio_softmax: `x` has shape [] (rank 0), wanted [.., width]; {ADD}";
+        on.u8([4]).kaio_softmax() => DType, "kaio_softmax: `x` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
+    }
+    tally.finish();
+}
+
 pub fn int8(device: &Device) {
     let on = On(device);
     let mut tally = Tally::new("errors of int8", device);

@@ -1,0 +1,149 @@
+//! What is timed.
+
+use candle_core::DType;
+use kaio_candle::RopeLayout;
+use serde_json::{Value, json};
+
+use super::common::table;
+
+/// The groups' letters and headings.
+pub const GROUPS: [(char, &str); 4] =
+    [('a', "norms"), ('b', "rotary embeddings"), ('c', "softmax"), ('d', "gated linear units")];
+
+/// Whose time it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    RmsNorm,
+    LayerNorm,
+    /// Of [`HEADS`] heads of `cols` elements, at `rows / HEADS` positions.
+    Rope(RopeLayout),
+    Softmax,
+    Swiglu,
+}
+
+impl Op {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::RmsNorm => "rms_norm",
+            Self::LayerNorm => "layer_norm",
+            Self::Rope(RopeLayout::Halves) => "rope halves",
+            Self::Rope(RopeLayout::Interleaved) => "rope interleaved",
+            Self::Softmax => "softmax",
+            Self::Swiglu => "swiglu",
+        }
+    }
+
+    /// Elements of `[rows, cols]` that one call has to read or write, by the pass.
+    fn matrices(self, pass: Pass) -> usize {
+        match (self, pass) {
+            (Self::Rope(_), _) => 2,
+            (Self::RmsNorm | Self::LayerNorm | Self::Softmax, Pass::Forward) => 2,
+            (Self::RmsNorm | Self::LayerNorm | Self::Softmax, Pass::Backward) => 3,
+            (Self::Swiglu, Pass::Forward) => 3,
+            (Self::Swiglu, Pass::Backward) => 5,
+        }
+    }
+}
+
+/// Heads of rotary embeddings.
+pub const HEADS: usize = 32;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    Forward,
+    Backward,
+}
+
+impl Pass {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    pub group: char,
+    pub op: Op,
+    pub pass: Pass,
+    pub dtype: DType,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+impl Row {
+    pub fn shape(&self) -> String {
+        format!("{}×{}", self.rows, self.cols)
+    }
+}
+
+impl table::Row for Row {
+    fn group(&self) -> char {
+        self.group
+    }
+
+    fn id(&self) -> String {
+        let (op, pass, dtype) = (self.op.name(), self.pass.name(), self.dtype.as_str());
+        format!("{} {op} {} {dtype} {pass}", self.group, self.shape())
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "id": self.id(), "group": self.group, "op": "training", "of": self.op.name(),
+            "pass": self.pass.name(), "dtype": self.dtype.as_str(), "rows": self.rows,
+            "cols": self.cols, "cold": true,
+        })
+    }
+
+    fn flops(&self) -> f64 {
+        0.0
+    }
+
+    fn bytes(&self) -> f64 {
+        let elements = self.op.matrices(self.pass) * self.rows * self.cols;
+        (elements * self.dtype.size_in_bytes()) as f64
+    }
+
+    /// In a training step nothing of a large tensor waits in L2.
+    fn cold(&self) -> bool {
+        true
+    }
+
+    fn cold_bytes(&self) -> f64 {
+        self.bytes()
+    }
+
+    fn host(&self) -> bool {
+        false
+    }
+
+    fn sustained(&self) -> bool {
+        false
+    }
+}
+
+/// All rows, group by group.
+pub fn all() -> Vec<Row> {
+    let mut rows = Vec::new();
+    let mut add = |group, op, dtype, shapes: &[[usize; 2]]| {
+        for &[height, cols] in shapes {
+            let passes = [Pass::Forward, Pass::Backward].into_iter();
+            rows.extend(passes.map(|pass| Row { group, op, pass, dtype, rows: height, cols }));
+        }
+    };
+    let norms = [[16384, 4096], [32768, 768], [16384, 2048], [8192, 8192], [4096, 16384]];
+    for op in [Op::RmsNorm, Op::LayerNorm] {
+        add('a', op, DType::BF16, &norms);
+    }
+    add('a', Op::RmsNorm, DType::BF16, &[[524_288, 128], [16384, 4095]]);
+    add('a', Op::RmsNorm, DType::F32, &[[16384, 4096]]);
+    for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
+        add('b', Op::Rope(layout), DType::BF16, &[[HEADS * 16384, 128], [HEADS * 16384, 64]]);
+    }
+    add('c', Op::Softmax, DType::BF16, &[[65536, 1024], [32768, 4096], [4096, 50304]]);
+    add('c', Op::Softmax, DType::F32, &[[65536, 1024]]);
+    add('d', Op::Swiglu, DType::BF16, &[[16384, 4096], [8192, 14336], [32768, 3072]]);
+    rows
+}

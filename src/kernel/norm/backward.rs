@@ -1,0 +1,220 @@
+//! Gradients of rows, and a block's parts of the weight's and the bias's.
+
+use super::{Name, Norm, Tile, Walk, add_to, begin};
+use crate::kernel::name::given;
+use crate::kernel::rows::{Loaded, Team, Unit};
+use crate::ptx::{Kernel, Reg, Source, Target};
+
+/// Threads of a block.
+pub const THREADS: u32 = 512;
+
+/// Whence the means over a row come that its gradient takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Sums {
+    /// Rows have no gradient.
+    None,
+    /// From the row, which a team holds.
+    Own,
+    /// From memory: a block has a part of each row.
+    Given,
+}
+
+/// The choices of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Backward {
+    /// The norm.
+    pub norm: Norm,
+    /// Of the rows' gradient.
+    pub sums: Sums,
+    /// Whether the sum of rows and residual has a gradient of its own, which is added.
+    pub add: bool,
+    /// Whether the weight has a gradient.
+    pub weight: bool,
+    /// Whether the bias has one.
+    pub bias: bool,
+    /// What a team holds.
+    pub tile: Tile,
+    /// Blocks that share a multiprocessor.
+    pub blocks_per_sm: u32,
+}
+
+impl Backward {
+    /// `norm backward rms bf16 team256 x2·8 own weight 2/sm, f32 weight`
+    pub fn name(&self) -> String {
+        let Self { norm, sums, add, weight, bias, tile, blocks_per_sm } = *self;
+        let sums = match sums {
+            Sums::None => "",
+            Sums::Own => " own",
+            Sums::Given => " given",
+        };
+        let (add, weight, bias) =
+            (given(add, " add"), given(weight, " weight"), given(bias, " bias"));
+        let (shape, tile, of) = (norm.shape(), tile.name(), norm.weight.name());
+        format!(
+            "norm backward {shape} {tile}{sums}{add}{weight}{bias} {blocks_per_sm}/sm, {of} weight"
+        )
+    }
+
+    /// Rows that a block has at a time.
+    pub fn rows(&self) -> u32 {
+        THREADS / self.tile.team
+    }
+}
+
+/// The kernel. Blocks go through all rows, from part to part of them in y.
+pub fn emit(config: &Backward) -> Source {
+    let &Backward { norm, sums, add, weight, bias, tile, blocks_per_sm } = config;
+    let Norm { element, weight: of_weight, centred } = norm;
+    let reads_x = sums != Sums::None || weight;
+    let k = &Kernel::new("norm_backward", Target::Sm80, THREADS);
+    k.blocks_per_sm(blocks_per_sm);
+    let operand = |at, row| (k.pointer(at), k.param::<u64>(row));
+    let x = reads_x.then(|| operand(Name::X, Name::XRow));
+    let grad = operand(Name::Grad, Name::GradRow);
+    let sum_grad = add.then(|| operand(Name::SumGrad, Name::SumGradRow));
+    let [rows, units] = [Name::Rows, Name::Units].map(|name| k.param::<u32>(name));
+    let cols = k.param::<u64>(Name::Cols);
+    let stats = reads_x.then(|| (k.pointer(Name::Rstd), centred.then(|| k.pointer(Name::Mean))));
+    let given = (sums == Sums::Given).then(|| k.pointer(Name::Moments));
+    let inverse = (sums == Sums::Own).then(|| k.param::<f32>(Name::Inverse));
+    let of_x = (sums != Sums::None).then(|| (k.pointer(Name::Weight), k.pointer(Name::XGrad)));
+    let parts = (weight || bias).then(|| k.pointer(Name::Parts));
+    let values = 1 + u32::from(centred);
+    let region = Team::shared(tile.team, THREADS, values);
+    let of_teams = if config.rows() > 1 { THREADS * tile.unit * 4 } else { 0 };
+    let shared = k.shared((2 * region).max(of_teams).max(4));
+
+    let walk = Walk::new(k, tile, THREADS, rows);
+    let before = (sums != Sums::Own).then(|| k.block_y() * tile.units());
+    let slots = walk.slots(before, units);
+    let weights = of_x.map(|(weight, _)| slots.load(of_weight, weight));
+    let zeros = |wanted: bool| {
+        let of_unit = || (0..tile.unit).map(|_| k.var(0f32)).collect::<Vec<_>>();
+        wanted.then(|| (0..tile.chunks).map(|_| of_unit()).collect::<Vec<_>>())
+    };
+    let (weight_sums, bias_sums) = (zeros(weight), zeros(bias));
+    let turn = k.var(shared);
+    k.for_(walk.first, rows, k.blocks_x() * config.rows(), |first| {
+        let row = walk.row(first);
+        let slots = slots.of(row.exists);
+        let load = |rows| slots.load(element, begin(rows, row.number, element));
+        let (x, grads) = (x.map(load), load(grad));
+        let sum_grads = sum_grad.map(load);
+        let stats =
+            stats.map(|(rstd, mean)| (walk.load(rstd, row), mean.map(|mean| walk.load(mean, row))));
+        // x̂ of a unit.
+        let normed = |i: usize| {
+            let (x, (rstd, mean)) = x.as_ref().zip(stats).expect("it is read");
+            let x = x[i].floats().into_iter().map(move |x| mean.map_or(x, |mean| x - mean));
+            x.map(|x| x * rstd).collect::<Vec<_>>()
+        };
+        let weighted = |i: usize| {
+            let weights = weights.as_ref().expect("it is read")[i].floats();
+            grads[i].floats().into_iter().zip(weights).map(|(dy, w)| dy * w).collect::<Vec<_>>()
+        };
+        let own = [0, 1].map(|_| k.var(0f32));
+        // Floats of one pass do not wait in registers for the next one.
+        let always = rows.gt(0);
+        let pass = |i: usize| {
+            let grads = || grads[i].floats().into_iter();
+            if let Some(sums) = &weight_sums {
+                let terms = sums[i].iter().zip(grads()).zip(normed(i));
+                terms.for_each(|((sum, dy), x)| sum.set(dy.fma(x, *sum)));
+            }
+            if let Some(sums) = &bias_sums {
+                sums[i].iter().zip(grads()).for_each(|(sum, dy)| sum.set(*sum + dy));
+            }
+            if sums == Sums::Own {
+                let g = weighted(i);
+                add_to(own[0], normed(i).into_iter().zip(&g).map(|(x, &g)| [x, g]));
+                if centred {
+                    g.iter().for_each(|&g| own[1].set(own[1] + g));
+                }
+            }
+        };
+        k.apart(always, || (0..tile.chunks as usize).for_each(pass));
+        let Some((_, x_grad)) = of_x else { return };
+        let means = match (inverse, given) {
+            (Some(inverse), _) => {
+                let at = (region > 0).then_some(turn);
+                let means: [Reg<'_, f32>; 2] = match centred {
+                    true => walk.team.combine(at, own, |a, b| a + b),
+                    false => {
+                        let [mean] = walk.team.combine(at, [own[0]], |a, b| a + b);
+                        [mean, own[1]]
+                    }
+                };
+                // The next row's sums may come while others still read these.
+                turn.set(turn ^ region);
+                means.map(|mean| mean * inverse)
+            }
+            (None, Some(moments)) => {
+                let number = row.exists.map_or(row.number, |_| row.number.min(rows - 1));
+                k.ld_global_nc::<f32, 2>(moments.element(number, 8))
+            }
+            (None, None) => unreachable!("rows with a gradient have sums"),
+        };
+        let (rstd, _) = stats.expect("it is read");
+        let unit = Unit { element, count: tile.unit };
+        let to = begin((x_grad, cols), row.number, element);
+        for i in 0..tile.chunks as usize {
+            k.apart(always, || {
+                let of_x = normed(i).into_iter().zip(weighted(i)).map(|(x, g)| {
+                    let g = if centred { g - means[1] } else { g };
+                    (-x).fma(means[0], g) * rstd
+                });
+                let of_x: Vec<_> = match &sum_grads {
+                    None => of_x.collect(),
+                    Some(grads) => of_x.zip(grads[i].floats()).map(|(a, b)| a + b).collect(),
+                };
+                slots.store_unit(i, to, element, &unit.round(k, &of_x));
+            });
+        }
+    });
+
+    let Some(parts) = parts else { return k.finish() };
+    let size = cols * 4u64;
+    let mut to = parts + k.block_x().wide() * size;
+    let f32s = Unit { element: crate::kernel::Element::F32, count: tile.unit };
+    for sums in [weight_sums, bias_sums].into_iter().flatten() {
+        let sums: Vec<_> = sums.iter().map(|sums| f32s.round(k, sums)).collect();
+        let sums = match config.rows() {
+            1 => sums,
+            teams => {
+                sums.iter().map(|sums| of_all_teams(&walk, shared, f32s, teams, sums)).collect()
+            }
+        };
+        k.if_(k.thread().lt(tile.team), || slots.store(to, f32s.element, &sums));
+        to = to + k.blocks_x().wide() * size;
+    }
+    k.finish()
+}
+
+/// Adds what each team of a block has, in their order. The first one gets the sums.
+fn of_all_teams<'k>(
+    walk: &Walk<'k>,
+    shared: Reg<'k, u32>,
+    unit: Unit,
+    teams: u32,
+    sums: &Loaded<'k>,
+) -> Loaded<'k> {
+    let (k, bytes) = (walk.k, unit.count * 4);
+    let sums = sums.floats();
+    let mine = shared + k.thread() * bytes;
+    // What was there before is no longer read.
+    k.sync_block();
+    for (i, &sum) in (0..).zip(&sums) {
+        k.st_shared(mine.at(4 * i), [sum]);
+    }
+    k.sync_block();
+    k.for_(1u32, teams, 1, |team| {
+        let theirs = mine + team * (walk.tile.team * bytes);
+        k.if_(k.thread().lt(walk.tile.team), || {
+            for (i, sum) in (0..).zip(&sums) {
+                let [x] = k.ld_shared::<f32, 1>(theirs.at(4 * i));
+                sum.set(*sum + x);
+            }
+        });
+    });
+    Loaded::Floats(sums)
+}

@@ -1,0 +1,174 @@
+//! What is computed, and by which kernels.
+
+use super::backward::THREADS;
+use super::{Backward, Columns, Forward, Moments, Name, Norm, Room, Sums, Tile};
+use crate::kernel::plan::{Plan as _, Step, count};
+use crate::kernel::{Config, Device};
+
+/// Which way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// From rows to normed rows.
+    Forward {
+        /// A bias is added.
+        bias: bool,
+        /// What a gradient needs of each row is a result, too.
+        save: bool,
+    },
+    /// From their gradient to those that are wanted, at least one.
+    Backward {
+        /// That of the rows.
+        x: bool,
+        /// That of the weight.
+        weight: bool,
+        /// That of the bias.
+        bias: bool,
+    },
+}
+
+/// The facts of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Problem {
+    /// What norm.
+    pub norm: Norm,
+    /// Rows of all operands, at least 1, whose elements are contiguous.
+    pub rows: u64,
+    /// Elements of a row, at least 1.
+    pub cols: u64,
+    /// Whether a residual is added to the rows; backward: whether their sum has a gradient of its own.
+    pub add: bool,
+    /// Which way.
+    pub pass: Pass,
+    /// Whether all rows, the weight and the bias begin at multiples of 16 bytes.
+    pub aligned: bool,
+}
+
+/// The kernels and their grids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    units: u32,
+    steps: [Option<Step>; 3],
+    /// Blocks of the backward kernel that go through rows.
+    blocks: u32,
+}
+
+impl Plan {
+    /// Units of a row.
+    pub fn units(&self) -> u32 {
+        self.units
+    }
+
+    /// Blocks that have sums of columns.
+    pub fn blocks(&self) -> u32 {
+        self.blocks
+    }
+
+    /// Floats of the blocks' sums.
+    pub fn parts(&self, problem: &Problem) -> u64 {
+        match problem.pass {
+            Pass::Forward { .. } => 0,
+            Pass::Backward { weight, bias, .. } => {
+                let sums = u64::from(weight) + u64::from(bias);
+                sums * u64::from(self.blocks) * problem.cols
+            }
+        }
+    }
+
+    /// Floats of the rows' means.
+    pub fn moments(&self, problem: &Problem) -> u64 {
+        let given = self.steps().iter().any(|step| matches!(step.kernel, Config::NormMoments(_)));
+        if given { 2 * problem.rows } else { 0 }
+    }
+}
+
+impl crate::kernel::Plan for Plan {
+    type Problem = Problem;
+    type Name = Name;
+
+    fn new(problem: &Problem, device: &Device) -> Self {
+        match problem.pass {
+            Pass::Forward { bias, save } => forward(problem, bias, save),
+            Pass::Backward { x, weight, bias } => backward(problem, device, [x, weight, bias]),
+        }
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        self.steps.into_iter().flatten().collect()
+    }
+}
+
+impl Problem {
+    /// Whether a thread loads 16 bytes at once.
+    fn whole(&self) -> bool {
+        self.aligned && self.cols.is_multiple_of(self.norm.element.per_chunk().into())
+    }
+
+    fn tile(&self, room: Room) -> (Tile, bool) {
+        Tile::new(self.cols, self.norm.element, self.whole(), room)
+    }
+
+    fn units(&self, tile: Tile) -> u32 {
+        count(self.cols / u64::from(tile.unit))
+    }
+
+    /// What is beyond what a grid can count, and the most that it can.
+    pub fn limit(&self) -> Option<(String, u32)> {
+        // Blocks of a step go on beyond the last row or unit.
+        const MOST: u32 = i32::MAX as u32;
+        let over = self.rows > MOST.into() || self.cols > MOST.into();
+        over.then(|| (format!("{} rows of {} elements", self.rows, self.cols), MOST))
+    }
+}
+
+fn forward(problem: &Problem, bias: bool, save: bool) -> Plan {
+    let &Problem { norm, rows, add, .. } = problem;
+    let (tile, fits) = problem.tile(Room { threads: 512, chunks: 4, elements: 16 });
+    let config = Forward { norm, bias, add, save, tile, long: !fits };
+    let blocks = count(rows.div_ceil((config.threads() / tile.team).into()));
+    let step = Step { kernel: config.into(), grid: [blocks, 1, 1] };
+    Plan { units: problem.units(tile), steps: [Some(step), None, None], blocks }
+}
+
+fn backward(problem: &Problem, device: &Device, [x, weight, bias]: [bool; 3]) -> Plan {
+    let &Problem { norm, rows, add, .. } = problem;
+    // A weight's sums take a register for each element that a thread has.
+    let both = weight && bias;
+    let few = Room { threads: THREADS, chunks: 2, elements: 8 };
+    let room = if both { few } else { Room { threads: THREADS, chunks: 4, elements: 16 } };
+    let (tile, fits) = problem.tile(room);
+    let (sums, tile) = match (x, fits) {
+        (false, _) => (Sums::None, problem.tile(few).0),
+        (true, true) => (Sums::Own, tile),
+        (true, false) => (Sums::Given, problem.tile(few).0),
+    };
+    let blocks_per_sm =
+        if backward_registers(problem, [x, weight, bias], tile) <= 64 { 2 } else { 1 };
+    let config = Backward { norm, sums, add: add && x, weight, bias, tile, blocks_per_sm };
+    let parts = if sums == Sums::Own { 1 } else { problem.units(tile).div_ceil(tile.units()) };
+    let wanted = u64::from((device.multiprocessors * blocks_per_sm).div_ceil(parts));
+    let blocks = count(rows.div_ceil(config.rows().into()).min(wanted));
+    let moments = (sums == Sums::Given).then(|| {
+        let kernel = Moments { norm, tile }.into();
+        Step { kernel, grid: [count(rows), 1, 1] }
+    });
+    let columns = (weight || bias).then(|| {
+        let kernel = Columns { element: norm.weight, both };
+        let [x, y] = kernel.grid(problem.cols).map(count);
+        Step { kernel: kernel.into(), grid: [x, y, 1] }
+    });
+    let main = Step { kernel: config.into(), grid: [blocks, parts, 1] };
+    Plan { units: problem.units(tile), steps: [moments, Some(main), columns], blocks }
+}
+
+/// About how many registers a thread takes that holds its part of a row: as ptxas 13.0 does.
+fn backward_registers(problem: &Problem, [x, weight, bias]: [bool; 3], tile: Tile) -> u32 {
+    let Norm { element, weight: of_weight, centred } = problem.norm;
+    let elements = tile.unit * tile.chunks;
+    // An element that is loaded by itself takes a register.
+    let words = |bytes: u32| if tile.unit == 1 { elements } else { elements * bytes / 4 };
+    let rows = (2 + u32::from(problem.add && x)) * words(element.size());
+    let vectors = if x { words(of_weight.size()) } else { 0 };
+    let sums = (u32::from(weight) + u32::from(bias)) * elements;
+    let ends = if tile.full { 0 } else { 16 + 2 * tile.chunks };
+    rows + vectors + sums + ends + if centred { 22 } else { 16 }
+}
