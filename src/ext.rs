@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use crate::op::{self, QkvWeights};
 use crate::options::Gate;
 use crate::quant::QuantWeight;
-use crate::{FlashAttnOptions, Fp8Options, Int8Options, MatmulOptions};
+use crate::{CrossEntropyOptions, FlashAttnOptions, Fp8Options, Int8Options, MatmulOptions};
 
 mod sealed {
     pub trait Sealed {}
@@ -640,6 +640,45 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor>;
+
+    /// Cross-entropy of logits with the indices of classes: of a row
+    /// `(1 − ε)·(lse − zₜ) + ε·mean(lse − zⱼ) + z_loss·lse²` with `lse = log Σⱼ exp zⱼ`, `ε` the label smoothing and `t` the
+    /// target; the mean over all rows that are not ignored, their sum, or all of them. Computed in one pass over the
+    /// logits, in f32 (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`logits`) | `[.., V]` | f16, bf16 or f32 |
+    /// | `targets` | `[..]` | u32 or i64 |
+    /// | result | `[]`, with [`Reduction::None`](crate::Reduction::None) `[..]` | f32 |
+    ///
+    /// Every view whose last dimension is contiguous is read in place, at any offset; others are copied once.
+    /// Logits of −∞ have probability 0. As in PyTorch, a target of logit −∞ has loss +∞, as has label smoothing over one,
+    /// and logits that are all −∞, or one that is +∞ or NaN, have loss NaN.
+    ///
+    /// # Gradient
+    ///
+    /// Of the logits, in their dtype, from the logits and a log-sum-exp for each row: read once, written once.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or shapes, two devices, tracked targets, options out of range. A target out of range that is not
+    /// `ignore_index` is an error on the CPU. On a GPU nobody waits to see it: the loss of its row is NaN, as are the
+    /// mean and the sum with it and the gradient of its row; nothing is read out of bounds.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # use kaio_candle::prelude::*;
+    /// let logits = Var::new(&[[2f32, 0., 1.], [0., 0., 0.]], &Device::Cpu)?;
+    /// let targets = Tensor::new(&[0i64, -100], &Device::Cpu)?;
+    /// let loss = logits.kaio_cross_entropy(&targets, &CrossEntropyOptions::default())?;
+    /// assert!((loss.to_scalar::<f32>()? - 0.4076).abs() < 1e-4);
+    /// assert!(loss.backward()?.get(&logits).is_some());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_cross_entropy(&self, targets: &Tensor, opts: &CrossEntropyOptions) -> Result<Tensor>;
 }
 
 impl KaioTensorExt for Tensor {
@@ -736,5 +775,9 @@ impl KaioTensorExt for Tensor {
 
     fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor> {
         op::glu("kaio_geglu", Gate::GeluTanh, self, up)
+    }
+
+    fn kaio_cross_entropy(&self, targets: &Tensor, opts: &CrossEntropyOptions) -> Result<Tensor> {
+        op::cross_entropy(self, targets, opts)
     }
 }

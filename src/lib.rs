@@ -99,8 +99,8 @@ pub use cuda::{launch, registry};
 pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
 pub use options::{
-    Activation, Activations, AttnLayout, Engine, FlashAttnOptions, Fp8Options, Int8Options,
-    MatmulOptions,
+    Activation, Activations, AttnLayout, CrossEntropyOptions, Engine, FlashAttnOptions, Fp8Options,
+    Int8Options, MatmulOptions, Reduction,
 };
 
 /// The code of README, of the recipes and of the chapters, run by `cargo test`.

@@ -4,6 +4,7 @@
 //! of products block by block; the loops over matrices are `gemm`'s, the threads rayon's.
 
 mod attention;
+mod cross_entropy;
 mod epilogue;
 mod exp;
 mod gemm;
@@ -15,6 +16,7 @@ mod simd;
 mod widen;
 
 pub(crate) use attention::{Attended, attention, attention_backward};
+pub(crate) use cross_entropy::{cross_entropy, cross_entropy_backward};
 pub(crate) use epilogue::epilogue;
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use product::matmul;

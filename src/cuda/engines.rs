@@ -8,9 +8,9 @@ use super::Operand;
 use crate::Engine;
 use crate::op::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
-    AttentionWants, Epilogue, MatmulProblem, View,
+    AttentionWants, Epilogue, MatmulProblem, RowLoss, RowLosses, Upstream, View,
 };
-use crate::options::Gate;
+use crate::options::{Gate, Reduction};
 use crate::quant::QuantScheme;
 use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
@@ -345,4 +345,37 @@ pub(crate) fn glu_backward(
             _ => native::glu_backward(op, kind, operands),
         }
     })
+}
+
+/// The losses of rows of logits with targets without gaps, and what their gradient begins with.
+pub(crate) fn cross_entropy(
+    op: &'static str,
+    row_loss: RowLoss,
+    reduction: Reduction,
+    (logits, stack): Operand,
+    targets: View<CudaStorage>,
+) -> Result<RowLosses<CudaStorage>> {
+    on_gpu!({
+        if targets.1.shape().elem_count() > 0 {
+            return native::cross_entropy(op, row_loss, reduction, (logits, stack), targets);
+        }
+        let none = || empty::zeros(logits, 0, DType::F32);
+        let loss = match reduction {
+            Reduction::None => none()?,
+            Reduction::Sum => empty::full(logits, 1, 0.0)?,
+            Reduction::Mean => empty::full(logits, 1, f32::NAN)?,
+        };
+        Ok(RowLosses { loss, stats: none()?, share: empty::full(logits, 1, 1.0)? })
+    })
+}
+
+/// The gradient of logits, of which there are some, in their dtype, packed.
+pub(crate) fn cross_entropy_backward(
+    op: &'static str,
+    row_loss: RowLoss,
+    logits: Operand,
+    targets: View<CudaStorage>,
+    upstream: &Upstream<CudaStorage>,
+) -> Result<CudaStorage> {
+    on_gpu!(native::cross_entropy_backward(op, row_loss, logits, targets, upstream))
 }

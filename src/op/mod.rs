@@ -5,6 +5,7 @@
 //! candle's graph.
 
 mod attention;
+mod cross_entropy;
 mod glu;
 mod matmul;
 mod node;
@@ -16,6 +17,7 @@ pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
 };
+pub(crate) use cross_entropy::{RowLoss, RowLosses, Upstream, cross_entropy, span};
 pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;

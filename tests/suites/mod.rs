@@ -16,6 +16,7 @@
 //! What only a GPU has (streams, graphs, launches, engines) is in `tests/gpu/`.
 
 pub mod attention;
+pub mod cross_entropy;
 pub mod empty;
 pub mod errors;
 pub mod glu;

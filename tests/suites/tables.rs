@@ -1,6 +1,8 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
-use crate::suites::{attention, empty, errors, glu, loaders, matmul, quantized, weights};
+use crate::suites::{
+    attention, cross_entropy, empty, errors, glu, loaders, matmul, quantized, weights,
+};
 
 macro_rules! tables {
     ($($name:ident: $suite:path;)*) => {$(
@@ -29,6 +31,8 @@ tables! {
     matmul_kinds: matmul::kinds;
     matmul_random_products: matmul::random_products;
     glu: glu::glu;
+    cross_entropy: cross_entropy::values;
+    cross_entropy_specials: cross_entropy::specials;
     int8: quantized::int8;
     int8_random: quantized::int8_random;
     int4: quantized::int4;
