@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PyTorch's times for the rows of the benches matmul, quant and attention, as more peers:
+"""PyTorch's times for the rows of the benches matmul, quant, attention and training, as more peers:
 
     cargo bench --features cuda --bench matmul -- --list >rows.json
     python3 scripts/torch_peers.py rows.json >torch.json
@@ -132,6 +132,8 @@ def calls(row):
     """What to time, by the peer's name."""
     if row["op"] == "quant":
         return quantised(row)
+    if row["op"] == "training":
+        return training(row)
     if row["op"] == "host":
         return {}
     if row["op"] == "attention":
@@ -183,6 +185,34 @@ def codes(row):
     a, b = (torch.randn(rows, k, device="cuda").to(torch.float8_e4m3fn) for rows in (m, n))
     of_a, of_b = torch.rand(m, 1, device="cuda"), torch.rand(1, n, device="cuda")
     return {"torch": lambda: torch._scaled_mm(a, b.t(), scale_a=of_a, scale_b=of_b, out_dtype=torch.bfloat16)}
+
+
+def training(row):
+    """The function as it stands, and compiled; backward: its gradients alone."""
+    rows, cols, like = row["rows"], row["cols"], {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
+    matrix = [rows, cols]
+    shapes, function = {
+        "swiglu": ([matrix, matrix], lambda gate, up: torch.nn.functional.silu(gate) * up),
+    }[row["of"]]
+    backward = row["pass"] == "backward"
+    inputs = [torch.randn(*dims, requires_grad=backward, **like) for dims in shapes]
+
+    def timed(function):
+        if not backward:
+            return lambda: function(*inputs)
+
+        @functools.cache
+        def ready():
+            out = function(*inputs)
+            return out, torch.randn_like(out)
+
+        def run():
+            out, upstream = ready()
+            torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+
+        return run
+
+    return {"torch": timed(function), "compiled": timed(torch.compile(function))}
 
 
 def read_safetensors(path, device="cuda"):

@@ -92,7 +92,7 @@ mod stack;
 pub mod tune {
     #[cfg(feature = "cuda")]
     pub use crate::cuda::native::tune::*;
-    pub use crate::op::FlashAttnBackward;
+    pub use crate::op::{Backward, FlashAttnBackward};
 }
 #[cfg(feature = "cuda")]
 pub use cuda::{launch, registry};

@@ -5,14 +5,13 @@
 use super::epilogue::{GELU_CUBIC, ROOT_8_OVER_PI, exp_minus, gelu_logit, sigmoid};
 use super::params::{self, Argument, names};
 use super::plan::{Plan as _, Step, count};
+use super::rows::{Place, Unit};
 use super::{Device, Element};
 pub use crate::options::Gate;
 use crate::ptx::{Kernel, Reg, Source, Target};
 
 /// Threads of a block.
 const THREADS: u32 = 256;
-/// Bytes that a thread loads at once.
-const LINE: u32 = 16;
 
 impl Gate {
     fn name(self) -> &'static str {
@@ -110,8 +109,8 @@ impl super::Plan for Plan {
 
     fn new(problem: &Problem, _: &Device) -> Self {
         let Problem { rows, cols, element, gate, backward, aligned } = *problem;
-        let most = LINE / element.size();
-        let unit = if aligned && cols.is_multiple_of(most.into()) { most } else { 1 };
+        let whole = aligned && cols.is_multiple_of(element.per_chunk().into());
+        let unit = Unit::of(element, whole).count;
         let units = cols / u64::from(unit);
         let across = units.next_power_of_two().min(THREADS.into()) as u32;
         let blocks = [units.div_ceil(across.into()), rows.div_ceil((THREADS / across).into())];
@@ -225,59 +224,19 @@ pub fn emit(config: &Config) -> Source {
     k.if_(row.lt(rows), || {
         k.if_(at.lt(units), || {
             let lane = Place { row: row.wide(), col: at.wide() * u64::from(unit), element };
-            let load = |(from, stride)| load(k, element, unit, lane.in_rows(from, stride));
+            let unit = Unit { element, count: unit };
+            let load = |(from, stride)| unit.load(lane.in_rows(from, stride)).floats();
             let (gates, ups) = (load(gates), load(ups));
             let Some((grads, out_up)) = grads.map(load).zip(out_up) else {
                 let results = gates.iter().zip(&ups).map(|(&x, &up)| gate.apply(x) * up);
-                return store(k, element, lane.in_rows(out, cols), results.collect());
+                return unit.store(lane.in_rows(out, cols), &results.collect::<Vec<_>>());
             };
             let of_gate = gates.iter().zip(&ups).zip(&grads);
             let of_gate = of_gate.map(|((&x, &up), &grad)| grad * up * gate.slope(x));
-            store(k, element, lane.in_rows(out, cols), of_gate.collect());
+            unit.store(lane.in_rows(out, cols), &of_gate.collect::<Vec<_>>());
             let of_up = gates.iter().zip(&grads).map(|(&x, &grad)| grad * gate.apply(x));
-            store(k, element, lane.in_rows(out_up, cols), of_up.collect());
+            unit.store(lane.in_rows(out_up, cols), &of_up.collect::<Vec<_>>());
         });
     });
     k.finish()
-}
-
-/// A thread's first element.
-#[derive(Clone, Copy)]
-struct Place<'k> {
-    row: Reg<'k, u64>,
-    col: Reg<'k, u64>,
-    element: Element,
-}
-
-impl<'k> Place<'k> {
-    /// Its address in rows that begin at `address` and lie `stride` elements apart.
-    fn in_rows(&self, address: Reg<'k, u64>, stride: Reg<'k, u64>) -> Reg<'k, u64> {
-        address + (self.row * stride + self.col) * u64::from(self.element.size())
-    }
-}
-
-/// Elements side by side, in f32.
-fn load<'k>(k: &'k Kernel, element: Element, unit: u32, from: Reg<'k, u64>) -> Vec<Reg<'k, f32>> {
-    match (element, unit) {
-        (Element::F32, 1) => k.ld_global_nc::<f32, 1>(from).into(),
-        (Element::F32, _) => k.ld_global_nc::<f32, 4>(from).into(),
-        (Element::Half(half), 1) => k.ld_global_nc::<u16, 1>(from).map(|x| k.widen(half, x)).into(),
-        (Element::Half(half), _) => {
-            k.ld_global_nc::<u32, 4>(from).into_iter().flat_map(|x| k.unpack(half, x)).collect()
-        }
-    }
-}
-
-/// The same, rounded.
-fn store<'k>(k: &'k Kernel, element: Element, to: Reg<'k, u64>, values: Vec<Reg<'k, f32>>) {
-    match (element, values.as_slice()) {
-        (Element::F32, &[x]) => k.st_global(to, [x]),
-        (Element::F32, &[a, b, c, d]) => k.st_global(to, [a, b, c, d]),
-        (Element::Half(half), &[x]) => k.st_global(to, [k.cvt_rn(half, x)]),
-        (Element::Half(half), &[a, b, c, d, e, f, g, h]) => {
-            let pairs = [[a, b], [c, d], [e, f], [g, h]];
-            k.st_global(to, pairs.map(|[low, high]| k.cvt_rn_x2(half, low, high)));
-        }
-        _ => unreachable!("a unit is one element or {LINE} bytes"),
-    }
 }

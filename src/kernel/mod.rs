@@ -19,6 +19,7 @@ pub mod params;
 mod plan;
 pub mod quantize;
 mod raster;
+mod rows;
 pub mod strided;
 pub mod transpose;
 pub mod w4;

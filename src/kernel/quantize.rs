@@ -5,6 +5,7 @@ use super::multiprocessor::WARP;
 use super::name::given;
 use super::params::{self, Argument, names};
 use super::plan::{Step, count};
+use super::rows::across_lanes;
 use super::{Device, Element};
 use crate::ptx::{Factor, Kernel, Reg, Source, Target};
 
@@ -388,13 +389,8 @@ fn floats<'k>(element: Element, words: &[Reg<'k, u32>; 4]) -> Vec<Reg<'k, f32>> 
 }
 
 /// The largest number of `lanes` lanes that follow each other, a power of two.
-pub(super) fn largest<'k>(mut value: Reg<'k, u32>, lanes: u32) -> Reg<'k, u32> {
-    let mut apart = lanes / 2;
-    while apart > 0 {
-        value = value.max(value.kernel().shfl_bfly(value, apart));
-        apart /= 2;
-    }
-    value
+pub(super) fn largest<'k>(value: Reg<'k, u32>, lanes: u32) -> Reg<'k, u32> {
+    across_lanes(value, lanes, |a, b| a.max(b))
 }
 
 /// Four codes in a register, the first the lowest; `rounds`: by the instruction, if they are of e4m3.

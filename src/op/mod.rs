@@ -4,6 +4,7 @@
 //! arguments and describes the work as a value that implements [`Op`], which [`apply`] runs and puts into
 //! candle's graph.
 
+mod alone;
 mod attention;
 mod cross_entropy;
 mod glu;
@@ -12,6 +13,7 @@ mod node;
 mod project;
 mod quantized;
 
+pub use alone::Backward;
 pub use attention::FlashAttnBackward;
 pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,

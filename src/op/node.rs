@@ -28,7 +28,7 @@ use candle_core::{
     Storage, Tensor, bail,
 };
 
-use super::{Differentiable, compute, tensor};
+use super::{Differentiable, alone, compute, tensor};
 use crate::error::Error;
 
 /// Runs an op, in candle's graph if an input tracks a gradient.
@@ -80,6 +80,7 @@ fn link<O: Differentiable>(
 ) -> Result<Vec<Tensor>> {
     let (name, count, node) = (node.op.name(), results.len(), Arc::new(node));
     let device = node.inputs[0].device();
+    alone::offer(&node);
     let ends = tie(&node, tracked)?;
     let kinds: Vec<_> = ends.iter().map(|(_, end)| *end).collect();
     let nothing = match count > 1 || kinds.contains(&End::Knot) {
@@ -157,7 +158,7 @@ fn unread(device: &Device) -> Result<(Storage, Shape)> {
 }
 
 /// An op that has run, for its gradient.
-struct Node<O> {
+pub(super) struct Node<O> {
     op: O,
     inputs: Vec<Tensor>,
     /// Results that the caller does not see.
@@ -168,13 +169,18 @@ struct Node<O> {
 }
 
 impl<O: Differentiable> Node<O> {
-    /// From the results' gradients to the inputs', which it leaves.
-    fn backward(&self, grads: &[Option<Tensor>]) -> Result<()> {
+    /// From the results' gradients to the inputs', as the op computes them.
+    pub(super) fn gradients(&self, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let inputs: Vec<_> = self.inputs.iter().collect();
         let results = self.results.get().map_or(&[][..], Vec::as_slice);
-        let mut grads = self.op.grad(&inputs, &[results, &self.saved].concat(), grads)?;
-        grads.resize(inputs.len(), None);
-        for (i, (t, grad)) in inputs.iter().zip(&mut grads).enumerate() {
+        self.op.grad(&inputs, &[results, &self.saved].concat(), grads)
+    }
+
+    /// The same, which it leaves for the nodes before.
+    fn backward(&self, grads: &[Option<Tensor>]) -> Result<()> {
+        let mut grads = self.gradients(grads)?;
+        grads.resize(self.inputs.len(), None);
+        for (i, (t, grad)) in self.inputs.iter().zip(&mut grads).enumerate() {
             // No one takes the others.
             *grad = grad.take().filter(|_| t.track_op());
             // candle would panic later, or the weight would stay as it is without a word.

@@ -3,7 +3,9 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Layout, Result};
 
-use super::super::fit::{Fitted, Want, fit};
+use super::super::Operand;
+use super::super::fit::{Fitted, Want, fit, is_aligned, pack};
+use crate::check;
 use crate::kernel::Element;
 use crate::kernel::gemm::Major;
 use crate::ptx::{Factor, Half};
@@ -158,4 +160,24 @@ pub(super) fn element(dtype: DType) -> Element {
         DType::BF16 => Element::Half(Half::Bf16),
         _ => Element::Half(Half::F16),
     }
+}
+
+/// All rows of an operand as those of one matrix, whose elements are contiguous.
+pub(super) fn rows<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<Fitted<'a>> {
+    let folded = stack.fold_rows().filter(|folded| folded.cols <= 1 || folded.col_stride == 1);
+    match folded {
+        Some(folded) => Ok(Fitted::view(storage, folded)),
+        None => {
+            check::copyable(op, stack.elements())?;
+            let copy = pack(storage, &stack.layout())?;
+            let rows = stack.count() * stack.rows;
+            Ok(Fitted::copy(copy, Stack::row_major(rows, stack.cols)))
+        }
+    }
+}
+
+/// Whether all rows of a matrix begin at multiples of 16 bytes.
+pub(super) fn rows_aligned(stack: &Stack, dtype: DType) -> bool {
+    let row_bytes = stack.row_stride * dtype.size_in_bytes();
+    is_aligned(stack, dtype, ALIGN) && (stack.rows <= 1 || row_bytes.is_multiple_of(ALIGN))
 }

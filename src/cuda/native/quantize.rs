@@ -7,9 +7,9 @@ use super::super::Operand;
 use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
-use super::super::fit::{Fitted, Want, fit, is_aligned};
+use super::super::fit::{Fitted, Want, fit};
 use super::limit::{SPLIT, countable};
-use super::operand::{ALIGN, element};
+use super::operand::{element, rows_aligned};
 use super::plan::Plans;
 use crate::kernel::quantize::{Arguments, Plan, Problem};
 use crate::ptx::Factor;
@@ -41,15 +41,13 @@ pub(crate) fn quantize_rows(
         None => fit(op, (storage, stack), Want { folded: true, ..Want::default() })?,
     };
     let Stack { rows, cols, row_stride, .. } = fitted.stack;
-    let row_bytes = row_stride * storage.dtype().size_in_bytes();
     let problem = Problem {
         rows: rows as u64,
         cols: cols as u64,
         width: width.min(cols) as u64,
         element: element(storage.dtype()),
         code: if dtype == DType::U8 { Factor::S8 } else { Factor::E4m3 },
-        aligned: is_aligned(&fitted.stack, storage.dtype(), ALIGN)
-            && (rows == 1 || row_bytes.is_multiple_of(ALIGN)),
+        aligned: rows_aligned(&fitted.stack, storage.dtype()),
     };
     countable(op, ["this crate", "round"], problem.limit(), SPLIT)?;
     let order = Order::new(op, device.cuda_stream(), [storage]);

@@ -1,0 +1,89 @@
+//! Who competes in a row. Before anyone is timed, results and gradients are compared with the plain formula's, in f32.
+
+use candle_core::{DType, Result, Tensor, Var, bail};
+use kaio_candle::prelude::*;
+use kaio_candle::tune::Backward;
+
+use super::common::contest::{CANDLE, Contest, OURS, agree_after};
+use super::common::gpu::Gpu;
+use super::rows::{Op, Pass, Row};
+
+/// A copy of as many bytes as the row has to read and write.
+pub const COPY: &str = "copy";
+
+/// A function of some tensors, which has one result.
+type Function = fn(&Row, &[Tensor]) -> Result<Tensor>;
+
+/// The shapes of an op's operands, our function of them and the plain one.
+fn functions(row: &Row) -> (Vec<Vec<usize>>, Function, Function) {
+    let matrix = || vec![row.rows, row.cols];
+    match row.op {
+        Op::Swiglu => {
+            (vec![matrix(), matrix()], |_, t| t[0].kaio_swiglu(&t[1]), |_, t| t[0].silu()? * &t[1])
+        }
+    }
+}
+
+pub fn prepare(gpu: &Gpu, row: &Row) -> Result<Contest> {
+    let random = |dims: &[usize]| Tensor::randn(0f32, 1., dims, &gpu.device)?.to_dtype(row.dtype);
+    let (shapes, ours, plain) = functions(row);
+    let operands = shapes.iter().map(|dims| random(dims)).collect::<Result<Vec<_>>>()?;
+    check(row, &operands, ours, plain)?;
+
+    let mut contest = Contest::default();
+    match row.pass {
+        Pass::Forward => {
+            let (row, operands, these) = (*row, operands.clone(), operands);
+            contest.add(OURS, move || ours(&row, &these).map(drop));
+            contest.add_if_able(CANDLE, move || plain(&row, &operands).map(drop));
+        }
+        Pass::Backward => {
+            let vars = operands.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+            let tracked: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+            let mut out = None;
+            let backward = Backward::of(|| {
+                out = Some(ours(row, &tracked)?);
+                Ok(())
+            })?;
+            let Some(out) = out else { bail!("nothing was computed") };
+            let upstream = random(out.dims())?;
+            contest.add(OURS, move || backward.run(&[Some(upstream.clone())]).map(drop));
+        }
+    }
+    let half = Tensor::zeros((row_bytes(row) / 8.0) as usize, DType::F32, &gpu.device)?;
+    contest.add(COPY, move || half.copy().map(drop));
+    Ok(contest)
+}
+
+fn row_bytes(row: &Row) -> f64 {
+    super::common::table::Row::bytes(row)
+}
+
+/// On a few rows our results and gradients are those of the plain formula.
+fn check(row: &Row, operands: &[Tensor], ours: Function, plain: Function) -> Result<()> {
+    const ROWS: usize = 512;
+    let few = Row { rows: row.rows.min(ROWS), ..*row };
+    let narrowed = operands.iter().zip(functions(&few).0);
+    let narrowed = narrowed.map(|(t, dims)| t.narrow(0, 0, dims[0])?.contiguous());
+    let narrowed = narrowed.collect::<Result<Vec<_>>>()?;
+    let run = |f: Function, dtype| {
+        let cast = narrowed.iter().map(|t| Var::from_tensor(&t.to_dtype(dtype)?));
+        let vars = cast.collect::<Result<Vec<_>>>()?;
+        let tracked: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let out = f(&few, &tracked)?;
+        let grads = out.to_dtype(DType::F32)?.sqr()?.sum_all()?.backward()?;
+        let of = |var: &Var| match grads.get(var) {
+            Some(grad) => grad.to_dtype(row.dtype),
+            None => bail!("no gradient"),
+        };
+        let grads = vars.iter().map(of).collect::<Result<Vec<_>>>()?;
+        Ok::<_, candle_core::Error>((out.to_dtype(row.dtype)?, grads))
+    };
+    let ((out, grads), (plain, plain_grads)) = (run(ours, row.dtype)?, run(plain, DType::F32)?);
+    agree_after("the result", &out, &plain, row.cols, 1)?;
+    for (grad, plain) in grads.iter().zip(&plain_grads) {
+        // The upstream gradient is rounded before, and what it is made of.
+        agree_after("a gradient", grad, plain, row.cols, 4)?;
+    }
+    Ok(())
+}
