@@ -6,6 +6,7 @@
 
 mod ampere;
 pub mod attention;
+pub mod cross_entropy;
 pub mod dequant;
 mod element;
 pub mod encode;
@@ -105,6 +106,10 @@ kernels! {
     FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
+    /// The losses of rows of logits, or their gradients, on any GPU.
+    CrossEntropy(cross_entropy::Config) by cross_entropy::emit;
+    /// The sum or the mean of rows' losses, on any GPU.
+    CrossEntropySum(cross_entropy::Sum) by cross_entropy::emit_sum;
     /// Activations rounded to eight bits.
     Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.

@@ -3,6 +3,7 @@
 mod attention;
 mod attention_backward;
 mod bytes;
+mod cross_entropy;
 mod encode;
 mod glu;
 mod limit;
@@ -18,6 +19,7 @@ pub(crate) mod w4;
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
 pub(crate) use bytes::{matmul_fp8, matmul_int8};
+pub(crate) use cross_entropy::{cross_entropy, cross_entropy_backward};
 pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::matmul;

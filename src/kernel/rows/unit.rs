@@ -1,7 +1,7 @@
 //! Elements that a thread loads or stores at once, and computes with in f32.
 
 use crate::kernel::Element;
-use crate::ptx::{Half, Reg};
+use crate::ptx::{Address, Half, Kernel, Reg, Scalar};
 
 /// Bytes of the widest load or store.
 pub(in crate::kernel) const LINE: u32 = 16;
@@ -27,30 +27,37 @@ impl Unit {
         Self { element, count: if whole { element.per_chunk() } else { 1 } }
     }
 
-    /// Loads, and nothing else: within [`Kernel::when`](crate::ptx::Kernel::when), too.
+    /// Loads, and nothing else: within [`Kernel::when`](crate::ptx::Kernel::when), too. Nothing writes there while the
+    /// kernel runs.
     pub fn load<'k>(self, from: Reg<'k, u64>) -> Loaded<'k> {
+        self.load_by(from, true)
+    }
+
+    /// The same of what this thread writes later.
+    pub fn load_mutable<'k>(self, from: Reg<'k, u64>) -> Loaded<'k> {
+        self.load_by(from, false)
+    }
+
+    fn load_by<'k>(self, from: Reg<'k, u64>, constant: bool) -> Loaded<'k> {
         let k = from.kernel();
-        // Words of 4 bytes, up to four at once.
-        let words = self.count * self.element.size() / 4;
-        let places = (0..words.div_ceil(4)).map(|i| from.at(i64::from(i * LINE)));
         match self.element {
             Element::Half(half) if self.count == 1 => {
-                let [x] = k.ld_global_nc::<u16, 1>(from);
+                let [x] = words_at::<u16, 1>(k, from.at(0), constant);
                 Loaded::One(half, x)
             }
-            Element::F32 => Loaded::Floats(match words {
-                1 => k.ld_global_nc::<f32, 1>(from).into(),
-                2 => k.ld_global_nc::<f32, 2>(from).into(),
-                _ => places.flat_map(|from| k.ld_global_nc::<f32, 4>(from)).collect(),
-            }),
-            Element::Half(half) => {
-                let pairs = match words {
-                    1 => k.ld_global_nc::<u32, 1>(from).into(),
-                    2 => k.ld_global_nc::<u32, 2>(from).into(),
-                    _ => places.flat_map(|from| k.ld_global_nc::<u32, 4>(from)).collect(),
-                };
-                Loaded::Pairs(half, pairs)
-            }
+            Element::F32 => Loaded::Floats(self.words(from, constant)),
+            Element::Half(half) => Loaded::Pairs(half, self.words(from, constant)),
+        }
+    }
+
+    /// Words of 4 bytes, up to four at once.
+    fn words<'k, T: Scalar>(self, from: Reg<'k, u64>, constant: bool) -> Vec<Reg<'k, T>> {
+        let (k, words) = (from.kernel(), self.count * self.element.size() / 4);
+        let places = (0..words.div_ceil(4)).map(|i| from.at(i64::from(i * LINE)));
+        match words {
+            1 => words_at::<T, 1>(k, from.at(0), constant).into(),
+            2 => words_at::<T, 2>(k, from.at(0), constant).into(),
+            _ => places.flat_map(|from| words_at::<T, 4>(k, from, constant)).collect(),
         }
     }
 
@@ -69,8 +76,16 @@ impl Unit {
     }
 }
 
+fn words_at<'k, T: Scalar, const N: usize>(
+    k: &'k Kernel,
+    from: Address<'k, u64>,
+    constant: bool,
+) -> [Reg<'k, T>; N] {
+    if constant { k.ld_global_nc(from) } else { k.ld_global(from) }
+}
+
 /// Stores words side by side, up to four at once.
-fn words<'k, T: crate::ptx::Scalar>(to: Reg<'k, u64>, values: &[Reg<'k, T>]) {
+fn words<'k, T: Scalar>(to: Reg<'k, u64>, values: &[Reg<'k, T>]) {
     let k = to.kernel();
     match *values {
         [a] => k.st_global(to, [a]),
