@@ -679,6 +679,48 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     fn kaio_cross_entropy(&self, targets: &Tensor, opts: &CrossEntropyOptions) -> Result<Tensor>;
+
+    /// [`kaio_cross_entropy`](Self::kaio_cross_entropy) of the logits `self · weightᵀ`, which are never whole in memory:
+    /// a chunk of rows at a time, of up to 1 GiB, rounded to the operands' dtype.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`hidden`) | `[.., H]` | f16 or bf16 |
+    /// | `weight` | `[V, H]`, as of candle's `Linear` and of an embedding | that of `hidden` |
+    /// | `targets` | `[..]` | u32 or i64 |
+    /// | result | `[]`, with [`Reduction::None`](crate::Reduction::None) `[..]` | f32 |
+    ///
+    /// V a multiple of 8 is fastest: otherwise products read copies of chunks.
+    ///
+    /// # Gradient
+    ///
+    /// Of `hidden` and `weight`, each if it is tracked, in their dtype, summed over all rows in f32. Of a mean or a sum it
+    /// is computed with the loss, as in Liger Kernel (Hsu et al., 2024), and kept in f32 (4 bytes for each element of
+    /// either) until the backward pass multiplies it. With [`Reduction::None`](crate::Reduction::None) each row has a
+    /// factor of its own: the backward pass computes logits again.
+    ///
+    /// # Errors
+    ///
+    /// As of `kaio_cross_entropy`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor, Var};
+    /// # use kaio_candle::prelude::*;
+    /// let hidden = Tensor::randn(0f32, 1., (2, 5, 16), &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// let weight = Var::from_tensor(&Tensor::randn(0f32, 1., (40, 16), &Device::Cpu)?.to_dtype(DType::BF16)?)?;
+    /// let targets = Tensor::new(&[[3u32, 1, 4, 1, 5], [9, 2, 6, 5, 3]], &Device::Cpu)?;
+    /// let loss = hidden.kaio_linear_cross_entropy(&weight, &targets, &CrossEntropyOptions::default())?;
+    /// assert_eq!(loss.backward()?.get(&weight).unwrap().dims(), [40, 16]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_linear_cross_entropy(
+        &self,
+        weight: &Tensor,
+        targets: &Tensor,
+        opts: &CrossEntropyOptions,
+    ) -> Result<Tensor>;
 }
 
 impl KaioTensorExt for Tensor {
@@ -779,5 +821,14 @@ impl KaioTensorExt for Tensor {
 
     fn kaio_cross_entropy(&self, targets: &Tensor, opts: &CrossEntropyOptions) -> Result<Tensor> {
         op::cross_entropy(self, targets, opts)
+    }
+
+    fn kaio_linear_cross_entropy(
+        &self,
+        weight: &Tensor,
+        targets: &Tensor,
+        opts: &CrossEntropyOptions,
+    ) -> Result<Tensor> {
+        op::linear_cross_entropy(self, weight, targets, opts)
     }
 }

@@ -92,6 +92,7 @@ mod stack;
 pub mod tune {
     #[cfg(feature = "cuda")]
     pub use crate::cuda::native::tune::*;
+    pub use crate::op::linear_cross_entropy_within;
     pub use crate::op::{Backward, FlashAttnBackward};
 }
 #[cfg(feature = "cuda")]

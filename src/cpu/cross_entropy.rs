@@ -35,14 +35,38 @@ pub(crate) fn cross_entropy(
     });
     let (losses, stats): (Vec<f32>, Vec<[f32; 2]>) = of_rows.unzip();
     let counted = targets.iter().flatten().count();
+    let (loss, share) = reduced(reduction, losses, counted);
+    Ok(RowLosses { loss, stats: CpuStorage::F32(stats.concat()), share })
+}
+
+/// All rows' losses reduced, and what the gradient of each counted row is multiplied with.
+pub(crate) fn reduce_losses(
+    op: &'static str,
+    row_loss: RowLoss,
+    reduction: Reduction,
+    losses: CpuStorage,
+    targets: View<CpuStorage>,
+    count: usize,
+) -> Result<[CpuStorage; 2]> {
+    let counted = classes(op, row_loss, targets, count)?.iter().flatten().count();
+    Ok(reduced(reduction, losses.as_slice::<f32>()?.to_vec(), counted).into())
+}
+
+fn reduced(reduction: Reduction, losses: Vec<f32>, counted: usize) -> (CpuStorage, CpuStorage) {
     let sum = || losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
     let (loss, share) = match reduction {
-        Reduction::None => (losses, 1.0),
         Reduction::Sum => (vec![sum() as f32], 1.0),
         Reduction::Mean => (vec![(sum() / counted as f64) as f32], 1.0 / counted as f32),
+        Reduction::None => (losses, 1.0),
     };
-    let [loss, stats, share] = [loss, stats.concat(), vec![share]].map(CpuStorage::F32);
-    Ok(RowLosses { loss, stats, share })
+    (CpuStorage::F32(loss), CpuStorage::F32(vec![share]))
+}
+
+/// Adds f32 to those from `first` on.
+pub(crate) fn add(sums: &mut CpuStorage, first: usize, more: &[f32]) -> Result<()> {
+    let CpuStorage::F32(sums) = sums else { candle_core::bail!("sums are f32") };
+    sums[first..].par_iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+    Ok(())
 }
 
 /// The gradient of the logits, in their dtype, without gaps.

@@ -16,7 +16,7 @@ mod simd;
 mod widen;
 
 pub(crate) use attention::{Attended, attention, attention_backward};
-pub(crate) use cross_entropy::{cross_entropy, cross_entropy_backward};
+pub(crate) use cross_entropy::{add, cross_entropy, cross_entropy_backward, reduce_losses};
 pub(crate) use epilogue::epilogue;
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use product::matmul;

@@ -359,14 +359,76 @@ pub(crate) fn cross_entropy(
         if targets.1.shape().elem_count() > 0 {
             return native::cross_entropy(op, row_loss, reduction, (logits, stack), targets);
         }
-        let none = || empty::zeros(logits, 0, DType::F32);
-        let loss = match reduction {
-            Reduction::None => none()?,
-            Reduction::Sum => empty::full(logits, 1, 0.0)?,
-            Reduction::Mean => empty::full(logits, 1, f32::NAN)?,
-        };
-        Ok(RowLosses { loss, stats: none()?, share: empty::full(logits, 1, 1.0)? })
+        let [losses, stats] = [0; 2].map(|len| empty::zeros(logits, len, DType::F32));
+        let [loss, share] = reduce_losses(op, row_loss, reduction, losses?, targets)?;
+        Ok(RowLosses { loss, stats: stats?, share })
     })
+}
+
+/// The losses of all rows reduced, and what the gradient of each counted row is multiplied with.
+pub(crate) fn reduce_losses(
+    op: &'static str,
+    row_loss: RowLoss,
+    reduction: Reduction,
+    losses: CudaStorage,
+    targets: View<CudaStorage>,
+) -> Result<[CudaStorage; 2]> {
+    on_gpu!({
+        let one = empty::full(&losses, 1, 1.0)?;
+        match reduction {
+            Reduction::None => Ok([losses, one]),
+            _ if targets.1.shape().elem_count() > 0 => {
+                native::reduce_losses(op, row_loss, reduction, &losses, targets)
+            }
+            Reduction::Sum => Ok([empty::full(&losses, 1, 0.0)?, one]),
+            Reduction::Mean => Ok([empty::full(&losses, 1, f32::NAN)?, one]),
+        }
+    })
+}
+
+/// `len` times a number, in f32.
+pub(crate) fn full(like: &CudaStorage, len: usize, value: f32) -> Result<CudaStorage> {
+    on_gpu!(empty::full(like, len, value))
+}
+
+/// `A·B` in the dtype of both.
+pub(crate) fn product(
+    op: &'static str,
+    problem: &MatmulProblem,
+    [a, b]: [&CudaStorage; 2],
+) -> Result<CudaStorage> {
+    on_gpu!({
+        let epilogue = Epilogue::round(a.dtype());
+        matmul(op, problem, Engine::Native, epilogue, a, b, None)
+    })
+}
+
+/// `sums += A·B`, in f32, from an element on.
+pub(crate) fn add_matmul(
+    op: &'static str,
+    problem: &MatmulProblem,
+    operands: [&CudaStorage; 2],
+    sums: (&mut CudaStorage, usize),
+) -> Result<()> {
+    on_gpu!({
+        match problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
+            true => Ok(()),
+            false => native::add_matmul(op, problem, operands, sums),
+        }
+    })
+}
+
+/// The losses of the rows of a matrix without gaps, from an element of all losses on; with `upstream` gradients and what
+/// these are multiplied with, their gradients in its place.
+pub(crate) fn cross_entropy_in_place(
+    op: &'static str,
+    row_loss: RowLoss,
+    logits: (&mut CudaStorage, &Stack),
+    targets: View<CudaStorage>,
+    upstream: Option<[View<CudaStorage>; 2]>,
+    losses: (&mut CudaStorage, usize),
+) -> Result<()> {
+    on_gpu!(native::cross_entropy_in_place(op, row_loss, logits, targets, upstream, losses))
 }
 
 /// The gradient of logits, of which there are some, in their dtype, packed.

@@ -50,8 +50,8 @@ pub struct Problem {
     pub element: Element,
     /// Whether targets have 64 bits.
     pub wide: bool,
-    /// What is computed.
-    pub pass: Pass,
+    /// What is computed of each row, unless the losses are there.
+    pub pass: Option<Pass>,
     /// Whether the losses become one: their mean over those that are counted, or their sum.
     pub reduced: Option<Reduced>,
     /// Whether logits are capped.
@@ -154,8 +154,7 @@ impl Sum {
 /// The kernels and their grids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    config: Config,
-    blocks: u32,
+    rows: Option<(Config, u32)>,
     sum: Option<Sum>,
 }
 
@@ -175,15 +174,18 @@ impl super::Plan for Plan {
         };
         let team = problem.cols.div_ceil(line * LINES).next_power_of_two();
         let team = count(team.clamp(WARP.into(), MOST_TEAM));
-        let config = Config { element, wide, pass, softcap, smoothing, access, team };
-        let blocks = count(problem.rows.div_ceil((config.threads() / team).into()));
-        Self { config, blocks, sum: problem.reduced.map(|reduced| Sum { reduced, wide }) }
+        let rows = pass.map(|pass| {
+            let config = Config { element, wide, pass, softcap, smoothing, access, team };
+            (config, count(problem.rows.div_ceil((config.threads() / team).into())))
+        });
+        Self { rows, sum: problem.reduced.map(|reduced| Sum { reduced, wide }) }
     }
 
     fn steps(&self) -> Vec<Step> {
-        let rows = Step { kernel: self.config.into(), grid: [self.blocks, 1, 1] };
-        let sum = self.sum.map(|sum| Step { kernel: sum.into(), grid: [1, 1, 1] });
-        [Some(rows), sum].into_iter().flatten().collect()
+        let step = |kernel, blocks| Step { kernel, grid: [blocks, 1, 1] };
+        let rows = self.rows.map(|(config, blocks)| step(config.into(), blocks));
+        let sum = self.sum.map(|sum| step(sum.into(), 1));
+        [rows, sum].into_iter().flatten().collect()
     }
 }
 
@@ -303,7 +305,7 @@ pub fn emit(config: &Config) -> Source {
     let losses = (pass != Pass::Gradient).then(|| k.pointer(Name::Losses));
     let stats = (pass != Pass::Both).then(|| k.pointer(Name::Stats));
     let even = (pass != Pass::Losses && smoothing).then(|| k.param::<f32>(Name::Even));
-    let upstream = (pass == Pass::Gradient).then(|| {
+    let upstream = (pass != Pass::Losses).then(|| {
         let row = k.param::<u32>(Name::UpstreamRow);
         (k.pointer(Name::Upstream), row, k.pointer(Name::Share))
     });
@@ -371,14 +373,10 @@ pub fn emit(config: &Config) -> Source {
                     }
                 };
                 let Some(out) = out else { return };
-                let factor = match upstream {
-                    None => k.var(1f32),
-                    Some((upstream, row, share)) => {
-                        let [of_row] = k.ld_global_nc::<f32, 1>(upstream.element(number * row, 4));
-                        let [share] = k.ld_global_nc::<f32, 1>(share);
-                        of_row * share
-                    }
-                };
+                let Some((upstream, step, share)) = upstream else { return };
+                let [of_row] = k.ld_global_nc::<f32, 1>(upstream.element(number * step, 4));
+                let [share] = k.ld_global_nc::<f32, 1>(share);
+                let factor = of_row * share;
                 let scale = (z_loss * 2.0).fma(max + log, 1.0) * factor;
                 let even = even.map_or(k.var(0f32), |even| even * factor);
                 let slopes = Slopes {

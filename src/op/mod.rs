@@ -8,6 +8,7 @@ mod alone;
 mod attention;
 mod cross_entropy;
 mod glu;
+mod linear_cross_entropy;
 mod matmul;
 mod node;
 mod project;
@@ -21,6 +22,8 @@ pub(crate) use attention::{
 };
 pub(crate) use cross_entropy::{RowLoss, RowLosses, Upstream, cross_entropy, span};
 pub(crate) use glu::glu;
+pub(crate) use linear_cross_entropy::linear_cross_entropy;
+pub use linear_cross_entropy::linear_cross_entropy_within;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;
 pub(crate) use project::dequantize;

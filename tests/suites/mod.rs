@@ -20,6 +20,7 @@ pub mod cross_entropy;
 pub mod empty;
 pub mod errors;
 pub mod glu;
+pub mod linear_cross_entropy;
 pub mod loaders;
 pub mod matmul;
 pub mod quantized;

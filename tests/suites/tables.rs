@@ -1,7 +1,8 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
 use crate::suites::{
-    attention, cross_entropy, empty, errors, glu, loaders, matmul, quantized, weights,
+    attention, cross_entropy, empty, errors, glu, linear_cross_entropy, loaders, matmul, quantized,
+    weights,
 };
 
 macro_rules! tables {
@@ -32,6 +33,7 @@ tables! {
     matmul_random_products: matmul::random_products;
     glu: glu::glu;
     cross_entropy: cross_entropy::values;
+    linear_cross_entropy: linear_cross_entropy::values;
     cross_entropy_specials: cross_entropy::specials;
     int8: quantized::int8;
     int8_random: quantized::int8_random;

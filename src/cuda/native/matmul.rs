@@ -30,6 +30,18 @@ pub(crate) fn matmul(
     Call::new(op, problem, epilogue, a, b, bias)?.run_chosen()
 }
 
+/// `sums += A·B` from element `first` of f32 sums on; neither the product nor its depth is empty.
+pub(crate) fn add_matmul(
+    op: &'static str,
+    problem: &MatmulProblem,
+    [a, b]: [&CudaStorage; 2],
+    (sums, first): (&mut CudaStorage, usize),
+) -> Result<()> {
+    let call = Call::with(op, problem, gemm::Epilogue::add(), DType::F32, [a, b], None)?;
+    let compiled = PLANS.get(op, &call.gpu, &call.facts)?;
+    call.run_to(&compiled, (sums, first))
+}
+
 /// What the sums of 8-bit operands are multiplied with: see [`Scale`](gemm::Scale).
 // One for each call, on the stack.
 #[allow(clippy::large_enum_variant)]
@@ -124,12 +136,23 @@ impl<'a> Call<'a> {
             activation: epilogue.activation,
             ..gemm::Epilogue::round(element(epilogue.out_dtype))
         };
+        Self::with(op, problem, gemm, epilogue.out_dtype, [a, b], bias)
+    }
+
+    fn with(
+        op: &'static str,
+        problem: &MatmulProblem,
+        epilogue: gemm::Epilogue,
+        out_dtype: DType,
+        [a, b]: [&'a CudaStorage; 2],
+        bias: Option<View<'a, CudaStorage>>,
+    ) -> Result<Self> {
         let operands = [
             (operand(op, a, &problem.lhs)?, factor(a.dtype())),
             (operand(op, b, &problem.rhs.t())?, factor(b.dtype())),
         ];
-        let out = (epilogue.out_dtype, problem.out.elem_count());
-        Self::of(op, operands, gemm, CallScales::None, bias, out)
+        let out = (out_dtype, problem.out.elem_count());
+        Self::of(op, operands, epilogue, CallScales::None, bias, out)
     }
 
     /// Of operands that fit, with their types, and the result's dtype and length.
@@ -183,16 +206,26 @@ impl<'a> Call<'a> {
     }
 
     pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
+        let mut out = uninit(&self.device, &Shape::from(self.out_len), self.out_dtype)?;
+        self.run_to(compiled, (&mut out, 0))?;
+        Ok(out)
+    }
+
+    /// The same, to where the result begins in a storage of its dtype.
+    fn run_to(
+        &self,
+        compiled: &Compiled<Plan>,
+        (out, first): (&mut CudaStorage, usize),
+    ) -> Result<()> {
         let (device, problem) = (&self.device, &self.facts);
         let alloc = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
-        let mut out = alloc(self.out_len, self.out_dtype)?;
         let partial = compiled.plan.partial_sums(problem);
         let mut partial = partial.map(|sums| alloc(sums as usize, DType::F32)).transpose()?;
         let [a, b] = &self.operands;
         let inputs = [Memory::of(a.storage(), device), Memory::of(b.storage(), device)];
         let bias = self.bias.as_ref();
         let bias = bias.map(|row| (Memory::of(row.storage(), device), row.offset(0)));
-        let result = Memory::of_mut(&mut out, device);
+        let result = Memory::of_mut(out, device);
         let partial = partial.as_mut().map(|sums| Memory::of_mut(sums, device));
         let products = problem.m * problem.n * problem.batch;
         let launch = |scales: gemm::Scales| {
@@ -208,15 +241,13 @@ impl<'a> Call<'a> {
                     operands: [operand(0), operand(1)],
                     scales,
                     bias: bias.as_ref().map(|(memory, first)| memory.at(*first)),
-                    out: result.at((i * products) as usize),
+                    out: result.at(first + (i * products) as usize),
                     partial: partial.as_ref().map(Memory::address),
                 };
                 compiled.launch(self.op, device, &arguments)?;
             }
             Ok(())
         };
-        self.order.run(|| self.scales.on(device, launch))?;
-        drop(result);
-        Ok(out)
+        self.order.run(|| self.scales.on(device, launch))
     }
 }

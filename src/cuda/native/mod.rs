@@ -19,10 +19,12 @@ pub(crate) mod w4;
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
 pub(crate) use bytes::{matmul_fp8, matmul_int8};
-pub(crate) use cross_entropy::{cross_entropy, cross_entropy_backward};
+pub(crate) use cross_entropy::{
+    cross_entropy, cross_entropy_backward, cross_entropy_in_place, reduce_losses,
+};
 pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
-pub(crate) use matmul::matmul;
+pub(crate) use matmul::{add_matmul, matmul};
 pub(super) use quantised::{Codewords, Panel};
 pub(crate) use quantised::{
     dequantize, matmul_quant, matmul_quant_all, pack_signed, repack, unpack,

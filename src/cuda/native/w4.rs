@@ -293,6 +293,7 @@ impl<'a> Call<'a> {
                 scale: gemm::Scale::None,
                 bias: bias.as_ref().map(|bias| element(bias.storage().dtype())),
                 activation: epilogue.activation,
+                adds: false,
             },
         };
         countable(op, ["this crate", "take"], facts.limit(), SPLIT)?;

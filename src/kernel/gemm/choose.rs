@@ -114,7 +114,9 @@ impl Shape {
         let aligned = (problem.n * u64::from(problem.epilogue.out.size())).is_multiple_of(16);
         let whole = orient == Orient::Plain && cols.is_multiple_of(64);
         let slabs = pingpong || (weight.is_some() && cols >= 32);
-        let tma = aligned && split == 1 && (whole || slabs);
+        // The last of a row's slabs would add some columns twice.
+        let apart = !problem.epilogue.adds || cols.is_multiple_of(32);
+        let tma = aligned && split == 1 && (whole || slabs) && apart;
         let unit = if problem.n.is_multiple_of(4) { 4 } else { 1 };
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {

@@ -27,7 +27,7 @@ impl Family for CrossEntropies {
                             cols,
                             element,
                             wide: i % 2 == 0,
-                            pass,
+                            pass: Some(pass),
                             reduced: reduced.filter(|_| pass == Pass::Losses),
                             softcap: i % 5 > 2,
                             smoothing: i % 7 > 3,

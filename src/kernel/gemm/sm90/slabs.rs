@@ -97,6 +97,7 @@ impl<'k> Gemm<'k, '_> {
         let store = SlabStore {
             map,
             out: c.epilogue.out,
+            adds: c.epilogue.adds,
             direction: match c.orient {
                 Orient::Plain => Direction::Rows,
                 Orient::Swapped => Direction::Columns,
