@@ -190,16 +190,25 @@ def codes(row):
 def training(row):
     """The function as it stands, and compiled; backward: its gradients alone."""
     rows, cols, like = row["rows"], row["cols"], {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
-    matrix = [rows, cols]
+    matrix, depth = [rows, cols], row["depth"] or 0
+    targets = torch.arange(rows, device="cuda") * 2_654_435_761 % cols
+    cross_entropy = torch.nn.functional.cross_entropy
     shapes, function = {
+        "cross_entropy": ([matrix], lambda logits: cross_entropy(logits, targets)),
+        "linear_cross_entropy": (
+            [[rows, depth], [cols, depth]],
+            lambda hidden, weight: cross_entropy(hidden @ weight.t(), targets),
+        ),
         "swiglu": ([matrix, matrix], lambda gate, up: torch.nn.functional.silu(gate) * up),
     }[row["of"]]
-    backward = row["pass"] == "backward"
+    backward, both = row["pass"] != "forward", row["pass"] == "both"
     inputs = [torch.randn(*dims, requires_grad=backward, **like) for dims in shapes]
 
     def timed(function):
         if not backward:
             return lambda: function(*inputs)
+        if both:
+            return lambda: torch.autograd.grad(function(*inputs), inputs)
 
         @functools.cache
         def ready():

@@ -721,6 +721,39 @@ pub trait KaioTensorExt: sealed::Sealed {
         targets: &Tensor,
         opts: &CrossEntropyOptions,
     ) -> Result<Tensor>;
+
+    /// Rows of a table: `out[..] = self[ids[..]]`.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`table`) | `[V, H]` | f16, bf16 or f32 |
+    /// | `ids` | any | u32 or i64 |
+    /// | result | that of `ids`, and `H` | that of `table` |
+    ///
+    /// # Gradient
+    ///
+    /// Of the table, in its dtype: the rows of each id are summed in f32, in the order in which they are, so that it is the
+    /// same each time. On a GPU ids are sorted for it, and long runs of one id are summed in parts.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or shapes, two devices, tracked ids. An id out of range is an error on the CPU. On a GPU nobody waits
+    /// to see it: its row of the result is NaN, and it adds nothing to the gradient; nothing is read out of bounds.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # use kaio_candle::prelude::*;
+    /// let table = Var::new(&[[0f32, 1.], [2., 3.], [4., 5.]], &Device::Cpu)?;
+    /// let ids = Tensor::new(&[[2u32, 0], [2, 2]], &Device::Cpu)?;
+    /// let rows = table.kaio_embedding(&ids)?;
+    /// assert_eq!(rows.dims(), [2, 2, 2]);
+    /// let grads = rows.sum_all()?.backward()?;
+    /// assert_eq!(grads.get(&table).unwrap().to_vec2::<f32>()?, [[1., 1.], [0., 0.], [3., 3.]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_embedding(&self, ids: &Tensor) -> Result<Tensor>;
 }
 
 impl KaioTensorExt for Tensor {
@@ -830,5 +863,9 @@ impl KaioTensorExt for Tensor {
         opts: &CrossEntropyOptions,
     ) -> Result<Tensor> {
         op::linear_cross_entropy(self, weight, targets, opts)
+    }
+
+    fn kaio_embedding(&self, ids: &Tensor) -> Result<Tensor> {
+        op::embedding(self, ids)
     }
 }

@@ -28,6 +28,9 @@
 //! | [`kaio_matmul_tc`](KaioTensorExt::kaio_matmul_tc), [`_async`](KaioTensorExt::kaio_matmul_tc_async), [`kaio_matmul_with`](KaioTensorExt::kaio_matmul_with) | f16, bf16 | f32, f16, bf16 | yes |
 //! | [`kaio_flash_attn`](KaioTensorExt::kaio_flash_attn), [`_with`](KaioTensorExt::kaio_flash_attn_with), [`_with_lse`](KaioTensorExt::kaio_flash_attn_with_lse) | f16, bf16, f32 | the same, f32 | yes |
 //! | [`kaio_attention_tc`](KaioTensorExt::kaio_attention_tc) | f16 | f32 | no |
+//! | [`kaio_embedding`](KaioTensorExt::kaio_embedding) | f16, bf16, f32 | the same | yes |
+//! | [`kaio_cross_entropy`](KaioTensorExt::kaio_cross_entropy) | f16, bf16, f32 | f32 | yes |
+//! | [`kaio_linear_cross_entropy`](KaioTensorExt::kaio_linear_cross_entropy) | f16, bf16 | f32 | yes |
 //! | [`kaio_swiglu`](KaioTensorExt::kaio_swiglu), [`kaio_geglu`](KaioTensorExt::kaio_geglu) | f16, bf16, f32 | the same | yes |
 //! | [`kaio_matmul_int8`](KaioTensorExt::kaio_matmul_int8) | int8 in u8 | f32 | no |
 //! | [`kaio_matmul_int8_with`](KaioTensorExt::kaio_matmul_int8_with) | int8 in u8 | f32, f16, bf16 | of the bias |

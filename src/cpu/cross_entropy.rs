@@ -56,7 +56,11 @@ fn reduced(reduction: Reduction, losses: Vec<f32>, counted: usize) -> (CpuStorag
     let sum = || losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
     let (loss, share) = match reduction {
         Reduction::Sum => (vec![sum() as f32], 1.0),
-        Reduction::Mean => (vec![(sum() / counted as f64) as f32], 1.0 / counted as f32),
+        Reduction::Mean => {
+            // Of none the gradient is 0, and the loss NaN.
+            let share = if counted == 0 { 0.0 } else { 1.0 / counted as f32 };
+            (vec![(sum() / counted as f64) as f32], share)
+        }
         Reduction::None => (losses, 1.0),
     };
     (CpuStorage::F32(loss), CpuStorage::F32(vec![share]))

@@ -5,6 +5,7 @@
 
 mod attention;
 mod cross_entropy;
+mod embedding;
 mod epilogue;
 mod exp;
 mod gemm;
@@ -17,6 +18,7 @@ mod widen;
 
 pub(crate) use attention::{Attended, attention, attention_backward};
 pub(crate) use cross_entropy::{add, cross_entropy, cross_entropy_backward, reduce_losses};
+pub(crate) use embedding::{embedding, embedding_backward};
 pub(crate) use epilogue::epilogue;
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use product::matmul;

@@ -441,3 +441,27 @@ pub(crate) fn cross_entropy_backward(
 ) -> Result<CudaStorage> {
     on_gpu!(native::cross_entropy_backward(op, row_loss, logits, targets, upstream))
 }
+
+/// The rows of a table at ids without gaps, in the table's dtype.
+pub(crate) fn embedding(
+    op: &'static str,
+    (table, stack): Operand,
+    ids: View<CudaStorage>,
+) -> Result<CudaStorage> {
+    on_gpu!({
+        match ids.1.shape().elem_count() * stack.cols {
+            0 => empty::zeros(table, 0, table.dtype()),
+            _ => native::embedding(op, (table, stack), ids),
+        }
+    })
+}
+
+/// The gradient of a table of `classes` rows, given those of its rows at ids; none of both is empty.
+pub(crate) fn embedding_backward(
+    op: &'static str,
+    grads: Operand,
+    ids: View<CudaStorage>,
+    classes: usize,
+) -> Result<CudaStorage> {
+    on_gpu!(native::embedding_backward(op, grads, ids, classes))
+}

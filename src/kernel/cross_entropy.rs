@@ -626,7 +626,8 @@ pub fn emit_sum(config: &Sum) -> Source {
     let one = k.var(1f32);
     let (sum, one) = match mean {
         None => (sum, one),
-        Some(_) => (sum / counted, one / counted),
+        // Of none the gradient is 0, and the loss NaN.
+        Some(_) => (sum / counted, k.select(counted.gt(0.0), one / counted, 0.0)),
     };
     k.when(thread.eq(0), || {
         k.st_global(total, [sum]);

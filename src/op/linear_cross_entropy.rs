@@ -118,7 +118,7 @@ impl Linear {
         let most = (self.workspace / (classes.max(1) * DType::BF16.size_in_bytes())).max(1);
         let most = if most > TILE { most / TILE * TILE } else { most };
         let chunks = rows.div_ceil(most).max(1);
-        rows.div_ceil(chunks).next_multiple_of(TILE).min(most)
+        rows.div_ceil(chunks).next_multiple_of(TILE).clamp(1, most)
     }
 
     /// Losses, and the gradients that are wanted of them, each times its upstream gradient, or of their sum.

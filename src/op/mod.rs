@@ -7,6 +7,7 @@
 mod alone;
 mod attention;
 mod cross_entropy;
+mod embedding;
 mod glu;
 mod linear_cross_entropy;
 mod matmul;
@@ -21,6 +22,7 @@ pub(crate) use attention::{
     AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
 };
 pub(crate) use cross_entropy::{RowLoss, RowLosses, Upstream, cross_entropy, span};
+pub(crate) use embedding::embedding;
 pub(crate) use glu::glu;
 pub(crate) use linear_cross_entropy::linear_cross_entropy;
 pub use linear_cross_entropy::linear_cross_entropy_within;

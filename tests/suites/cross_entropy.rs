@@ -255,6 +255,9 @@ pub fn values(device: &Device) {
             cases.push(Case { layout, ..Case::new(dtype, dims) });
         }
     }
+    for dtype in [F32, F16, BF16] {
+        cases.push(Case { ignored: 1, ..Case::new(dtype, &[3, 24]) });
+    }
     for layout in [Layout::Repeated, Layout::Expanded] {
         cases.push(Case { layout, ..Case::new(F32, &[2, 6, 16]) });
     }

@@ -17,6 +17,7 @@
 
 pub mod attention;
 pub mod cross_entropy;
+pub mod embedding;
 pub mod empty;
 pub mod errors;
 pub mod glu;

@@ -1,8 +1,8 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
 use crate::suites::{
-    attention, cross_entropy, empty, errors, glu, linear_cross_entropy, loaders, matmul, quantized,
-    weights,
+    attention, cross_entropy, embedding, empty, errors, glu, linear_cross_entropy, loaders, matmul,
+    quantized, weights,
 };
 
 macro_rules! tables {
@@ -33,6 +33,7 @@ tables! {
     matmul_random_products: matmul::random_products;
     glu: glu::glu;
     cross_entropy: cross_entropy::values;
+    embedding: embedding::values;
     linear_cross_entropy: linear_cross_entropy::values;
     cross_entropy_specials: cross_entropy::specials;
     int8: quantized::int8;
@@ -102,6 +103,7 @@ tables! {
     empty_quantisers: empty::quantisers;
     errors_matmul: errors::matmul;
     errors_glu: errors::glu;
+    errors_losses: errors::losses;
     errors_int8: errors::int8;
     errors_int4: errors::int4;
     errors_qkv: errors::qkv;

@@ -4,6 +4,7 @@ mod attention;
 mod attention_backward;
 mod bytes;
 mod cross_entropy;
+mod embedding;
 mod encode;
 mod glu;
 mod limit;
@@ -22,6 +23,7 @@ pub(crate) use bytes::{matmul_fp8, matmul_int8};
 pub(crate) use cross_entropy::{
     cross_entropy, cross_entropy_backward, cross_entropy_in_place, reduce_losses,
 };
+pub(crate) use embedding::{embedding, embedding_backward};
 pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use matmul::{add_matmul, matmul};

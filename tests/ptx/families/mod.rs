@@ -4,6 +4,7 @@ mod attention;
 mod attention_backward;
 mod cross_entropy;
 mod dequant;
+mod embedding;
 mod encode;
 mod glu;
 mod products;
@@ -197,6 +198,7 @@ families! {
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
     Glu(glu::Glus): (&ALL, 6);
+    Embedding(embedding::Embeddings): (&ALL, 6);
     CrossEntropy(cross_entropy::CrossEntropies): (&ALL, 6);
     Dequant(dequant::Dequants): (&ALL, 4);
     Encode(encode::Encoders): (&ALL, 4);
