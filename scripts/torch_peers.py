@@ -212,10 +212,11 @@ def optimizer(row):
 def training(row):
     """The function as it stands, and compiled; backward: its gradients alone."""
     rows, cols, like = row["rows"], row["cols"], {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
-    matrix = [rows, cols]
+    matrix, depth = [rows, cols], row["depth"] or 0
     vector, F = [cols], torch.nn.functional
     heads = [1, 32, rows // 32, cols]
     cos, sin = (torch.randn(rows // 32, cols // 2, **like) for _ in range(2)) if "rope" in row["of"] else (None, None)
+    targets = torch.arange(rows, device="cuda") * 2_654_435_761 % cols
 
     def halves(x):
         a, b = x.chunk(2, dim=-1)
@@ -231,14 +232,21 @@ def training(row):
         "rope halves": ([heads], halves),
         "rope interleaved": ([heads], interleaved),
         "softmax": ([matrix], lambda x: torch.softmax(x, dim=-1)),
+        "cross_entropy": ([matrix], lambda logits: F.cross_entropy(logits, targets)),
+        "linear_cross_entropy": (
+            [[rows, depth], [cols, depth]],
+            lambda hidden, weight: F.cross_entropy(hidden @ weight.t(), targets),
+        ),
         "swiglu": ([matrix, matrix], lambda gate, up: F.silu(gate) * up),
     }[row["of"]]
-    backward = row["pass"] == "backward"
+    backward, both = row["pass"] != "forward", row["pass"] == "both"
     inputs = [torch.randn(*dims, requires_grad=backward, **like) for dims in shapes]
 
     def timed(function):
         if not backward:
             return lambda: function(*inputs)
+        if both:
+            return lambda: torch.autograd.grad(function(*inputs), inputs)
 
         @functools.cache
         def ready():

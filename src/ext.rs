@@ -5,7 +5,9 @@ use candle_core::{Result, Tensor};
 use crate::op::{self, QkvWeights};
 use crate::options::Gate;
 use crate::quant::QuantWeight;
-use crate::{FlashAttnOptions, Fp8Options, Int8Options, MatmulOptions, RopeLayout};
+use crate::{
+    CrossEntropyOptions, FlashAttnOptions, Fp8Options, Int8Options, MatmulOptions, RopeLayout,
+};
 
 mod sealed {
     pub trait Sealed {}
@@ -821,6 +823,120 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     fn kaio_softmax(&self) -> Result<Tensor>;
+
+    /// Cross-entropy of logits with the indices of classes: of a row
+    /// `(1 − ε)·(lse − zₜ) + ε·mean(lse − zⱼ) + z_loss·lse²` with `lse = log Σⱼ exp zⱼ`, `ε` the label smoothing and `t` the
+    /// target; the mean over all rows that are not ignored, their sum, or all of them. Computed in one pass over the
+    /// logits, in f32 (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`logits`) | `[.., V]` | f16, bf16 or f32 |
+    /// | `targets` | `[..]` | u32 or i64 |
+    /// | result | `[]`, with [`Reduction::None`](crate::Reduction::None) `[..]` | f32 |
+    ///
+    /// Every view whose last dimension is contiguous is read in place, at any offset; others are copied once.
+    /// Logits of −∞ have probability 0. As in PyTorch, a target of logit −∞ has loss +∞, as has label smoothing over one,
+    /// and logits that are all −∞, or one that is +∞ or NaN, have loss NaN.
+    ///
+    /// # Gradient
+    ///
+    /// Of the logits, in their dtype, from the logits and a log-sum-exp for each row: read once, written once.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or shapes, two devices, tracked targets, options out of range. A target out of range that is not
+    /// `ignore_index` is an error on the CPU. On a GPU nobody waits to see it: the loss of its row is NaN, as are the
+    /// mean and the sum with it and the gradient of its row; nothing is read out of bounds.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # use kaio_candle::prelude::*;
+    /// let logits = Var::new(&[[2f32, 0., 1.], [0., 0., 0.]], &Device::Cpu)?;
+    /// let targets = Tensor::new(&[0i64, -100], &Device::Cpu)?;
+    /// let loss = logits.kaio_cross_entropy(&targets, &CrossEntropyOptions::default())?;
+    /// assert!((loss.to_scalar::<f32>()? - 0.4076).abs() < 1e-4);
+    /// assert!(loss.backward()?.get(&logits).is_some());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_cross_entropy(&self, targets: &Tensor, opts: &CrossEntropyOptions) -> Result<Tensor>;
+
+    /// [`kaio_cross_entropy`](Self::kaio_cross_entropy) of the logits `self · weightᵀ`, which are never whole in memory:
+    /// a chunk of rows at a time, of up to 1 GiB, rounded to the operands' dtype.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`hidden`) | `[.., H]` | f16 or bf16 |
+    /// | `weight` | `[V, H]`, as of candle's `Linear` and of an embedding | that of `hidden` |
+    /// | `targets` | `[..]` | u32 or i64 |
+    /// | result | `[]`, with [`Reduction::None`](crate::Reduction::None) `[..]` | f32 |
+    ///
+    /// V a multiple of 8 is fastest: otherwise products read copies of chunks.
+    ///
+    /// # Gradient
+    ///
+    /// Of `hidden` and `weight`, each if it is tracked, in their dtype, summed over all rows in f32. Of a mean or a sum it
+    /// is computed with the loss, as in Liger Kernel (Hsu et al., 2024), and kept in f32 (4 bytes for each element of
+    /// either) until the backward pass multiplies it. With [`Reduction::None`](crate::Reduction::None) each row has a
+    /// factor of its own: the backward pass computes logits again.
+    ///
+    /// # Errors
+    ///
+    /// As of `kaio_cross_entropy`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor, Var};
+    /// # use kaio_candle::prelude::*;
+    /// let hidden = Tensor::randn(0f32, 1., (2, 5, 16), &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// let weight = Var::from_tensor(&Tensor::randn(0f32, 1., (40, 16), &Device::Cpu)?.to_dtype(DType::BF16)?)?;
+    /// let targets = Tensor::new(&[[3u32, 1, 4, 1, 5], [9, 2, 6, 5, 3]], &Device::Cpu)?;
+    /// let loss = hidden.kaio_linear_cross_entropy(&weight, &targets, &CrossEntropyOptions::default())?;
+    /// assert_eq!(loss.backward()?.get(&weight).unwrap().dims(), [40, 16]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_linear_cross_entropy(
+        &self,
+        weight: &Tensor,
+        targets: &Tensor,
+        opts: &CrossEntropyOptions,
+    ) -> Result<Tensor>;
+
+    /// Rows of a table: `out[..] = self[ids[..]]`.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`table`) | `[V, H]` | f16, bf16 or f32 |
+    /// | `ids` | any | u32 or i64 |
+    /// | result | that of `ids`, and `H` | that of `table` |
+    ///
+    /// # Gradient
+    ///
+    /// Of the table, in its dtype: the rows of each id are summed in f32, in the order in which they are, so that it is the
+    /// same each time. On a GPU ids are sorted for it, and long runs of one id are summed in parts.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes or shapes, two devices, tracked ids. An id out of range is an error on the CPU. On a GPU nobody waits
+    /// to see it: its row of the result is NaN, and it adds nothing to the gradient; nothing is read out of bounds.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # use kaio_candle::prelude::*;
+    /// let table = Var::new(&[[0f32, 1.], [2., 3.], [4., 5.]], &Device::Cpu)?;
+    /// let ids = Tensor::new(&[[2u32, 0], [2, 2]], &Device::Cpu)?;
+    /// let rows = table.kaio_embedding(&ids)?;
+    /// assert_eq!(rows.dims(), [2, 2, 2]);
+    /// let grads = rows.sum_all()?.backward()?;
+    /// assert_eq!(grads.get(&table).unwrap().to_vec2::<f32>()?, [[1., 1.], [0., 0.], [3., 3.]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_embedding(&self, ids: &Tensor) -> Result<Tensor>;
 }
 
 impl KaioTensorExt for Tensor {
@@ -942,5 +1058,22 @@ impl KaioTensorExt for Tensor {
 
     fn kaio_softmax(&self) -> Result<Tensor> {
         op::softmax(self)
+    }
+
+    fn kaio_cross_entropy(&self, targets: &Tensor, opts: &CrossEntropyOptions) -> Result<Tensor> {
+        op::cross_entropy(self, targets, opts)
+    }
+
+    fn kaio_linear_cross_entropy(
+        &self,
+        weight: &Tensor,
+        targets: &Tensor,
+        opts: &CrossEntropyOptions,
+    ) -> Result<Tensor> {
+        op::linear_cross_entropy(self, weight, targets, opts)
+    }
+
+    fn kaio_embedding(&self, ids: &Tensor) -> Result<Tensor> {
+        op::embedding(self, ids)
     }
 }

@@ -28,6 +28,9 @@
 //! | [`kaio_matmul_tc`](KaioTensorExt::kaio_matmul_tc), [`_async`](KaioTensorExt::kaio_matmul_tc_async), [`kaio_matmul_with`](KaioTensorExt::kaio_matmul_with) | f16, bf16 | f32, f16, bf16 | yes |
 //! | [`kaio_flash_attn`](KaioTensorExt::kaio_flash_attn), [`_with`](KaioTensorExt::kaio_flash_attn_with), [`_with_lse`](KaioTensorExt::kaio_flash_attn_with_lse) | f16, bf16, f32 | the same, f32 | yes |
 //! | [`kaio_attention_tc`](KaioTensorExt::kaio_attention_tc) | f16 | f32 | no |
+//! | [`kaio_embedding`](KaioTensorExt::kaio_embedding) | f16, bf16, f32 | the same | yes |
+//! | [`kaio_cross_entropy`](KaioTensorExt::kaio_cross_entropy) | f16, bf16, f32 | f32 | yes |
+//! | [`kaio_linear_cross_entropy`](KaioTensorExt::kaio_linear_cross_entropy) | f16, bf16 | f32 | yes |
 //! | [`kaio_swiglu`](KaioTensorExt::kaio_swiglu), [`kaio_geglu`](KaioTensorExt::kaio_geglu) | f16, bf16, f32 | the same | yes |
 //! | [`kaio_rms_norm`](KaioTensorExt::kaio_rms_norm), [`kaio_layer_norm`](KaioTensorExt::kaio_layer_norm), [`kaio_add_rms_norm`](KaioTensorExt::kaio_add_rms_norm) | f16, bf16, f32 | the same | yes |
 //! | [`kaio_rope`](KaioTensorExt::kaio_rope) | f16, bf16, f32 | the same | of `x` |
@@ -101,6 +104,7 @@ pub mod train;
 pub mod tune {
     #[cfg(feature = "cuda")]
     pub use crate::cuda::native::tune::*;
+    pub use crate::op::linear_cross_entropy_within;
     pub use crate::op::{Backward, FlashAttnBackward};
 }
 #[cfg(feature = "cuda")]
@@ -108,8 +112,8 @@ pub use cuda::{launch, registry};
 pub use error::{Error, Result};
 pub use ext::KaioTensorExt;
 pub use options::{
-    Activation, Activations, AttnLayout, Engine, FlashAttnOptions, Fp8Options, Int8Options,
-    MatmulOptions, RopeLayout,
+    Activation, Activations, AttnLayout, CrossEntropyOptions, Engine, FlashAttnOptions, Fp8Options,
+    Int8Options, MatmulOptions, Reduction, RopeLayout,
 };
 
 /// The code of README, of the recipes and of the chapters, run by `cargo test`.

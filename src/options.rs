@@ -2,6 +2,9 @@
 
 use candle_core::{DType, Tensor};
 
+mod loss;
+pub use loss::{CrossEntropyOptions, Reduction};
+
 /// Who computes on the GPU.
 ///
 /// A CPU tensor is computed by the CPU path under every engine: code written for a GPU

@@ -2,8 +2,8 @@
 
 pub use crate::quant::{Per, QuantScheme, QuantWeight};
 pub use crate::{
-    Activation, Activations, AttnLayout, Engine, FlashAttnOptions, Fp8Options, Int8Options,
-    KaioTensorExt, MatmulOptions, RopeLayout,
+    Activation, Activations, AttnLayout, CrossEntropyOptions, Engine, FlashAttnOptions, Fp8Options,
+    Int8Options, KaioTensorExt, MatmulOptions, Reduction, RopeLayout,
 };
 
 #[cfg(feature = "cuda")]

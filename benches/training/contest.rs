@@ -6,6 +6,7 @@ use kaio_candle::tune::Backward;
 
 use super::common::contest::{CANDLE, Contest, OURS, agree_after};
 use super::common::gpu::Gpu;
+use super::loss;
 use super::rows::{HEADS, Op, Pass, Row};
 
 /// A copy of as many bytes as the row has to read and write.
@@ -49,6 +50,7 @@ fn functions(row: &Row) -> (Vec<Vec<usize>>, Function, Function) {
         Op::Swiglu => {
             (vec![matrix(), matrix()], |_, t| t[0].kaio_swiglu(&t[1]), |_, t| t[0].silu()? * &t[1])
         }
+        Op::CrossEntropy | Op::LinearCrossEntropy { .. } => unreachable!("a loss"),
     }
 }
 
@@ -70,6 +72,9 @@ fn constants(row: &Row, device: &Device) -> Result<Vec<Tensor>> {
 }
 
 pub fn prepare(gpu: &Gpu, row: &Row) -> Result<Contest> {
+    if let Some(contest) = loss::prepare(gpu, row)? {
+        return Ok(contest);
+    }
     let random = |dims: &[usize]| Tensor::randn(0f32, 1., dims, &gpu.device)?.to_dtype(row.dtype);
     let (shapes, ours, plain) = functions(row);
     let operands = shapes.iter().map(|dims| random(dims)).collect::<Result<Vec<_>>>()?;
@@ -84,7 +89,7 @@ pub fn prepare(gpu: &Gpu, row: &Row) -> Result<Contest> {
             contest.add(OURS, move || ours(&row, &these).map(drop));
             contest.add_if_able(CANDLE, move || plain(&row, &operands).map(drop));
         }
-        Pass::Backward => {
+        Pass::Backward | Pass::Both => {
             let vars = operands.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
             let tracked = vars.iter().map(|var| var.as_tensor().clone());
             let tracked: Vec<_> = tracked.chain(constants).collect();

@@ -17,6 +17,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod contest;
+mod loss;
 mod rows;
 
 use common::Result;
@@ -43,7 +44,7 @@ impl Bench for Training {
     const NAME: &str = "training";
     const GROUPS: &[(char, &str)] = &rows::GROUPS;
     const LEGEND: &str = "the ratio to the copy is the share of the memory's speed";
-    const COLUMNS: &[(&str, usize)] = &[("op", 18), ("shape", 16), ("dtype", 5), ("pass", 8)];
+    const COLUMNS: &[(&str, usize)] = &[("op", 20), ("shape", 16), ("dtype", 5), ("pass", 8)];
     const PEERS: &[&'static str] = &[contest::COPY, CANDLE, "torch", "compiled"];
 
     fn cells(&self, row: &Row) -> Vec<String> {

@@ -7,8 +7,13 @@ use serde_json::{Value, json};
 use super::common::table;
 
 /// The groups' letters and headings.
-pub const GROUPS: [(char, &str); 4] =
-    [('a', "norms"), ('b', "rotary embeddings"), ('c', "softmax"), ('d', "gated linear units")];
+pub const GROUPS: [(char, &str); 5] = [
+    ('a', "norms"),
+    ('b', "rotary embeddings"),
+    ('c', "softmax"),
+    ('d', "gated linear units"),
+    ('e', "losses"),
+];
 
 /// Whose time it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +24,11 @@ pub enum Op {
     Rope(RopeLayout),
     Softmax,
     Swiglu,
+    CrossEntropy,
+    /// Of hidden states of so many elements.
+    LinearCrossEntropy {
+        depth: usize,
+    },
 }
 
 impl Op {
@@ -30,6 +40,16 @@ impl Op {
             Self::Rope(RopeLayout::Interleaved) => "rope interleaved",
             Self::Softmax => "softmax",
             Self::Swiglu => "swiglu",
+            Self::CrossEntropy => "cross_entropy",
+            Self::LinearCrossEntropy { .. } => "linear_cross_entropy",
+        }
+    }
+
+    /// The depth of a product, if there is one.
+    fn depth(self) -> Option<usize> {
+        match self {
+            Self::LinearCrossEntropy { depth } => Some(depth),
+            _ => None,
         }
     }
 
@@ -40,7 +60,12 @@ impl Op {
             (Self::RmsNorm | Self::LayerNorm | Self::Softmax, Pass::Forward) => 2,
             (Self::RmsNorm | Self::LayerNorm | Self::Softmax, Pass::Backward) => 3,
             (Self::Swiglu, Pass::Forward) => 3,
-            (Self::Swiglu, Pass::Backward) => 5,
+            (Self::Swiglu, _) => 5,
+            (Self::CrossEntropy, Pass::Forward) => 1,
+            (Self::CrossEntropy, Pass::Backward) => 2,
+            (Self::CrossEntropy, Pass::Both) => 3,
+            // Products.
+            (Self::LinearCrossEntropy { .. }, _) => 0,
         }
     }
 }
@@ -52,6 +77,8 @@ pub const HEADS: usize = 32;
 pub enum Pass {
     Forward,
     Backward,
+    /// Forward and backward.
+    Both,
 }
 
 impl Pass {
@@ -59,6 +86,7 @@ impl Pass {
         match self {
             Self::Forward => "forward",
             Self::Backward => "backward",
+            Self::Both => "both",
         }
     }
 }
@@ -93,12 +121,19 @@ impl table::Row for Row {
         json!({
             "id": self.id(), "group": self.group, "op": "training", "of": self.op.name(),
             "pass": self.pass.name(), "dtype": self.dtype.as_str(), "rows": self.rows,
-            "cols": self.cols, "cold": true,
+            "cols": self.cols, "depth": self.op.depth(), "cold": true,
         })
     }
 
+    /// Of products alone: of both passes, of the three that there are.
     fn flops(&self) -> f64 {
-        0.0
+        let products = if self.pass == Pass::Forward { 1.0 } else { 3.0 };
+        match self.op {
+            Op::LinearCrossEntropy { depth } => {
+                products * 2.0 * (self.rows * self.cols) as f64 * depth as f64
+            }
+            _ => 0.0,
+        }
     }
 
     fn bytes(&self) -> f64 {
@@ -145,5 +180,17 @@ pub fn all() -> Vec<Row> {
     add('c', Op::Softmax, DType::BF16, &[[65536, 1024], [32768, 4096], [4096, 50304]]);
     add('c', Op::Softmax, DType::F32, &[[65536, 1024]]);
     add('d', Op::Swiglu, DType::BF16, &[[16384, 4096], [8192, 14336], [32768, 3072]]);
+    add('e', Op::CrossEntropy, DType::BF16, &[[16384, 50304], [16384, 50257], [8192, 128_256]]);
+    let linear = |pass, depth, cols| Row {
+        group: 'e',
+        op: Op::LinearCrossEntropy { depth },
+        pass,
+        dtype: DType::BF16,
+        rows: 16384,
+        cols,
+    };
+    for (depth, cols) in [(768, 50304), (2048, 128_256), (4096, 131_072)] {
+        rows.extend([Pass::Forward, Pass::Both].map(|pass| linear(pass, depth, cols)));
+    }
     rows
 }

@@ -4,6 +4,8 @@
 //! of products block by block; the loops over matrices are `gemm`'s, the threads rayon's.
 
 mod attention;
+mod cross_entropy;
+mod embedding;
 mod epilogue;
 mod exp;
 mod gemm;
@@ -19,6 +21,8 @@ mod softmax;
 mod widen;
 
 pub(crate) use attention::{Attended, attention, attention_backward};
+pub(crate) use cross_entropy::{add_part, cross_entropy, cross_entropy_backward, reduce_losses};
+pub(crate) use embedding::{embedding, embedding_backward};
 pub(crate) use epilogue::epilogue;
 pub(crate) use glu::{glu, glu_backward};
 pub(crate) use norm::{norm, norm_backward};

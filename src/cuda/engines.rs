@@ -9,9 +9,9 @@ use crate::Engine;
 use crate::op::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Epilogue, MatmulProblem, Norm, NormEach, NormGrads, NormInputs, NormResults,
-    NormUpstream, RopeProblem, Rounding, View,
+    NormUpstream, RopeProblem, Rounding, RowLoss, RowLosses, Upstream, View,
 };
-use crate::options::Gate;
+use crate::options::{Gate, Reduction};
 use crate::quant::QuantScheme;
 use crate::quant::load::int4::Packing;
 use crate::quant::planes::{Form, Planes, Weight};
@@ -506,4 +506,123 @@ pub(crate) fn rope(
             _ => native::rope(op, problem, storages),
         }
     })
+}
+
+/// The losses of rows of logits with targets without gaps, and what their gradient begins with.
+pub(crate) fn cross_entropy(
+    op: &'static str,
+    row_loss: RowLoss,
+    reduction: Reduction,
+    (logits, stack): Operand,
+    targets: View<CudaStorage>,
+) -> Result<RowLosses<CudaStorage>> {
+    on_gpu!({
+        if targets.1.shape().elem_count() > 0 {
+            return native::cross_entropy(op, row_loss, reduction, (logits, stack), targets);
+        }
+        let [losses, stats] = [0; 2].map(|len| empty::zeros(logits, len, DType::F32));
+        let [loss, share] = reduce_losses(op, row_loss, reduction, losses?, targets)?;
+        Ok(RowLosses { loss, stats: stats?, share })
+    })
+}
+
+/// The losses of all rows reduced, and what the gradient of each counted row is multiplied with.
+pub(crate) fn reduce_losses(
+    op: &'static str,
+    row_loss: RowLoss,
+    reduction: Reduction,
+    losses: CudaStorage,
+    targets: View<CudaStorage>,
+) -> Result<[CudaStorage; 2]> {
+    on_gpu!({
+        let one = empty::full(&losses, 1, 1.0)?;
+        match reduction {
+            Reduction::None => Ok([losses, one]),
+            _ if targets.1.shape().elem_count() > 0 => {
+                native::reduce_losses(op, row_loss, reduction, &losses, targets)
+            }
+            Reduction::Sum => Ok([empty::full(&losses, 1, 0.0)?, one]),
+            Reduction::Mean => Ok([empty::full(&losses, 1, f32::NAN)?, one]),
+        }
+    })
+}
+
+/// `len` times a number, in f32.
+pub(crate) fn full(like: &CudaStorage, len: usize, value: f32) -> Result<CudaStorage> {
+    on_gpu!(empty::full(like, len, value))
+}
+
+/// `A·B` in the dtype of both.
+pub(crate) fn product(
+    op: &'static str,
+    problem: &MatmulProblem,
+    [a, b]: [&CudaStorage; 2],
+) -> Result<CudaStorage> {
+    on_gpu!({
+        let epilogue = Epilogue::round(a.dtype());
+        matmul(op, problem, Engine::Native, epilogue, a, b, None)
+    })
+}
+
+/// `sums += A·B`, in f32, from an element on.
+pub(crate) fn add_matmul(
+    op: &'static str,
+    problem: &MatmulProblem,
+    operands: [&CudaStorage; 2],
+    sums: (&mut CudaStorage, usize),
+) -> Result<()> {
+    on_gpu!({
+        match problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
+            true => Ok(()),
+            false => native::add_matmul(op, problem, operands, sums),
+        }
+    })
+}
+
+/// The losses of the rows of a matrix without gaps, from an element of all losses on; with `upstream` gradients and what
+/// these are multiplied with, their gradients in its place.
+pub(crate) fn cross_entropy_in_place(
+    op: &'static str,
+    row_loss: RowLoss,
+    logits: (&mut CudaStorage, &Stack),
+    targets: View<CudaStorage>,
+    upstream: Option<[View<CudaStorage>; 2]>,
+    losses: (&mut CudaStorage, usize),
+) -> Result<()> {
+    on_gpu!(native::cross_entropy_in_place(op, row_loss, logits, targets, upstream, losses))
+}
+
+/// The gradient of logits, of which there are some, in their dtype, packed.
+pub(crate) fn cross_entropy_backward(
+    op: &'static str,
+    row_loss: RowLoss,
+    logits: Operand,
+    targets: View<CudaStorage>,
+    upstream: &Upstream<CudaStorage>,
+) -> Result<CudaStorage> {
+    on_gpu!(native::cross_entropy_backward(op, row_loss, logits, targets, upstream))
+}
+
+/// The rows of a table at ids without gaps, in the table's dtype.
+pub(crate) fn embedding(
+    op: &'static str,
+    (table, stack): Operand,
+    ids: View<CudaStorage>,
+) -> Result<CudaStorage> {
+    on_gpu!({
+        match ids.1.shape().elem_count() * stack.cols {
+            0 => empty::zeros(table, 0, table.dtype()),
+            _ => native::embedding(op, (table, stack), ids),
+        }
+    })
+}
+
+/// The gradient of a table of `classes` rows, given those of its rows at ids; none of both is empty.
+pub(crate) fn embedding_backward(
+    op: &'static str,
+    grads: Operand,
+    ids: View<CudaStorage>,
+    classes: usize,
+) -> Result<CudaStorage> {
+    on_gpu!(native::embedding_backward(op, grads, ids, classes))
 }

@@ -15,6 +15,8 @@ pub struct Epilogue {
     pub bias: Option<Element>,
     /// After the bias.
     pub activation: Option<Activation>,
+    /// Whether it is added to what is there, in f32, and does not replace it.
+    pub adds: bool,
 }
 
 /// What turns a sum of products of codes into what they stand for.
@@ -37,7 +39,12 @@ pub enum Scale {
 impl Epilogue {
     /// The sum alone, rounded.
     pub const fn round(out: Element) -> Self {
-        Self { out, scale: Scale::None, bias: None, activation: None }
+        Self { out, scale: Scale::None, bias: None, activation: None, adds: false }
+    }
+
+    /// Added to what is there.
+    pub const fn add() -> Self {
+        Self { adds: true, ..Self::round(Element::F32) }
     }
 
     /// `act(sum + bias)`.
@@ -66,10 +73,11 @@ impl Epilogue {
             Scale::ZeroPoint => factor == Some(Factor::S8),
             Scale::Blocks => factor == Some(Factor::E4m3),
         };
+        let holds = holds && (!self.adds || alone && self.scale == Scale::None);
         (holds, format!("a scale of {:?} for {factor:?} and {}", self.scale, self.name()))
     }
 
-    /// `·lines→f32 +bf16 relu`
+    /// `·lines→f32 +bf16 relu`, `→+f32`
     pub(super) fn name(&self) -> String {
         let scale = match self.scale {
             Scale::None => "",
@@ -86,7 +94,8 @@ impl Epilogue {
             Some(Activation::GeluErf) => " gelu_erf",
             Some(Activation::Silu) => " silu",
         };
-        format!("{scale}→{}{bias}{activation}", self.out.name())
+        let adds = if self.adds { "+" } else { "" };
+        format!("{scale}→{adds}{}{bias}{activation}", self.out.name())
     }
 }
 

@@ -6,8 +6,10 @@
 
 mod ampere;
 pub mod attention;
+pub mod cross_entropy;
 pub mod dequant;
 mod element;
+pub mod embedding;
 pub mod encode;
 mod epilogue;
 pub mod gemm;
@@ -123,6 +125,12 @@ kernels! {
     Softmax(softmax::Config) by softmax::emit;
     /// A rotary position embedding, on any GPU.
     Rope(rope::Config) by rope::emit;
+    /// The losses of rows of logits, or their gradients, on any GPU.
+    CrossEntropy(cross_entropy::Config) by cross_entropy::emit;
+    /// The sum or the mean of rows' losses, on any GPU.
+    CrossEntropySum(cross_entropy::Sum) by cross_entropy::emit_sum;
+    /// Rows of a table by their ids, or a step to the table's gradient, on any GPU.
+    Embedding(embedding::Config) by embedding::emit;
     /// Activations rounded to eight bits.
     Quantize(quantize::Config) by quantize::emit;
     /// The transposition of a matrix of bytes, on any GPU.

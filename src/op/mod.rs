@@ -6,7 +6,10 @@
 
 mod alone;
 mod attention;
+mod cross_entropy;
+mod embedding;
 mod glu;
+mod linear_cross_entropy;
 mod matmul;
 mod node;
 mod norm;
@@ -21,7 +24,11 @@ pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
 };
+pub(crate) use cross_entropy::{RowLoss, RowLosses, Upstream, cross_entropy, span};
+pub(crate) use embedding::embedding;
 pub(crate) use glu::glu;
+pub(crate) use linear_cross_entropy::linear_cross_entropy;
+pub use linear_cross_entropy::linear_cross_entropy_within;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;
 pub(crate) use norm::{

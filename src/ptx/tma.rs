@@ -87,6 +87,23 @@ impl Kernel {
         ));
     }
 
+    /// `cp.reduce.async.bulk.tensor`: one box of f32 or 16-bit floats, as the tensor has, added to it element by element;
+    /// what lies outside the tensor is dropped.
+    pub fn tma_reduce_add<'k>(
+        &'k self,
+        map: Reg<'k, u64>,
+        at: &[Reg<'k, u32>],
+        from: impl Into<Address<'k, u32>>,
+    ) {
+        self.needs(8, 0);
+        let (from, rank) = (from.into(), at.len());
+        self.emit(format_args!(
+            "cp.reduce.async.bulk.tensor.{rank}d.global.shared::cta.add.tile.bulk_group [{map}, {{{}}}], \
+             {from}",
+            coordinates(at)
+        ));
+    }
+
     /// `cp.reduce.async.bulk` of f32: adds `bytes` of shared memory, a multiple of 16, to global memory, element by
     /// element. Both addresses are multiples of 16.
     pub fn bulk_reduce_add<'k>(

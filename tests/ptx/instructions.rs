@@ -253,6 +253,7 @@ fn hopper() -> Source {
             k.fence_proxy_async();
             k.when(k.lane().eq(0), || {
                 k.tma_store(result, &[place, n], tile);
+                k.tma_reduce_add(result, &[place, n], tile);
                 k.tma_commit();
                 k.tma_wait_read(0);
                 k.bulk_reduce_add(out, tile, 256);

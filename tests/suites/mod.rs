@@ -16,9 +16,12 @@
 //! What only a GPU has (streams, graphs, launches, engines) is in `tests/gpu/`.
 
 pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
 pub mod empty;
 pub mod errors;
 pub mod glu;
+pub mod linear_cross_entropy;
 pub mod loaders;
 pub mod matmul;
 pub mod norm;

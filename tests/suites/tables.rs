@@ -1,7 +1,8 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
 use crate::suites::{
-    attention, empty, errors, glu, loaders, matmul, norm, quantized, rope, softmax, train, weights,
+    attention, cross_entropy, embedding, empty, errors, glu, linear_cross_entropy, loaders, matmul,
+    norm, quantized, rope, softmax, train, weights,
 };
 
 macro_rules! tables {
@@ -35,6 +36,10 @@ tables! {
     softmax: softmax::softmax;
     norm: norm::norm;
     norm_long_rows: norm::long_rows;
+    cross_entropy: cross_entropy::values;
+    embedding: embedding::values;
+    linear_cross_entropy: linear_cross_entropy::values;
+    cross_entropy_specials: cross_entropy::specials;
     int8: quantized::int8;
     int8_random: quantized::int8_random;
     int4: quantized::int4;
@@ -114,6 +119,7 @@ tables! {
     errors_glu: errors::glu;
     errors_norm: errors::norm;
     errors_rope: errors::rope;
+    errors_losses: errors::losses;
     errors_int8: errors::int8;
     errors_int4: errors::int4;
     errors_qkv: errors::qkv;

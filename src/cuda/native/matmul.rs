@@ -30,6 +30,18 @@ pub(crate) fn matmul(
     Call::new(op, problem, epilogue, a, b, bias)?.run_chosen()
 }
 
+/// `sums += A·B` from element `first` of f32 sums on; neither the product nor its depth is empty.
+pub(crate) fn add_matmul(
+    op: &'static str,
+    problem: &MatmulProblem,
+    [a, b]: [&CudaStorage; 2],
+    (sums, first): (&mut CudaStorage, usize),
+) -> Result<()> {
+    let call = Call::with(op, problem, gemm::Epilogue::add(), DType::F32, [a, b], None)?;
+    let compiled = PLANS.get(op, &call.gpu, &call.facts)?;
+    call.run_to(&compiled, (sums, first))
+}
+
 /// What the sums of 8-bit operands are multiplied with: see [`Scale`](gemm::Scale).
 // One for each call, on the stack.
 #[allow(clippy::large_enum_variant)]
@@ -117,13 +129,24 @@ impl<'a> Call<'a> {
             activation: epilogue.activation,
             ..gemm::Epilogue::round(element(epilogue.out_dtype))
         };
+        Self::with(op, problem, gemm, epilogue.out_dtype, [a, b], bias)
+    }
+
+    fn with(
+        op: &'static str,
+        problem: &MatmulProblem,
+        epilogue: gemm::Epilogue,
+        out_dtype: DType,
+        [a, b]: [&'a CudaStorage; 2],
+        bias: Option<View<'a, CudaStorage>>,
+    ) -> Result<Self> {
         let operands = [
             (operand(op, a, &problem.lhs)?, factor(a.dtype())),
             (operand(op, b, &problem.rhs.t())?, factor(b.dtype())),
         ];
         let operands = operands.map(|((fitted, lines), factor)| ((fitted.into(), lines), factor));
-        let out = (epilogue.out_dtype, problem.out.elem_count());
-        Self::of(op, a.device(), operands, gemm, CallScales::None, bias, out)
+        let out = (out_dtype, problem.out.elem_count());
+        Self::of(op, a.device(), operands, epilogue, CallScales::None, bias, out)
     }
 
     /// Of operands that fit, with their types, and the result's dtype and length.
@@ -179,16 +202,21 @@ impl<'a> Call<'a> {
 
     pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
         let mut out = uninit(&self.device, &Shape::from(self.out_len), self.out_dtype)?;
-        self.run_into(compiled, &mut out)?;
+        self.run_to(compiled, (&mut out, 0))?;
         Ok(out)
     }
 
     /// By the kernels that are chosen for it, to the beginning of a storage.
     pub fn run_chosen_into(&self, out: &mut CudaStorage) -> Result<()> {
-        self.run_into(&*PLANS.get(self.op, &self.gpu, &self.facts)?, out)
+        self.run_to(&*PLANS.get(self.op, &self.gpu, &self.facts)?, (out, 0))
     }
 
-    fn run_into(&self, compiled: &Compiled<Plan>, out: &mut CudaStorage) -> Result<()> {
+    /// To where the result begins in a storage of its dtype.
+    fn run_to(
+        &self,
+        compiled: &Compiled<Plan>,
+        (out, first): (&mut CudaStorage, usize),
+    ) -> Result<()> {
         let (device, problem) = (&self.device, &self.facts);
         let partial = compiled.plan.partial_sums(problem);
         let partial = partial.map(|sums| uninit(device, &Shape::from(sums as usize), DType::F32));
@@ -212,7 +240,7 @@ impl<'a> Call<'a> {
                     operands: [operand(0), operand(1)],
                     scales,
                     bias: bias.as_ref().map(|(memory, first)| memory.at(*first)),
-                    out: result.at((i * products) as usize),
+                    out: result.at(first + (i * products) as usize),
                     partial: partial.as_ref().map(Memory::address),
                 };
                 compiled.launch(self.op, device, &arguments)?;

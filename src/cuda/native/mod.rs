@@ -4,6 +4,8 @@ mod along_k;
 mod attention;
 mod attention_backward;
 mod bytes;
+mod cross_entropy;
+mod embedding;
 mod encode;
 mod glu;
 mod limit;
@@ -25,9 +27,13 @@ pub(crate) mod w4;
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
 pub(crate) use bytes::{matmul_fp8, matmul_int8, matmul_rounded};
+pub(crate) use cross_entropy::{
+    cross_entropy, cross_entropy_backward, cross_entropy_in_place, reduce_losses,
+};
+pub(crate) use embedding::{embedding, embedding_backward};
 pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
-pub(crate) use matmul::matmul;
+pub(crate) use matmul::{add_matmul, matmul};
 pub(crate) use norm::{norm, norm_backward};
 pub(crate) use optimizer::{accumulate, adamw, grad_norm, scale_grads};
 pub(super) use quantised::{Codewords, Panel};

@@ -264,6 +264,7 @@ fn facts(
             scale: gemm::Scale::None,
             bias: bias.map(|(storage, _)| element(storage.dtype())),
             activation: epilogue.activation,
+            adds: false,
         },
     }
 }

@@ -390,7 +390,7 @@ fn tanh(x: Reg<f32>) -> Reg<f32> {
 }
 
 /// The same, but relatively: near 0 an odd polynomial, a minimax fit to 1.6 · 2^-24.
-fn tanh_relative(x: Reg<f32>) -> Reg<f32> {
+pub(in crate::kernel) fn tanh_relative(x: Reg<f32>) -> Reg<f32> {
     const NEAR: f32 = 0.55;
     let square = x * x;
     let [third, fifth, seventh, ninth] =

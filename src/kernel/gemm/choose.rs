@@ -119,7 +119,9 @@ impl Shape<'_> {
         let aligned = in_units(16 / u64::from(problem.epilogue.out.size()));
         let whole = orient == Orient::Plain && cols.is_multiple_of(64);
         let slabs = pingpong || (weight.is_some() && cols >= 32);
-        let tma = aligned && split == 1 && (whole || slabs);
+        // The last of a row's slabs would add some columns twice.
+        let apart = !problem.epilogue.adds || cols.is_multiple_of(32);
+        let tma = aligned && split == 1 && (whole || slabs) && apart;
         let unit = if in_units(4) { 4 } else { 1 };
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {

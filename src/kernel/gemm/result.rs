@@ -4,6 +4,14 @@ use super::terms::{Lines, Sum, Terms};
 use crate::kernel::Element;
 use crate::ptx::Reg;
 
+/// Sums, added to what is there.
+fn add_to<'k, const N: usize>(
+    sums: &[Reg<'k, f32>],
+    there: [Reg<'k, f32>; N],
+) -> Vec<Reg<'k, f32>> {
+    sums.iter().zip(there).map(|(&sum, there)| sum + there).collect()
+}
+
 /// A tile of a result `[batch, rows, cols]` without gaps.
 pub(in crate::kernel) struct TileOfResult<'k> {
     pub terms: Terms<'k>,
@@ -68,10 +76,16 @@ impl<'k> TileOfResult<'k> {
             None => done.collect(),
             Some(by) => done.zip(by).map(|(x, &by)| x * by).collect(),
         };
+        let adds = self.terms.epilogue.adds;
         // (batch · rows + row) · cols + col, in 64 bits.
         let line = self.batch.mul_wide(self.rows) + row.wide();
         let index = line * self.cols.wide() + col.wide();
         let to = self.out + index * u64::from(out.size());
+        let done = match (adds, done.len()) {
+            (false, _) => done,
+            (true, 4) => add_to(&done, k.when(valid, || k.ld_global::<f32, 4>(to))),
+            (true, _) => add_to(&done, k.when(valid, || k.ld_global::<f32, 1>(to))),
+        };
         match (out, done.as_slice()) {
             (Element::F32, &[a, b, c, d]) => k.when(valid, || k.st_global(to, [a, b, c, d])),
             (Element::F32, &[x]) => k.when(valid, || k.st_global(to, [x])),

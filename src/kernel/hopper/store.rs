@@ -26,6 +26,8 @@ pub struct SlabStore<'k> {
     pub map: Reg<'k, u64>,
     /// Its type.
     pub out: Element,
+    /// Whether slabs are added to what is there: none may overlap.
+    pub adds: bool,
     pub direction: Direction,
     /// Where this warpgroup's slabs begin.
     pub memory: Reg<'k, u32>,
@@ -72,7 +74,10 @@ impl<'k> SlabStore<'k> {
             for (i, slab) in (0..).zip(batch) {
                 for (j, at) in (0..).zip(boxes(slab)) {
                     let from = to(i).at(j * i64::from(self.box_bytes));
-                    k.when(leader, || k.tma_store(self.map, &at, from));
+                    k.when(leader, || match self.adds {
+                        true => k.tma_reduce_add(self.map, &at, from),
+                        false => k.tma_store(self.map, &at, from),
+                    });
                 }
             }
             k.when(leader, || k.tma_commit());

@@ -27,30 +27,40 @@ impl Unit {
         Self { element, count: if whole { element.per_chunk() } else { 1 } }
     }
 
-    /// Loads, and nothing else: within [`Kernel::when`], too.
+    /// Loads, and nothing else: within [`Kernel::when`], too. Nothing writes there while the kernel runs.
     pub fn load<'k>(self, k: &'k Kernel, from: impl Into<Address<'k, u64>>) -> Loaded<'k> {
-        let from = from.into();
-        // Words of 4 bytes, up to four at once.
-        let words = self.count * self.element.size() / 4;
-        let places = (0..words.div_ceil(4)).map(|i| from.at(i64::from(i * LINE)));
+        self.load_by(k, from.into(), true)
+    }
+
+    /// The same of what this thread writes later.
+    pub fn load_mutable<'k>(self, k: &'k Kernel, from: impl Into<Address<'k, u64>>) -> Loaded<'k> {
+        self.load_by(k, from.into(), false)
+    }
+
+    fn load_by<'k>(self, k: &'k Kernel, from: Address<'k, u64>, constant: bool) -> Loaded<'k> {
         match self.element {
             Element::Half(half) if self.count == 1 => {
-                let [x] = k.ld_global_nc::<u16, 1>(from);
+                let [x] = words_at::<u16, 1>(k, from, constant);
                 Loaded::One(half, x)
             }
-            Element::F32 => Loaded::Floats(match words {
-                1 => k.ld_global_nc::<f32, 1>(from).into(),
-                2 => k.ld_global_nc::<f32, 2>(from).into(),
-                _ => places.flat_map(|from| k.ld_global_nc::<f32, 4>(from)).collect(),
-            }),
-            Element::Half(half) => {
-                let pairs = match words {
-                    1 => k.ld_global_nc::<u32, 1>(from).into(),
-                    2 => k.ld_global_nc::<u32, 2>(from).into(),
-                    _ => places.flat_map(|from| k.ld_global_nc::<u32, 4>(from)).collect(),
-                };
-                Loaded::Pairs(half, pairs)
-            }
+            Element::F32 => Loaded::Floats(self.words(k, from, constant)),
+            Element::Half(half) => Loaded::Pairs(half, self.words(k, from, constant)),
+        }
+    }
+
+    /// Words of 4 bytes, up to four at once.
+    fn words<'k, T: Scalar>(
+        self,
+        k: &'k Kernel,
+        from: Address<'k, u64>,
+        constant: bool,
+    ) -> Vec<Reg<'k, T>> {
+        let words = self.count * self.element.size() / 4;
+        let places = (0..words.div_ceil(4)).map(|i| from.at(i64::from(i * LINE)));
+        match words {
+            1 => words_at::<T, 1>(k, from, constant).into(),
+            2 => words_at::<T, 2>(k, from, constant).into(),
+            _ => places.flat_map(|from| words_at::<T, 4>(k, from, constant)).collect(),
         }
     }
 
@@ -65,6 +75,12 @@ impl Unit {
                 Loaded::Pairs(half, pairs.collect())
             }
         }
+    }
+
+    /// Stores as many floats, rounded.
+    pub fn store<'k>(self, to: Reg<'k, u64>, values: &[Reg<'k, f32>]) {
+        let k = to.kernel();
+        self.round(k, values).store(k, to);
     }
 }
 
@@ -102,6 +118,14 @@ impl<'k> Loaded<'k> {
             Self::One(half, x) => Self::One(half, k.select(holds, x, 0)),
         }
     }
+}
+
+fn words_at<'k, T: Scalar, const N: usize>(
+    k: &'k Kernel,
+    from: Address<'k, u64>,
+    constant: bool,
+) -> [Reg<'k, T>; N] {
+    if constant { k.ld_global_nc(from) } else { k.ld_global(from) }
 }
 
 /// Stores words side by side, up to four at once.

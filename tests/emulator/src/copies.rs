@@ -133,6 +133,17 @@ impl Transfer {
     }
 }
 
+/// The box is of f32.
+fn add_box(transfer: &Transfer, shared: &Shared, memory: &Memory) {
+    assert_eq!(transfer.map.size, 4, "sums of f32");
+    for (from, to, bytes) in transfer.pieces() {
+        for at in (0..bytes as u32).step_by(4) {
+            let more = f32::from_bits(shared.get(from + at, 4) as u32);
+            memory.add(to + u64::from(at), more);
+        }
+    }
+}
+
 /// What goes from the GPU's memory to shared memory, and counts at a barrier.
 #[derive(Clone)]
 pub enum Load {
@@ -176,6 +187,8 @@ impl Load {
 pub enum Store {
     /// A box.
     Box(Transfer),
+    /// A box of floats that are added to others.
+    BoxSum(Transfer),
     /// Floats that are added to others.
     Sum(Sum),
 }
@@ -203,6 +216,7 @@ impl Store {
     fn run(&self, shared: &Shared, memory: &Memory) {
         match self {
             Self::Box(transfer) => transfer.store(shared, memory),
+            Self::BoxSum(transfer) => add_box(transfer, shared, memory),
             Self::Sum(sum) => sum.add(shared, memory),
         }
     }

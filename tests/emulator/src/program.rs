@@ -76,6 +76,7 @@ pub enum Op {
     LoadBox,
     LoadBytes,
     StoreBox,
+    AddBox,
     AddFloats,
     CommitStores,
     WaitStores,
@@ -188,6 +189,7 @@ impl Op {
             ["cp", "async", "bulk", "commit_group"] => Self::CommitStores,
             ["cp", "async", "bulk", "wait_group", ..] => Self::WaitStores,
             ["cp", "async", "bulk", "tensor", _, "global", ..] => Self::StoreBox,
+            ["cp", "reduce", "async", "bulk", "tensor", _, "global", _, "add", ..] => Self::AddBox,
             ["cp", "reduce", "async", "bulk", "global", "shared::cta", _, "add", "f32"] => {
                 Self::AddFloats
             }

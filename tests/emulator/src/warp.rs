@@ -386,12 +386,16 @@ impl Warp {
                     self.counted(block, &i.args[3], lane).loads.push(load);
                 }
             }
-            Op::StoreBox => {
+            Op::StoreBox | Op::AddBox => {
+                let kind = match i.op {
+                    Op::AddBox => Store::BoxSum,
+                    _ => Store::Box,
+                };
                 for lane in lanes.iter() {
                     let block = &cluster.blocks[self.block];
                     let store = self.transfer(block, &i.args[0], &i.args[1], lane);
                     assert!(store.at.iter().all(|&at| at >= 0), "before the tensor: {}", i.text);
-                    self.begun[lane].stores.begin(Store::Box(store));
+                    self.begun[lane].stores.begin(kind(store));
                 }
             }
             Op::AddFloats => {

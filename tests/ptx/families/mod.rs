@@ -2,7 +2,9 @@
 
 mod attention;
 mod attention_backward;
+mod cross_entropy;
 mod dequant;
+mod embedding;
 mod encode;
 mod glu;
 mod norm;
@@ -206,6 +208,8 @@ families! {
     Softmax(softmax::Softmaxes): (&HOPPERS, 2), (&ALL, 2);
     Rope(rope::Ropes): (&ALL, 4);
     Norm(norm::Norms): (&HOPPERS, 2), (&ALL, 2);
+    Embedding(embedding::Embeddings): (&ALL, 6);
+    CrossEntropy(cross_entropy::CrossEntropies): (&ALL, 6);
     Dequant(dequant::Dequants): (&ALL, 4);
     Encode(encode::Encoders): (&ALL, 4);
     Optimizer(optimizer::Optimizers): (&ALL, 2);

@@ -24,12 +24,14 @@ macro_rules! refused {
 // Behind the macro, which it uses.
 mod attention;
 mod loaders;
+mod losses;
 mod sizes;
 mod train;
 mod weights;
 
 pub use attention::{attention_tc, flash_attn, flash_options};
 pub use loaders::{awq, checkpoints, compressed_tensors, gptq, nf4};
+pub use losses::losses;
 pub use sizes::sizes;
 pub use train::train;
 pub use weights::weights;

@@ -52,6 +52,7 @@ impl<'k> Attention<'k, '_> {
         let store = SlabStore {
             map,
             out: c.variant.out,
+            adds: false,
             direction: Direction::Rows,
             memory: self.staged(g),
             room: if c.store_stages == 0 { c.head_slabs() } else { c.store_stages },

@@ -378,6 +378,12 @@ impl Config {
                 "a TMA store of a split or narrow tile".into(),
             ),
             (
+                self.store != Store::Tma
+                    || !self.epilogue.adds
+                    || self.cols.is_multiple_of(self.slab_cols()),
+                format!("{} columns that slabs add twice", self.cols),
+            ),
+            (
                 self.split == 1 || self.order == Order::Grid,
                 "split tiles without a block for each".into(),
             ),

@@ -96,6 +96,7 @@ impl<'k> Gemm<'k, '_> {
         let store = SlabStore {
             map: self.out,
             out: c.epilogue.out,
+            adds: c.epilogue.adds,
             direction: match c.orient {
                 Orient::Plain => Direction::Rows,
                 Orient::Swapped => Direction::Columns,

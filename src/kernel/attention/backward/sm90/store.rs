@@ -27,6 +27,7 @@ impl<'k> GradTile<'k> {
         let store = SlabStore {
             map: self.map,
             out: self.element,
+            adds: false,
             direction: Direction::Rows,
             memory: self.memory,
             room: slabs.len() as u32,
