@@ -133,7 +133,7 @@ pub fn emit_join(unit: Unit) -> Source {
         let before = (first.max(1) - 1).min(part.rows - 1);
         let began = first.gt(0) & part.key(before).eq(key);
         k.if_(part.goes_on(end, key) & !began, || {
-            let sums = floats(unit).load(part.partial(part.number, 1)).floats();
+            let sums = floats(unit).load(k, part.partial(part.number, 1)).floats();
             let next = k.var(part.number + 1);
             k.loop_(|exit| {
                 let mut last = None;
@@ -143,7 +143,7 @@ pub fn emit_join(unit: Unit) -> Source {
                         let more = part.goes_on(number * PART, key);
                         last = Some(more);
                         let from = part.partial(number, 0);
-                        (more, k.when(more, || floats(unit).load(from)))
+                        (more, k.when(more, || floats(unit).load(k, from)))
                     })
                     .collect();
                 for (more, row) in loaded {
