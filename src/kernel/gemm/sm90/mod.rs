@@ -54,11 +54,9 @@ pub fn emit(config: &Config) -> Source {
         }
     };
     let rhs = k.tensor_map(Name::Rhs);
-    let m = k.param(Name::M);
-    let (n, out) = match weights.first() {
-        None => (k.param(Name::N), result(Name::Out)),
-        Some(first) => (first.n, first.out),
-    };
+    let first = weights.first();
+    let out = first.map_or_else(|| result(Name::Out), |weight| weight.out);
+    let size = [k.param(Name::M), first.map_or_else(|| k.param(Name::N), |weight| weight.n)];
     let terms = Terms::params(k, config.epilogue);
     let blocks = (config.epilogue.scale == Scale::Blocks).then(|| BlockScales {
         rows: k.pointer(Name::RowScales),
@@ -107,7 +105,7 @@ pub fn emit(config: &Config) -> Source {
         weights: &weights,
         rhs,
         out,
-        size: [m, n],
+        size,
         terms,
         blocks,
         depth,
