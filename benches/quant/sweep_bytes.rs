@@ -57,7 +57,7 @@ pub fn run(gpu: &mut Gpu, filter: &str, file: &mut File) -> Result<()> {
             };
             for m in rows {
                 let of = name(m, "16");
-                if wanted(&of) && m <= 128 {
+                if wanted(&of) {
                     let x = Tensor::randn(0f32, 1., (m, k), &gpu.device)?.to_dtype(DType::BF16)?;
                     let options = MatmulOptions::default().out_dtype(DType::BF16);
                     let epilogue = Epilogue::round(Element::Half(Half::Bf16));
