@@ -7,13 +7,15 @@
 
 mod blocks;
 mod config;
+mod launch;
 mod lines;
 mod load;
 mod packed;
 mod slabs;
 mod store;
 
-pub use config::{Boxes, Config, Launch, Order, Orient, Store};
+pub use config::{Boxes, Config, Order, Orient, Store};
+pub use launch::Launch;
 
 use super::share::Share;
 use super::terms::{Sum, Terms};
