@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
-use kaio_candle::kernel::gemm::{Epilogue, Major, Problem, Scale, choose};
+use kaio_candle::kernel::gemm::{Epilogue, Major, Problem, Scale, choose, sm90};
 use kaio_candle::kernel::{self, Config, Element};
 use kaio_candle::ptx::{Factor, Half, Target};
 use kaio_candle::tune;
@@ -113,6 +113,15 @@ fn bytes_products() {
     tally.finish();
 }
 
+/// Hopper's for products of e4m3.
+fn candidates(size: [usize; 3], epilogue: Epilogue) -> Vec<sm90::Config> {
+    let hopper =
+        kernel::Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
+    let ([m, n, k], (lhs, rhs)) = (size.map(|size| size as u64), (Major::K, Major::K));
+    let problem = Problem { m, n, k, batch: 1, elements: [Factor::E4m3; 2], lhs, rhs, epilogue };
+    choose::candidates(&problem, &hopper)
+}
+
 /// Sums of e4m3 that are added up in f32 every 128 terms lose no more of a long sum than of a short one.
 #[test]
 fn bytes_promoted() -> Result<()> {
@@ -122,17 +131,11 @@ fn bytes_promoted() -> Result<()> {
         tally.inapplicable("this GPU has no kernels that promote sums");
         return Ok(());
     }
-    let hopper =
-        kernel::Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
     for (seed, [m, n, k]) in (1..).zip([[16, 256, 4096], [65, 100, 1100], [130, 264, 300]]) {
         let epilogue =
             Epilogue { scale: Scale::Lines, ..Epilogue::round(Element::Half(Half::Bf16)) };
-        let [m64, n64, k64] = [m, n, k].map(|size| size as u64);
-        let (lhs, rhs) = (Major::K, Major::K);
-        let elements = [Factor::E4m3; 2];
-        let problem = Problem { m: m64, n: n64, k: k64, batch: 1, elements, lhs, rhs, epilogue };
         let mut shapes = HashSet::new();
-        for config in choose::candidates(&problem, &hopper) {
+        for config in candidates([m, n, k], epilogue) {
             if !shapes.insert((config.orient, config.rows, config.cols)) {
                 continue;
             }
@@ -147,7 +150,41 @@ fn bytes_promoted() -> Result<()> {
     Ok(())
 }
 
-/// Each stage's sums are multiplied with scales of their own: block scales that differ by orders of magnitude.
+/// A product with scales of blocks that differ by orders of magnitude, by a configuration or by the chooser's, is what it
+/// should be.
+fn with_blocks(
+    seed: u64,
+    [m, n, k]: [usize; 3],
+    config: Option<Config>,
+    device: &Device,
+) -> Result<()> {
+    let (a, x) = codes(seed, [m, k], false, device)?;
+    let (b, w) = codes(seed + 100, [n, k], false, device)?;
+    let mut noise = noise(seed + 200);
+    let [depth, blocks] = [k, n].map(|len: usize| len.div_ceil(128));
+    let mut scales = |len: usize| (0..len).map(|_| (8.0 * noise()).exp2()).collect::<Vec<_>>();
+    let (of_x, of_w) = (scales(m * depth), scales(depth * blocks));
+    let rows = Tensor::from_slice(&of_x, (m, depth), device)?;
+    let cols = Tensor::from_slice(&of_w, (depth, blocks), device)?;
+    let (got, _) = tune::matmul_bytes([&a, &b], [&rows, &cols], false, config)?;
+    let got = got.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+        let terms = (0..k).map(|t| {
+            let scale = of_x[i * depth + t / 128] * of_w[t / 128 * blocks + j / 128];
+            x[i * k + t] * w[j * k + t] * f64::from(scale)
+        });
+        let sum = terms.clone().sum::<f64>();
+        let size = terms.map(f64::abs).sum::<f64>();
+        let allowed = sum.abs() * 2f64.powi(-8) + size * 2f64.powi(-11);
+        let error = (f64::from(got[i][j]) - sum).abs();
+        if error.is_nan() || error > allowed {
+            bail!("({i}, {j}) is {}, wanted {sum}", got[i][j]);
+        }
+    }
+    Ok(())
+}
+
+/// Each stage's sums are multiplied with scales of their own.
 #[test]
 fn bytes_blocks() {
     let Some(device) = gpu() else { return };
@@ -157,33 +194,21 @@ fn bytes_blocks() {
     }
     let sizes = [[1, 8, 16], [16, 256, 300], [33, 100, 128], [65, 264, 400], [300, 130, 129]];
     for (seed, [m, n, k]) in (1..).zip(sizes) {
-        tally.case(format!("{m}×{n}×{k}"), || {
-            let (a, x) = codes(seed, [m, k], false, &device)?;
-            let (b, w) = codes(seed + 100, [n, k], false, &device)?;
-            let mut noise = noise(seed + 200);
-            let [depth, blocks] = [k, n].map(|len: usize| len.div_ceil(128));
-            let mut scales =
-                |len: usize| (0..len).map(|_| (8.0 * noise()).exp2()).collect::<Vec<_>>();
-            let (of_x, of_w) = (scales(m * depth), scales(depth * blocks));
-            let rows = Tensor::from_slice(&of_x, (m, depth), &device)?;
-            let cols = Tensor::from_slice(&of_w, (depth, blocks), &device)?;
-            let (got, _) = tune::matmul_bytes([&a, &b], [&rows, &cols], false, None)?;
-            let got = got.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-            for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                let terms = (0..k).map(|t| {
-                    let scale = of_x[i * depth + t / 128] * of_w[t / 128 * blocks + j / 128];
-                    x[i * k + t] * w[j * k + t] * f64::from(scale)
+        tally.case(format!("{m}×{n}×{k}"), || with_blocks(seed, [m, n, k], None, &device));
+    }
+    // Depths of several turns of the lanes that hold scales, whole and not.
+    for (seed, [m, n, k]) in (7..).zip([[20, 300, 2300], [100, 264, 1024], [40, 200, 4200]]) {
+        let epilogue =
+            Epilogue { scale: Scale::Blocks, ..Epilogue::round(Element::Half(Half::Bf16)) };
+        let mut shapes = HashSet::new();
+        for config in candidates([m, n, k], epilogue) {
+            if shapes.insert((config.orient, config.rows, config.cols, config.split > 1)) {
+                tally.case(format!("{m}×{n}×{k} {}", config.name()), || {
+                    with_blocks(seed, [m, n, k], Some(config.into()), &device)
                 });
-                let sum = terms.clone().sum::<f64>();
-                let size = terms.map(f64::abs).sum::<f64>();
-                let allowed = sum.abs() * 2f64.powi(-8) + size * 2f64.powi(-11);
-                let error = (f64::from(got[i][j]) - sum).abs();
-                if error.is_nan() || error > allowed {
-                    bail!("({i}, {j}) is {}, wanted {sum}", got[i][j]);
-                }
             }
-            Ok(())
-        });
+        }
+        assert!(!shapes.is_empty(), "{m}×{n}×{k}");
     }
     tally.finish();
 }

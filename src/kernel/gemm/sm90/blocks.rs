@@ -173,8 +173,8 @@ impl<'k> Gemm<'k, '_> {
         let lhs = descriptor(self.base + self.smem.lhs + first_rows, c.lhs, c.rows, c.depth());
         let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
         let Share { first, count } = self.share();
-        let lane = Lane::new(thread);
-        let of_tile = |blocks| self.tile_scales(blocks, tile, lane, group, [first, count]);
+        let of_tile =
+            |blocks| self.tile_scales(blocks, tile, Lane::new(thread), group, [first, count]);
         let scales = self.blocks.map(of_tile);
         // Begins a stage's products, and makes its scales meanwhile.
         let begin = |part: &Part<'k>| {

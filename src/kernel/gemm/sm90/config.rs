@@ -1,15 +1,14 @@
-//! The choices, what follows from them, and the numbers of a launch.
+//! The choices, and what follows from them.
 
 use super::packed::PackedStage;
 use crate::kernel::Arena;
-use crate::kernel::gemm::{BLOCK, Epilogue, Major, Problem, Scale, lies_along_k, multiplied};
+use crate::kernel::gemm::{BLOCK, Epilogue, Major, Scale, lies_along_k, multiplied};
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::pingpong::Pingpong;
 use crate::kernel::hopper::ring::Ring;
 use crate::kernel::hopper::{ATOM, LINE, SLAB, WARPGROUP};
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
-use crate::kernel::plan::count;
 use crate::kernel::w4::nibbles::Decoder;
 use crate::kernel::w4::{MOST_WEIGHTS, Scheme};
 use crate::ptx::Factor;
@@ -483,56 +482,5 @@ impl Boxes {
     /// Boxes of a stage.
     pub fn count(&self) -> u32 {
         self.bytes / self.each()
-    }
-}
-
-/// The numbers of a launch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Launch {
-    /// Stages along the depth.
-    pub depth: u32,
-    /// Rows of tiles.
-    pub tile_rows: u32,
-    /// Columns of tiles.
-    pub tile_cols: u32,
-    /// Tiles of the whole batch.
-    pub tiles: u32,
-    /// Rows that are walked together.
-    pub group: u32,
-    /// Blocks of the grid, in x, y and z.
-    pub grid: [u32; 3],
-}
-
-impl Launch {
-    /// The launch of a configuration on a problem.
-    pub fn new(config: &Config, problem: &Problem, multiprocessors: u32) -> Self {
-        let [rows, _] = config.orient.order([problem.m, problem.n]);
-        Self::of_weights(config, problem, &[rows], multiprocessors)
-    }
-
-    /// The same, with the rows of the kernel's left operand, or of each of several.
-    pub(in crate::kernel) fn of_weights(
-        config: &Config,
-        problem: &Problem,
-        rows: &[u64],
-        multiprocessors: u32,
-    ) -> Self {
-        let [_, cols] = config.orient.order([problem.m, problem.n]);
-        let height = config.rows;
-        let tile_rows = count(rows.iter().map(|rows| rows.div_ceil(height.into())).sum());
-        let tile_cols = count(cols.div_ceil(config.cols.into()));
-        let each = u64::from(tile_rows) * u64::from(tile_cols);
-        let tiles = count(each.saturating_mul(problem.batch));
-        let slots = multiprocessors * config.blocks_per_sm;
-        let grid = match config.order {
-            Order::Grid => [tile_rows * config.split, tile_cols, count(problem.batch)],
-            Order::Raster => [tiles.min(slots), 1, 1],
-        };
-        // The blocks at work read the least if they cover a square of the result.
-        let reads = |group: u32| group * height + slots.div_ceil(group) * config.cols;
-        let group = [2, 4, 8, 16].into_iter().min_by_key(|&group| reads(group));
-        let group = group.expect("there are four").min(tile_rows);
-        let depth = count(problem.k.div_ceil(config.depth().into()));
-        Self { depth, tile_rows, tile_cols, tiles, group, grid }
     }
 }

@@ -7,13 +7,15 @@
 
 mod blocks;
 mod config;
+mod launch;
 mod lines;
 mod load;
 mod packed;
 mod slabs;
 mod store;
 
-pub use config::{Boxes, Config, Launch, Order, Orient, Store};
+pub use config::{Boxes, Config, Order, Orient, Store};
+pub use launch::Launch;
 
 use super::share::Share;
 use super::terms::{Sum, Terms};
@@ -54,11 +56,9 @@ pub fn emit(config: &Config) -> Source {
         }
     };
     let rhs = k.tensor_map(Name::Rhs);
-    let m = k.param(Name::M);
-    let (n, out) = match weights.first() {
-        None => (k.param(Name::N), result(Name::Out)),
-        Some(first) => (first.n, first.out),
-    };
+    let first = weights.first();
+    let out = first.map_or_else(|| result(Name::Out), |weight| weight.out);
+    let size = [k.param(Name::M), first.map_or_else(|| k.param(Name::N), |weight| weight.n)];
     let terms = Terms::params(k, config.epilogue);
     let blocks = (config.epilogue.scale == Scale::Blocks).then(|| BlockScales {
         rows: k.pointer(Name::RowScales),
@@ -107,7 +107,7 @@ pub fn emit(config: &Config) -> Source {
         weights: &weights,
         rhs,
         out,
-        size: [m, n],
+        size,
         terms,
         blocks,
         depth,
