@@ -29,7 +29,7 @@ pub(super) fn repack(op: &'static str, planes: &Planes) -> Result<Form> {
         None => planes.codes.t()?,
     };
     let mut scales = planes.scales.to_dtype(DType::F32)?;
-    if scales.elem_count() == 1 {
+    if planes.scheme.spans()[1] {
         scales = scales.broadcast_as((1, planes.dims[1]))?.contiguous()?;
     }
     Ok(Form::Packed(Planes { codes, scales, ..planes.clone() }))

@@ -35,18 +35,18 @@ pub(crate) fn matmul_int8(
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     let (stack, rhs) = (Stack::new(layout), Stack::new(w.codes.1));
-    let weight = (w.codes.0, &rhs);
+    let (device, weight) = (x.device(), (w.codes.0, &rhs));
     let sums = match zero_point {
         0 => None,
-        _ => Some(column_sums(op, weight)?),
+        _ => Some(column_sums(op, device, weight)?),
     };
     let columns = Layout::contiguous(rhs.cols);
     let zero = sums.as_ref().map(|sums| (zero_point, (sums, &columns)));
     let rows = rows.map(|rows| Held::new(rows, 0, rows.1.dims()[0]));
-    let lines = LineScales::new(op, rows.transpose()?, w)?;
+    let lines = LineScales::new(op, device, rows.transpose()?, w)?;
     let x = activations(op, (x, &stack))?;
     let scales = lines.scales(one, zero);
-    codes_call(op, Factor::S8, x, weight, scales, bias, epilogue)?.run_chosen()
+    codes_call(op, device, Factor::S8, (x, weight), scales, bias, epilogue)?.run_chosen()
 }
 
 /// `act(Σ x·w + bias)` of e4m3, each with its scales, those of x of groups of `width` elements of a row; `None` if
@@ -61,18 +61,19 @@ pub(crate) fn matmul_fp8(
     bias: Option<View<CudaStorage>>,
 ) -> Result<Option<CudaStorage>> {
     let (stack, rhs) = (Stack::new(layout), Stack::new(w.codes.1));
-    let (weight, k) = ((w.codes.0, &rhs), stack.cols);
-    let Some(scales) = Fp8Scales::of(op, x.device(), (width, k), w)? else { return Ok(None) };
+    let (device, weight, k) = (x.device(), (w.codes.0, &rhs), stack.cols);
+    let Some(scales) = Fp8Scales::of(op, device, (width, k), w)? else { return Ok(None) };
     let blocks = [k, rhs.cols].map(|len| len.div_ceil(BLOCK as usize));
     let m = stack.count() * stack.rows;
     let product = |scales| {
         let x = activations(op, (x, &stack))?;
-        codes_call(op, Factor::E4m3, x, weight, scales, bias, epilogue)?.run_chosen().map(Some)
+        let call = codes_call(op, device, Factor::E4m3, (x, weight), scales, bias, epilogue)?;
+        call.run_chosen().map(Some)
     };
     match scales {
         Fp8Scales::Lines => {
             let rows = rows.map(|rows| Held::new(rows, 0, rows.1.dims()[0]));
-            let lines = LineScales::new(op, rows.transpose()?, w)?;
+            let lines = LineScales::new(op, device, rows.transpose()?, w)?;
             product(lines.scales(1.0, None))
         }
         Fp8Scales::Blocks => {
@@ -154,20 +155,13 @@ pub(crate) fn matmul_rounded(
     };
     let mut out = alloc(if behind { before + scratch } else { len * size }, epilogue.out_dtype)?;
     let mut own = if behind { None } else { Some(alloc(scratch, DType::U8)?) };
-    // One that is behind the result stays where it is; another one is held until the product is submitted.
+    // Rounds to memory behind the result, which stays where it is, or to what is held until the product is submitted.
     let held = own.as_mut().map(|own| Memory::of_mut(own, device));
-    let at = match &held {
-        Some(memory) => {
-            let at = memory.address();
-            rows.round([at, at + codes as u64])?;
-            at
-        }
-        None => {
-            let memory = Memory::of_mut(&mut out, device);
-            let at = memory.address() + before as u64;
-            rows.round([at, at + codes as u64])?;
-            at
-        }
+    let at = {
+        let result = Memory::of_mut(&mut out, device);
+        let at = held.as_ref().map_or(result.address() + before as u64, Memory::address);
+        rows.round([at, at + codes as u64])?;
+        at
     };
     let lhs = Stack::row_major(m, rows.row()).narrow(m, k);
     let lines = lies_along_k(&lhs, rounding.dtype).expect("rows of codes begin where lines do");
@@ -178,11 +172,12 @@ pub(crate) fn matmul_rounded(
         // Of as many blocks as the weight's are.
         true => CodeScales::Blocks { rows: scales, cols: Vector::Of(w.scales.0, w.scales.1) },
         false => {
-            lines = LineScales::new(op, Some(Held::At(at + codes as u64, rows.scales())), w)?;
+            lines =
+                LineScales::new(op, device, Some(Held::At(at + codes as u64, rows.scales())), w)?;
             lines.scales(1.0, None)
         }
     };
-    let call = codes_call(op, factor, lhs, weight, scales, bias, epilogue)?;
+    let call = codes_call(op, device, factor, (lhs, weight), scales, bias, epilogue)?;
     call.run_chosen_into(&mut out)?;
     drop(held);
     Ok(Some(out))
@@ -252,8 +247,13 @@ impl Held<'_> {
 
 impl<'a> LineScales<'a> {
     /// Those of x, one for each row or for all, or none, and of a weight.
-    fn new(op: &'static str, rows: Option<Held<'a>>, w: &CudaWeight<'a>) -> Result<Self> {
-        let (device, n) = (w.codes.0.device(), w.facts.dims[1]);
+    fn new(
+        op: &'static str,
+        device: &CudaDevice,
+        rows: Option<Held<'a>>,
+        w: &CudaWeight<'a>,
+    ) -> Result<Self> {
+        let n = w.facts.dims[1];
         let ones =
             |len| Ok::<_, candle_core::Error>(Held::Ones(ones(op, device, DType::F32, len)?, len));
         Ok(match rows {
@@ -351,18 +351,19 @@ fn takes_e4m3(op: &'static str, device: &CudaDevice, lines: bool) -> Result<bool
     })
 }
 
-/// `act(scales · (x - zero)·w + bias)` of bytes, int8 or e4m3; lines along K of activations, and `[K, N]`, which are not empty.
+/// `act(scales · (x - zero)·w + bias)` of bytes, int8 or e4m3, on a device; lines along K of activations, and `[K, N]`, which are
+/// not empty.
 pub(super) fn codes_call<'a>(
     op: &'static str,
+    device: &CudaDevice,
     factor: Factor,
-    (x, x_lines): (impl Into<Source<'a>>, Lines),
-    w: Operand<'a>,
+    ((x, x_lines), w): ((impl Into<Source<'a>>, Lines), Operand<'a>),
     scales: CodeScales<'a>,
     bias: Option<View<'a, CudaStorage>>,
     op::Epilogue { out_dtype, activation }: op::Epilogue,
 ) -> Result<Call<'a>> {
     let lines = matches!(scales, CodeScales::Lines { .. });
-    if factor == Factor::E4m3 && !takes_e4m3(op, w.0.device(), lines)? {
+    if factor == Factor::E4m3 && !takes_e4m3(op, device, lines)? {
         let (what, fix) = (
             "this crate".into(),
             "take one of compute capability 9.0, or without scales of blocks 8.9".into(),
@@ -380,13 +381,12 @@ pub(super) fn codes_call<'a>(
     };
     let (b, b_lines) = weight(op, w)?;
     let operands = [((x.into(), x_lines), factor), ((b.into(), b_lines), factor)];
-    Call::of(op, w.0.device(), operands, epilogue, scales, bias, (out_dtype, m * n))
+    Call::of(op, device, operands, epilogue, scales, bias, (out_dtype, m * n))
 }
 
 /// i32: the sums of the columns of an int8 weight `[K, N]`, which is not empty: a product with ones.
-fn column_sums(op: &'static str, w: Operand) -> Result<CudaStorage> {
+fn column_sums(op: &'static str, device: &CudaDevice, w: Operand) -> Result<CudaStorage> {
     let (k, n) = (w.1.rows, w.1.cols);
-    let device = w.0.device();
     let row = k.next_multiple_of(ALIGN);
     let ones = ones(op, device, DType::U8, row)?;
     let one = Stack::row_major(1, row).narrow(1, k);

@@ -1,5 +1,6 @@
 //! For the benches: products and attention by configurations that nobody chose.
 
+use candle_core::backend::BackendStorage;
 use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
 
 use super::along_k::activations;
@@ -78,7 +79,7 @@ pub fn matmul_bytes(
     let factor = if int8 { Factor::S8 } else { Factor::E4m3 };
     let out = Epilogue::round(DType::BF16);
     let x_lines = activations("tune", (sa, &x))?;
-    let call = codes_call("tune", factor, x_lines, (sb, &w), scales, None, out)?;
+    let call = codes_call("tune", sa.device(), factor, (x_lines, (sb, &w)), scales, None, out)?;
     product(&call, config, (x.rows, w.cols))
 }
 
