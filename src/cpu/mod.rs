@@ -3,6 +3,7 @@
 //! It is what a CPU tensor means and what the GPU suites compare with. Operands are widened to f32, those
 //! of products block by block; the loops over matrices are `gemm`'s, the threads rayon's.
 
+mod activation;
 mod attention;
 mod epilogue;
 mod exp;
@@ -14,6 +15,7 @@ mod quantised;
 mod simd;
 mod widen;
 
+pub(crate) use activation::{activation, activation_backward};
 pub(crate) use attention::{Attended, attention, attention_backward};
 pub(crate) use epilogue::epilogue;
 pub(crate) use glu::{glu, glu_backward};

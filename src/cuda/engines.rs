@@ -5,7 +5,6 @@
 use candle_core::{CudaStorage, DType, Result, Tensor};
 
 use super::Operand;
-use crate::Engine;
 use crate::op::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Epilogue, MatmulProblem, View,
@@ -14,6 +13,7 @@ use crate::options::Gate;
 use crate::quant::QuantScheme;
 use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
+use crate::{Activation, Engine};
 
 #[cfg(feature = "cuda")]
 use {
@@ -318,6 +318,34 @@ pub(crate) fn attention_backward(
     bias: Option<&[usize]>,
 ) -> Result<AttentionGrads<CudaStorage>> {
     on_gpu!(native::attention_backward(op, problem, deterministic, inputs, upstream, places, bias))
+}
+
+/// `act(x)` of a matrix, packed, in its dtype.
+pub(crate) fn activation(op: &'static str, act: Activation, x: Operand) -> Result<CudaStorage> {
+    on_gpu!({
+        match x.1.elements() {
+            0 => empty::zeros(x.0, 0, x.0.dtype()),
+            _ => native::activation(op, act, x),
+        }
+    })
+}
+
+/// `grad · act′(x)` in a dtype, if there is an activation of an x, and the sums of its columns in another.
+pub(crate) fn activation_backward(
+    op: &'static str,
+    grad: Operand,
+    before: Option<(Activation, Operand, DType)>,
+    sums: Option<DType>,
+) -> Result<(Option<CudaStorage>, Option<CudaStorage>)> {
+    on_gpu!({
+        match grad.1.elements() {
+            0 => Ok((
+                before.map(|(.., dtype)| empty::zeros(grad.0, 0, dtype)).transpose()?,
+                sums.map(|dtype| empty::zeros(grad.0, grad.1.cols, dtype)).transpose()?,
+            )),
+            _ => native::activation_backward(op, grad, before, sums),
+        }
+    })
 }
 
 /// `act(gate) · up`, packed.

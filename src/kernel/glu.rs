@@ -1,11 +1,10 @@
 //! Gated linear units, `act(gate) · up`, and their gradients: one pass over memory, in f32.
-//!
-//! Both activations are `x · σ(z)` of some `z(x)`, and so is their slope: `σ(z) · (1 + x · (1 − σ(z)) · z′)`.
 
-use super::epilogue::{GELU_CUBIC, ROOT_8_OVER_PI, exp_minus, gelu_logit, sigmoid};
 use super::params::{self, Argument, names};
 use super::plan::{Plan as _, Step, count};
+use super::unit::{load, store};
 use super::{Device, Element};
+use crate::Activation;
 pub use crate::options::Gate;
 use crate::ptx::{Kernel, Reg, Source, Target};
 
@@ -22,33 +21,11 @@ impl Gate {
         }
     }
 
-    /// `act(x)`.
-    fn apply<'k>(self, x: Reg<'k, f32>) -> Reg<'k, f32> {
-        x * sigmoid(match self {
-            Self::Silu => x,
-            Self::GeluTanh => gelu_logit(x, x * x),
-        })
-    }
-
-    /// `act′(x)`.
-    fn slope<'k>(self, x: Reg<'k, f32>) -> Reg<'k, f32> {
-        // Further out it is 0 or 1 in f32, and powers of x would be infinite. NaN stays.
-        const FAR: f32 = 40.0;
-        let k = x.kernel();
-        let x = k.select(x.abs().gt(FAR), k.var(FAR).copysign(x), x);
-        // `z` and `x · z′`.
-        let (z, steep) = match self {
-            Self::Silu => (x, x),
-            Self::GeluTanh => {
-                let square = x * x;
-                (gelu_logit(x, square), x * square.fma(3.0 * GELU_CUBIC, ROOT_8_OVER_PI))
-            }
-        };
-        // 1 − σ = σ · e^-z keeps its digits where σ comes near 1. Where e^-z is infinite it is 0 · ∞, of which
-        // `min` takes the number.
-        let power = exp_minus(z);
-        let sigmoid = (power + 1.0).recip();
-        sigmoid * steep.fma((sigmoid * power).min(1.0), 1.0)
+    fn activation(self) -> Activation {
+        match self {
+            Self::Silu => Activation::Silu,
+            Self::GeluTanh => Activation::GeluTanh,
+        }
     }
 }
 
@@ -209,6 +186,7 @@ impl params::Arguments for Arguments<'_> {
 /// The kernel. Its parameters are those of [`Name`].
 pub fn emit(config: &Config) -> Source {
     let &Config { element, gate, backward, unit, across } = config;
+    let act = gate.activation();
     let k = &Kernel::new("glu", Target::Sm80, THREADS);
     let operand = |at, row| (k.pointer(at), k.param::<u64>(row));
     let gates = operand(Name::Gate, Name::GateRow);
@@ -228,14 +206,14 @@ pub fn emit(config: &Config) -> Source {
             let load = |(from, stride)| load(k, element, unit, lane.in_rows(from, stride));
             let (gates, ups) = (load(gates), load(ups));
             let Some((grads, out_up)) = grads.map(load).zip(out_up) else {
-                let results = gates.iter().zip(&ups).map(|(&x, &up)| gate.apply(x) * up);
-                return store(k, element, lane.in_rows(out, cols), results.collect());
+                let results = gates.iter().zip(&ups).map(|(&x, &up)| act.apply(x) * up);
+                return store(k, element, lane.in_rows(out, cols), &results.collect::<Vec<_>>());
             };
             let of_gate = gates.iter().zip(&ups).zip(&grads);
-            let of_gate = of_gate.map(|((&x, &up), &grad)| grad * up * gate.slope(x));
-            store(k, element, lane.in_rows(out, cols), of_gate.collect());
-            let of_up = gates.iter().zip(&grads).map(|(&x, &grad)| grad * gate.apply(x));
-            store(k, element, lane.in_rows(out_up, cols), of_up.collect());
+            let of_gate = of_gate.map(|((&x, &up), &grad)| grad * up * act.slope(x));
+            store(k, element, lane.in_rows(out, cols), &of_gate.collect::<Vec<_>>());
+            let of_up = gates.iter().zip(&grads).map(|(&x, &grad)| grad * act.apply(x));
+            store(k, element, lane.in_rows(out_up, cols), &of_up.collect::<Vec<_>>());
         });
     });
     k.finish()
@@ -253,31 +231,5 @@ impl<'k> Place<'k> {
     /// Its address in rows that begin at `address` and lie `stride` elements apart.
     fn in_rows(&self, address: Reg<'k, u64>, stride: Reg<'k, u64>) -> Reg<'k, u64> {
         address + (self.row * stride + self.col) * u64::from(self.element.size())
-    }
-}
-
-/// Elements side by side, in f32.
-fn load<'k>(k: &'k Kernel, element: Element, unit: u32, from: Reg<'k, u64>) -> Vec<Reg<'k, f32>> {
-    match (element, unit) {
-        (Element::F32, 1) => k.ld_global_nc::<f32, 1>(from).into(),
-        (Element::F32, _) => k.ld_global_nc::<f32, 4>(from).into(),
-        (Element::Half(half), 1) => k.ld_global_nc::<u16, 1>(from).map(|x| k.widen(half, x)).into(),
-        (Element::Half(half), _) => {
-            k.ld_global_nc::<u32, 4>(from).into_iter().flat_map(|x| k.unpack(half, x)).collect()
-        }
-    }
-}
-
-/// The same, rounded.
-fn store<'k>(k: &'k Kernel, element: Element, to: Reg<'k, u64>, values: Vec<Reg<'k, f32>>) {
-    match (element, values.as_slice()) {
-        (Element::F32, &[x]) => k.st_global(to, [x]),
-        (Element::F32, &[a, b, c, d]) => k.st_global(to, [a, b, c, d]),
-        (Element::Half(half), &[x]) => k.st_global(to, [k.cvt_rn(half, x)]),
-        (Element::Half(half), &[a, b, c, d, e, f, g, h]) => {
-            let pairs = [[a, b], [c, d], [e, f], [g, h]];
-            k.st_global(to, pairs.map(|[low, high]| k.cvt_rn_x2(half, low, high)));
-        }
-        _ => unreachable!("a unit is one element or {LINE} bytes"),
     }
 }

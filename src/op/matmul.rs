@@ -2,7 +2,8 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
-use super::{Computed, Differentiable, Op, View, apply, eval, sum_to};
+use super::activation::{Product, activated, bias_gradient};
+use super::{Computed, Differentiable, Op, View, eval, sum_to};
 use crate::{
     Activation, Activations, Engine, MatmulOptions, check, cpu, cuda,
     error::Error,
@@ -54,10 +55,8 @@ pub(crate) fn matmul(
     let empty =
         n == 0 || [&lhs.dims()[..lhs.rank() - 1], batch_dims(rhs.dims())].concat().contains(&0);
     let epilogue = Epilogue { out_dtype, activation: opts.activation };
-    epilogue.around(inputs.iter().any(|t| t.track_op()), empty, |epilogue| {
-        let [product] = apply(Matmul { name: op, engine: opts.engine, epilogue }, &inputs)?;
-        Ok(product)
-    })
+    let [product] = activated(Matmul { name: op, engine: opts.engine, epilogue }, &inputs, empty)?;
+    Ok(product)
 }
 
 /// Results are f32, f16 or bf16.
@@ -74,29 +73,6 @@ pub(super) fn check_out_dtype(
     Err(Error::Value { op, name, got, want, fix }.into())
 }
 
-/// The gradient of a bias of a product with gradient `grad`.
-pub(super) fn bias_gradient(grad: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    if grad.elem_count() == 0 {
-        return bias.zeros_like();
-    }
-    let rows: Vec<_> = (0..grad.rank() - 1).collect();
-    grad.to_dtype(DType::F32)?.sum(rows)?.to_dtype(bias.dtype())
-}
-
-/// An activation that candle differentiates.
-fn activate(t: &Tensor, activation: Activation) -> Result<Tensor> {
-    match activation {
-        Activation::Relu => {
-            // candle's `relu` turns NaN into 0, and has a slope at 0.
-            let zero = Tensor::zeros((), t.dtype(), t.device())?.broadcast_as(t.shape())?;
-            t.le(&zero)?.where_cond(&zero, t)
-        }
-        Activation::GeluTanh => t.gelu(),
-        Activation::GeluErf => t.gelu_erf(),
-        Activation::Silu => t.silu(),
-    }
-}
-
 /// What is done to the f32 sums of a product, after the bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Epilogue {
@@ -109,23 +85,6 @@ impl Epilogue {
     /// Nothing but the rounding.
     pub fn round(out_dtype: DType) -> Self {
         Self { out_dtype, activation: None }
-    }
-
-    /// A product with this after it. Where an input tracks a gradient, what is differentiated is candle's own
-    /// activation, after a product kept in f32; an empty product has nothing to activate.
-    pub(super) fn around(
-        self,
-        tracked: bool,
-        empty: bool,
-        product: impl FnOnce(Self) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        match self.activation.filter(|_| tracked && !empty) {
-            None => product(self),
-            Some(activation) => {
-                let product = product(Self::round(DType::F32))?;
-                activate(&product, activation)?.to_dtype(self.out_dtype)
-            }
-        }
     }
 }
 
@@ -193,8 +152,8 @@ impl Op for Matmul {
 
 impl Differentiable for Matmul {
     /// `dA = dC·Bᵀ` and `dB = Aᵀ·dC`, on transposed views, summed over broadcast batch dimensions;
-    /// the bias takes the sum of `dC` over all rows. Never asked of a product with an activation,
-    /// unless that is empty.
+    /// the bias takes the sum of `dC` over all rows. Never asked of a product with an activation that has elements:
+    /// [`activated`] has it.
     fn grad(
         &self,
         inputs: &[&Tensor],
@@ -227,9 +186,24 @@ impl Differentiable for Matmul {
         };
         let mut grads = vec![operand(a, &da)?, operand(b, &db)?];
         if let Some(bias) = inputs.get(2) {
-            grads.push(bias.track_op().then(|| bias_gradient(grad, bias)).transpose()?);
+            let of_bias = || bias_gradient(self.name, grad, bias);
+            grads.push(bias.track_op().then(of_bias).transpose()?);
         }
         Ok(grads)
+    }
+}
+
+impl Product for Matmul {
+    fn epilogue(&mut self) -> &mut Epilogue {
+        &mut self.epilogue
+    }
+
+    fn bias(&self, inputs: usize) -> Option<usize> {
+        (inputs > 2).then_some(2)
+    }
+
+    fn multiplied(&self, inputs: &[&Tensor]) -> DType {
+        inputs[0].dtype()
     }
 }
 

@@ -4,6 +4,7 @@
 //! arguments and describes the work as a value that implements [`Op`], which [`apply`] runs and puts into
 //! candle's graph.
 
+mod activation;
 mod attention;
 mod glu;
 mod matmul;

@@ -2,7 +2,8 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
-use super::matmul::{RESULT, Scaled, bias_gradient};
+use super::activation::{Product, bias_gradient};
+use super::matmul::{RESULT, Scaled};
 use super::{Computed, Differentiable, Epilogue, Op, View, eval};
 use crate::quant::QuantWeight;
 use crate::quant::planes::{Facts, Weight};
@@ -148,7 +149,7 @@ impl Differentiable for Project {
     }
 
     /// `dx = Σ dC·Wᵀ` over the weights. Where x is rounded to eight bits, the rounding counts as the identity. Never asked of a
-    /// product with an activation, unless that is empty.
+    /// product with an activation that has elements: [`activated`](super::activation::activated) has it.
     fn grad(
         &self,
         inputs: &[&Tensor],
@@ -160,7 +161,7 @@ impl Differentiable for Project {
         if let Some((at, bias)) = self.bias_at().zip(bias).filter(|(_, bias)| bias.track_op())
             && let [Some(grad)] = grads
         {
-            all[at] = Some(bias_gradient(grad, bias)?);
+            all[at] = Some(bias_gradient(self.name, grad, bias)?);
         }
         let Some(at) = self.differentiable().filter(|&at| inputs[at].track_op()) else {
             return Ok(all);
@@ -185,6 +186,20 @@ impl Differentiable for Project {
             None => x.zeros_like()?,
         });
         Ok(all)
+    }
+}
+
+impl Product for Project {
+    fn epilogue(&mut self) -> &mut Epilogue {
+        &mut self.epilogue
+    }
+
+    fn bias(&self, _: usize) -> Option<usize> {
+        self.bias_at()
+    }
+
+    fn multiplied(&self, inputs: &[&Tensor]) -> DType {
+        self.differentiable().map_or(DType::F32, |x| inputs[x].dtype())
     }
 }
 

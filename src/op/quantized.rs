@@ -2,9 +2,10 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::activation::activated;
 use super::matmul::{RESULT, check_out_dtype};
 use super::project::{Lhs, Project};
-use super::{Epilogue, apply, glu};
+use super::{Epilogue, glu};
 use crate::check::{self, Arg, INT4_GROUP};
 use crate::error::Error;
 use crate::options::Gate;
@@ -59,24 +60,18 @@ pub(crate) fn matmul_quant(
     let form = weight.prepared(op)?;
     let x = gather(x, form)?;
     let call = Call { bias, forms: &[form], ..Call::new(op, &x) };
-    let tracked = x.track_op() || bias.is_some_and(Tensor::track_op);
     let epilogue = Epilogue { out_dtype, activation: opts.activation };
-    epilogue.around(tracked, call.is_empty(), |epilogue| {
-        let [out] = match lhs {
-            Lhs::Float => call.run(lhs, epilogue)?,
-            Lhs::Int8 { .. } => {
-                let (codes, scales) = activations::quantize(op, &x, DType::U8, x_depth(&x))?;
-                let source = Some(&x);
-                Call { x: &codes, scales: Some(&scales), source, ..call }.run(lhs, epilogue)?
-            }
-            Lhs::Fp8 { width } => {
-                let (codes, scales) = activations::quantize(op, &x, DType::F8E4M3, width)?;
-                let source = Some(&x);
-                Call { x: &codes, scales: Some(&scales), source, ..call }.run(lhs, epilogue)?
-            }
-        };
-        Ok(out)
-    })
+    let rounded = |dtype, width| {
+        let (codes, scales) = activations::quantize(op, &x, dtype, width)?;
+        let source = Some(&x);
+        Call { x: &codes, scales: Some(&scales), source, ..call }.run(lhs, epilogue)
+    };
+    let [out] = match lhs {
+        Lhs::Float => call.run(lhs, epilogue)?,
+        Lhs::Int8 { .. } => rounded(DType::U8, x_depth(&x))?,
+        Lhs::Fp8 { width } => rounded(DType::F8E4M3, width)?,
+    };
+    Ok(out)
 }
 
 /// K.
@@ -490,7 +485,7 @@ impl<'a> Call<'a> {
         let operands = forms.iter().map(|form| form.operands()).collect::<Result<Vec<_>>>()?;
         let mut inputs: Vec<&Tensor> = own.collect();
         inputs.extend(operands.iter().flatten());
-        apply(project, &inputs)
+        activated(project, &inputs, self.is_empty())
     }
 
     /// A product of codes, of whose inputs the bias alone has a gradient.
@@ -501,10 +496,7 @@ impl<'a> Call<'a> {
         activation: Option<Activation>,
     ) -> Result<Tensor> {
         let out_dtype = out_dtype.unwrap_or(DType::F32);
-        let tracked = self.bias.is_some_and(Tensor::track_op);
-        Epilogue { out_dtype, activation }.around(tracked, self.is_empty(), |epilogue| {
-            let [out] = self.run(lhs, epilogue)?;
-            Ok(out)
-        })
+        let [out] = self.run(lhs, Epilogue { out_dtype, activation })?;
+        Ok(out)
     }
 }

@@ -7,19 +7,14 @@ use super::super::Operand;
 use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
-use super::super::fit::{self, Fitted};
+use super::super::fit;
 use super::limit::{SPLIT, countable};
-use super::operand::element;
+use super::operand::{ALIGN, element, rows};
 use super::plan::Plans;
-use crate::check;
 use crate::kernel::glu::{Arguments, Plan, Problem};
 use crate::options::Gate;
-use crate::stack::Stack;
 
 static PLANS: Plans<Plan> = Plans::new();
-
-/// Bytes at whose multiples rows begin, if a thread is to load as many at once.
-const LINE: usize = 16;
 
 /// `act(gate) · up`, packed. The operands are not empty.
 pub(crate) fn glu(op: &'static str, kind: Gate, operands: [Operand; 2]) -> Result<CudaStorage> {
@@ -53,7 +48,7 @@ fn run<const N: usize>(
         element: element(dtype),
         gate: kind,
         backward,
-        aligned: fitted.iter().all(|fitted| fit::is_aligned(&fitted.stack, dtype, LINE)),
+        aligned: fitted.iter().all(|fitted| fit::is_aligned(&fitted.stack, dtype, ALIGN)),
     };
     let limit = facts.limit(&gpu.device).map(|(got, most)| (got, format!("{most} of each")));
     countable(op, ["this crate", "take"], limit, SPLIT)?;
@@ -78,18 +73,4 @@ fn run<const N: usize>(
     }
     let mut results = results.into_iter();
     Ok(std::array::from_fn(|_| results.next().expect("N of them")))
-}
-
-/// All rows of an operand as those of one matrix, whose elements are contiguous.
-fn rows<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<Fitted<'a>> {
-    let folded = stack.fold_rows().filter(|folded| folded.cols <= 1 || folded.col_stride == 1);
-    match folded {
-        Some(folded) => Ok(Fitted::view(storage, folded)),
-        None => {
-            check::copyable(op, stack.elements())?;
-            let copy = fit::pack(storage, &stack.layout())?;
-            let rows = stack.count() * stack.rows;
-            Ok(Fitted::copy(copy, Stack::row_major(rows, stack.cols)))
-        }
-    }
 }

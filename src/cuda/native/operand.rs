@@ -3,7 +3,9 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Layout, Result};
 
-use super::super::fit::{Fitted, Want, fit};
+use super::super::Operand;
+use super::super::fit::{Fitted, Want, fit, pack};
+use crate::check;
 use crate::kernel::Element;
 use crate::kernel::gemm::Major;
 use crate::ptx::{Factor, Half};
@@ -157,5 +159,19 @@ pub(super) fn element(dtype: DType) -> Element {
         DType::F32 => Element::F32,
         DType::BF16 => Element::Half(Half::Bf16),
         _ => Element::Half(Half::F16),
+    }
+}
+
+/// All rows of an operand as those of one matrix, whose elements are contiguous.
+pub(super) fn rows<'a>(op: &'static str, (storage, stack): Operand<'a>) -> Result<Fitted<'a>> {
+    let folded = stack.fold_rows().filter(|folded| folded.cols <= 1 || folded.col_stride == 1);
+    match folded {
+        Some(folded) => Ok(Fitted::view(storage, folded)),
+        None => {
+            check::copyable(op, stack.elements())?;
+            let copy = pack(storage, &stack.layout())?;
+            let rows = stack.count() * stack.rows;
+            Ok(Fitted::copy(copy, Stack::row_major(rows, stack.cols)))
+        }
     }
 }
