@@ -1,5 +1,6 @@
 //! The families of kernels, and what the tests ask of each: a new one is a file here and a line of [`FAMILIES`].
 
+mod activation;
 mod attention;
 mod attention_backward;
 mod dequant;
@@ -195,6 +196,7 @@ families! {
     Matmul(products::Products): (&HOPPERS, 3), (&ALL, 2);
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
+    Activation(activation::Activations): (&ALL, 4);
     Glu(glu::Glus): (&ALL, 6);
     Dequant(dequant::Dequants): (&ALL, 4);
     Encode(encode::Encoders): (&ALL, 4);

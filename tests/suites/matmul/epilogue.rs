@@ -7,7 +7,8 @@ use kaio_candle::prelude::*;
 use super::{BATCHES, DTYPES, EMPTY};
 use crate::suites::Layout::*;
 use crate::suites::{
-    Nd, Source, Tally, close, identical, pairs, plain_product, product, product_within, ulp,
+    Nd, Source, Tally, close, identical, pairs, plain_product, product, product_within,
+    results_alone, ulp,
 };
 
 const OUT_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -265,6 +266,28 @@ pub fn epilogue_gradients(device: &Device) {
     tally.finish();
 }
 
+/// The kernels of activations and of their gradients, of which each has a small case: rows that begin at multiples of 16 bytes
+/// and others, some and many, with and without sums of columns.
+pub fn activation_kinds(device: &Device) {
+    let mut tally = Tally::new("matmul activation kinds", device);
+    let sizes: [[&[usize]; 2]; 4] =
+        [[&[5, 16], &[16, 40]], [&[300, 16], &[16, 24]], [&[70, 8], &[8, 3]], [&[1, 8], &[8, 1]]];
+    for ((dtype, out_dtype), (dims, activation)) in
+        pairs(pairs(DTYPES, OUT_DTYPES), pairs(sizes, ACTIVATIONS))
+    {
+        if results_alone() && dtype == DType::F16 && out_dtype != dtype {
+            // To scale such a gradient takes more kernels than this crate's.
+            continue;
+        }
+        for bias in [None, Some((DType::F32, PLAIN)), Some((dtype, PLAIN))] {
+            let (tracked, loss) = ([true; 3], Loss::Weighted);
+            Gradient { device, dims, dtype, bias, out_dtype, activation, tracked, loss }
+                .check(&mut tally);
+        }
+    }
+    tally.finish();
+}
+
 /// One gradient problem.
 #[derive(Clone, Copy)]
 struct Gradient<'a> {
@@ -326,7 +349,8 @@ impl Gradient<'_> {
             let opts = options(out_dtype, leaves.get(2).copied(), activation);
             let c = leaves[0].kaio_matmul_with(leaves[1], &opts)?;
             match self.loss {
-                Loss::Weighted => (c * &weight)?.sum_all(),
+                // A backward pass from a tensor is that from its sum.
+                Loss::Weighted => c * &weight,
                 Loss::Sum => c.sum_all(),
             }
         })?;
@@ -394,7 +418,7 @@ fn formula(leaves: &[&Tensor], activation: Option<Activation>) -> Result<Tensor>
     plain_act(activation, &before)
 }
 
-/// The gradients of a scalar in its tracked leaves.
+/// The gradients of what is lost, in sum, in its tracked leaves.
 fn backward(
     leaves: &[Tensor],
     tracked: &[bool],
