@@ -86,6 +86,7 @@ pub mod prelude;
 pub mod ptx;
 pub mod quant;
 mod stack;
+pub mod train;
 
 // As `kernel`.
 #[doc(hidden)]

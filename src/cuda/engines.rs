@@ -2,7 +2,7 @@
 //! them with, the same functions say that it is missing.
 #![cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 
-use candle_core::{CudaStorage, DType, Result, Tensor};
+use candle_core::{CudaStorage, DType, Layout, Result, Tensor};
 
 use super::Operand;
 use crate::op::{
@@ -20,7 +20,7 @@ use {
     super::driver::gpu::{Gpu, has_kernels},
     super::{empty, kaio_ops, native, scaled},
     crate::error::Error,
-    candle_core::{Layout, backend::BackendStorage},
+    candle_core::backend::BackendStorage,
 };
 
 /// The body of a function that ops call.
@@ -96,6 +96,16 @@ pub(crate) fn elements(storage: &CudaStorage) -> usize {
 /// A tensor's elements, row by row, in memory of their own.
 pub(crate) fn copy(op: &'static str, tensor: &Tensor) -> Result<Tensor> {
     on_gpu!(native::copy(op, tensor))
+}
+
+/// The elements of a view in memory of their own.
+pub(crate) fn pack(storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+    on_gpu!({
+        match layout.shape().elem_count() {
+            0 => empty::zeros(storage, 0, storage.dtype()),
+            _ => super::fit::pack(storage, layout),
+        }
+    })
 }
 
 /// The kernels that some work launches in this thread, by their names.

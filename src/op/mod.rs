@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod checkpoint;
 mod glu;
 mod matmul;
 mod node;
@@ -17,6 +18,7 @@ pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
 };
+pub(crate) use checkpoint::checkpoint;
 pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;

@@ -22,6 +22,7 @@ pub mod glu;
 pub mod loaders;
 pub mod matmul;
 pub mod quantized;
+pub mod train;
 pub mod weights;
 
 mod reference;

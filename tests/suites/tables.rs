@@ -1,6 +1,6 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
-use crate::suites::{attention, empty, errors, glu, loaders, matmul, quantized, weights};
+use crate::suites::{attention, empty, errors, glu, loaders, matmul, quantized, train, weights};
 
 macro_rules! tables {
     ($($name:ident: $suite:path;)*) => {$(
@@ -59,6 +59,7 @@ tables! {
     weights_refusals: weights::refusals;
     weights_files: weights::files;
     weights_bad_files: weights::bad_files;
+    train_checkpoint: train::checkpoint;
     attention_sizes: attention::sizes;
     attention_empty: attention::empty;
     attention_layouts: attention::layouts;

@@ -1,0 +1,5 @@
+//! What training takes besides the gradients of ops.
+
+mod checkpoint;
+
+pub use checkpoint::{Outputs, checkpoint};

@@ -1,0 +1,5 @@
+//! Suites of what training takes besides the gradients of ops.
+
+mod checkpoint;
+
+pub use checkpoint::checkpoint;
