@@ -358,7 +358,7 @@ pub fn emit(config: &Config) -> Source {
         k.sync_block();
         let col = k.block_x() * width + thread;
         k.if_(thread.lt(width), || {
-            k.if_(col.wide().lt(cols), || {
+            k.if_((col / unit).lt(units), || {
                 let from = shared + thread * 4;
                 let total = (0..down)
                     .map(|line| {
