@@ -9,8 +9,8 @@ use crate::{Activation, cpu, cuda};
 /// A product of one result with an epilogue.
 pub(super) trait Product: Differentiable {
     fn epilogue(&mut self) -> &mut Epilogue;
-    /// Which of so many inputs is the bias.
-    fn bias(&self, inputs: usize) -> Option<usize>;
+    /// Which input is the bias.
+    fn bias(&self) -> Option<usize>;
     /// What the gradients of its operands are multiplied in.
     fn multiplied(&self, inputs: &[&Tensor]) -> DType;
 }
@@ -79,7 +79,7 @@ impl<P: Product> Differentiable for Activated<P> {
     ) -> Result<Vec<Option<Tensor>>> {
         let [Some(grad)] = grads else { return Ok(vec![None; inputs.len()]) };
         let z = &results[1];
-        let bias = self.product.bias(inputs.len()).filter(|&at| inputs[at].track_op());
+        let bias = self.product.bias().filter(|&at| inputs[at].track_op());
         let op = Backward {
             name: self.name(),
             activation: Some((self.act, upstream(grad, self.product.multiplied(inputs)))),

@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod casts;
 mod checkpoint;
 mod glu;
 mod matmul;
@@ -18,6 +19,7 @@ pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
 };
+pub(crate) use casts::once as cast_once;
 pub(crate) use checkpoint::checkpoint;
 pub(crate) use glu::glu;
 pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};

@@ -194,7 +194,7 @@ impl Product for Project {
         &mut self.epilogue
     }
 
-    fn bias(&self, _: usize) -> Option<usize> {
+    fn bias(&self) -> Option<usize> {
         self.bias_at()
     }
 

@@ -3,9 +3,10 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::activation::activated;
-use super::matmul::{RESULT, check_out_dtype};
+use super::casts::check_compute_dtype;
+use super::matmul::{FLOATS, RESULT, check_out_dtype};
 use super::project::{Lhs, Project};
-use super::{Epilogue, glu};
+use super::{Epilogue, cast, glu};
 use crate::check::{self, Arg, INT4_GROUP};
 use crate::error::Error;
 use crate::options::Gate;
@@ -33,9 +34,17 @@ pub(crate) fn matmul_quant(
     opts: &MatmulOptions,
 ) -> Result<Tensor> {
     let bias = opts.bias.as_ref();
+    let out_dtype = opts.out_dtype.unwrap_or(x.dtype());
+    // candle differentiates the cast.
+    let x = &match check_compute_dtype(op, opts.compute_dtype)? {
+        Some(dtype) if x.dtype() != dtype => {
+            check::dtype(op, ("x", x), &FLOATS)?;
+            cast(x, dtype)?
+        }
+        _ => x.clone(),
+    };
     check_weights(op, x, &[("weight", weight)], bias)?;
     engine(op, x, opts.engine)?;
-    let out_dtype = opts.out_dtype.unwrap_or(x.dtype());
     check_out_dtype(op, "out_dtype", out_dtype, "leave it out for the dtype of `x`")?;
     let lhs = match (opts.activations, weight.scheme()) {
         (Activations::Float, _) => Lhs::Float,

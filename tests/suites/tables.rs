@@ -27,6 +27,7 @@ tables! {
     matmul_activated_specials: matmul::activated_specials;
     matmul_epilogue_gradients: matmul::epilogue_gradients;
     matmul_activation_kinds: matmul::activation_kinds;
+    matmul_compute_dtypes: matmul::computed;
     matmul_kinds: matmul::kinds;
     matmul_random_products: matmul::random_products;
     glu: glu::glu;
