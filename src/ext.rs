@@ -82,19 +82,20 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// |---|---|---|
     /// | `self` (`lhs`) | `[.., M, K]` | f16 or bf16 |
     /// | `rhs` | `[.., K, N]` | the same |
-    /// | `bias` of [`MatmulOptions`] | `[N]`, of any stride | the same, or f32 |
+    /// | both, with a `compute_dtype` of f16 or bf16 | the same | f32, f16 or bf16 each; multiplied in that |
+    /// | `bias` of [`MatmulOptions`] | `[N]`, of any stride | what is multiplied, or f32 |
     /// | result | `[.., M, N]` | `out_dtype`: f32, f16 or bf16 |
     ///
-    /// The sum, the bias and the activation are in f32; the result is rounded once.
+    /// The sum, the bias and the activation are in f32; the result is rounded once, but before the
+    /// activation too where an input tracks a gradient: see [`MatmulOptions::activation`].
     ///
     /// # Gradient
     ///
-    /// Both operands and the bias, each in its dtype, summed in f32. An activation of a tracked input
-    /// is candle's own, after a product that is kept in f32: see [`MatmulOptions::activation`].
+    /// Both operands and the bias, each in its dtype, summed in f32, through the activation by one kernel.
     ///
     /// # Errors
     ///
-    /// Also an `out_dtype` other than f32, f16 and bf16, a bias of another dtype, rank or length or
+    /// Also a `compute_dtype` other than f16 and bf16, an `out_dtype` other than f32, f16 and bf16, a bias of another dtype, rank or length or
     /// on another device, and an engine that cannot take the problem.
     ///
     /// # Example

@@ -105,10 +105,17 @@ pub struct MatmulOptions {
     /// Applied to each element after the bias.
     ///
     /// Where no input tracks a gradient it is part of the product's kernel. Where one does, the
-    /// product with its bias is kept in f32 until the backward pass (4 bytes for each element of the
-    /// result), and candle's own differentiable function follows: the gradient is candle's. Of
-    /// `Relu` it is 0 at 0.
+    /// product with its bias is rounded to the result's dtype and kept until the backward pass, and the
+    /// activation is that of what was rounded, as it is where a product and an activation are two ops. The slope
+    /// of `Relu` is 0 at 0.
     pub activation: Option<Activation>,
+    /// f16 or bf16: what both operands, f32, f16 or bf16 each, are cast to before they are multiplied. `None`
+    /// takes operands of one dtype, f16 or bf16, as they are.
+    ///
+    /// Gradients come back in the dtype of each operand, summed in f32: those of f32 weights are f32, and were not rounded
+    /// on their way. What was cast is kept for the backward pass. A weight is cast at each use, or once within
+    /// [`train::cast_once`](crate::train::cast_once).
+    pub compute_dtype: Option<DType>,
     /// Who computes on the GPU.
     pub engine: Engine,
 }
@@ -135,6 +142,24 @@ impl MatmulOptions {
     /// Sets what is applied to each element after the bias.
     pub fn activation(mut self, activation: Activation) -> Self {
         self.activation = Some(activation);
+        self
+    }
+
+    /// Sets what operands are cast to before they are multiplied.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor, Var};
+    /// use kaio_candle::prelude::*;
+    ///
+    /// let x = Tensor::randn(0f32, 1., (10, 64), &Device::Cpu)?;
+    /// let weight = Var::randn(0f32, 0.1, (64, 32), &Device::Cpu)?;
+    /// let opts = MatmulOptions::default().compute_dtype(DType::BF16);
+    /// let grads = x.kaio_matmul_with(&weight, &opts)?.sqr()?.mean_all()?.backward()?;
+    /// assert_eq!(grads.get(&weight).map(|grad| grad.dtype()), Some(DType::F32));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn compute_dtype(mut self, dtype: DType) -> Self {
+        self.compute_dtype = Some(dtype);
         self
     }
 

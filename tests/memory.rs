@@ -1,8 +1,13 @@
-//! Attention needs O(S·D) memory, forward and backward. A binary of its own: the peak is the process's.
+//! What is kept in memory: attention needs O(S·D), forward and backward, and a checkpoint its inputs and results. A binary of its
+//! own, whose tests take turns: memory is the process's.
 #![cfg(target_os = "linux")]
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use candle_core::{DType, Device::Cpu, Result, Tensor, Var};
-use kaio_candle::prelude::*;
+use kaio_candle::{prelude::*, train};
+
+static TURN: Mutex<()> = Mutex::new(());
 
 /// `VmHWM` (the peak) or `VmRSS` (now) in MB.
 fn memory(key: &str) -> f64 {
@@ -13,8 +18,16 @@ fn memory(key: &str) -> f64 {
     kb / 1024.0
 }
 
+/// Alone from here on, and with a new peak.
+fn turn() -> MutexGuard<'static, ()> {
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    std::fs::write("/proc/self/clear_refs", "5").expect("Linux has it");
+    turn
+}
+
 #[test]
 fn attention_over_8192_keys() -> Result<()> {
+    let _turn = turn();
     let var = || Var::rand(-1f32, 1.0, (1, 1, 8192, 64), &Cpu);
     let (q, k, v) = (var()?, var()?, var()?);
     // Of every option, at the width of a row.
@@ -35,5 +48,27 @@ fn attention_over_8192_keys() -> Result<()> {
     assert!(grads.get(&k).is_some() && grads.get(&bias).is_some());
     // The scores alone would be 256 MB.
     assert!(both < 200.0, "{both:.0} MB");
+    Ok(())
+}
+
+/// Three segments of eight steps, on tensors of 33 MB, which the allocator gives back.
+#[test]
+fn checkpoints_keep_inputs_and_results() -> Result<()> {
+    let _turn = turn();
+    const MB: f64 = 33.0;
+    let x = Var::zeros((2048, 4224), DType::F32, &Cpu)?;
+    let segment = |x: &Tensor| (0..8).try_fold(x.clone(), |x, _| x.sin());
+    let before = memory("VmRSS");
+    let plain = (0..3).try_fold(x.as_tensor().clone(), |x, _| segment(&x))?;
+    let kept = memory("VmRSS") - before;
+    drop(plain);
+    let before = memory("VmRSS");
+    let through = (0..3).try_fold(x.as_tensor().clone(), |x, _| {
+        train::checkpoint(move |x| segment(&x[0]), &[&x])
+    })?;
+    let kept_through = memory("VmRSS") - before;
+    println!("kept: {kept:.0} MB, {kept_through:.0} MB through checkpoints");
+    assert!(kept > 23.0 * MB && kept_through < 4.0 * MB);
+    assert!(through.sum_all()?.backward()?.get(&x).is_some());
     Ok(())
 }

@@ -84,6 +84,10 @@ pub fn all(device: &Device) -> Vec<Builder> {
     let size = if cpu { [256, 4096] } else { [4096, 11_008] };
     all.push(builder("swiglu", move |d| swiglu(d, size)));
     all.push(builder("swiglu backward", move |d| swiglu_backward(d, size)));
+    let rows = if cpu { 256 } else { 16_384 };
+    for part in [Part::Activation, Part::Bias, Part::Layer] {
+        all.push(builder(part.name(), move |d| layer_backward(d, part, [rows, 3072])));
+    }
     for causal in [false, true] {
         let op = if causal { "attention_tc causal" } else { "attention_tc" };
         all.push(builder(op, move |d| attention_tc(d, op, causal)));
@@ -329,6 +333,65 @@ fn swiglu_backward(device: &Device, [m, n]: [usize; 2]) -> Result<Case> {
             contestant("candle bf16", move || peer.backward().map(drop)),
         ],
     })
+}
+
+/// What is differentiated of a layer `gelu(x·W + bias)`.
+#[derive(Clone, Copy)]
+enum Part {
+    /// Beside a product of depth 8, which takes little: the gradient of the activation, and the bias's.
+    Activation,
+    /// Likewise, of a bias alone.
+    Bias,
+    /// All of it, of depth 768.
+    Layer,
+}
+
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Activation => "gelu and bias backward",
+            Self::Bias => "bias backward",
+            Self::Layer => "layer with gelu, forward and backward",
+        }
+    }
+}
+
+/// The peer adds the bias and activates in candle's ops.
+fn layer_backward(device: &Device, part: Part, [m, n]: [usize; 2]) -> Result<Case> {
+    let k = if let Part::Layer = part { 768 } else { 8 };
+    let x = random(device, &[m, k], DType::BF16)?;
+    let w = random(device, &[k, n], DType::BF16)?;
+    let (x, w) = match part {
+        Part::Layer => (Var::from_tensor(&x)?.into_inner(), Var::from_tensor(&w)?.into_inner()),
+        Part::Activation | Part::Bias => (x, w),
+    };
+    let bias = Var::from_tensor(&random(device, &[n], DType::BF16)?)?.into_inner();
+    let round = MatmulOptions::default().out_dtype(DType::BF16);
+    let mut opts = round.clone().bias(bias.clone());
+    let activated = !matches!(part, Part::Bias);
+    opts.activation = activated.then_some(Activation::GeluTanh);
+    let (px, pw) = (x.clone(), w.clone());
+    let ours = move || x.kaio_matmul_with(&w, &opts);
+    let peer = move || {
+        let z = px.kaio_matmul_with(&pw, &round)?.broadcast_add(&bias)?;
+        if activated { z.gelu() } else { Ok(z) }
+    };
+    let contestants = match part {
+        Part::Layer => vec![
+            contestant("kaio-candle", move || ours()?.backward().map(drop)),
+            contestant("candle bf16", move || peer()?.backward().map(drop)),
+        ],
+        Part::Activation | Part::Bias => {
+            let (ours, peer) = (ours()?, peer()?);
+            vec![
+                contestant("kaio-candle", move || ours.backward().map(drop)),
+                contestant("candle bf16", move || peer.backward().map(drop)),
+            ]
+        }
+    };
+    let products = if let Part::Layer = part { 6.0 * (m * n * k) as f64 } else { 0.0 };
+    let (op, shape) = (part.name(), format!("bf16 {m}×{n}, K {k}"));
+    Ok(Case { op, shape, flops: products + 8.0 * (m * n) as f64, rounds: 10, contestants })
 }
 
 fn mask(device: &Device, s: usize, causal: bool) -> Result<Option<Tensor>> {

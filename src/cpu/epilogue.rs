@@ -48,12 +48,23 @@ fn row<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [f32]>> {
 }
 
 /// One loop for each function, so that each is vectorised on its own.
-fn activate(activation: Activation, xs: &mut [f32]) {
+pub(super) fn activate(activation: Activation, xs: &mut [f32]) {
     match activation {
         Activation::Relu => xs.iter_mut().for_each(|x| *x = relu(*x)),
         Activation::GeluTanh => xs.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
         Activation::GeluErf => xs.iter_mut().for_each(|x| *x = gelu_erf(*x)),
         Activation::Silu => xs.iter_mut().for_each(|x| *x = silu(*x)),
+    }
+}
+
+/// `act′(x)` of each.
+pub(super) fn slopes(activation: Activation, xs: &mut [f32]) {
+    match activation {
+        // NaN has the slope of what stays NaN.
+        Activation::Relu => xs.iter_mut().for_each(|x| *x = if *x <= 0.0 { 0.0 } else { 1.0 }),
+        Activation::GeluTanh => xs.iter_mut().for_each(|x| *x = gelu_tanh_slope(*x)),
+        Activation::GeluErf => xs.iter_mut().for_each(|x| *x = gelu_erf_slope(*x)),
+        Activation::Silu => xs.iter_mut().for_each(|x| *x = silu_slope(*x)),
     }
 }
 
@@ -63,8 +74,8 @@ fn relu(x: f32) -> f32 {
 }
 
 /// `2·√(2/π)`.
-pub(super) const ROOT_8_OVER_PI: f32 = 1.595_769;
-pub(super) const GELU_CUBIC: f32 = 0.044_715;
+const ROOT_8_OVER_PI: f32 = 1.595_769;
+const GELU_CUBIC: f32 = 0.044_715;
 
 /// `1 + tanh(u)` is `2σ(2u)`, which keeps its digits where tanh comes near −1.
 #[inline(always)]
@@ -74,7 +85,7 @@ pub(super) fn gelu_tanh(x: f32) -> f32 {
 
 /// `2u`.
 #[inline(always)]
-pub(super) fn gelu_logit(x: f32) -> f32 {
+fn gelu_logit(x: f32) -> f32 {
     ROOT_8_OVER_PI * x * (1.0 + GELU_CUBIC * x * x)
 }
 
@@ -94,9 +105,41 @@ pub(super) fn silu(x: f32) -> f32 {
     x * sigmoid(x)
 }
 
+#[inline(always)]
+pub(super) fn silu_slope(x: f32) -> f32 {
+    slope(x, |x| (x, 1.0))
+}
+
+#[inline(always)]
+pub(super) fn gelu_tanh_slope(x: f32) -> f32 {
+    slope(x, |x| (gelu_logit(x), ROOT_8_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * x * x)))
+}
+
+/// The slope of `x · σ(z)`, given `z` and its slope.
+#[inline(always)]
+fn slope(x: f32, logit: impl Fn(f32) -> (f32, f32)) -> f32 {
+    // Further out it is 0 or 1, and powers of x would be infinite. NaN stays.
+    let x = x.clamp(-FAR, FAR);
+    let (z, slope) = logit(x);
+    // 1 − σ(z) is σ(−z), which keeps its digits where σ comes near 1.
+    sigmoid(z) * (1.0 + x * slope * sigmoid(-z))
+}
+
+/// `Φ(x) + x · φ(x)`.
+fn gelu_erf_slope(x: f32) -> f32 {
+    // `√(2π)⁻¹`
+    const PEAK: f32 = 0.398_942_3;
+    let x = x.clamp(-FAR, FAR);
+    let below = 0.5 * erfc_f32(-x * std::f32::consts::FRAC_1_SQRT_2);
+    below + x * PEAK * (-0.5 * x * x).exp()
+}
+
+/// From here on all slopes are 0 or 1 in f32.
+const FAR: f32 = 40.0;
+
 /// `1 / (1 + e⁻ʸ)`.
 #[inline(always)]
-pub(super) fn sigmoid(y: f32) -> f32 {
+fn sigmoid(y: f32) -> f32 {
     let e = exp(-y.abs());
     (if y < 0.0 { e } else { 1.0 }) / (1.0 + e)
 }
@@ -136,6 +179,32 @@ mod tests {
                 let error = (f64::from(got[0]) - want).abs();
                 assert!(error <= allowed, "{activation:?}({x}) is {}, not {want}", got[0]);
             }
+        }
+    }
+
+    /// Against differences of the formula, which are good to 1e-9.
+    #[test]
+    fn slopes_are_those_of_the_formula() {
+        const STEP: f64 = 1e-4;
+        for activation in ALL {
+            for i in -90_000..=90_000 {
+                let x = i as f32 / 7_000.0;
+                let mut got = [x];
+                slopes(activation, &mut got);
+                let (above, below) = (f64::from(x) + STEP, f64::from(x) - STEP);
+                let want = match activation {
+                    Activation::Relu => f64::from(x > 0.0),
+                    _ => (formula(activation, above) - formula(activation, below)) / (2.0 * STEP),
+                };
+                let error = (f64::from(got[0]) - want).abs();
+                assert!(error <= 1e-6, "{activation:?}'({x}) is {}, not {want}", got[0]);
+            }
+            let mut far = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e30];
+            slopes(activation, &mut far);
+            for (got, want) in far[1..].iter().zip([1.0, 0.0, 1.0, 0.0]) {
+                assert!((got - want).abs() < 1e-15, "{activation:?}: {far:?}");
+            }
+            assert_eq!(far[0].is_nan(), activation != Activation::Relu);
         }
     }
 

@@ -6,7 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result};
 use rayon::prelude::*;
 
-use super::epilogue::{GELU_CUBIC, ROOT_8_OVER_PI, gelu_logit, gelu_tanh, sigmoid, silu};
+use super::epilogue::{gelu_tanh, gelu_tanh_slope, silu, silu_slope};
 use super::widen::{narrow_to, packed};
 use crate::op::View;
 use crate::options::Gate;
@@ -58,26 +58,15 @@ pub(crate) fn glu_backward(
         match kind {
             Gate::Silu => {
                 each(of_up, gate, grad, silu);
-                each(of_gate, gate, grad, |x| slope(x, |x| (x, 1.0)));
+                each(of_gate, gate, grad, silu_slope);
             }
             Gate::GeluTanh => {
                 each(of_up, gate, grad, gelu_tanh);
-                let slope_of_logit = |x: f32| ROOT_8_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * x * x);
-                each(of_gate, gate, grad, |x| slope(x, |x| (gelu_logit(x), slope_of_logit(x))));
+                each(of_gate, gate, grad, gelu_tanh_slope);
             }
         }
         of_gate.iter_mut().zip(up).for_each(|(grad, up)| *grad *= up);
     });
     let [of_gate, of_up] = of_both;
     Ok([narrow_to(dtype, of_gate)?, narrow_to(dtype, of_up)?])
-}
-
-/// The slope of `x · σ(z)`, given `z` and its slope.
-#[inline(always)]
-fn slope(x: f32, logit: impl Fn(f32) -> (f32, f32)) -> f32 {
-    // Further out it is 0 or 1, and powers of x would be infinite. NaN stays.
-    let x = x.clamp(-40.0, 40.0);
-    let (z, slope) = logit(x);
-    // 1 − σ(z) is σ(−z), which keeps its digits where σ comes near 1.
-    sigmoid(z) * (1.0 + x * slope * sigmoid(-z))
 }

@@ -3,6 +3,7 @@
 //! It is what a CPU tensor means and what the GPU suites compare with. Operands are widened to f32, those
 //! of products block by block; the loops over matrices are `gemm`'s, the threads rayon's.
 
+mod activation;
 mod attention;
 mod cross_entropy;
 mod embedding;
@@ -20,6 +21,7 @@ mod simd;
 mod softmax;
 mod widen;
 
+pub(crate) use activation::{activation, activation_backward};
 pub(crate) use attention::{Attended, attention, attention_backward};
 pub(crate) use cross_entropy::{add_part, cross_entropy, cross_entropy_backward, reduce_losses};
 pub(crate) use embedding::{embedding, embedding_backward};

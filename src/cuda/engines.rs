@@ -2,10 +2,9 @@
 //! them with, the same functions say that it is missing.
 #![cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 
-use candle_core::{CudaDevice, CudaStorage, DType, Result, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor};
 
 use super::Operand;
-use crate::Engine;
 use crate::op::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Epilogue, MatmulProblem, Norm, NormEach, NormGrads, NormInputs, NormResults,
@@ -17,6 +16,7 @@ use crate::quant::load::int4::Packing;
 use crate::quant::planes::{Form, Planes, Weight};
 use crate::stack::Stack;
 use crate::train::{AdamWCall, AdamWTables, Sum, Update};
+use crate::{Activation, Engine};
 
 #[cfg(feature = "cuda")]
 use {
@@ -25,7 +25,7 @@ use {
     super::{empty, kaio_ops, native, scaled},
     crate::error::Error,
     crate::op::NormStats,
-    candle_core::{Layout, backend::BackendStorage},
+    candle_core::backend::BackendStorage,
 };
 
 /// The body of a function that ops call.
@@ -129,6 +129,16 @@ pub(crate) fn elements(storage: &CudaStorage) -> usize {
 /// A tensor's elements, row by row, in memory of their own.
 pub(crate) fn copy(op: &'static str, tensor: &Tensor) -> Result<Tensor> {
     on_gpu!(native::copy(op, tensor))
+}
+
+/// The elements of a view in memory of their own.
+pub(crate) fn pack(storage: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
+    on_gpu!({
+        match layout.shape().elem_count() {
+            0 => empty::zeros(storage, 0, storage.dtype()),
+            _ => super::fit::pack(storage, layout),
+        }
+    })
 }
 
 /// The kernels that some work launches in this thread, by their names.
@@ -370,6 +380,34 @@ pub(crate) fn attention_backward(
     bias: Option<&[usize]>,
 ) -> Result<AttentionGrads<CudaStorage>> {
     on_gpu!(native::attention_backward(op, problem, deterministic, inputs, upstream, places, bias))
+}
+
+/// `act(x)` of a matrix, packed, in its dtype.
+pub(crate) fn activation(op: &'static str, act: Activation, x: Operand) -> Result<CudaStorage> {
+    on_gpu!({
+        match x.1.elements() {
+            0 => empty::zeros(x.0, 0, x.0.dtype()),
+            _ => native::activation(op, act, x),
+        }
+    })
+}
+
+/// `grad · act′(x)` in a dtype, if there is an activation of an x, and the sums of its columns in another.
+pub(crate) fn activation_backward(
+    op: &'static str,
+    grad: Operand,
+    before: Option<(Activation, Operand, DType)>,
+    sums: Option<DType>,
+) -> Result<(Option<CudaStorage>, Option<CudaStorage>)> {
+    on_gpu!({
+        match grad.1.elements() {
+            0 => Ok((
+                before.map(|(.., dtype)| empty::zeros(grad.0, 0, dtype)).transpose()?,
+                sums.map(|dtype| empty::zeros(grad.0, grad.1.cols, dtype)).transpose()?,
+            )),
+            _ => native::activation_backward(op, grad, before, sums),
+        }
+    })
 }
 
 /// `act(gate) · up`, packed.

@@ -55,12 +55,7 @@ impl Epilogue {
         };
         match self.activation {
             None => x,
-            Some(Activation::Relu) => relu(x),
-            Some(Activation::GeluTanh) => x * sigmoid(gelu_logit(x, x * x)),
-            Some(Activation::GeluErf) => {
-                x * one_plus_erf(x * std::f32::consts::FRAC_1_SQRT_2) * 0.5
-            }
-            Some(Activation::Silu) => x * sigmoid(x),
+            Some(activation) => activation.apply(x),
         }
     }
 
@@ -87,15 +82,65 @@ impl Epilogue {
             Scale::Blocks => "·blocks",
         };
         let bias = self.bias.map_or(String::new(), |bias| format!(" +{}", bias.name()));
-        let activation = match self.activation {
-            None => "",
-            Some(Activation::Relu) => " relu",
-            Some(Activation::GeluTanh) => " gelu_tanh",
-            Some(Activation::GeluErf) => " gelu_erf",
-            Some(Activation::Silu) => " silu",
-        };
+        let activation = self.activation.map_or(String::new(), |act| format!(" {}", act.name()));
         let adds = if self.adds { "+" } else { "" };
         format!("{scale}→{adds}{}{bias}{activation}", self.out.name())
+    }
+}
+
+impl Activation {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Relu => "relu",
+            Self::GeluTanh => "gelu_tanh",
+            Self::GeluErf => "gelu_erf",
+            Self::Silu => "silu",
+        }
+    }
+
+    /// `act(x)`.
+    pub(super) fn apply<'k>(self, x: Reg<'k, f32>) -> Reg<'k, f32> {
+        match self {
+            Self::Relu => relu(x),
+            Self::GeluTanh => x * sigmoid(gelu_logit(x, x * x)),
+            Self::GeluErf => x * one_plus_erf(x * std::f32::consts::FRAC_1_SQRT_2) * 0.5,
+            Self::Silu => x * sigmoid(x),
+        }
+    }
+
+    /// `act′(x)`.
+    ///
+    /// SiLU and GELU by its tanh are `x · σ(z)` of some `z(x)`, whose slope is `σ(z) · (1 + x · (1 − σ(z)) · z′)`. GELU is
+    /// `x · Φ(x)`, of which it is `Φ(x) + x · φ(x)`.
+    pub(super) fn slope<'k>(self, x: Reg<'k, f32>) -> Reg<'k, f32> {
+        // Further out it is 0 or 1 in f32, and powers of x would be infinite. NaN stays.
+        const FAR: f32 = 40.0;
+        let k = x.kernel();
+        if self == Self::Relu {
+            // NaN has the slope of what stays NaN.
+            return k.select(x.le(0.0), k.var(0f32), 1.0);
+        }
+        let x = k.select(x.abs().gt(FAR), k.var(FAR).copysign(x), x);
+        // `z` and `x · z′`.
+        let (z, steep) = match self {
+            Self::Relu => unreachable!("see above"),
+            Self::GeluErf => {
+                const ROOT_1_OVER_2_PI: f32 = 0.398_942_3;
+                let density = (x * x * (-0.5 * std::f32::consts::LOG2_E)).exp2() * ROOT_1_OVER_2_PI;
+                let below = one_plus_erf(x * std::f32::consts::FRAC_1_SQRT_2) * 0.5;
+                return x.fma(density, below);
+            }
+            Self::Silu => (x, x),
+            Self::GeluTanh => {
+                let square = x * x;
+                (gelu_logit(x, square), x * square.fma(3.0 * GELU_CUBIC, ROOT_8_OVER_PI))
+            }
+        };
+        // 1 − σ = σ · e^-z keeps its digits where σ comes near 1. Where e^-z is infinite it is 0 · ∞, of which
+        // `min` takes the number.
+        let power = exp_minus(z);
+        let sigmoid = (power + 1.0).recip();
+        sigmoid * steep.fma((sigmoid * power).min(1.0), 1.0)
     }
 }
 
@@ -105,21 +150,21 @@ fn relu(x: Reg<f32>) -> Reg<f32> {
     k.select(x.le(0.0), zero, x)
 }
 
-pub(super) const ROOT_8_OVER_PI: f32 = 1.595_769;
-pub(super) const GELU_CUBIC: f32 = 0.044_715 * ROOT_8_OVER_PI;
+const ROOT_8_OVER_PI: f32 = 1.595_769;
+const GELU_CUBIC: f32 = 0.044_715 * ROOT_8_OVER_PI;
 
 /// `2u`, of which GELU by its tanh is `0.5·x·(1 + tanh u) = x·σ(2u)`, given x².
-pub(super) fn gelu_logit<'k>(x: Reg<'k, f32>, square: Reg<'k, f32>) -> Reg<'k, f32> {
+fn gelu_logit<'k>(x: Reg<'k, f32>, square: Reg<'k, f32>) -> Reg<'k, f32> {
     x * square.fma(GELU_CUBIC, ROOT_8_OVER_PI)
 }
 
 /// `1 / (1 + e^-z)`.
-pub(super) fn sigmoid(z: Reg<f32>) -> Reg<f32> {
+fn sigmoid(z: Reg<f32>) -> Reg<f32> {
     (exp_minus(z) + 1.0).recip()
 }
 
 /// `e^-z`.
-pub(super) fn exp_minus(z: Reg<f32>) -> Reg<f32> {
+fn exp_minus(z: Reg<f32>) -> Reg<f32> {
     (z * -std::f32::consts::LOG2_E).exp2()
 }
 

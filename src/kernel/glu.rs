@@ -1,14 +1,12 @@
 //! Gated linear units, `act(gate) · up`, and their gradients: one pass over memory, in f32.
-//!
-//! Both activations are `x · σ(z)` of some `z(x)`, and so is their slope: `σ(z) · (1 + x · (1 − σ(z)) · z′)`.
 
-use super::epilogue::{GELU_CUBIC, ROOT_8_OVER_PI, exp_minus, gelu_logit, sigmoid};
 use super::params::{self, Argument, names};
 use super::plan::{Plan as _, Step, count};
 use super::rows::{Place, Unit};
 use super::{Device, Element};
+use crate::Activation;
 pub use crate::options::Gate;
-use crate::ptx::{Kernel, Reg, Source, Target};
+use crate::ptx::{Kernel, Source, Target};
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -21,33 +19,11 @@ impl Gate {
         }
     }
 
-    /// `act(x)`.
-    fn apply<'k>(self, x: Reg<'k, f32>) -> Reg<'k, f32> {
-        x * sigmoid(match self {
-            Self::Silu => x,
-            Self::GeluTanh => gelu_logit(x, x * x),
-        })
-    }
-
-    /// `act′(x)`.
-    fn slope<'k>(self, x: Reg<'k, f32>) -> Reg<'k, f32> {
-        // Further out it is 0 or 1 in f32, and powers of x would be infinite. NaN stays.
-        const FAR: f32 = 40.0;
-        let k = x.kernel();
-        let x = k.select(x.abs().gt(FAR), k.var(FAR).copysign(x), x);
-        // `z` and `x · z′`.
-        let (z, steep) = match self {
-            Self::Silu => (x, x),
-            Self::GeluTanh => {
-                let square = x * x;
-                (gelu_logit(x, square), x * square.fma(3.0 * GELU_CUBIC, ROOT_8_OVER_PI))
-            }
-        };
-        // 1 − σ = σ · e^-z keeps its digits where σ comes near 1. Where e^-z is infinite it is 0 · ∞, of which
-        // `min` takes the number.
-        let power = exp_minus(z);
-        let sigmoid = (power + 1.0).recip();
-        sigmoid * steep.fma((sigmoid * power).min(1.0), 1.0)
+    fn activation(self) -> Activation {
+        match self {
+            Self::Silu => Activation::Silu,
+            Self::GeluTanh => Activation::GeluTanh,
+        }
     }
 }
 
@@ -208,6 +184,7 @@ impl params::Arguments for Arguments<'_> {
 /// The kernel. Its parameters are those of [`Name`].
 pub fn emit(config: &Config) -> Source {
     let &Config { element, gate, backward, unit, across } = config;
+    let act = gate.activation();
     let k = &Kernel::new("glu", Target::Sm80, THREADS);
     let operand = |at, row| (k.pointer(at), k.param::<u64>(row));
     let gates = operand(Name::Gate, Name::GateRow);
@@ -229,13 +206,13 @@ pub fn emit(config: &Config) -> Source {
             let store = |to, values: Vec<_>| unit.round(k, &values).store(k, to);
             let (gates, ups) = (load(gates), load(ups));
             let Some((grads, out_up)) = grads.map(load).zip(out_up) else {
-                let results = gates.iter().zip(&ups).map(|(&x, &up)| gate.apply(x) * up);
+                let results = gates.iter().zip(&ups).map(|(&x, &up)| act.apply(x) * up);
                 return store(lane.in_rows(out, cols), results.collect());
             };
             let of_gate = gates.iter().zip(&ups).zip(&grads);
-            let of_gate = of_gate.map(|((&x, &up), &grad)| grad * up * gate.slope(x));
+            let of_gate = of_gate.map(|((&x, &up), &grad)| grad * up * act.slope(x));
             store(lane.in_rows(out, cols), of_gate.collect());
-            let of_up = gates.iter().zip(&grads).map(|(&x, &grad)| grad * gate.apply(x));
+            let of_up = gates.iter().zip(&grads).map(|(&x, &grad)| grad * act.apply(x));
             store(lane.in_rows(out_up, cols), of_up.collect());
         });
     });

@@ -4,6 +4,7 @@
 //! emitter turns that into PTX. Nothing here knows candle, the driver or a GPU: the configuration
 //! alone decides the text, so that it is the key under which compiled kernels are kept.
 
+pub mod activation;
 mod ampere;
 pub mod attention;
 pub mod cross_entropy;
@@ -111,6 +112,8 @@ kernels! {
     FlashDelta(attention::backward::delta::Config) by attention::backward::delta::emit;
     /// A pass over an attention's pairs for some of its gradients, on any GPU from Ampere on.
     FlashBackwardSm80(attention::backward::sm80::Config) by attention::backward::sm80::emit;
+    /// An activation, its gradient, or sums of columns, on any GPU.
+    Activation(activation::Config) by activation::emit;
     /// A gated linear unit, on any GPU.
     Glu(glu::Config) by glu::emit;
     /// A norm of rows, on any GPU.

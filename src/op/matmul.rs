@@ -2,12 +2,17 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
-use super::{Computed, Differentiable, Op, View, apply, eval, sum_to};
+use super::activation::{Product, activated, bias_gradient};
+use super::casts::{self, check_compute_dtype};
+use super::{Computed, Differentiable, Op, View, eval, sum_to};
 use crate::{
     Activation, Activations, Engine, MatmulOptions, check, cpu, cuda,
     error::Error,
     stack::{Stack, batch_dims, broadcast_batch},
 };
+
+/// What operands may be cast from.
+pub(super) const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// What a message calls the result, whose sums are f32 whatever it is rounded to.
 pub(super) const RESULT: &str = "the result";
@@ -22,8 +27,18 @@ pub(crate) fn matmul(
     let (a, b) = (("lhs", lhs), ("rhs", rhs));
     let bias = opts.bias.as_ref().map(|bias| ("bias", bias));
     check::tensors(op, &[Some(a), Some(b), bias].into_iter().flatten().collect::<Vec<_>>())?;
-    check::dtype(op, a, &[DType::F16, DType::BF16])?;
-    check::same_dtype(op, b, a)?;
+    let computed = check_compute_dtype(op, opts.compute_dtype)?;
+    let dtype = match computed {
+        Some(dtype) => {
+            [a, b].into_iter().try_for_each(|arg| check::dtype(op, arg, &FLOATS))?;
+            dtype
+        }
+        None => {
+            check::dtype(op, a, &[DType::F16, DType::BF16])?;
+            check::same_dtype(op, b, a)?;
+            lhs.dtype()
+        }
+    };
     let k = check::activations(op, a)?;
     let fix = "add a dimension with `.unsqueeze(0)?`";
     check::rank(op, b, 2..=usize::MAX, "[.., K, N]", fix)?;
@@ -33,7 +48,7 @@ pub(crate) fn matmul(
     check::batch(op, b, a)?;
     let n = rhs.dims()[rhs.rank() - 1];
     if let Some((arg, t)) = bias {
-        check::dtype(op, (arg, t), &[DType::F32, lhs.dtype()])?;
+        check::dtype(op, (arg, t), &[DType::F32, dtype])?;
         check::rank(op, (arg, t), 1..=1, "[N]", "flatten it with `.flatten_all()?`")?;
         let why = format_args!("the N of `rhs` {:?}", rhs.dims());
         check::dim(op, arg, ("N", t.dims()[0]), (n, why), "give it one element for each column")?;
@@ -50,14 +65,28 @@ pub(crate) fn matmul(
     }
     let out_dtype = opts.out_dtype.unwrap_or(DType::F32);
     check_out_dtype(op, "out_dtype", out_dtype, "leave it out for f32")?;
-    let inputs: Vec<_> = [Some(a), Some(b), bias].into_iter().flatten().map(|(_, t)| t).collect();
+    let other = |t: &Tensor| t.dtype() != dtype;
+    let sources = [lhs, rhs].map(other);
+    let cast = [
+        sources[0].then(|| casts::outside(lhs, dtype)).transpose()?,
+        // One matrix for all rows is a weight.
+        sources[1]
+            .then(|| match rhs.rank() {
+                2 => casts::weight(rhs, dtype),
+                _ => casts::outside(rhs, dtype),
+            })
+            .transpose()?,
+    ];
+    let [a, b] = [(&cast[0], lhs), (&cast[1], rhs)].map(|(cast, t)| cast.as_ref().unwrap_or(t));
+    let bias = bias.map(|(_, bias)| bias);
+    let of = |i: usize| sources[i].then_some([lhs, rhs][i]);
+    let inputs: Vec<_> = [Some(a), Some(b), bias, of(0), of(1)].into_iter().flatten().collect();
     let empty =
         n == 0 || [&lhs.dims()[..lhs.rank() - 1], batch_dims(rhs.dims())].concat().contains(&0);
     let epilogue = Epilogue { out_dtype, activation: opts.activation };
-    epilogue.around(inputs.iter().any(|t| t.track_op()), empty, |epilogue| {
-        let [product] = apply(Matmul { name: op, engine: opts.engine, epilogue }, &inputs)?;
-        Ok(product)
-    })
+    let matmul = Matmul { name: op, engine: opts.engine, epilogue, bias: bias.is_some(), sources };
+    let [product] = activated(matmul, &inputs, empty)?;
+    Ok(product)
 }
 
 /// Results are f32, f16 or bf16.
@@ -74,29 +103,6 @@ pub(super) fn check_out_dtype(
     Err(Error::Value { op, name, got, want, fix }.into())
 }
 
-/// The gradient of a bias of a product with gradient `grad`.
-pub(super) fn bias_gradient(grad: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    if grad.elem_count() == 0 {
-        return bias.zeros_like();
-    }
-    let rows: Vec<_> = (0..grad.rank() - 1).collect();
-    grad.to_dtype(DType::F32)?.sum(rows)?.to_dtype(bias.dtype())
-}
-
-/// An activation that candle differentiates.
-fn activate(t: &Tensor, activation: Activation) -> Result<Tensor> {
-    match activation {
-        Activation::Relu => {
-            // candle's `relu` turns NaN into 0, and has a slope at 0.
-            let zero = Tensor::zeros((), t.dtype(), t.device())?.broadcast_as(t.shape())?;
-            t.le(&zero)?.where_cond(&zero, t)
-        }
-        Activation::GeluTanh => t.gelu(),
-        Activation::GeluErf => t.gelu_erf(),
-        Activation::Silu => t.silu(),
-    }
-}
-
 /// What is done to the f32 sums of a product, after the bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Epilogue {
@@ -110,32 +116,17 @@ impl Epilogue {
     pub fn round(out_dtype: DType) -> Self {
         Self { out_dtype, activation: None }
     }
-
-    /// A product with this after it. Where an input tracks a gradient, what is differentiated is candle's own
-    /// activation, after a product kept in f32; an empty product has nothing to activate.
-    pub(super) fn around(
-        self,
-        tracked: bool,
-        empty: bool,
-        product: impl FnOnce(Self) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        match self.activation.filter(|_| tracked && !empty) {
-            None => product(self),
-            Some(activation) => {
-                let product = product(Self::round(DType::F32))?;
-                activate(&product, activation)?.to_dtype(self.out_dtype)
-            }
-        }
-    }
 }
 
 /// `act(A·B + bias)`, `[.., M, N]`, from f16, bf16 or (in a gradient on the CPU) f32 operands, summed
-/// in f32. Inputs: A, B and perhaps the bias.
+/// in f32. Inputs: A, B, perhaps the bias, and what A and B were cast from, if they were: those have the gradients then.
 #[derive(Clone, Copy)]
 pub(super) struct Matmul {
     name: &'static str,
     engine: Engine,
     epilogue: Epilogue,
+    bias: bool,
+    sources: [bool; 2],
 }
 
 /// The facts of one product.
@@ -172,20 +163,21 @@ impl Op for Matmul {
     }
 
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
-        let [(a, la), (b, lb), ref bias @ ..] = *inputs else { unreachable!("two operands") };
+        let [(a, la), (b, lb), ..] = *inputs else { unreachable!("two operands") };
+        let bias = self.bias.then(|| inputs[2]);
         let problem = MatmulProblem::new(self.name, la, lb)?;
         check::memory(self.name, RESULT, problem.out.dims(), DType::F32)?;
         let mut out = cpu::matmul(&problem, a, b)?;
         let Epilogue { out_dtype, activation } = self.epilogue;
-        cpu::epilogue(&mut out, problem.rhs.cols, bias.first().copied(), activation)?;
+        cpu::epilogue(&mut out, problem.rhs.cols, bias, activation)?;
         Ok(vec![(cpu::narrow_to(out_dtype, out)?, problem.out)])
     }
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
-        let [(a, la), (b, lb), ref bias @ ..] = *inputs else { unreachable!("two operands") };
+        let [(a, la), (b, lb), ..] = *inputs else { unreachable!("two operands") };
+        let bias = self.bias.then(|| inputs[2]);
         let problem = MatmulProblem::new(self.name, la, lb)?;
-        let Self { name, engine, epilogue } = *self;
-        let bias = bias.first().copied();
+        let Self { name, engine, epilogue, .. } = *self;
         let out = cuda::matmul(name, &problem, engine, epilogue, a, b, bias)?;
         Ok(vec![(out, problem.out)])
     }
@@ -193,8 +185,8 @@ impl Op for Matmul {
 
 impl Differentiable for Matmul {
     /// `dA = dC·Bᵀ` and `dB = Aᵀ·dC`, on transposed views, summed over broadcast batch dimensions;
-    /// the bias takes the sum of `dC` over all rows. Never asked of a product with an activation,
-    /// unless that is empty.
+    /// the bias takes the sum of `dC` over all rows. Never asked of a product with an activation that has elements:
+    /// [`activated`] has it.
     fn grad(
         &self,
         inputs: &[&Tensor],
@@ -203,9 +195,10 @@ impl Differentiable for Matmul {
     ) -> Result<Vec<Option<Tensor>>> {
         let [Some(grad)] = grads else { return Ok(vec![None; inputs.len()]) };
         let (a, b) = (inputs[0], inputs[1]);
+        let [of_a, of_b] = [0, 1].map(|i| self.leaf(i));
         let da = || {
             let scaled = Scaled::new(grad, a.dtype(), grad.rank() - 1)?;
-            self.product_like(a, &scaled.grad, &b.t()?, &scaled)
+            self.product_like(inputs[of_a], &scaled.grad, &b.t()?, &scaled)
         };
         let db = || {
             // A shared B takes its gradient from all rows of all batches: one product, no sum after.
@@ -216,7 +209,7 @@ impl Differentiable for Matmul {
                 _ => (a.clone(), grad.clone()),
             };
             let scaled = Scaled::new(&grad, b.dtype(), grad.rank() - 2)?;
-            self.product_like(b, &a.t()?, &scaled.grad, &scaled)
+            self.product_like(inputs[of_b], &a.t()?, &scaled.grad, &scaled)
         };
         // No products: nothing depends on the operands.
         let empty = [a, b, grad].iter().any(|t| t.elem_count() == 0);
@@ -225,15 +218,37 @@ impl Differentiable for Matmul {
             true => gradient().map(Some),
             false => Ok(None),
         };
-        let mut grads = vec![operand(a, &da)?, operand(b, &db)?];
-        if let Some(bias) = inputs.get(2) {
-            grads.push(bias.track_op().then(|| bias_gradient(grad, bias)).transpose()?);
+        let mut grads = vec![None; inputs.len()];
+        grads[of_a] = operand(inputs[of_a], &da)?;
+        grads[of_b] = operand(inputs[of_b], &db)?;
+        if let Some(at) = self.bias().filter(|&at| inputs[at].track_op()) {
+            grads[at] = Some(bias_gradient(self.name, grad, inputs[at])?);
         }
         Ok(grads)
     }
 }
 
+impl Product for Matmul {
+    fn epilogue(&mut self) -> &mut Epilogue {
+        &mut self.epilogue
+    }
+
+    fn bias(&self) -> Option<usize> {
+        self.bias.then_some(2)
+    }
+
+    fn multiplied(&self, inputs: &[&Tensor]) -> DType {
+        inputs[0].dtype()
+    }
+}
+
 impl Matmul {
+    /// The input that has the gradient of operand `i`.
+    fn leaf(&self, i: usize) -> usize {
+        let before = 2 + usize::from(self.bias) + usize::from(i == 1 && self.sources[0]);
+        if self.sources[i] { before } else { i }
+    }
+
     /// `lhs·rhs`, of which one is `upstream`'s gradient, as the gradient of `operand`.
     fn product_like(
         &self,
@@ -247,7 +262,8 @@ impl Matmul {
         let done =
             !upstream.restores() && batch_dims(operand.dims()) == batch_dims(upstream.grad.dims());
         let epilogue = Epilogue::round(if done { dtype } else { DType::F32 });
-        let [product] = eval(&Self { epilogue, ..*self }, &[lhs, rhs])?;
+        let [product] =
+            eval(&Self { epilogue, bias: false, sources: [false; 2], ..*self }, &[lhs, rhs])?;
         match done {
             true => Ok(product),
             false => sum_to(&upstream.restore(product)?, operand.shape())?.to_dtype(dtype),

@@ -4,8 +4,11 @@
 //! arguments and describes the work as a value that implements [`Op`], which [`apply`] runs and puts into
 //! candle's graph.
 
+mod activation;
 mod alone;
 mod attention;
+mod casts;
+mod checkpoint;
 mod cross_entropy;
 mod embedding;
 mod glu;
@@ -24,6 +27,8 @@ pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
 };
+pub(crate) use casts::once as cast_once;
+pub(crate) use checkpoint::checkpoint;
 pub(crate) use cross_entropy::{RowLoss, RowLosses, Upstream, cross_entropy, span};
 pub(crate) use embedding::embedding;
 pub(crate) use glu::glu;

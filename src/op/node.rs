@@ -18,6 +18,7 @@
 //! backward pass visits the results first, which leave their gradients in [`Passes`], then the op, which
 //! turns them into gradients of the inputs, then the knots, which hand these on.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
@@ -48,17 +49,62 @@ pub(crate) fn apply<O: Differentiable, const N: usize>(
     let results = match tracked.is_empty() {
         true => for_caller.into_iter().map(tensor).collect(),
         false => {
-            let node = Node {
-                inputs: kept(&op, inputs)?,
-                op,
-                saved: results.map(tensor).collect(),
-                results: OnceLock::new(),
-                passes: Passes::default(),
-            };
-            link(node, &tracked, for_caller)?
+            let inputs = kept(&op, inputs)?;
+            link(Node::new(op, inputs, results.map(tensor).collect()), &tracked, for_caller)?
         }
     };
     results.try_into().map_err(|_| candle_core::Error::msg("an op with too few results"))
+}
+
+/// A node of the graph for results that are there, of an op whose gradient reads none of them. An input at least tracks a
+/// gradient, and all that do have one.
+pub(crate) fn adopt(
+    op: impl Differentiable,
+    inputs: &[&Tensor],
+    results: Vec<(Storage, Shape)>,
+) -> Result<Vec<Tensor>> {
+    let tracked: Vec<_> = (0..inputs.len()).filter(|&i| inputs[i].track_op()).collect();
+    let inputs = kept(&op, inputs)?;
+    link(Node::new(op, inputs, vec![]), &tracked, results)
+}
+
+/// A tensor whose backward pass is that of some tensors, given the gradient of each.
+pub(crate) fn seed(outputs: Vec<(Tensor, Tensor)>) -> Result<Tensor> {
+    let mut ends: Vec<(Tensor, Option<Tensor>)> =
+        outputs.into_iter().map(|(output, grad)| (output, Some(grad))).collect();
+    loop {
+        let tied: Vec<_> = ends.drain(ends.len().saturating_sub(3)..).collect();
+        let [(first, _), ..] = &tied[..] else { bail!("a backward pass from nothing") };
+        let device = first.device().clone();
+        let nothing = tensor(unread(&device)?);
+        let grads: Vec<_> =
+            tied.iter().map(|(_, grad)| Some(grad.as_ref().unwrap_or(&nothing).clone())).collect();
+        let args: Vec<_> = tied.iter().map(|(t, _)| t).collect();
+        let link = Link::new("seed", unread(&device)?, move |_: &Tensor| Ok(grads.clone()));
+        let knot = insert(link, &args)?;
+        if ends.is_empty() {
+            return Ok(knot);
+        }
+        ends.push((knot, None));
+    }
+}
+
+thread_local! {
+    /// How many backward passes of this thread are within each other.
+    static DEPTH: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Runs a backward pass within a gradient, whose passes through nodes are others than those of the pass around it.
+pub(crate) fn within<T>(pass: impl FnOnce() -> T) -> T {
+    struct Out;
+    impl Drop for Out {
+        fn drop(&mut self) {
+            DEPTH.set(DEPTH.get() - 1);
+        }
+    }
+    DEPTH.set(DEPTH.get() + 1);
+    let _out = Out;
+    pass()
 }
 
 /// What the graph keeps of an op's inputs.
@@ -169,6 +215,10 @@ pub(super) struct Node<O> {
 }
 
 impl<O: Differentiable> Node<O> {
+    fn new(op: O, inputs: Vec<Tensor>, saved: Vec<Tensor>) -> Self {
+        Self { op, inputs, saved, results: OnceLock::new(), passes: Passes::default() }
+    }
+
     /// From the results' gradients to the inputs', as the op computes them.
     pub(super) fn gradients(&self, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let inputs: Vec<_> = self.inputs.iter().collect();
@@ -198,10 +248,17 @@ impl<O: Differentiable> Node<O> {
     }
 }
 
-/// Gradients on their way between the nodes of one op: in one thread, so that passes over one graph in
-/// several threads do not mix.
+/// Gradients on their way between the nodes of one op: in one thread and one of its passes within each other, so that those over
+/// one graph do not mix.
 #[derive(Default)]
-struct Passes(Mutex<HashMap<ThreadId, Pass>>);
+struct Passes(Mutex<HashMap<PassId, Pass>>);
+
+type PassId = (ThreadId, usize);
+
+/// The pass that is going on.
+fn pass_id() -> PassId {
+    (thread::current().id(), DEPTH.get())
+}
 
 #[derive(Default)]
 struct Pass {
@@ -210,14 +267,14 @@ struct Pass {
 }
 
 impl Passes {
-    fn all(&self) -> MutexGuard<'_, HashMap<ThreadId, Pass>> {
+    fn all(&self) -> MutexGuard<'_, HashMap<PassId, Pass>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Result `i` of `count` leaves its gradient.
     fn leave_result(&self, i: usize, count: usize, grad: Tensor) {
         let mut all = self.all();
-        let pass = all.entry(thread::current().id()).or_default();
+        let pass = all.entry(pass_id()).or_default();
         if pass.of_results.get(i).is_none_or(Option::is_some) {
             // The first of this pass. What is there is of one that failed on its way to the op.
             pass.of_results = vec![None; count];
@@ -227,26 +284,26 @@ impl Passes {
 
     /// What the results left, of which those are missing on which nothing depends.
     fn results(&self, count: usize) -> Vec<Option<Tensor>> {
-        let left = self.all().remove(&thread::current().id());
+        let left = self.all().remove(&pass_id());
         left.map_or_else(|| vec![None; count], |pass| pass.of_results)
     }
 
     fn leave_gradients(&self, grads: Vec<Option<Tensor>>) {
         let pass = Pass { of_results: vec![], of_inputs: grads };
-        self.all().insert(thread::current().id(), pass);
+        self.all().insert(pass_id(), pass);
     }
 
     /// The gradients of a node's arguments. `nothing` says to candle that there is more past a knot.
     fn gradients(&self, ends: &[End], nothing: &Option<Tensor>) -> Vec<Option<Tensor>> {
-        let (mut all, thread) = (self.all(), thread::current().id());
-        let Some(pass) = all.get_mut(&thread) else { return vec![None; ends.len()] };
+        let (mut all, id) = (self.all(), pass_id());
+        let Some(pass) = all.get_mut(&id) else { return vec![None; ends.len()] };
         let mut of = |end: &End| match *end {
             End::Input(i) => pass.of_inputs[i].take(),
             End::Knot => nothing.clone(),
         };
         let grads = ends.iter().map(&mut of).collect();
         if pass.of_inputs.iter().all(Option::is_none) {
-            all.remove(&thread);
+            all.remove(&id);
         }
         grads
     }

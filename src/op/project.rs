@@ -2,7 +2,8 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
-use super::matmul::{RESULT, Scaled, bias_gradient};
+use super::activation::{Product, bias_gradient};
+use super::matmul::{RESULT, Scaled};
 use super::{Computed, Differentiable, Epilogue, Op, View, eval};
 use crate::options::Gate;
 use crate::quant::QuantWeight;
@@ -183,7 +184,7 @@ impl Differentiable for Project {
     }
 
     /// `dx = Σ dC·Wᵀ` over the weights. Where x is rounded to eight bits, the rounding counts as the identity. Never asked of a
-    /// product with an activation, unless that is empty.
+    /// product with an activation that has elements: [`activated`](super::activation::activated) has it.
     fn grad(
         &self,
         inputs: &[&Tensor],
@@ -195,7 +196,7 @@ impl Differentiable for Project {
         if let Some((at, bias)) = self.bias_at().zip(bias).filter(|(_, bias)| bias.track_op())
             && let [Some(grad)] = grads
         {
-            all[at] = Some(bias_gradient(grad, bias)?);
+            all[at] = Some(bias_gradient(self.name, grad, bias)?);
         }
         let x = inputs[0];
         if !self.differentiates_x() || !x.track_op() {
@@ -220,6 +221,20 @@ impl Differentiable for Project {
             None => x.zeros_like()?,
         });
         Ok(all)
+    }
+}
+
+impl Product for Project {
+    fn epilogue(&mut self) -> &mut Epilogue {
+        &mut self.epilogue
+    }
+
+    fn bias(&self) -> Option<usize> {
+        self.bias_at()
+    }
+
+    fn multiplied(&self, inputs: &[&Tensor]) -> DType {
+        if self.differentiates_x() { inputs[0].dtype() } else { DType::F32 }
     }
 }
 

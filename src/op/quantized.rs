@@ -2,9 +2,11 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::matmul::{RESULT, check_out_dtype};
+use super::activation::activated;
+use super::casts::check_compute_dtype;
+use super::matmul::{FLOATS, RESULT, check_out_dtype};
 use super::project::{Gated, Lhs, Project, Rounding};
-use super::{Epilogue, apply, eval, glu};
+use super::{Epilogue, cast, eval, glu};
 use crate::check::{self, Arg, INT4_GROUP};
 use crate::error::Error;
 use crate::options::Gate;
@@ -30,9 +32,17 @@ pub(crate) fn matmul_quant(
     opts: &MatmulOptions,
 ) -> Result<Tensor> {
     let bias = opts.bias.as_ref();
+    let out_dtype = opts.out_dtype.unwrap_or(x.dtype());
+    // candle differentiates the cast.
+    let x = &match check_compute_dtype(op, opts.compute_dtype)? {
+        Some(dtype) if x.dtype() != dtype => {
+            check::dtype(op, ("x", x), &FLOATS)?;
+            cast(x, dtype)?
+        }
+        _ => x.clone(),
+    };
     check_weights(op, x, &[("weight", weight)], bias)?;
     engine(op, x, opts.engine)?;
-    let out_dtype = opts.out_dtype.unwrap_or(x.dtype());
     check_out_dtype(op, "out_dtype", out_dtype, "leave it out for the dtype of `x`")?;
     let lhs = match (opts.activations, weight.scheme()) {
         (Activations::Float, _) => Lhs::Float,
@@ -60,12 +70,8 @@ pub(crate) fn matmul_quant(
     let x = gather(x, form)?;
     let weights = [form.operands()?];
     let call = Call { bias, weights: &weights, ..Call::new(op, &x) };
-    let tracked = x.track_op() || bias.is_some_and(Tensor::track_op);
-    let epilogue = Epilogue { out_dtype, activation: opts.activation };
-    epilogue.around(tracked, call.is_empty(), |epilogue| {
-        let [out] = call.run(lhs, epilogue)?;
-        Ok(out)
-    })
+    let [out] = call.run(lhs, Epilogue { out_dtype, activation: opts.activation })?;
+    Ok(out)
 }
 
 /// Elements of a row of activations that share a scale.
@@ -490,7 +496,7 @@ impl<'a> Call<'a> {
 
     fn run<const N: usize>(&self, lhs: Lhs, epilogue: Epilogue) -> Result<[Tensor; N]> {
         let (project, inputs) = self.project(lhs, epilogue);
-        apply(project, &inputs)
+        activated(project, &inputs, self.is_empty())
     }
 
     /// The op and its inputs.
@@ -517,10 +523,7 @@ impl<'a> Call<'a> {
         activation: Option<Activation>,
     ) -> Result<Tensor> {
         let out_dtype = out_dtype.unwrap_or(DType::F32);
-        let tracked = self.bias.is_some_and(Tensor::track_op);
-        Epilogue { out_dtype, activation }.around(tracked, self.is_empty(), |epilogue| {
-            let [out] = self.run(lhs, epilogue)?;
-            Ok(out)
-        })
+        let [out] = self.run(lhs, Epilogue { out_dtype, activation })?;
+        Ok(out)
     }
 }

@@ -1,5 +1,5 @@
-//! Training: an optimizer whose step is one launch for all variables, the clipping of gradients without the host, and
-//! a check that no variable is forgotten.
+//! Training: an optimizer whose step is one launch for all variables, the clipping of gradients without the host, a check
+//! that no variable is forgotten, parts of a model that are computed again rather than kept, and weights that are cast once.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -25,6 +25,8 @@
 //! tensor on the device. The same gradients give the same bits, for sums have a fixed order.
 
 mod adamw;
+mod casts;
+mod checkpoint;
 mod clip;
 mod gradients;
 mod in_place;
@@ -34,6 +36,8 @@ mod schedule;
 mod state;
 
 pub use adamw::AdamW;
+pub use casts::cast_once;
+pub use checkpoint::{Outputs, checkpoint};
 pub use clip::clip_grad_norm;
 pub use gradients::grads_complete;
 pub use memory::{peak_memory, reset_peak_memory};

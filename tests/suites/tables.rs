@@ -29,6 +29,8 @@ tables! {
     matmul_activations: matmul::activations;
     matmul_activated_specials: matmul::activated_specials;
     matmul_epilogue_gradients: matmul::epilogue_gradients;
+    matmul_activation_kinds: matmul::activation_kinds;
+    matmul_compute_dtypes: matmul::computed;
     matmul_kinds: matmul::kinds;
     matmul_random_products: matmul::random_products;
     glu: glu::glu;
@@ -69,6 +71,7 @@ tables! {
     weights_refusals: weights::refusals;
     weights_files: weights::files;
     weights_bad_files: weights::bad_files;
+    train_checkpoint: train::checkpoint;
     attention_sizes: attention::sizes;
     attention_empty: attention::empty;
     attention_layouts: attention::layouts;

@@ -1,5 +1,6 @@
 //! The engine `Engine::Native`: this crate's own kernels on candle's stream.
 
+mod activation;
 mod along_k;
 mod attention;
 mod attention_backward;
@@ -24,6 +25,7 @@ mod strided;
 pub mod tune;
 pub(crate) mod w4;
 
+pub(crate) use activation::{activation, activation_backward};
 pub(crate) use attention::{flash_attn, limit as flash_limit};
 pub(crate) use attention_backward::attention_backward;
 pub(crate) use bytes::{matmul_fp8, matmul_int8, matmul_rounded};

@@ -93,17 +93,18 @@ impl Call<'_> {
         }
     }
 
-    /// `(numel, num_dims, info, lhs, rhs, out)`.
+    /// `(numel, num_dims, info, lhs, rhs, out)`, rounded once.
     fn binary(&self, kind: &str, of: fn(f64, f64) -> f64) {
+        let size = bytes(kind);
         let (count, dims, info) = (self.arg::<usize>(0), self.arg(1), self.arg(2));
         let (operands, to) = ([3, 4].map(|i| self.arg::<u64>(i)), self.arg::<u64>(5));
         let size = bytes(kind);
         for i in 0..count {
             let [a, b] = [0, 1].map(|operand| {
-                let at = operands[operand] + (size * self.place_of(operand, i, info, dims)) as u64;
-                number(kind, self.memory.get(at, size))
+                let place = self.place_of(operand, i, info, dims) * size;
+                number(kind, self.memory.get(operands[operand] + place as u64, size))
             });
-            self.memory.set(to + (size * i) as u64, size, bits(kind, of(a, b)));
+            self.memory.set(to + (i * size) as u64, size, bits(kind, of(a, b)));
         }
     }
 

@@ -1,5 +1,6 @@
 //! The families of kernels, and what the tests ask of each: a new one is a file here and a line of [`FAMILIES`].
 
+mod activation;
 mod attention;
 mod attention_backward;
 mod cross_entropy;
@@ -204,6 +205,7 @@ families! {
     Matmul(products::Products): (&HOPPERS, 3), (&ALL, 2);
     Attention(attention::Attentions): (&HOPPERS, 1), (&ALL, 1);
     AttentionBackward(attention_backward::Backwards): (&HOPPERS, 1), (&ALL, 1);
+    Activation(activation::Activations): (&ALL, 4);
     Glu(glu::Glus): (&ALL, 6);
     Softmax(softmax::Softmaxes): (&HOPPERS, 2), (&ALL, 2);
     Rope(rope::Ropes): (&ALL, 4);

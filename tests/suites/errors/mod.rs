@@ -99,6 +99,8 @@ pub fn matmul(device: &Device) {
         }
     }
     let out = |dtype| a.kaio_matmul_with(&b, &MatmulOptions::default().out_dtype(dtype));
+    let compute =
+        |a: &Tensor, dtype| a.kaio_matmul_with(&b, &MatmulOptions::default().compute_dtype(dtype));
     let biased = |a: &Tensor, bias: Tensor| {
         let b = b.to_dtype(a.dtype())?;
         a.kaio_matmul_with(&b, &MatmulOptions::default().bias(bias))
@@ -108,6 +110,8 @@ pub fn matmul(device: &Device) {
     refused! { tally;
         out(DType::U8) => Value, "kaio_matmul_with: `out_dtype` is u8, wanted f32, f16 or bf16; leave it out for f32";
         out(DType::F64) => Value, "kaio_matmul_with: `out_dtype` is f64, wanted f32, f16 or bf16; leave it out for f32";
+        compute(&on.f32([4, 8]), DType::F32) => Value, "kaio_matmul_with: `compute_dtype` is f32, wanted f16 or bf16; leave it out for the operands' dtype";
+        compute(&on.u8([4, 8]), DType::BF16) => DType, "kaio_matmul_with: `lhs` is u8, wanted f32, f16 or bf16; cast it with `.to_dtype(DType::F32)?`";
         biased(&a, on.f16([])) => Rank, "kaio_matmul_with: `bias` has shape [] (rank 0), wanted [N]; {flatten}";
         biased(&a, on.f16([1, 6])) => Rank, "kaio_matmul_with: `bias` has shape [1, 6] (rank 2), wanted [N]; {flatten}";
         biased(&a, on.bf16([6])) => DType, "kaio_matmul_with: `bias` is bf16, wanted f32 or f16; cast it with `.to_dtype(DType::F32)?`";

@@ -1,12 +1,13 @@
 //! Tables of the f16 and bf16 products and their gradients: a file for each topic.
 
+mod computed;
 mod epilogue;
 mod gradients;
 mod kinds;
 mod random_products;
 mod training;
 
-pub use {epilogue::*, gradients::*, kinds::*, random_products::*, training::*};
+pub use {computed::*, epilogue::*, gradients::*, kinds::*, random_products::*, training::*};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kaio_candle::prelude::*;

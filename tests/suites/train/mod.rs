@@ -1,10 +1,12 @@
-//! The optimizer, the clipping of gradients, and what is kept between steps.
+//! The optimizer, the clipping of gradients, what is kept between steps, and parts that are computed again.
 
 mod adamw;
+mod checkpoint;
 mod clip;
 mod inputs;
 mod state;
 
 pub use adamw::{accumulation, formula, layouts, moments_in_8_bits, options, sixteen_bits};
+pub use checkpoint::checkpoint;
 pub use clip::{clip, clipped_steps};
 pub use state::{kept_bytes, resume};

@@ -5,7 +5,8 @@ use crate::kernel::Element;
 use crate::kernel::attention::Name;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::name::given;
-use crate::ptx::{Address, Kernel, Reg, Source, Target};
+use crate::kernel::rows::Unit;
+use crate::ptx::{Kernel, Reg, Source, Target};
 
 const THREADS: u32 = 256;
 /// Bytes that a thread zeroes at once.
@@ -187,31 +188,9 @@ impl<'k> Rows<'k> {
                     start.element(chunk, bytes).into()
                 }
             };
-            load(lane.kernel(), at, self.element, config.unit)
+            let unit = Unit { element: self.element, count: config.unit };
+            unit.load(lane.kernel(), at).floats()
         };
         (0..config.chunks().div_ceil(lanes)).map(chunk).collect()
-    }
-}
-
-/// `unit` elements side by side.
-fn load<'k>(k: &'k Kernel, at: Address<'k, u64>, element: Element, unit: u32) -> Vec<Reg<'k, f32>> {
-    match (element, unit) {
-        (Element::F32, 1) => k.ld_global_nc::<f32, 1>(at).to_vec(),
-        (Element::F32, 2) => k.ld_global_nc::<f32, 2>(at).to_vec(),
-        (Element::F32, _) => (0..unit / 4)
-            .flat_map(|quad| k.ld_global_nc::<f32, 4>(at.at(16 * i64::from(quad))))
-            .collect(),
-        (Element::Half(half), 1) => {
-            let [value] = k.ld_global_nc::<u16, 1>(at);
-            vec![k.widen(half, value)]
-        }
-        (Element::Half(half), _) => {
-            let pairs = match unit {
-                2 => k.ld_global_nc::<u32, 1>(at).to_vec(),
-                4 => k.ld_global_nc::<u32, 2>(at).to_vec(),
-                _ => k.ld_global_nc::<u32, 4>(at).to_vec(),
-            };
-            pairs.into_iter().flat_map(|pair| k.unpack(half, pair)).collect()
-        }
     }
 }

@@ -1,0 +1,82 @@
+//! Operands in another dtype.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use candle_core::{DType, Layout, Result, Storage, Tensor};
+
+use super::cast;
+use crate::error::Error;
+
+/// What operands are multiplied in, if that was asked for.
+pub(super) fn check_compute_dtype(op: &'static str, dtype: Option<DType>) -> Result<Option<DType>> {
+    match dtype {
+        None | Some(DType::F16 | DType::BF16) => Ok(dtype),
+        Some(other) => {
+            let (got, want) = (other.as_str().into(), "f16 or bf16".into());
+            let fix = "leave it out for the operands' dtype";
+            Err(Error::Value { op, name: "compute_dtype", got, want, fix }.into())
+        }
+    }
+}
+
+/// A tensor in another dtype, outside of the graph. One whose columns are contiguous keeps them so.
+pub(super) fn outside(t: &Tensor, dtype: DType) -> Result<Tensor> {
+    let t = t.detach();
+    if t.rank() >= 2 && !t.is_contiguous() {
+        let transposed = t.t()?;
+        if transposed.is_contiguous() {
+            return cast(&transposed, dtype)?.t();
+        }
+    }
+    cast(&t, dtype)
+}
+
+/// A view of a storage, by where they are, and a dtype.
+type Key = (usize, Vec<usize>, Vec<usize>, usize, DType);
+
+thread_local! {
+    /// Within [`once`]: what was cast, and what it was cast from, whose place in memory is not given to others so.
+    static CASTS: RefCell<Option<HashMap<Key, [Tensor; 2]>>> = const { RefCell::new(None) };
+}
+
+/// Runs `f`, in which [`weight`] casts each weight once. Within another such call it is that one that remembers.
+pub(crate) fn once<T>(f: impl FnOnce() -> T) -> T {
+    struct Out;
+    impl Drop for Out {
+        fn drop(&mut self) {
+            CASTS.take();
+        }
+    }
+    let outermost = CASTS.with_borrow_mut(|casts| match casts {
+        Some(_) => None,
+        None => {
+            *casts = Some(HashMap::new());
+            Some(Out)
+        }
+    });
+    let result = f();
+    drop(outermost);
+    result
+}
+
+/// [`outside`] of a weight, remembered within [`once`].
+pub(super) fn weight(t: &Tensor, dtype: DType) -> Result<Tensor> {
+    let key = {
+        let (storage, at) = t.storage_and_layout();
+        let (storage, at): (&Storage, &Layout) = (&storage, at);
+        let place = std::ptr::from_ref(storage).addr();
+        (place, at.dims().to_vec(), at.stride().to_vec(), at.start_offset(), dtype)
+    };
+    let known = CASTS.with_borrow(|casts| Some(casts.as_ref()?.get(&key)?[0].clone()));
+    if let Some(known) = known {
+        return Ok(known);
+    }
+    let made = outside(t, dtype)?;
+    CASTS.with_borrow_mut(|casts| {
+        if let Some(casts) = casts {
+            casts.insert(key, [made.clone(), t.detach()]);
+        }
+    });
+    Ok(made)
+}
