@@ -13,16 +13,17 @@ type Loss = fn(&[Tensor], &Tensor) -> Result<Tensor>;
 
 /// The shapes of the operands, our loss and the plain one.
 fn functions(row: &Row) -> Option<(Vec<Vec<usize>>, Loss, Loss)> {
-    let opts = CrossEntropyOptions::default;
     match row.op {
         Op::CrossEntropy => Some((
             vec![vec![row.rows, row.cols]],
-            |t, targets| t[0].kaio_cross_entropy(targets, &opts()),
+            |t, targets| t[0].kaio_cross_entropy(targets, &CrossEntropyOptions::default()),
             |t, targets| plain(&t[0], targets),
         )),
         Op::LinearCrossEntropy { depth } => Some((
             vec![vec![row.rows, depth], vec![row.cols, depth]],
-            |t, targets| t[0].kaio_linear_cross_entropy(&t[1], targets, &opts()),
+            |t, targets| {
+                t[0].kaio_linear_cross_entropy(&t[1], targets, &CrossEntropyOptions::default())
+            },
             |t, targets| plain(&t[0].matmul(&t[1].t()?)?, targets),
         )),
         _ => None,

@@ -58,7 +58,7 @@ impl Op {
         match (self, pass) {
             (Self::Rope(_), _) => 2,
             (Self::RmsNorm | Self::LayerNorm | Self::Softmax, Pass::Forward) => 2,
-            (Self::RmsNorm | Self::LayerNorm | Self::Softmax, Pass::Backward) => 3,
+            (Self::RmsNorm | Self::LayerNorm | Self::Softmax, _) => 3,
             (Self::Swiglu, Pass::Forward) => 3,
             (Self::Swiglu, _) => 5,
             (Self::CrossEntropy, Pass::Forward) => 1,

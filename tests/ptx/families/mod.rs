@@ -11,8 +11,6 @@ mod glu;
 mod norm;
 mod optimizer;
 mod products;
-mod products;
-mod quantize;
 mod quantize;
 mod regroup;
 mod rope;
