@@ -126,6 +126,8 @@ pub fn values(device: &Device) {
         cases.push(Case::new(dtype, &[7], 16));
         cases.push(Case::new(dtype, &[2, 5, 24], 16));
         cases.push(Case { chunk: Some(128), ..Case::new(dtype, &[300, 40], 32) });
+        // Tiles that TMA adds.
+        cases.push(Case { chunk: Some(128), ..Case::new(dtype, &[200, 384], 256) });
         for (chunk, tracked) in pairs(
             [Some(1), Some(4), None],
             [[true, true], [true, false], [false, true], [false; 2]],
