@@ -5,10 +5,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 
 use super::gradients::fit_gradient;
 use super::options;
+use crate::kernel::optimizer::BESIDE_NORM;
 use crate::{cpu, cuda};
-
-/// What is added to a norm before it divides, as in PyTorch.
-const BESIDE_NORM: f64 = 1e-6;
 
 /// Scales all gradients by `min(1, max_norm / (norm + 10⁻⁶))`, with `norm = √Σ g²` over all of them together, and gives
 /// the norm: PyTorch's `clip_grad_norm_`.

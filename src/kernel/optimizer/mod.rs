@@ -11,6 +11,7 @@ pub mod dynamic;
 mod norm;
 mod rows;
 
+pub use norm::BESIDE_NORM;
 pub use rows::{CHUNK, Row, State, chunks, kind};
 
 use super::Device;

@@ -12,7 +12,7 @@ const WARP: u32 = 32;
 /// Threads of the block that adds the chunks.
 const LAST_THREADS: u32 = 1024;
 /// What is added to a norm before it divides: PyTorch's `clip_grad_norm_`.
-pub(crate) const BESIDE_NORM: f32 = 1e-6;
+pub const BESIDE_NORM: f64 = 1e-6;
 
 /// Σ g² of each chunk.
 pub(super) fn emit_squares() -> Source {
@@ -53,7 +53,7 @@ pub(super) fn emit_norm() -> Source {
     let sum = k.select(sum.lt(f32::INFINITY), exact, sum);
     let total = block_sum(k, shared, sum, LAST_THREADS / WARP);
     let norm = total.sqrt().mul_rn(scale);
-    let ratio = max_norm / (norm + BESIDE_NORM);
+    let ratio = max_norm / (norm + BESIDE_NORM as f32);
     // A norm that is NaN gives NaN, as it would there.
     let clipped = k.select(ratio.ge(1.0), k.var(1f32), ratio);
     k.when(k.thread().eq(0), || k.st_global(clip, [norm, clipped.mul_rn(scale)]));
