@@ -1,7 +1,7 @@
 //! Decoders of two families: GPT (layer norms, learned positions, GELU) and Llama (RMS norms, rotary positions, SwiGLU,
 //! fewer heads of keys than of queries), both with the embedding for output layer.
 
-use candle_core::{DType, Device, Result, Tensor, Var, bail};
+use candle_core::{Device, Result, Tensor, Var, bail};
 
 use crate::ops::{Arithmetic, Linear, Norm, NormKind};
 use crate::rng::Rng;
