@@ -98,6 +98,7 @@ tables! {
     attention_gradients_of_many_tiles: attention::gradients_of_many_tiles;
     attention_accuracy: attention::accuracy;
     empty_products: empty::products;
+    empty_norms: empty::norms;
     empty_attention: empty::attention;
     empty_quantisers: empty::quantisers;
     errors_matmul: errors::matmul;
