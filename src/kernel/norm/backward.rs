@@ -213,6 +213,9 @@ fn write<'k>(k: &'k Kernel, config: &Backward) {
         }
     });
 
+    if let Some(ring) = &ring {
+        ring.drain();
+    }
     let Some(parts) = parts else { return };
     let size = cols * 4u64;
     let mut to = parts + k.block_x().wide() * size;

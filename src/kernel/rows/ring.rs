@@ -80,6 +80,11 @@ impl<'k> Ring<'k> {
         at
     }
 
+    /// Waits for what is on its way past the last row.
+    pub fn drain(&self) {
+        self.k.cp_async_wait(0);
+    }
+
     /// A unit of the row that is at a place.
     pub fn unit(&self, at: Reg<'k, u32>, operand: u32, chunk: u32) -> Loaded<'k> {
         let from = at.at(self.place(operand, chunk));
