@@ -82,7 +82,7 @@ impl Config {
                 };
                 format!("embedding {what}, {keys}")
             }
-            Self::Scan => "embedding scan".into(),
+            Self::Scan => "embedding scan, counts".into(),
             Self::Sum { element, unit } => format!("embedding sum x{unit}, {}", element.name()),
             Self::Join { element, unit } => format!("embedding join x{unit}, {}", element.name()),
         }
