@@ -347,7 +347,10 @@ pub(super) struct Link<B> {
 }
 
 /// From the result's gradient to those of candle's arguments.
-pub(super) trait Backward: Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static {}
+pub(super) trait Backward:
+    Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static
+{
+}
 
 impl<F: Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static> Backward for F {}
 

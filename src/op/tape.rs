@@ -156,11 +156,7 @@ impl Recorder {
     }
 
     /// A tensor that hangs on an anchor.
-    fn result(
-        &mut self,
-        name: &'static str,
-        result: (Storage, Shape),
-    ) -> Result<(usize, Tensor)> {
+    fn result(&mut self, name: &'static str, result: (Storage, Shape)) -> Result<(usize, Tensor)> {
         let device = result.0.device();
         let here = |anchor: &&Tensor| anchor.device().same_device(&device);
         let anchor = match self.anchors.iter().find(here) {

@@ -58,9 +58,6 @@ use super::Outputs;
 /// assert!([&gate, &up, &down].iter().all(|var| grads.get(var).is_some()));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-pub fn block<O: Outputs>(
-    f: impl FnOnce(&[Tensor]) -> Result<O>,
-    inputs: &[&Tensor],
-) -> Result<O> {
+pub fn block<O: Outputs>(f: impl FnOnce(&[Tensor]) -> Result<O>, inputs: &[&Tensor]) -> Result<O> {
     O::from_tensors(crate::op::block(|inputs| f(inputs).map(O::into_tensors), inputs)?)
 }
