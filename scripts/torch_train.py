@@ -41,13 +41,12 @@ class Preset:
     hidden: int
     llama: bool = False
     bias: bool = False
-    squared_relu: bool = False
 
 
 PRESETS = {
     "gpt2-124m": Preset(32, 1024, 50304, 12, 768, 12, 12, 3072, bias=True),
     "llama-1b": Preset(8, 2048, 128256, 16, 2048, 32, 8, 8192, llama=True),
-    "byte-86m": Preset(16, 1024, 256, 12, 768, 12, 12, 3072, squared_relu=True),
+    "byte-86m": Preset(16, 1024, 256, 12, 768, 12, 12, 3072),
 }
 
 
@@ -87,7 +86,7 @@ class Block(nn.Module):
         if self.p.llama:
             gate, up = up.chunk(2, -1)
             return F.silu(gate) * up
-        return up.relu().square() if self.p.squared_relu else F.gelu(up, approximate="tanh")
+        return F.gelu(up, approximate="tanh")
 
 
 class Model(nn.Module):

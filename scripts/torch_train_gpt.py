@@ -6,7 +6,7 @@
     python3 scripts/torch_train_gpt.py run.safetensors torch.csv
     python3 scripts/compare_losses.py ours.csv torch.csv
 
-Products and attention are in bf16, everything else is in f32, as there. On the first GPU, or without one on the CPU.
+Products and attention are in bf16, everything else is in f32 (there, what lies between operations is bf16, too). On the first GPU, or without one on the CPU.
 `--compile` lets torch.compile have the model.
 """
 
@@ -15,7 +15,7 @@ import sys
 import time
 
 import torch
-from torch.nn.functional import cross_entropy, layer_norm, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, gelu, layer_norm, scaled_dot_product_attention
 
 from torch_peers import read_safetensors
 
@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP_STEPS, FINAL_RATE = 20, 0.1
 # Before the clock starts: the first steps choose kernels and compile.
 UNTIMED_STEPS = 5
-PARTS = ("attention_norm", "qkv", "attention_out", "mlp_norm", "mlp_in", "mlp_out")
+PARTS = ("attention_norm", "q", "k", "v", "attention_out", "mlp_norm", "mlp_in", "mlp_out")
 
 
 def product(x, weight, dtype=torch.float32):
@@ -38,11 +38,12 @@ def logits(weights, layers, heads, tokens):
     x = weights["embedding"][tokens] + weights["positions"][: tokens.shape[1]]
     for layer in range(layers):
         of = {name: weights[f"block{layer}.{name}"] for name in PARTS}
-        qkv = product(norm(x, of["attention_norm"]), of["qkv"], torch.bfloat16)
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        normed = norm(x, of["attention_norm"])
+        q, k, v = (product(normed, of[name], torch.bfloat16) for name in "qkv")
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
         attended = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + product(attended, of["attention_out"])
-        hidden = product(norm(x, of["mlp_norm"]), of["mlp_in"]).relu().square()
+        hidden = gelu(product(norm(x, of["mlp_norm"]), of["mlp_in"]), approximate="tanh")
         x = x + product(hidden, of["mlp_out"])
     return product(norm(x, weights["norm"]), weights["embedding"].t())
 
@@ -61,7 +62,7 @@ def main():
         sys.exit(__doc__)
     run = read_safetensors(paths[0], DEVICE)
     windows, peak = run.pop("run.windows"), run.pop("run.rate").item()
-    _, layers, heads, _ = run.pop("run.config").tolist()
+    _, layers, heads, *_ = run.pop("run.config").tolist()
     weights = {name: tensor.requires_grad_() for name, tensor in run.items()}
     steps, batch, width = windows.shape
 

@@ -758,6 +758,46 @@ pub trait KaioTensorExt: sealed::Sealed {
         eps: f32,
     ) -> Result<(Tensor, Tensor)>;
 
+    /// The same with [LayerNorm](Self::kaio_layer_norm): that of `self + residual`, and the sum.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`x`) | `[.., width]` | f16, bf16 or f32 |
+    /// | `residual` | that of `x` | that of `x` |
+    /// | `weight` | `[width]` | that of `x`, or f32 |
+    /// | `bias` | `[width]` | that of `weight` |
+    /// | `eps` | | at least 0: 1e-5, say |
+    /// | results: normed, sum | that of `x` | that of `x` |
+    ///
+    /// The sum is rounded, and what is normed is the rounded sum.
+    ///
+    /// # Gradient
+    ///
+    /// All four; the sum's own upstream gradient is added in the same pass.
+    ///
+    /// # Errors
+    ///
+    /// As for `kaio_rms_norm`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let attended = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
+    /// let (h, weight) = (attended.affine(2., 0.)?, attended.ones_like()?.squeeze(0)?);
+    /// let (normed, h) = attended.kaio_add_layer_norm(&h, &weight, None, 1e-12)?;
+    /// assert_eq!((normed.to_vec2::<f32>()?, h.to_vec2::<f32>()?), (vec![vec![-1., 1.]], vec![vec![3., 6.]]));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_add_layer_norm(
+        &self,
+        residual: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        eps: f32,
+    ) -> Result<(Tensor, Tensor)>;
+
     /// Rotary position embedding (Su et al., "RoFormer", 2021): the pair `(a, b)` becomes `(a·cos − b·sin, b·cos + a·sin)`
     /// by the angle of its position. It takes the place of `candle_nn::rotary_emb::{rope, rope_i}`, through which no gradient
     /// passes.
@@ -1051,6 +1091,16 @@ impl KaioTensorExt for Tensor {
         eps: f32,
     ) -> Result<(Tensor, Tensor)> {
         op::add_rms_norm(self, residual, weight, eps)
+    }
+
+    fn kaio_add_layer_norm(
+        &self,
+        residual: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        eps: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        op::add_layer_norm(self, residual, weight, bias, eps)
     }
 
     fn kaio_rope(&self, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {

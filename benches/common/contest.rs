@@ -35,6 +35,7 @@ impl Contest {
 
 /// Two results of the same sums in f32, each rounded once, are at most an ulp of a line's largest element
 /// apart, plus what another order of `terms` additions makes. Forgotten terms are far more.
+#[allow(dead_code, reason = "not of every bench")]
 pub fn agree(name: &str, ours: &Tensor, peer: &Tensor, terms: usize) -> Result<()> {
     agree_after(name, ours, peer, terms, 1)
 }

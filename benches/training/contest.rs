@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Result, Tensor, Var, bail};
 use kaio_candle::prelude::*;
 use kaio_candle::tune::Backward;
 
-use super::common::contest::{CANDLE, Contest, OURS, agree_after};
+use super::common::contest::{CANDLE, Contest, OURS, agree, agree_after};
 use super::common::gpu::Gpu;
 use super::loss;
 use super::rows::{HEADS, Op, Pass, Row};
@@ -139,7 +139,7 @@ fn check(row: &Row, operands: &[Tensor], ours: Function, plain: Function) -> Res
         Ok::<_, candle_core::Error>((out.to_dtype(row.dtype)?, grads))
     };
     let ((out, grads), (plain, plain_grads)) = (run(ours, row.dtype)?, run(plain, DType::F32)?);
-    agree_after("the result", &out, &plain, row.cols, 1)?;
+    agree("the result", &out, &plain, row.cols)?;
     for (grad, plain) in grads.iter().zip(&plain_grads) {
         // The upstream gradient is rounded before, and what it is made of.
         agree_after("a gradient", grad, plain, row.cols, 4)?;

@@ -1,7 +1,7 @@
 //! Decoders of two families: GPT (layer norms, learned positions, GELU) and Llama (RMS norms, rotary positions, SwiGLU,
 //! fewer heads of keys than of queries), both with the embedding for output layer.
 
-use candle_core::{DType, Device, Result, Tensor, Var, bail};
+use candle_core::{Device, Result, Tensor, Var, bail};
 
 use crate::ops::{Arithmetic, Linear, Norm, NormKind};
 use crate::rng::Rng;
@@ -78,14 +78,14 @@ impl Config {
         self.family == Family::Gpt { biases: true }
     }
 
-    /// Floating-point operations of a training step for each token: six for each weight of a product, of which four are
-    /// backward, and the same for attention's two products, of which a causal one needs half.
+    /// Floating-point operations of a training step for each token, as model FLOPs are usually counted (PaLM, appendix B):
+    /// six for each weight of a product, and for attention's two products, of all keys although a causal one needs half.
     pub fn flops_per_token(&self) -> f64 {
         let Self { vocabulary, seq, layers, heads, kv_heads, dim, hidden, .. } = *self;
         let kv = dim / heads * kv_heads;
         let products = if self.family == Family::Llama { 3 } else { 2 };
         let layer = 2 * dim * (dim + kv) + products * dim * hidden;
-        (6 * (layers * layer + vocabulary * dim) + 6 * layers * seq * dim) as f64
+        (6 * (layers * layer + vocabulary * dim) + 12 * layers * seq * dim) as f64
     }
 }
 

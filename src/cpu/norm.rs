@@ -60,7 +60,7 @@ pub(crate) fn norm(
         }
     };
     let width = weight.len();
-    let rows = if width == 0 { inputs.x.1.shape().elem_count() } else { x.len() / width };
+    let rows = x.len().checked_div(width).unwrap_or(0);
     let (mut out, mut rstd, mut mean) = (vec![0f32; x.len()], vec![0f32; rows], vec![0f32; rows]);
     let stats = rstd.par_iter_mut().zip(&mut mean);
     let lines = out.par_chunks_mut(width.max(1)).zip(x.par_chunks(width.max(1)));

@@ -482,9 +482,8 @@ pub(crate) fn norm(
         if layout.shape().elem_count() > 0 {
             return native::norm(norm, inputs);
         }
-        let rows = layout.dims().split_last().map_or(0, |(_, rows)| rows.iter().product());
         let none = || empty::zeros(x, 0, x.dtype());
-        let of_rows = || empty::zeros(x, rows, DType::F32);
+        let of_rows = || empty::zeros(x, 0, DType::F32);
         let mean = || norm.centred.then(of_rows).transpose();
         let stats = || Ok::<_, candle_core::Error>(NormStats { rstd: of_rows()?, mean: mean()? });
         Ok(NormResults {

@@ -41,7 +41,8 @@ pub(crate) use matmul::{Epilogue, MatmulProblem, matmul};
 pub(crate) use node::apply;
 pub(crate) use norm::{
     Each as NormEach, Grads as NormGrads, Inputs as NormInputs, Norm, Results as NormResults,
-    Stats as NormStats, Upstream as NormUpstream, add_rms_norm, layer_norm, rms_norm,
+    Stats as NormStats, Upstream as NormUpstream, add_layer_norm, add_rms_norm, layer_norm,
+    rms_norm,
 };
 pub(crate) use project::{Rounding, dequantize};
 pub(crate) use quantized::{

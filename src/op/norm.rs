@@ -37,6 +37,18 @@ pub(crate) fn add_rms_norm(
     norm.of(Inputs { x, residual: Some(residual), weight, bias: None }).map(Into::into)
 }
 
+/// The LayerNorm of `x + residual`, and that sum.
+pub(crate) fn add_layer_norm(
+    x: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    eps: f32,
+) -> Result<(Tensor, Tensor)> {
+    let norm = Norm::new("kaio_add_layer_norm", true, eps);
+    norm.of(Inputs { x, residual: Some(residual), weight, bias }).map(Into::into)
+}
+
 /// A norm's inputs. Weight and bias are vectors.
 #[derive(Clone, Copy)]
 pub(crate) struct Inputs<T> {

@@ -5,7 +5,9 @@ use candle_core::{D, Device, Result, Tensor, Var, bail};
 use kaio_candle::prelude::*;
 
 use super::Layout::{self, Plain};
-use super::{Nd, Source, Tally, close, identical, pairs, plain_on, results_alone, ulp};
+use super::{
+    Nd, Source, Tally, backward_of_sum, close, identical, pairs, plain_on, results_alone, ulp,
+};
 
 const IGNORED: i64 = -100;
 
@@ -343,7 +345,7 @@ pub fn specials(device: &Device) {
                     _ => Nd::full(&[0], 0.0),
                 };
                 close("loss", &loss, &want, |_| 0.0)?;
-                let grads = loss.backward()?;
+                let grads = backward_of_sum(&loss)?;
                 close(
                     "gradient",
                     grads.get(&logits).expect("tracked"),

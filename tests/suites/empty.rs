@@ -118,6 +118,29 @@ fn flash(t: &[Tensor], opts: FlashAttnOptions) -> Result<Vec<Tensor>> {
     Ok(vec![t[0].kaio_flash_attn_with(&t[1], &t[2], &opts)?])
 }
 
+pub fn norms(device: &Device) {
+    let mut tally = Tally::new("empty norms", device);
+    for dims in [&[0][..], &[0, 8], &[3, 0], &[2, 0, 8], &[0, 0]] {
+        let (rows, vector) = ((F16, dims.to_vec()), (F16, vec![dims[dims.len() - 1]]));
+        let mut check = |name, inputs: &[&(DType, Vec<usize>)], outputs, call| {
+            let inputs: Vec<_> = inputs.iter().copied().cloned().collect();
+            let (tracked, outputs) = (inputs.len(), vec![dims.to_vec(); outputs]);
+            run(&mut tally, device, name, Row { inputs, outputs, call, tracked });
+        };
+        check("kaio_rms_norm", &[&rows, &vector], 1, |t| {
+            Ok(vec![t[0].kaio_rms_norm(&t[1], 1e-5)?])
+        });
+        check("kaio_layer_norm", &[&rows, &vector, &vector], 1, |t| {
+            Ok(vec![t[0].kaio_layer_norm(&t[1], Some(&t[2]), 1e-5)?])
+        });
+        check("kaio_add_rms_norm", &[&rows, &rows, &vector], 2, |t| {
+            let (normed, sum) = t[0].kaio_add_rms_norm(&t[1], &t[2], 1e-5)?;
+            Ok(vec![normed, sum])
+        });
+    }
+    tally.finish();
+}
+
 pub fn attention(device: &Device) {
     let mut tally = Tally::new("empty attention", device);
     let sizes = pairs(pairs([0, 3], [0, 4]), pairs([0, 8], [[2, 2], [0, 2], [2, 0], [0, 0]]));

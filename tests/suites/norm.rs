@@ -16,6 +16,8 @@ enum Kind {
     },
     /// The sum's gradient comes, too, or does not; or it alone.
     AddRms(Upstream),
+    /// The same, with a bias.
+    AddLayer(Upstream),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,17 +28,19 @@ enum Upstream {
 }
 
 impl Kind {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 8] = [
         Self::Rms,
         Self::Layer { bias: true },
         Self::Layer { bias: false },
         Self::AddRms(Upstream::Normed),
         Self::AddRms(Upstream::Sum),
         Self::AddRms(Upstream::Both),
+        Self::AddLayer(Upstream::Normed),
+        Self::AddLayer(Upstream::Both),
     ];
 
     fn centred(self) -> bool {
-        matches!(self, Self::Layer { .. })
+        matches!(self, Self::Layer { .. } | Self::AddLayer(_))
     }
 }
 
@@ -77,8 +81,8 @@ impl Case {
 
     fn has(&self, input: usize) -> bool {
         match input {
-            1 => matches!(self.kind, Kind::AddRms(_)),
-            3 => self.kind == Kind::Layer { bias: true },
+            1 => matches!(self.kind, Kind::AddRms(_) | Kind::AddLayer(_)),
+            3 => matches!(self.kind, Kind::Layer { bias: true } | Kind::AddLayer(_)),
             _ => true,
         }
     }
@@ -89,6 +93,10 @@ impl Case {
         match (self.kind, residual) {
             (Kind::AddRms(_), Some(residual)) => {
                 let (normed, sum) = x.kaio_add_rms_norm(residual, weight, self.eps)?;
+                Ok(vec![normed, sum])
+            }
+            (Kind::AddLayer(_), Some(residual)) => {
+                let (normed, sum) = x.kaio_add_layer_norm(residual, weight, bias, self.eps)?;
                 Ok(vec![normed, sum])
             }
             (Kind::Layer { .. }, _) => Ok(vec![x.kaio_layer_norm(weight, bias, self.eps)?]),
@@ -283,9 +291,13 @@ impl Case {
         })?;
         let mut upstream = || source.tensor(self.dtype, &self.dims, self.layouts[2]).map(Some);
         let upstream = match self.kind {
-            Kind::AddRms(Upstream::Normed) => vec![upstream()?, None],
-            Kind::AddRms(Upstream::Sum) => vec![None, upstream()?],
-            Kind::AddRms(Upstream::Both) => vec![upstream()?, upstream()?],
+            Kind::AddRms(Upstream::Normed) | Kind::AddLayer(Upstream::Normed) => {
+                vec![upstream()?, None]
+            }
+            Kind::AddRms(Upstream::Sum) | Kind::AddLayer(Upstream::Sum) => vec![None, upstream()?],
+            Kind::AddRms(Upstream::Both) | Kind::AddLayer(Upstream::Both) => {
+                vec![upstream()?, upstream()?]
+            }
             _ => vec![upstream()?],
         };
         let at_least_two = |t: &Tensor| if t.rank() < 2 { t.unsqueeze(0) } else { Ok(t.clone()) };

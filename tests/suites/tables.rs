@@ -117,6 +117,7 @@ tables! {
     train_adamw_bytes: train::kept_bytes;
     train_clip: train::clip;
     empty_products: empty::products;
+    empty_norms: empty::norms;
     empty_attention: empty::attention;
     empty_quantisers: empty::quantisers;
     errors_matmul: errors::matmul;

@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor};
 use kaio_candle::Error;
 use proptest::strategy::Strategy;
@@ -120,4 +121,10 @@ pub fn results_alone() -> bool {
 /// Where the plain formula is computed for results on a device.
 pub fn plain_on(device: &Device) -> Device {
     if results_alone() { Device::Cpu } else { device.clone() }
+}
+
+/// A backward pass from the sum of a tensor's elements. candle begins one with a tensor of ones, which its CUDA kernels
+/// cannot fill where there are none.
+pub fn backward_of_sum(t: &Tensor) -> Result<GradStore> {
+    if t.elem_count() == 0 { t.sum_all()?.backward() } else { t.backward() }
 }

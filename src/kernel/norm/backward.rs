@@ -1,6 +1,6 @@
 //! Gradients of rows, and a block's parts of the weight's and the bias's.
 
-use super::{Name, Norm, Tile, Walk, add_to, begin};
+use super::{Name, Norm, Ring, Tile, Walk, add_to, begin};
 use crate::kernel::name::given;
 use crate::kernel::rows::{Loaded, Team, Unit};
 use crate::ptx::{Kernel, Reg, Source, Target};
@@ -36,12 +36,14 @@ pub struct Backward {
     pub tile: Tile,
     /// Blocks that share a multiprocessor.
     pub blocks_per_sm: u32,
+    /// Rows of a team that have room in shared memory at a time; none: they go straight to registers.
+    pub stages: u32,
 }
 
 impl Backward {
     /// `norm backward rms bf16 team256 x2·8 own weight 2/sm, f32 weight`
     pub fn name(&self) -> String {
-        let Self { norm, sums, add, weight, bias, tile, blocks_per_sm } = *self;
+        let Self { norm, sums, add, weight, bias, tile, blocks_per_sm, stages } = *self;
         let sums = match sums {
             Sums::None => "",
             Sums::Own => " own",
@@ -51,8 +53,13 @@ impl Backward {
             (given(add, " add"), given(weight, " weight"), given(bias, " bias"));
         let (shape, tile, of) = (norm.shape(), tile.name(), norm.weight.name());
         format!(
-            "norm backward {shape} {tile}{sums}{add}{weight}{bias} {blocks_per_sm}/sm, {of} weight"
+            "norm backward {shape} {tile}{sums}{add}{weight}{bias} {blocks_per_sm}/sm stages{stages}, {of} weight"
         )
+    }
+
+    /// Operands of which it reads rows.
+    pub fn operands(&self) -> u32 {
+        1 + u32::from(self.sums != Sums::None || self.weight) + u32::from(self.add)
     }
 
     /// Rows that a block has at a time.
@@ -63,11 +70,16 @@ impl Backward {
 
 /// The kernel. Blocks go through all rows, from part to part of them in y.
 pub fn emit(config: &Backward) -> Source {
-    let &Backward { norm, sums, add, weight, bias, tile, blocks_per_sm } = config;
+    let k = &Kernel::new("norm_backward", Target::Sm80, THREADS);
+    k.blocks_per_sm(config.blocks_per_sm);
+    write(k, config);
+    k.finish()
+}
+
+fn write<'k>(k: &'k Kernel, config: &Backward) {
+    let &Backward { norm, sums, add, weight, bias, tile, stages, .. } = config;
     let Norm { element, weight: of_weight, centred } = norm;
     let reads_x = sums != Sums::None || weight;
-    let k = &Kernel::new("norm_backward", Target::Sm80, THREADS);
-    k.blocks_per_sm(blocks_per_sm);
     let operand = |at, row| (k.pointer(at), k.param::<u64>(row));
     let x = reads_x.then(|| operand(Name::X, Name::XRow));
     let grad = operand(Name::Grad, Name::GradRow);
@@ -82,7 +94,10 @@ pub fn emit(config: &Backward) -> Source {
     let values = 1 + u32::from(centred);
     let region = Team::shared(tile.team, THREADS, values);
     let of_teams = if config.rows() > 1 { THREADS * tile.unit * 4 } else { 0 };
-    let shared = k.shared((2 * region).max(of_teams).max(4));
+    let scratch = (2 * region).max(of_teams).max(4).next_multiple_of(16);
+    let operands: Vec<_> = [x, Some(grad), sum_grad].into_iter().flatten().collect();
+    let on_their_way = Ring::bytes(tile, THREADS, config.operands(), stages);
+    let shared = k.shared(scratch + on_their_way);
 
     let walk = Walk::new(k, tile, THREADS, rows);
     let before = (sums != Sums::Own).then(|| k.block_y() * tile.units());
@@ -94,29 +109,55 @@ pub fn emit(config: &Backward) -> Source {
     };
     let (weight_sums, bias_sums) = (zeros(weight), zeros(bias));
     let turn = k.var(shared);
-    k.for_(walk.first, rows, k.blocks_x() * config.rows(), |first| {
+    let step = k.blocks_x() * config.rows();
+    let ring = (stages > 0).then(|| {
+        let memory = (k, shared + scratch);
+        Ring::new(memory, (tile, element), THREADS, config.operands(), stages)
+    });
+    let begin_all = |row: Reg<'k, u32>| {
+        operands.iter().map(|&rows| begin(rows, row, element)).collect::<Vec<_>>()
+    };
+    let send = |ring: &Ring<'k>, first: Reg<'k, u32>| {
+        let number = walk.row(first).number;
+        ring.send(&slots.of(Some(number.lt(rows))), &begin_all(number));
+    };
+    if let Some(ring) = &ring {
+        (0..stages - 1).for_each(|i| send(ring, walk.first + step * i));
+    }
+    k.for_(walk.first, rows, step, |first| {
         let row = walk.row(first);
         let slots = slots.of(row.exists);
-        let load = |rows| slots.load(element, begin(rows, row.number, element));
-        let (x, grads) = (x.map(load), load(grad));
-        let sum_grads = sum_grad.map(load);
+        let arrived = ring.as_ref().map(|ring| {
+            send(ring, first + step * (stages - 1));
+            ring.arrive()
+        });
+        let held: Vec<_> = match &ring {
+            None => begin_all(row.number).into_iter().map(|at| slots.load(element, at)).collect(),
+            Some(_) => vec![],
+        };
+        // A unit of x, of the gradient, of the sum's gradient.
+        let unit_of = |operand: usize, i: usize| match ring.as_ref().zip(arrived) {
+            None => held[operand][i].floats(),
+            Some((ring, at)) => ring.unit(at, operand as u32, i as u32).floats(),
+        };
+        let of_grad = usize::from(reads_x);
         let stats =
             stats.map(|(rstd, mean)| (walk.load(rstd, row), mean.map(|mean| walk.load(mean, row))));
         // x̂ of a unit.
         let normed = |i: usize| {
-            let (x, (rstd, mean)) = x.as_ref().zip(stats).expect("it is read");
-            let x = x[i].floats().into_iter().map(move |x| mean.map_or(x, |mean| x - mean));
+            let (rstd, mean) = stats.expect("it is read");
+            let x = unit_of(0, i).into_iter().map(move |x| mean.map_or(x, |mean| x - mean));
             x.map(|x| x * rstd).collect::<Vec<_>>()
         };
         let weighted = |i: usize| {
             let weights = weights.as_ref().expect("it is read")[i].floats();
-            grads[i].floats().into_iter().zip(weights).map(|(dy, w)| dy * w).collect::<Vec<_>>()
+            unit_of(of_grad, i).into_iter().zip(weights).map(|(dy, w)| dy * w).collect::<Vec<_>>()
         };
         let own = [0, 1].map(|_| k.var(0f32));
         // Floats of one pass do not wait in registers for the next one.
         let always = rows.gt(0);
         let pass = |i: usize| {
-            let grads = || grads[i].floats().into_iter();
+            let grads = || unit_of(of_grad, i).into_iter();
             if let Some(sums) = &weight_sums {
                 let terms = sums[i].iter().zip(grads()).zip(normed(i));
                 terms.for_each(|((sum, dy), x)| sum.set(dy.fma(x, *sum)));
@@ -137,7 +178,7 @@ pub fn emit(config: &Backward) -> Source {
         let means = match (inverse, given) {
             (Some(inverse), _) => {
                 let at = (region > 0).then_some(turn);
-                let means: [Reg<'_, f32>; 2] = match centred {
+                let means: [Reg<'k, f32>; 2] = match centred {
                     true => walk.team.combine(at, own, |a, b| a + b),
                     false => {
                         let [mean] = walk.team.combine(at, [own[0]], |a, b| a + b);
@@ -163,16 +204,19 @@ pub fn emit(config: &Backward) -> Source {
                     let g = if centred { g - means[1] } else { g };
                     (-x).fma(means[0], g) * rstd
                 });
-                let of_x: Vec<_> = match &sum_grads {
-                    None => of_x.collect(),
-                    Some(grads) => of_x.zip(grads[i].floats()).map(|(a, b)| a + b).collect(),
+                let of_x: Vec<_> = match add {
+                    false => of_x.collect(),
+                    true => of_x.zip(unit_of(2, i)).map(|(a, b)| a + b).collect(),
                 };
                 slots.store_unit(i, to, element, &unit.round(k, &of_x));
             });
         }
     });
 
-    let Some(parts) = parts else { return k.finish() };
+    if let Some(ring) = &ring {
+        ring.drain();
+    }
+    let Some(parts) = parts else { return };
     let size = cols * 4u64;
     let mut to = parts + k.block_x().wide() * size;
     let f32s = Unit { element: crate::kernel::Element::F32, count: tile.unit };
@@ -187,7 +231,6 @@ pub fn emit(config: &Backward) -> Source {
         k.if_(k.thread().lt(tile.team), || slots.store(to, f32s.element, &sums));
         to = to + k.blocks_x().wide() * size;
     }
-    k.finish()
 }
 
 /// Adds what each team of a block has, in their order. The first one gets the sums.

@@ -21,7 +21,7 @@ pub use params::{Arguments, Name, Results};
 pub use plan::{Pass, Plan, Problem};
 
 use super::Element;
-use super::rows::{Room, Tile, Walk, begin};
+use super::rows::{Ring, Room, Tile, Walk, begin};
 use crate::ptx::Reg;
 
 /// What a norm is, and of what.

@@ -69,9 +69,9 @@ pub struct Results<'a> {
     pub sum: Option<u64>,
     /// Of the gradients of weight and bias, those that are wanted.
     pub columns: &'a [u64],
-    /// Of [`Problem::parts`] floats.
+    /// Of [`Plan::parts`] floats.
     pub parts: Option<u64>,
-    /// Of [`Problem::moments`] floats.
+    /// Of [`Plan::moments`] floats.
     pub moments: Option<u64>,
 }
 

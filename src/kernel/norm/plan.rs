@@ -1,7 +1,8 @@
 //! What is computed, and by which kernels.
 
 use super::backward::THREADS;
-use super::{Backward, Columns, Forward, Moments, Name, Norm, Room, Sums, Tile};
+use super::{Backward, Columns, Forward, Moments, Name, Norm, Ring, Room, Sums, Tile};
+use crate::kernel::multiprocessor::shared_of_each;
 use crate::kernel::plan::{Plan as _, Step, count};
 use crate::kernel::{Config, Device};
 
@@ -143,7 +144,9 @@ fn backward(problem: &Problem, device: &Device, [x, weight, bias]: [bool; 3]) ->
     };
     let blocks_per_sm =
         if backward_registers(problem, [x, weight, bias], tile) <= 64 { 2 } else { 1 };
-    let config = Backward { norm, sums, add: add && x, weight, bias, tile, blocks_per_sm };
+    let config =
+        Backward { norm, sums, add: add && x, weight, bias, tile, blocks_per_sm, stages: 0 };
+    let config = Backward { stages: stages(&config, device), ..config };
     let parts = if sums == Sums::Own { 1 } else { problem.units(tile).div_ceil(tile.units()) };
     let wanted = u64::from((device.multiprocessors * blocks_per_sm).div_ceil(parts));
     let blocks = count(rows.div_ceil(config.rows().into()).min(wanted));
@@ -158,6 +161,17 @@ fn backward(problem: &Problem, device: &Device, [x, weight, bias]: [bool; 3]) ->
     });
     let main = Step { kernel: config.into(), grid: [blocks, parts, 1] };
     Plan { units: problem.units(tile), steps: [moments, Some(main), columns], blocks }
+}
+
+/// As many as there is room for. Elements that are loaded by themselves go straight to registers.
+fn stages(config: &Backward, device: &Device) -> u32 {
+    const MOST: u32 = 3;
+    // For sums of teams.
+    const SCRATCH: u32 = 16 << 10;
+    let room = shared_of_each(device.shared_per_block, config.blocks_per_sm);
+    let bytes = |stages| Ring::bytes(config.tile, THREADS, config.operands(), stages) + SCRATCH;
+    let fits = |stages: &u32| config.tile.unit > 1 && bytes(*stages) <= room;
+    (2..=MOST).rev().find(fits).unwrap_or(0)
 }
 
 /// About how many registers a thread takes that holds its part of a row: as ptxas 13.0 does.

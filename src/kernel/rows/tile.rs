@@ -110,6 +110,15 @@ impl<'k> Slots<'k> {
         (0..self.tile.chunks).map(move |i| from.at(i64::from(i * team * bytes)))
     }
 
+    /// Where the units of a row are, and whether.
+    pub fn sources(
+        &self,
+        element: Element,
+        row: Reg<'k, u64>,
+    ) -> impl Iterator<Item = (Address<'k, u64>, Option<Reg<'k, bool>>)> {
+        self.places(element, row).zip(&self.valid).map(|(from, &valid)| (from, valid))
+    }
+
     /// The units of a row that begins at an address, zeros past its end.
     pub fn load(&self, element: Element, row: Reg<'k, u64>) -> Vec<Loaded<'k>> {
         let unit = Unit { element, count: self.tile.unit };

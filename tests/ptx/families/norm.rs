@@ -126,8 +126,9 @@ impl Family for Norms {
             bias: false,
             tile,
             blocks_per_sm: 2,
+            stages: 3,
         };
-        let of_layer = Backward { norm: layer, bias: true, tile: odd, ..backward };
+        let of_layer = Backward { norm: layer, bias: true, tile: odd, stages: 0, ..backward };
         vec![
             ("norm_add", forward.into()),
             (

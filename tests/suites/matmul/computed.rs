@@ -5,7 +5,7 @@ use kaio_candle::{prelude::*, train};
 
 use super::{DTYPES, EMPTY};
 use crate::suites::Layout::*;
-use crate::suites::{Nd, Source, Tally, close, pairs, results_alone, ulp};
+use crate::suites::{Nd, Source, Tally, backward_of_sum, close, pairs, results_alone, ulp};
 
 const DIMS: [[&[usize]; 2]; 4] = [
     [&[5, 40], &[40, 24]],
@@ -86,7 +86,7 @@ fn check(
         bail!("a product of constants tracks a gradient");
     }
     let weight = source.tensor(DType::F32, got.dims(), Plain)?;
-    let [got, want] = [(got * &weight)?.backward()?, (want * &weight)?.backward()?];
+    let [got, want] = [backward_of_sum(&(got * &weight)?)?, backward_of_sum(&(want * &weight)?)?];
     for (i, var) in vars.iter().enumerate() {
         let Some(grad) = got.get(var) else { bail!("no gradient of {i}") };
         if grad.dtype() != var.dtype() {

@@ -7,8 +7,8 @@ use kaio_candle::prelude::*;
 use super::{BATCHES, DTYPES, EMPTY};
 use crate::suites::Layout::*;
 use crate::suites::{
-    Nd, Source, Tally, close, identical, pairs, plain_product, product, product_within,
-    results_alone, ulp,
+    Nd, Source, Tally, backward_of_sum, close, identical, pairs, plain_product, product,
+    product_within, results_alone, ulp,
 };
 
 const OUT_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -433,6 +433,6 @@ fn backward(
             false => var.as_detached_tensor(),
         })
         .collect();
-    let grads = loss(&inputs.iter().collect::<Vec<_>>())?.backward()?;
+    let grads = backward_of_sum(&loss(&inputs.iter().collect::<Vec<_>>())?)?;
     Ok::<_, Error>(vars.iter().map(|var| grads.get(var).cloned()).collect())
 }
