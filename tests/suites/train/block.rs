@@ -85,7 +85,12 @@ fn loss(t: &Tensor) -> Result<Tensor> {
 }
 
 /// To a part of the largest of each gradient.
-fn same<'a>(vars: impl Iterator<Item = &'a Var>, got: &GradStore, want: &GradStore) -> Result<()> {
+fn same<'a>(
+    vars: impl Iterator<Item = &'a Var>,
+    got: &GradStore,
+    want: &GradStore,
+    tolerance: f64,
+) -> Result<()> {
     for (i, var) in vars.enumerate() {
         let name = format!("gradient {i}");
         match (got.get(var), want.get(var)) {
