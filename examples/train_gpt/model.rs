@@ -178,8 +178,10 @@ impl Gpt {
 
     /// The mean cross entropy, in nats per token, of predicting `targets` from `tokens`.
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let hidden = self.hidden(tokens)?.flatten_to(1)?;
-        self.arithmetic.loss(&hidden, &self.embedding, &targets.flatten_all()?)
+        self.arithmetic.block(|| {
+            let hidden = self.hidden(tokens)?.flatten_to(1)?;
+            self.arithmetic.loss(&hidden, &self.embedding, &targets.flatten_all()?)
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::{loss::cross_entropy, ops, rotary_emb};
-use kaio_candle::prelude::*;
+use kaio_candle::{prelude::*, train};
 
 const NORM_EPSILON: f32 = 1e-5;
 
@@ -49,6 +49,14 @@ impl Arithmetic {
         match self {
             Self::Kaio { .. } => DType::BF16,
             Self::Reference => DType::F32,
+        }
+    }
+
+    /// What `f` gives, between whose operations gradients are moved rather than added to zeros.
+    pub fn block(self, f: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        match self {
+            Self::Kaio { .. } => train::block(|_| f(), &[]),
+            Self::Reference => f(),
         }
     }
 

@@ -8,6 +8,7 @@ use candle_core::{
 };
 
 use super::node::{adopt, seed, within};
+use super::tape;
 use super::{Computed, Differentiable, Op, View, compute};
 use crate::error::Error;
 use crate::{check, cuda};
@@ -71,7 +72,8 @@ impl Run {
             false => Ok(t.clone()),
         };
         let leaves = inputs.iter().map(leaf).collect::<Result<Vec<_>>>()?;
-        let outputs = f(&leaves)?;
+        // Its graph is looked at, and not kept.
+        let outputs = tape::paused(|| f(&leaves))?;
         let own: HashSet<_> = leaves.iter().map(Tensor::id).collect();
         let (mut reached, mut captured) = (HashSet::new(), vec![]);
         let nodes = outputs.iter().flat_map(Tensor::sorted_nodes);
@@ -89,15 +91,25 @@ impl Run {
     }
 
     fn on_one_device(&self, inputs: &[Tensor]) -> Result<()> {
-        let own = inputs.iter().map(|t| ("inputs", t));
-        let made = self.outputs.iter().map(|t| ("a result of `f`", t));
-        let captured = self.captured.iter().map(|t| ("a `Var` in `f`", t));
-        let all: Vec<_> = own.chain(made).chain(captured).collect();
-        all.windows(2).try_for_each(|pair| {
-            let [want, got] = [0, 1].map(|i| (pair[i].0, pair[i].1.device()));
-            Ok(check::same_device(OP, got, want)?)
-        })
+        on_one_device(OP, inputs.iter(), self.outputs.iter(), self.captured.iter())
     }
+}
+
+/// That a function's inputs, its results and what it captured are on one device.
+pub(super) fn on_one_device<'a>(
+    op: &'static str,
+    inputs: impl Iterator<Item = &'a Tensor>,
+    results: impl Iterator<Item = &'a Tensor>,
+    captured: impl Iterator<Item = &'a Tensor>,
+) -> Result<()> {
+    let own = inputs.map(|t| ("inputs", t));
+    let made = results.map(|t| ("a result of `f`", t));
+    let captured = captured.map(|t| ("a `Var` in `f`", t));
+    let all: Vec<_> = own.chain(made).chain(captured).collect();
+    all.windows(2).try_for_each(|pair| {
+        let [want, got] = [0, 1].map(|i| (pair[i].0, pair[i].1.device()));
+        Ok(check::same_device(op, got, want)?)
+    })
 }
 
 /// Whether a leaf is behind a tensor: not so behind integers, nor what was rounded to some.
@@ -198,7 +210,7 @@ impl<F: Function> Checkpoint<F> {
 }
 
 /// A tensor's elements in memory of their own.
-fn copy(t: &Tensor) -> Result<(Storage, Shape)> {
+pub(super) fn copy(t: &Tensor) -> Result<(Storage, Shape)> {
     let mut copies = compute(&Copy, &[t])?;
     copies.pop().ok_or_else(|| candle_core::Error::msg("a copy"))
 }

@@ -7,6 +7,7 @@
 mod activation;
 mod alone;
 mod attention;
+mod block;
 mod casts;
 mod checkpoint;
 mod cross_entropy;
@@ -20,6 +21,7 @@ mod project;
 mod quantized;
 mod rope;
 mod softmax;
+mod tape;
 
 pub use alone::Backward;
 pub use attention::FlashAttnBackward;
@@ -27,6 +29,7 @@ pub(crate) use attention::{
     AttentionGrads, AttentionInputs, AttentionProblem, AttentionResults, AttentionUpstream,
     AttentionWants, Mask, attention_tc, flash_attn, flash_attn_with_lse,
 };
+pub(crate) use block::block;
 pub(crate) use casts::once as cast_once;
 pub(crate) use checkpoint::checkpoint;
 pub(crate) use cross_entropy::{RowLoss, RowLosses, Upstream, cross_entropy, span};

@@ -17,6 +17,8 @@
 //! A knot, and the node on which several results hang, is a tensor of one element that nobody reads. A
 //! backward pass visits the results first, which leave their gradients in [`Passes`], then the op, which
 //! turns them into gradients of the inputs, then the knots, which hand these on.
+//!
+//! Within a [`block`](super::block) a node goes on a tape instead.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -29,7 +31,7 @@ use candle_core::{
     Storage, Tensor, bail,
 };
 
-use super::{Differentiable, alone, compute, tensor};
+use super::{Differentiable, alone, compute, tape, tensor};
 use crate::error::Error;
 
 /// Runs an op, in candle's graph if an input tracks a gradient.
@@ -104,7 +106,7 @@ pub(crate) fn within<T>(pass: impl FnOnce() -> T) -> T {
     }
     DEPTH.set(DEPTH.get() + 1);
     let _out = Out;
-    pass()
+    tape::paused(pass)
 }
 
 /// What the graph keeps of an op's inputs.
@@ -127,6 +129,12 @@ fn link<O: Differentiable>(
     let (name, count, node) = (node.op.name(), results.len(), Arc::new(node));
     let device = node.inputs[0].device();
     alone::offer(&node);
+    if tape::recording() {
+        let tracked: Vec<_> = tracked.iter().map(|&i| (i, node.inputs[i].clone())).collect();
+        let linked = tape::put(name, node.clone(), &tracked, results)?;
+        node.know(&linked)?;
+        return Ok(linked);
+    }
     let ends = tie(&node, tracked)?;
     let kinds: Vec<_> = ends.iter().map(|(_, end)| *end).collect();
     let nothing = match count > 1 || kinds.contains(&End::Knot) {
@@ -163,9 +171,7 @@ fn link<O: Differentiable>(
             results.into_iter().enumerate().map(result).collect::<Result<_>>()?
         }
     };
-    // Detached, they share the results' memory and nothing else: no circle keeps the graph alive.
-    let results = linked.iter().map(Tensor::detach).collect();
-    node.results.set(results).map_err(|_| candle_core::Error::msg("an op runs once"))?;
+    node.know(&linked)?;
     Ok(linked)
 }
 
@@ -193,7 +199,7 @@ fn tie<O: Differentiable>(node: &Arc<Node<O>>, tracked: &[usize]) -> Result<Vec<
 }
 
 /// One element of which nothing depends on the value.
-fn unread(device: &Device) -> Result<(Storage, Shape)> {
+pub(super) fn unread(device: &Device) -> Result<(Storage, Shape)> {
     let one = Shape::from(1);
     let storage = match device {
         Device::Cpu => Storage::Cpu(CpuStorage::F32(vec![0.0])),
@@ -219,6 +225,13 @@ impl<O: Differentiable> Node<O> {
         Self { op, inputs, saved, results: OnceLock::new(), passes: Passes::default() }
     }
 
+    /// Keeps the caller's results.
+    fn know(&self, results: &[Tensor]) -> Result<()> {
+        // Detached, they share the results' memory and nothing else: no circle keeps the graph alive.
+        let results = results.iter().map(Tensor::detach).collect();
+        self.results.set(results).map_err(|_| candle_core::Error::msg("an op runs once"))
+    }
+
     /// From the results' gradients to the inputs', as the op computes them.
     pub(super) fn gradients(&self, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let inputs: Vec<_> = self.inputs.iter().collect();
@@ -228,6 +241,19 @@ impl<O: Differentiable> Node<O> {
 
     /// The same, which it leaves for the nodes before.
     fn backward(&self, grads: &[Option<Tensor>]) -> Result<()> {
+        self.passes.leave_gradients(self.step(grads)?);
+        Ok(())
+    }
+}
+
+/// A node whose op is any.
+pub(super) trait Step: Send + Sync {
+    /// From the results' gradients to those of the inputs that track one, which all have it.
+    fn step(&self, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>>;
+}
+
+impl<O: Differentiable> Step for Node<O> {
+    fn step(&self, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let mut grads = self.gradients(grads)?;
         grads.resize(self.inputs.len(), None);
         for (i, (t, grad)) in self.inputs.iter().zip(&mut grads).enumerate() {
@@ -240,11 +266,15 @@ impl<O: Differentiable> Node<O> {
                     let (got, want) = (grad.shape(), t.shape());
                     bail!("{}: the gradient of input {i} is {got:?}, not {want:?}", self.op.name())
                 }
+                // candle would find it when it adds the gradient to zeros, which a tape does not.
+                Some(grad) if grad.dtype() != t.dtype() => {
+                    let (got, want) = (grad.dtype(), t.dtype());
+                    bail!("{}: the gradient of input {i} is {got:?}, not {want:?}", self.op.name())
+                }
                 _ => {}
             }
         }
-        self.passes.leave_gradients(grads);
-        Ok(())
+        Ok(grads)
     }
 }
 
@@ -310,18 +340,21 @@ impl Passes {
 }
 
 /// A node of candle's graph: a result that is there, and what becomes of its gradient.
-struct Link<B> {
+pub(super) struct Link<B> {
     name: &'static str,
     result: Mutex<Option<(Storage, Shape)>>,
     backward: B,
 }
 
 /// From the result's gradient to those of candle's arguments.
-trait Backward: Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static {}
+pub(super) trait Backward:
+    Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static
+{
+}
 
 impl<F: Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static> Backward for F {}
 
-fn insert<B: Backward>(link: Link<B>, args: &[&Tensor]) -> Result<Tensor> {
+pub(super) fn insert<B: Backward>(link: Link<B>, args: &[&Tensor]) -> Result<Tensor> {
     match *args {
         [a] => a.apply_op1(link),
         [a, b] => a.apply_op2(b, link),
@@ -331,7 +364,7 @@ fn insert<B: Backward>(link: Link<B>, args: &[&Tensor]) -> Result<Tensor> {
 }
 
 impl<B: Backward> Link<B> {
-    fn new(name: &'static str, result: (Storage, Shape), backward: B) -> Self {
+    pub(super) fn new(name: &'static str, result: (Storage, Shape), backward: B) -> Self {
         Self { name, result: Mutex::new(Some(result)), backward }
     }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-/// What a function that is [checkpointed](checkpoint) returns: a tensor, a `Vec` or an array of them.
+/// What a function that is [checkpointed](checkpoint) or a [block](super::block) returns: a tensor, a `Vec` or an array of them.
 pub trait Outputs: private::Sealed {
     #[doc(hidden)]
     fn into_tensors(self) -> Vec<Tensor>;

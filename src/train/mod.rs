@@ -1,5 +1,6 @@
 //! Training: an optimizer whose step is one launch for all variables, the clipping of gradients without the host, a check
-//! that no variable is forgotten, parts of a model that are computed again rather than kept, and weights that are cast once.
+//! that no variable is forgotten, parts of a model that are computed again rather than kept, blocks in which
+//! gradients are moved rather than added to zeros, and weights that are cast once.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -25,6 +26,7 @@
 //! tensor on the device. The same gradients give the same bits, for sums have a fixed order.
 
 mod adamw;
+mod block;
 mod casts;
 mod checkpoint;
 mod clip;
@@ -36,6 +38,7 @@ mod schedule;
 mod state;
 
 pub use adamw::AdamW;
+pub use block::block;
 pub use casts::cast_once;
 pub use checkpoint::{Outputs, checkpoint};
 pub use clip::clip_grad_norm;

@@ -72,6 +72,7 @@ tables! {
     weights_files: weights::files;
     weights_bad_files: weights::bad_files;
     train_checkpoint: train::checkpoint;
+    train_block: train::block;
     attention_sizes: attention::sizes;
     attention_empty: attention::empty;
     attention_layouts: attention::layouts;

@@ -1,12 +1,15 @@
-//! The optimizer, the clipping of gradients, what is kept between steps, and parts that are computed again.
+//! The optimizer, the clipping of gradients, what is kept between steps, parts that are computed again, and
+//! blocks.
 
 mod adamw;
+mod block;
 mod checkpoint;
 mod clip;
 mod inputs;
 mod state;
 
 pub use adamw::{accumulation, formula, layouts, moments_in_8_bits, options, sixteen_bits};
+pub use block::block;
 pub use checkpoint::checkpoint;
 pub use clip::{clip, clipped_steps};
 pub use state::{kept_bytes, resume};
