@@ -49,8 +49,8 @@ use super::Outputs;
 /// let x = Tensor::randn(0f32, 1., (8, 64), &Device::Cpu)?;
 /// let y = train::block(
 ///     |x| {
-///         let hidden = x[0].kaio_matmul(&gate)?.kaio_swiglu(&x[0].kaio_matmul(&up)?)?;
-///         hidden.kaio_matmul(&down)?.sqr()?.mean_all()
+///         let hidden = x[0].matmul(&gate)?.kaio_swiglu(&x[0].matmul(&up)?)?;
+///         hidden.matmul(&down)?.sqr()?.mean_all()
 ///     },
 ///     &[&x],
 /// )?;
