@@ -241,7 +241,9 @@ fn compare<const N: usize>(
     let computed = vars.iter().map(|var| var.affine(1.5, 0.25)).collect::<Result<Vec<_>>>()?;
     for inputs in [leaves, computed] {
         let grads = |results: Vec<Tensor>| {
-            let losses = results.iter().map(loss).collect::<Result<Vec<_>>>()?;
+            // candle's CUDA kernels do not launch for tensors without elements.
+            let some = results.iter().filter(|t| t.elem_count() > 0);
+            let losses = some.map(loss).collect::<Result<Vec<_>>>()?;
             Tensor::stack(&losses, 0)?.sum_all()?.backward()
         };
         let (got, want) = (train::block(&f, &refs(&inputs))?, f(&inputs)?);
