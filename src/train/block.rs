@@ -41,20 +41,21 @@ use super::Outputs;
 /// # Example
 ///
 /// ```
-/// use candle_core::{Device, Tensor, Var};
+/// use candle_core::{DType, Device, Tensor, Var};
 /// use kaio_candle::{prelude::*, train};
 ///
 /// let var = || Var::randn(0f32, 0.1, (64, 64), &Device::Cpu);
 /// let (gate, up, down) = (var()?, var()?, var()?);
 /// let x = Tensor::randn(0f32, 1., (8, 64), &Device::Cpu)?;
-/// let y = train::block(
+/// let opts = MatmulOptions::default().compute_dtype(DType::BF16);
+/// let loss = train::block(
 ///     |x| {
-///         let hidden = x[0].matmul(&gate)?.kaio_swiglu(&x[0].matmul(&up)?)?;
-///         hidden.matmul(&down)?.sqr()?.mean_all()
+///         let [gate, up] = [x[0].kaio_matmul_with(&gate, &opts)?, x[0].kaio_matmul_with(&up, &opts)?];
+///         gate.kaio_swiglu(&up)?.kaio_matmul_with(&down, &opts)?.sqr()?.mean_all()
 ///     },
 ///     &[&x],
 /// )?;
-/// let grads = y.backward()?;
+/// let grads = loss.backward()?;
 /// assert!([&gate, &up, &down].iter().all(|var| grads.get(var).is_some()));
 /// # Ok::<(), candle_core::Error>(())
 /// ```

@@ -4,6 +4,9 @@ use std::cmp::Reverse;
 
 use candle_core::{Layout, Result, Shape, Tensor};
 
+use crate::op::checkpoint::copy;
+use crate::op::tensor;
+
 /// A view of a contiguous tensor: with its dimensions in another order, it is some columns of the tensor as a matrix. What
 /// `reshape`, `squeeze`, `transpose`, `permute` and one `narrow` make of a tensor, in any order, is one; what `broadcast_as` makes
 /// is not.
@@ -57,8 +60,8 @@ impl View {
         let grad = if ordered { grad.clone() } else { grad.permute(&self.order[..])? };
         match self.is_all() {
             true if *grad.shape() == self.shape => Ok(grad),
-            true => grad.reshape(&self.shape),
-            false => grad.reshape((self.columns.rows, self.columns.count)),
+            true => packed(grad)?.reshape(&self.shape),
+            false => packed(grad)?.reshape((self.columns.rows, self.columns.count)),
         }
     }
 
@@ -66,6 +69,11 @@ impl View {
     pub(super) fn is_all(&self) -> bool {
         self.columns.count == self.columns.of
     }
+}
+
+/// Without gaps.
+fn packed(t: Tensor) -> Result<Tensor> {
+    if t.is_contiguous() { Ok(t) } else { Ok(tensor(copy(&t)?)) }
 }
 
 /// Whether two tensors are in the same memory.
