@@ -27,12 +27,15 @@ pub fn run(args: &Args, corpus: &Corpus) -> Result<()> {
     Ok(())
 }
 
+/// From a loss to other weights.
+type Update = Box<dyn FnMut(&Tensor) -> Result<()>>;
+
 /// Tokens a second.
 fn rate(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<f64> {
     reset_peak_memory(&args.device)?;
     let model = Gpt::new(args.model, arithmetic, args.seed, &args.device)?;
     let parameters: usize = model.parameters().iter().map(|(_, var)| var.elem_count()).sum();
-    let mut update: Box<dyn FnMut(&Tensor) -> Result<()>> = match arithmetic {
+    let mut update: Update = match arithmetic {
         Arithmetic::Kaio { .. } => {
             let mut optimizer = optimizer(args, &model)?;
             Box::new(move |loss| optimizer.backward_step(loss))

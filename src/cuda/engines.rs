@@ -221,8 +221,8 @@ pub(crate) fn matmul_quant_gated(
 #[cfg(feature = "cuda")]
 fn together(x: View<CudaStorage>, weights: &[CudaWeight]) -> bool {
     let f16 = x.0.dtype() == DType::F16;
-    let fits = |w: &CudaWeight| !w.facts.dims.contains(&0) && !(f16 && w.facts.exponent != 0);
-    x.1.shape().elem_count() > 0 && weights.iter().all(fits)
+    let unfit = |w: &CudaWeight| w.facts.dims.contains(&0) || f16 && w.facts.exponent != 0;
+    x.1.shape().elem_count() > 0 && !weights.iter().any(unfit)
 }
 
 /// `act(scale · rows · columns · Σ (x − zero_point)·w + bias)` of int8 bytes, with `factors` scale and zero point.

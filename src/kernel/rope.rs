@@ -207,6 +207,10 @@ impl params::Arguments for Arguments<'_> {
 pub fn emit(config: &Config) -> Source {
     let &Config { element, angle, layout, unit, heads } = config;
     let k = &Kernel::new("rope", Target::Sm80, THREADS);
+    // The assembler would rather have three, and spill.
+    if matches!(layout, RopeLayout::Interleaved) {
+        k.blocks_per_sm(2);
+    }
     let [x, cos, sin, out] = [Name::X, Name::Cos, Name::Sin, Name::Out].map(|name| k.pointer(name));
     let [x_batch, x_head, x_row] =
         [Name::XBatch, Name::XHead, Name::XRow].map(|n| k.param::<u64>(n));

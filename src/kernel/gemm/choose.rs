@@ -60,8 +60,7 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                     let most = match problem.epilogue.scale {
                         _ if promoted && rows == 128 => 0,
                         // Nor are there any for scales of so many columns.
-                        Scale::Blocks if orient == Orient::Swapped => 32,
-                        Scale::ZeroPoint => 32,
+                        Scale::Blocks | Scale::ZeroPoint => 32,
                         _ => 64,
                     };
                     let blocks_per_sm = if cols <= most { 2 } else { 1 };

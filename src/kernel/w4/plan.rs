@@ -91,6 +91,10 @@ pub fn together(problem: &Problem, device: &Device) -> bool {
         Target::Sm90a if problem.gated => problem.m <= stream::MOST,
         Target::Sm90a => true,
         Target::Sm80 | Target::Sm89 if problem.m > streamed(device.target) => false,
+        // Those leave no registers for the addresses of one more weight.
+        Target::Sm80 | Target::Sm89 if problem.scheme.zeros && problem.scheme.group == Some(32) => {
+            false
+        }
         // No second kernel adds parts of several products, so that few columns are faster one by one.
         Target::Sm80 | Target::Sm89 => {
             let alone = |n| Problem { n, others: [0; 2], gated: false, ..*problem };

@@ -21,7 +21,7 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
 
 /// Those worth an estimate.
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
-    let product = problem.products();
+    let (product, scheme) = (problem.products(), &problem.scheme);
     let whole = WIDTHS.iter().position(|&cols| u64::from(cols) >= problem.m);
     // All rows of `x` at once, or with as few tiles as there are in narrower ones.
     let (least, most) = match whole {
@@ -32,8 +32,11 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     for &cols in &WIDTHS[least..=most] {
         for rows in [64, 128] {
             for split in [1, 2, 4, 8] {
-                // Two blocks of three warpgroups have the registers for the fragments of two stages, and few sums.
-                let blocks_per_sm = if cols <= 32 || (rows == 64 && cols <= 64) { 2 } else { 1 };
+                // Two blocks of three warpgroups have the registers for the fragments of two stages, and few sums; but not
+                // those for groups' scales of bytes besides, and addresses of three weights.
+                let full = scheme.codes.are_bytes() && scheme.group.is_some() && rows == 128;
+                let few = cols <= 32 || (rows == 64 && cols <= 64);
+                let blocks_per_sm = if few && !(full && problem.weights() > 2) { 2 } else { 1 };
                 let shape = Shape {
                     split,
                     blocks_per_sm,

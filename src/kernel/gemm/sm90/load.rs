@@ -36,7 +36,8 @@ struct OperandTile<'k> {
     to: Reg<'k, u32>,
 }
 
-/// The left operand's part.
+/// The left operand's part. There is one of it.
+#[allow(clippy::large_enum_variant)]
 enum LeftTile<'k> {
     Matrix(OperandTile<'k>),
     Packed(PackedTile<'k>),

@@ -147,8 +147,9 @@ pub fn emit(config: &Config) -> Source {
     k.finish()
 }
 
-/// The left operand.
+/// The left operand. It is copied while the text is written, and registers are numbers.
 #[derive(Clone, Copy)]
+#[allow(clippy::large_enum_variant)]
 enum Left<'k> {
     /// By its descriptor.
     Matrix(Reg<'k, u64>),
