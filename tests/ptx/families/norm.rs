@@ -19,14 +19,11 @@ impl Family for Norms {
         let types = [(BF16, BF16), (F16, F16), (BF16, Element::F32), (Element::F32, Element::F32)];
         let widths: &[u64] = match extent {
             Extent::Few => &[1, 7, 64, 768, 1600, 4096, 4099, 16_384, 50_000],
-            Extent::All => &[
-                1, 7, 8, 13, 64, 100, 128, 256, 515, 768, 1024, 1600, 2048, 2056, 2560, 3072, 4096,
-                4099, 5120, 6144, 8192, 8200, 12_288, 16_384, 16_392, 32_768, 50_000,
-            ],
+            // f16 has the kernels of bf16 with other conversions: the sample has those.
+            Extent::All => &[13, 128, 515, 1024, 2048, 2056, 3072, 8192, 8200, 16_392, 32_768],
         };
-        for ((element, weight), &cols) in
-            types.iter().flat_map(|t| widths.iter().map(move |w| (*t, w)))
-        {
+        let types = types.iter().filter(|of| extent == Extent::Few || of.0 != F16);
+        for ((element, weight), &cols) in types.flat_map(|t| widths.iter().map(move |w| (*t, w))) {
             for (rows, centred, aligned) in [
                 (1, false, true),
                 (16_384, false, true),
