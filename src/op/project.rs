@@ -142,6 +142,11 @@ impl Op for Project {
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let Inputs { x, scales, bias, weights } = self.read(inputs);
+        // What no memory can hold is refused before what no kernel takes.
+        for weight in &weights {
+            let (_, shape) = rows(self.name, x.1, weight.facts.dims[1])?;
+            check::size(self.name, RESULT, shape.dims(), DType::F32)?;
+        }
         if matches!(self.lhs, Lhs::Float)
             && bias.is_none()
             && let Some(all) = cuda::matmul_quant_all(self.name, x, &weights, self.epilogue)?

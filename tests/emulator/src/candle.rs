@@ -95,7 +95,6 @@ impl Call<'_> {
 
     /// `(numel, num_dims, info, lhs, rhs, out)`, rounded once.
     fn binary(&self, kind: &str, of: fn(f64, f64) -> f64) {
-        let size = bytes(kind);
         let (count, dims, info) = (self.arg::<usize>(0), self.arg(1), self.arg(2));
         let (operands, to) = ([3, 4].map(|i| self.arg::<u64>(i)), self.arg::<u64>(5));
         let size = bytes(kind);
