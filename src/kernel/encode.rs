@@ -5,7 +5,7 @@
 use super::multiprocessor::WARP;
 use super::name::given;
 use super::params::{self, Argument, names};
-use super::plan::{Step, count};
+use super::plan::{Step, count, weight_limit};
 use super::quantize::{largest, rounded};
 use super::w4::NF4;
 use super::{Device, Element};
@@ -102,14 +102,7 @@ impl Problem {
     /// What is beyond what threads count, and the most that they do.
     pub fn limit(&self) -> Option<(String, u32)> {
         const MOST: u32 = u32::MAX - THREADS * BYTES;
-        /// What the second dimension of a grid reaches.
-        const WIDEST: u32 = 65_535 * THREADS;
-        let Self { rows, cols, .. } = *self;
-        if cols > WIDEST.into() {
-            return Some((format!("{cols} columns"), WIDEST));
-        }
-        let over = rows.saturating_mul(cols) > MOST.into();
-        over.then(|| (format!("a weight of {rows} x {cols} elements"), MOST))
+        weight_limit([self.rows, self.cols], THREADS, MOST)
     }
 }
 

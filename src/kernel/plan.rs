@@ -30,3 +30,19 @@ pub trait Plan: Sized {
 pub(super) fn count(n: u64) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
+
+/// What of a weight is beyond what kernels count that take its columns along y, by `threads` in a block, and the most that they
+/// do: elements, and columns.
+pub(super) fn weight_limit(
+    [rows, cols]: [u64; 2],
+    threads: u32,
+    most: u32,
+) -> Option<(String, u32)> {
+    // What the second dimension of a grid reaches.
+    let widest = 65_535 * threads;
+    if cols > widest.into() {
+        return Some((format!("{cols} columns"), widest));
+    }
+    let over = rows.saturating_mul(cols) > most.into();
+    over.then(|| (format!("a weight of {rows} x {cols} elements"), most))
+}

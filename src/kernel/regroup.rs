@@ -5,7 +5,7 @@
 
 use super::name::given;
 use super::params::{self, Argument, names};
-use super::plan::{Step, count};
+use super::plan::{Step, count, weight_limit};
 use super::{Config as Kernels, Device};
 use crate::ptx::{Kernel, Reg, Source, Target};
 
@@ -31,14 +31,7 @@ impl Problem {
     /// What is beyond what threads count, and the most that they do.
     pub fn limit(&self) -> Option<(String, u32)> {
         const MOST: u32 = i32::MAX as u32;
-        /// What the second dimension of a grid reaches.
-        const WIDEST: u32 = 65_535 * THREADS;
-        let Self { rows, cols, .. } = *self;
-        if cols > WIDEST.into() {
-            return Some((format!("{cols} columns"), WIDEST));
-        }
-        let over = rows.saturating_mul(cols) > MOST.into();
-        over.then(|| (format!("a weight of {rows} x {cols} elements"), MOST))
+        weight_limit([self.rows, self.cols], THREADS, MOST)
     }
 }
 

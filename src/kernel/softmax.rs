@@ -4,7 +4,7 @@
 use super::name::given;
 use super::params::{self, Argument, names};
 use super::plan::{Step, count};
-use super::rows::{Loaded, Room, Slots, Team, Tile, Unit, Walk, begin};
+use super::rows::{self, Loaded, Room, Slots, Team, Tile, Unit, Walk, begin};
 use super::{Device, Element};
 use crate::ptx::{Kernel, Reg, Source, Target};
 
@@ -89,9 +89,7 @@ impl super::Plan for Plan {
 impl Problem {
     /// What is beyond what a grid can count, and the most that it can.
     pub fn limit(&self) -> Option<(String, u32)> {
-        const MOST: u32 = i32::MAX as u32;
-        let over = self.rows > MOST.into() || self.cols > MOST.into();
-        over.then(|| (format!("{} rows of {} elements", self.rows, self.cols), MOST))
+        rows::limit(self.rows, self.cols)
     }
 }
 

@@ -4,7 +4,7 @@ use super::backward::THREADS;
 use super::{Backward, Columns, Forward, Moments, Name, Norm, Ring, Room, Sums, Tile};
 use crate::kernel::multiprocessor::shared_of_each;
 use crate::kernel::plan::{Plan as _, Step, count};
-use crate::kernel::{Config, Device};
+use crate::kernel::{Config, Device, rows};
 
 /// Which way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,10 +114,7 @@ impl Problem {
 
     /// What is beyond what a grid can count, and the most that it can.
     pub fn limit(&self) -> Option<(String, u32)> {
-        // Blocks of a step go on beyond the last row or unit.
-        const MOST: u32 = i32::MAX as u32;
-        let over = self.rows > MOST.into() || self.cols > MOST.into();
-        over.then(|| (format!("{} rows of {} elements", self.rows, self.cols), MOST))
+        rows::limit(self.rows, self.cols)
     }
 }
 
