@@ -1,72 +1,36 @@
 //! What attention keeps for its backward pass, and what that allocates; what a quantised weight takes: the driver's own
 //! count.
-#![allow(unsafe_code)] // The count.
 
-use candle_core::{DType, Device, Result, Tensor, Var, bail};
-use cudarc::driver::sys::{self, CUmemPool_attribute};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use kaio_candle::prelude::*;
+use kaio_candle::train::{peak_memory, reset_peak_memory};
 use kaio_candle::tune::FlashAttnBackward;
 
 use super::say;
 use super::suites::{Layout, Source, results_alone};
 
-/// The memory from which candle allocates: all of the process's on one device.
-struct Pool {
-    pool: sys::CUmemoryPool,
-    device: Device,
-}
-
-/// Bytes of a pool beyond those before something ran: at most while it ran, and after it.
+/// Bytes of candle's memory on a device beyond those before something ran: at most while it ran, and after it.
 struct Taken {
     most: u64,
     kept: u64,
 }
 
-impl Pool {
-    fn new(device: &Device) -> Result<Self> {
-        let context = device.as_cuda_device()?.cuda_stream().context().clone();
-        let mut pool = std::ptr::null_mut();
-        // SAFETY: it writes to the local that it is given.
-        let got = unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()) };
-        match got {
-            sys::CUresult::CUDA_SUCCESS => Ok(Self { pool, device: device.clone() }),
-            error => bail!("no memory pool: {error:?}"),
-        }
-    }
+/// What is in use once the device has come to all that was freed.
+fn in_use(device: &Device) -> Result<u64> {
+    reset_peak_memory(device)?;
+    peak(device)
+}
 
-    fn count(&self, attribute: CUmemPool_attribute) -> Result<u64> {
-        let mut bytes = 0u64;
-        // SAFETY: these attributes are of 64 bits, written to the local.
-        let got =
-            unsafe { sys::cuMemPoolGetAttribute(self.pool, attribute, (&raw mut bytes).cast()) };
-        match got {
-            sys::CUresult::CUDA_SUCCESS => Ok(bytes),
-            error => bail!("{attribute:?}: {error:?}"),
-        }
-    }
+fn peak(device: &Device) -> Result<u64> {
+    peak_memory(device)?.ok_or_else(|| candle_core::Error::msg("a GPU's memory is counted"))
+}
 
-    /// The driver's count begins anew at what is in use.
-    fn forget(&self) -> Result<()> {
-        let mut zero = 0u64;
-        let high = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-        // SAFETY: the attribute is of 64 bits, read from the local.
-        match unsafe { sys::cuMemPoolSetAttribute(self.pool, high, (&raw mut zero).cast()) } {
-            sys::CUresult::CUDA_SUCCESS => Ok(()),
-            error => bail!("{high:?}: {error:?}"),
-        }
-    }
-
-    fn measure<T>(&self, run: impl FnOnce() -> Result<T>) -> Result<(T, Taken)> {
-        // What was freed before is in use until the device has come to it.
-        self.device.synchronize()?;
-        self.forget()?;
-        let current = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT;
-        let before = self.count(current)?;
-        let result = run()?;
-        self.device.synchronize()?;
-        let most = self.count(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)? - before;
-        Ok((result, Taken { most, kept: self.count(current)? - before }))
-    }
+fn measure<T>(device: &Device, run: impl FnOnce() -> Result<T>) -> Result<(T, Taken)> {
+    let before = in_use(device)?;
+    let result = run()?;
+    device.synchronize()?;
+    let most = peak(device)? - before;
+    Ok((result, Taken { most, kept: in_use(device)? - before }))
 }
 
 fn bytes(t: &Tensor) -> u64 {
@@ -82,11 +46,10 @@ type Sizes = [usize; 6];
 /// In a process of its own, whose memory nobody else takes.
 pub fn of_attention() -> Result<()> {
     let device = Device::new_cuda_with_stream(0)?;
-    let pool = Pool::new(&device)?;
 
     // What is given back before the end counts, too.
     let zeros = || Tensor::zeros(1 << 20, DType::F32, &device);
-    let (_, taken) = pool.measure(|| zeros()?.to_dtype(DType::BF16).map(drop))?;
+    let (_, taken) = measure(&device, || zeros()?.to_dtype(DType::BF16).map(drop))?;
     assert!(taken.most >= 6 << 20 && taken.kept == 0, "{} and {}", taken.most, taken.kept);
 
     // The emulator takes a while.
@@ -124,13 +87,13 @@ pub fn of_attention() -> Result<()> {
             let accumulator = row * d as u64;
             // What does not grow with the problem, and what allocations are rounded up by.
             let constant = 4 << 10;
-            let (attention, saved) = pool.measure(forward)?;
+            let (attention, saved) = measure(&device, forward)?;
             let saved = saved.kept - bytes(attention.out());
             assert!(
                 saved <= 2 * row + constant,
                 "{case}: the forward pass saves {saved}, a row is {row}"
             );
-            let (gradients, taken) = pool.measure(|| attention.run(&grad))?;
+            let (gradients, taken) = measure(&device, || attention.run(&grad))?;
             let results: u64 = gradients.iter().flatten().map(bytes).sum();
             assert!(taken.kept >= results, "{case}: {} of gradients, {}", results, taken.kept);
             let beyond = taken.most - results;
@@ -152,7 +115,6 @@ pub fn of_attention() -> Result<()> {
 /// In a process of its own, whose memory nobody else takes.
 pub fn of_weights() -> Result<()> {
     let device = Device::new_cuda_with_stream(0)?;
-    let pool = Pool::new(&device)?;
     let schemes = [
         QuantScheme::Int4 { group: 128, zero_points: false },
         QuantScheme::Int4 { group: 64, zero_points: true },
@@ -166,7 +128,7 @@ pub fn of_weights() -> Result<()> {
         let host = QuantWeight::quantize(&w, &scheme)?;
         // Compiles the kernels.
         host.to_device(&device)?.prepare()?;
-        let (weight, taken) = pool.measure(|| {
+        let (weight, taken) = measure(&device, || {
             let weight = host.to_device(&device)?;
             weight.prepare()?;
             Ok(weight)
@@ -182,7 +144,7 @@ pub fn of_weights() -> Result<()> {
         assert!(taken.most <= allowed, "{scheme:?}: {} at most, {own} its own", taken.most);
         // A view of a large matrix does not keep it.
         if let QuantScheme::Int8 { .. } = scheme {
-            let (part, taken) = pool.measure(|| {
+            let (part, taken) = measure(&device, || {
                 let codes = Tensor::zeros((8 * k, n), DType::U8, &device)?;
                 let scale = Tensor::ones(1, DType::F32, &device)?;
                 QuantWeight::from_int8(&codes.narrow(0, k, k)?, &scale)
