@@ -1,12 +1,14 @@
 //! Who competes in a row. Before anyone is timed, our results are compared with another's: a peer that
 //! was given the wrong layout would flatter us, and a wrong kernel is soon fast.
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 use super::turns::{Contestant, contestant};
 
 pub const OURS: &str = "kaio-candle";
 pub const CANDLE: &str = "candle";
+#[allow(dead_code)] // See `add_copy`.
+pub const COPY: &str = "copy";
 
 /// We are the first of the contestants.
 #[derive(Default)]
@@ -18,6 +20,14 @@ pub struct Contest {
 impl Contest {
     pub fn add(&mut self, name: &'static str, run: impl FnMut() -> Result<()> + 'static) {
         self.contestants.push(contestant(name, run));
+    }
+
+    /// A copy of as many bytes as the row has to read and write: as fast as memory is.
+    #[allow(dead_code)] // Of benches that are bound by memory.
+    pub fn add_copy(&mut self, bytes: f64, device: &Device) -> Result<()> {
+        let half = Tensor::zeros((bytes / 8.0) as usize, DType::F32, device)?;
+        self.add(COPY, move || half.copy().map(drop));
+        Ok(())
     }
 
     /// A peer that cannot do the row is left out of it, and the table says so.

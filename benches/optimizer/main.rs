@@ -21,14 +21,11 @@ use candle_nn::Optimizer;
 use kaio_candle::train::{AdamW, AdamWConfig, Moments, clip_grad_norm};
 
 use common::args::Args;
-use common::contest::{CANDLE, Contest, OURS, agree};
+use common::contest::{CANDLE, COPY, Contest, OURS, agree};
 use common::gpu::Gpu;
 use common::race;
 use common::table::{Bench, Outcome};
 use rows::{Op, Row};
-
-/// A copy of as many bytes as the row has to read and write.
-const COPY: &str = "copy";
 
 fn main() -> common::Result<()> {
     let args = Args::parse(&rows::GROUPS, |_, _| Ok(false))?;
@@ -114,9 +111,7 @@ fn prepare(device: &Device, row: &Row) -> Result<Contest> {
         contest.add_if_able(CANDLE, move || adamw.step(&grads));
     }
     if row.op != Op::Host {
-        let half =
-            Tensor::zeros((common::table::Row::bytes(row) / 8.0) as usize, DType::F32, device)?;
-        contest.add(COPY, move || half.copy().map(drop));
+        contest.add_copy(common::table::Row::bytes(row), device)?;
     }
     Ok(contest)
 }

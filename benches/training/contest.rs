@@ -9,9 +9,6 @@ use super::common::gpu::Gpu;
 use super::loss;
 use super::rows::{HEADS, Op, Pass, Row};
 
-/// A copy of as many bytes as the row has to read and write.
-pub const COPY: &str = "copy";
-
 /// A function of some tensors, the constants last, which has one result.
 type Function = fn(&Row, &[Tensor]) -> Result<Tensor>;
 
@@ -103,13 +100,8 @@ pub fn prepare(gpu: &Gpu, row: &Row) -> Result<Contest> {
             contest.add(OURS, move || backward.run(&[Some(upstream.clone())]).map(drop));
         }
     }
-    let half = Tensor::zeros((row_bytes(row) / 8.0) as usize, DType::F32, &gpu.device)?;
-    contest.add(COPY, move || half.copy().map(drop));
+    contest.add_copy(super::common::table::Row::bytes(row), &gpu.device)?;
     Ok(contest)
-}
-
-fn row_bytes(row: &Row) -> f64 {
-    super::common::table::Row::bytes(row)
 }
 
 /// On a few rows our results and gradients are those of the plain formula.

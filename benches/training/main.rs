@@ -22,7 +22,7 @@ mod rows;
 
 use common::Result;
 use common::args::Args;
-use common::contest::{CANDLE, Contest};
+use common::contest::{CANDLE, COPY, Contest};
 use common::gpu::Gpu;
 use common::race;
 use common::table::{Bench, Outcome};
@@ -45,7 +45,7 @@ impl Bench for Training {
     const GROUPS: &[(char, &str)] = &rows::GROUPS;
     const LEGEND: &str = "the ratio to the copy is the share of the memory's speed";
     const COLUMNS: &[(&str, usize)] = &[("op", 20), ("shape", 16), ("dtype", 5), ("pass", 8)];
-    const PEERS: &[&'static str] = &[contest::COPY, CANDLE, "torch", "compiled"];
+    const PEERS: &[&'static str] = &[COPY, CANDLE, "torch", "compiled"];
 
     fn cells(&self, row: &Row) -> Vec<String> {
         vec![row.op.name().into(), row.shape(), row.dtype.as_str().into(), row.pass.name().into()]
