@@ -143,38 +143,35 @@ impl Op for Project {
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
         let Inputs { x, scales, bias, weights } = self.read(inputs);
         // What no memory can hold is refused before what no kernel takes.
-        for weight in &weights {
+        let shape = |weight: &Weight<_>| {
             let (_, shape) = rows(self.name, x.1, weight.facts.dims[1])?;
             check::size(self.name, RESULT, shape.dims(), DType::F32)?;
-        }
+            Ok(shape)
+        };
+        let shapes = weights.iter().map(shape).collect::<Result<Vec<_>>>()?;
         if matches!(self.lhs, Lhs::Float)
             && bias.is_none()
             && let Some(all) = cuda::matmul_quant_all(self.name, x, &weights, self.epilogue)?
         {
-            let shaped = |(out, weight): (_, &Weight<_>)| {
-                Ok((out, rows(self.name, x.1, weight.facts.dims[1])?.1))
-            };
-            return all.into_iter().zip(&weights).map(shaped).collect();
+            return Ok(all.into_iter().zip(shapes).collect());
         }
         let product = |weight: &Weight<View<CudaStorage>>| {
-            let (_, shape) = rows(self.name, x.1, weight.facts.dims[1])?;
             let (op, epilogue) = (self.name, self.epilogue);
-            let out = match self.lhs {
-                Lhs::Float => cuda::matmul_quant(op, x, weight, false, epilogue, bias)?,
+            match self.lhs {
+                Lhs::Float => cuda::matmul_quant(op, x, weight, false, epilogue, bias),
                 Lhs::Int8 { scale, zero_point } => {
                     let factors = (scale, zero_point);
-                    cuda::matmul_int8(op, x, scales, factors, weight, epilogue, bias)?
+                    cuda::matmul_int8(op, x, scales, factors, weight, epilogue, bias)
                 }
                 Lhs::Fp8 { width } => {
-                    cuda::matmul_fp8(op, x, scales, width, weight, epilogue, bias)?
+                    cuda::matmul_fp8(op, x, scales, width, weight, epilogue, bias)
                 }
                 Lhs::Rounded(rounding) => {
-                    cuda::matmul_rounded(op, x, rounding, weight, epilogue, bias)?
+                    cuda::matmul_rounded(op, x, rounding, weight, epilogue, bias)
                 }
-            };
-            Ok((out, shape))
+            }
         };
-        weights.iter().map(product).collect()
+        weights.iter().zip(shapes).map(|(weight, shape)| Ok((product(weight)?, shape))).collect()
     }
 }
 
