@@ -10,6 +10,9 @@ use crate::{
 /// A named argument.
 pub(crate) type Arg<'a> = (&'static str, &'a Tensor);
 
+/// What ops compute with, and optimizers step.
+pub(crate) const FLOATS: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
+
 /// A device as messages show it.
 pub(crate) fn place(location: DeviceLocation) -> String {
     match location {

@@ -87,7 +87,7 @@ pub(crate) fn cross_entropy(
     let op = "kaio_cross_entropy";
     let args @ [l, _] = [("logits", logits), ("targets", targets)];
     check::tensors(op, &args)?;
-    check::dtype(op, l, &[DType::F16, DType::BF16, DType::F32])?;
+    check::dtype(op, l, &check::FLOATS)?;
     check::rank(op, l, 1..=usize::MAX, "[.., V]", "give a score for each class")?;
     check_targets(op, targets, l)?;
     let row_loss = RowLoss::new(op, opts)?;

@@ -12,7 +12,7 @@ pub(crate) fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let args @ [t, i] = [("table", table), ("ids", ids)];
     check::tensors(op, &args)?;
     check::untracked(op, &[i])?;
-    check::dtype(op, t, &[DType::F16, DType::BF16, DType::F32])?;
+    check::dtype(op, t, &check::FLOATS)?;
     check::dtype(op, i, &[DType::U32, DType::I64])?;
     check::rank(op, t, 2..=2, "[V, H]", "a table has a row for each id")?;
     let [_, cols] = *table.dims() else { unreachable!("checked above") };

@@ -11,7 +11,7 @@ use crate::{check, cpu, cuda};
 pub(crate) fn glu(op: &'static str, kind: Gate, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let args @ [a, b] = [("gate", gate), ("up", up)];
     check::tensors(op, &args)?;
-    check::dtype(op, a, &[DType::F16, DType::BF16, DType::F32])?;
+    check::dtype(op, a, &check::FLOATS)?;
     check::same_dtype(op, b, a)?;
     check::same_shape(op, b, a)?;
     if gate.device().is_cpu() {

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What operands may be cast from.
-pub(super) const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+pub(super) const CASTABLE: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// What a message calls the result, whose sums are f32 whatever it is rounded to.
 pub(super) const RESULT: &str = "the result";
@@ -30,7 +30,7 @@ pub(crate) fn matmul(
     let computed = check_compute_dtype(op, opts.compute_dtype)?;
     let dtype = match computed {
         Some(dtype) => {
-            [a, b].into_iter().try_for_each(|arg| check::dtype(op, arg, &FLOATS))?;
+            [a, b].into_iter().try_for_each(|arg| check::dtype(op, arg, &CASTABLE))?;
             dtype
         }
         None => {

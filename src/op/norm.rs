@@ -151,7 +151,7 @@ impl Norm {
         let vectors = || vectors.into_iter().flatten();
         check::tensors(op, &[x].into_iter().chain(residual).chain(vectors()).collect::<Vec<_>>())?;
         check::rank(op, x, 1..=usize::MAX, "[.., width]", "add a dimension with `.unsqueeze(0)?`")?;
-        check::dtype(op, x, &[DType::F16, DType::BF16, DType::F32])?;
+        check::dtype(op, x, &check::FLOATS)?;
         if let Some(residual) = residual {
             check::same_dtype(op, residual, x)?;
             check::same_shape(op, residual, x)?;

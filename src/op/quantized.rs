@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::activation::activated;
 use super::casts::check_compute_dtype;
-use super::matmul::{FLOATS, RESULT, check_out_dtype};
+use super::matmul::{CASTABLE, RESULT, check_out_dtype};
 use super::project::{Gated, Lhs, Project, Rounding};
 use super::{Epilogue, cast, eval, glu};
 use crate::check::{self, Arg, INT4_GROUP};
@@ -36,7 +36,7 @@ pub(crate) fn matmul_quant(
     // candle differentiates the cast.
     let x = &match check_compute_dtype(op, opts.compute_dtype)? {
         Some(dtype) if x.dtype() != dtype => {
-            check::dtype(op, ("x", x), &FLOATS)?;
+            check::dtype(op, ("x", x), &CASTABLE)?;
             cast(x, dtype)?
         }
         _ => x.clone(),

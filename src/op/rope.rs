@@ -17,7 +17,7 @@ pub(crate) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -
     check::untracked(NAME, &[c, s])?;
     let shapes = "[.., heads, positions, D]";
     check::rank(NAME, a, 2..=usize::MAX, shapes, "add a dimension with `.unsqueeze(0)?`")?;
-    check::dtype(NAME, a, &[DType::F16, DType::BF16, DType::F32])?;
+    check::dtype(NAME, a, &check::FLOATS)?;
     match x.dtype() {
         DType::F32 => check::dtype(NAME, c, &[DType::F32])?,
         half => check::dtype(NAME, c, &[DType::F32, half])?,

@@ -12,7 +12,7 @@ pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
     let arg = ("x", x);
     check::tensors(NAME, &[arg])?;
     check::rank(NAME, arg, 1..=usize::MAX, "[.., width]", "add a dimension with `.unsqueeze(0)?`")?;
-    check::dtype(NAME, arg, &[DType::F16, DType::BF16, DType::F32])?;
+    check::dtype(NAME, arg, &check::FLOATS)?;
     if x.device().is_cpu() {
         check::memory(NAME, "the result", x.dims(), DType::F32)?;
     }

@@ -48,7 +48,7 @@ impl Planes {
         check::tensors(op, &args)?;
         check::untracked(op, &args)?;
         shape(op, ("codes", codes), &[words, n])?;
-        check::dtype(op, ("scales", scales), &[DType::F16, DType::BF16, DType::F32])?;
+        check::dtype(op, ("scales", scales), &check::FLOATS)?;
         shape(op, ("scales", scales), &[rows, cols])?;
         let zero_points = scheme.has_zero_points();
         if zero_points != zeros.is_some() {

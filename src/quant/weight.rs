@@ -85,7 +85,7 @@ impl QuantWeight {
         check::rank(OP, args[0], 2..=2, "[K/8, N]", "a weight is one matrix")?;
         let k = packed.dims()[0].saturating_mul(8);
         check::int4_weight(OP, ("packed", k), args[0], args[1])?;
-        check::dtype(OP, args[1], &[DType::F16, DType::BF16, DType::F32])?;
+        check::dtype(OP, args[1], &check::FLOATS)?;
         let planes = Planes {
             scheme: QuantScheme::Int4 { group: INT4_GROUP as i32, zero_points: false },
             dims: [k, packed.dims()[1]],

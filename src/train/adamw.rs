@@ -7,13 +7,13 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Storage, Tensor, Var};
 
 use super::clip::{clip_of, one_device};
-use super::gradients::{DTYPES, complete, fit_gradient};
+use super::gradients::{complete, fit_gradient};
 use super::state::{accumulate_on_cpu, saved, step_on_cpu};
 use super::{AdamWCall, AdamWConfig, AdamWTables, Moments, Sum, Update, options};
-use crate::cuda;
 use crate::error::Error;
 use crate::kernel::optimizer::Betas;
 use crate::train::state::{Kept, Moment};
+use crate::{check, cuda};
 
 /// Variables of fewer elements keep their moments in f32: bitsandbytes' `min_8bit_size`.
 const LEAST_FOR_CODES: usize = 4096;
@@ -137,7 +137,7 @@ impl AdamW {
         one_device(OP, vars.iter().map(|(_, var)| ("vars", var.as_tensor())))?;
         let (mut names, mut ids) = (HashSet::new(), HashSet::new());
         for (name, var) in &vars {
-            crate::check::dtype(OP, ("vars", var), &DTYPES)?;
+            check::dtype(OP, ("vars", var), &check::FLOATS)?;
             if !names.insert(name) || !ids.insert(var.id()) {
                 let (got, want) = (format!("`{name}` a second time"), "each once".to_owned());
                 let fix = "a variable that layers share is listed once";

@@ -1,13 +1,10 @@
 //! What a backward pass gave: whether it is all, and whether it fits.
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
 
 use crate::check;
 use crate::error::Error;
-
-/// What gradients and variables may be.
-pub(super) const DTYPES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
 
 /// That every variable has a gradient.
 ///
@@ -56,7 +53,7 @@ pub(super) fn complete(op: &'static str, names: Vec<String>) -> Result<()> {
 pub(super) fn fit_gradient(op: &'static str, var: &Var, grad: &Tensor) -> Result<Tensor> {
     let args @ [arg, like] = [("gradient", grad), ("variable", var.as_tensor())];
     check::tensors(op, &args)?;
-    check::dtype(op, arg, &DTYPES)?;
+    check::dtype(op, arg, &check::FLOATS)?;
     check::same_shape(op, arg, like)?;
     // A graph must not live as long as what is kept of a gradient.
     grad.detach().contiguous()

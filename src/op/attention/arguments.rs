@@ -103,7 +103,7 @@ pub(super) fn flash(
 /// q, k and v belong together.
 fn tensors(op: &'static str, args: [Arg; 3], layout: AttnLayout) -> Result<()> {
     let [q, k, v] = args.map(|(_, t)| t);
-    check::dtype(op, args[0], &[DType::F16, DType::BF16, DType::F32])?;
+    check::dtype(op, args[0], &check::FLOATS)?;
     let shapes = match layout {
         AttnLayout::Bhsd => "[S, D], [H, S, D] or [B, H, S, D]",
         AttnLayout::Bshd => "[S, D], [S, H, D] or [B, S, H, D]",
