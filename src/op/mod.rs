@@ -78,8 +78,8 @@ pub(crate) trait Differentiable: Op {
         true
     }
 
-    /// Whether the gradient of any input reads an input, counted from 0. The graph keeps no others, and
-    /// [`grad`](Self::grad) is given a tensor of one element for each of them.
+    /// Whether the gradient of any input reads an input, counted from 0. Of the others the graph keeps those that track a
+    /// gradient alone, and [`grad`](Self::grad) is given a tensor of one element for each of the rest.
     fn reads(&self, _input: usize) -> bool {
         true
     }

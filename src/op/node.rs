@@ -109,12 +109,12 @@ pub(crate) fn within<T>(pass: impl FnOnce() -> T) -> T {
     tape::paused(pass)
 }
 
-/// What the graph keeps of an op's inputs.
+/// What the graph keeps of an op's inputs. Those that track a gradient are in it anyway, and where theirs goes.
 fn kept<O: Differentiable>(op: &O, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let all_read = (0..inputs.len()).all(|i| op.reads(i));
     let nothing = if all_read { None } else { Some(tensor(unread(inputs[0].device())?)) };
     let keep = |(i, t): (usize, &&Tensor)| match &nothing {
-        Some(nothing) if !op.reads(i) => nothing.clone(),
+        Some(nothing) if !op.reads(i) && !t.track_op() => nothing.clone(),
         _ => Tensor::clone(t),
     };
     Ok(inputs.iter().enumerate().map(keep).collect())

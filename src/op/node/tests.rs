@@ -14,6 +14,8 @@ struct Sums {
     constant: Option<usize>,
     /// An input whose gradient is forgotten.
     forgets: Option<usize>,
+    /// An input that the gradient says not to read.
+    unread: Option<usize>,
     /// Whether the backward pass fails.
     fails: bool,
 }
@@ -48,6 +50,10 @@ impl Op for Sums {
 impl Differentiable for Sums {
     fn differentiates(&self, input: usize) -> bool {
         self.constant != Some(input)
+    }
+
+    fn reads(&self, input: usize) -> bool {
+        self.unread != Some(input)
     }
 
     fn grad(
@@ -185,6 +191,20 @@ fn a_pass_that_failed_leaves_nothing_for_the_next() -> Result<()> {
     for (i, var) in vars.iter().enumerate() {
         let [a, b] = factors(i);
         assert_eq!(of(&grads, var), Some(vec![a + 2.0 * b; 2]));
+    }
+    Ok(())
+}
+
+/// A weight that an op does not read would stay as it is without a word.
+#[test]
+fn an_input_that_is_not_read_has_its_gradient() -> Result<()> {
+    let vars = vars(3)?;
+    let inputs: Vec<_> = vars.iter().map(Var::as_tensor).collect();
+    let [sum, _]: [Tensor; 2] = apply(Sums { unread: Some(1), ..Sums::default() }, &inputs)?;
+    let grads = sum.sum_all()?.backward()?;
+    for (i, var) in vars.iter().enumerate() {
+        let grad = grads.get(var).expect("it is tracked").to_vec1::<f64>()?;
+        assert_eq!(grad, [factors(i)[0]; 2], "input {i}");
     }
     Ok(())
 }
