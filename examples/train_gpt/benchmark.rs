@@ -1,6 +1,7 @@
 //! How long a training step takes.
 
-use std::time::Instant;
+use std::cell::Cell;
+use std::time::{Duration, Instant};
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Optimizer as _, ParamsAdamW};
@@ -49,11 +50,14 @@ fn rate(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<f64> {
     };
     // The loss of a step comes to the host after the next one is on its way, as in a training loop that shows it.
     let mut shown: Option<Tensor> = None;
+    let launching = Cell::new(Duration::ZERO);
     let mut step = |number| {
+        let started = Instant::now();
         let mut rng = batch_rng(args.seed, number);
         let (tokens, targets) = corpus.training_batch(&mut rng, args.batch, &args.device)?;
         let loss = model.loss(&tokens, &targets)?;
         update(&loss)?;
+        launching.set(launching.get() + started.elapsed());
         match shown.replace(loss.detach()) {
             Some(loss) => loss.to_scalar::<f32>().map(drop),
             None => Ok(()),
@@ -61,6 +65,7 @@ fn rate(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<f64> {
     };
     (0..WARM_UP).try_for_each(&mut step)?;
     args.device.synchronize()?;
+    launching.take();
     let started = Instant::now();
     (WARM_UP..WARM_UP + args.steps).try_for_each(&mut step)?;
     args.device.synchronize()?;
@@ -72,6 +77,11 @@ fn rate(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<f64> {
     print!("{name}, {parameters:.1} M parameters: {milliseconds:.1} ms a step, {rate:.0} tokens/s");
     if let Some((part, peak)) = utilisation(args, rate) {
         print!(", {:.1} % of {peak} TFLOP/s", part * 100.0);
+    }
+    if !args.device.is_cpu() {
+        // Until the last launch of a step is on its way. A GPU that waits for it has nothing to do.
+        let host = launching.get().as_secs_f64() / args.steps as f64;
+        print!(", launched in {:.1} ms", host * 1e3);
     }
     if let Some(bytes) = peak_memory(&args.device)? {
         print!(", at most {:.1} GiB", bytes as f64 / f64::from(1 << 30));

@@ -164,6 +164,7 @@ pub(crate) fn qkv_project_of(x: &Tensor, weights: QkvWeights) -> Result<(Tensor,
             for (i, &arg) in args.iter().enumerate() {
                 check::dtype(op, arg, &[DType::U8])?;
                 check::int8_weight(op, ("x", x, k), arg)?;
+                check_result(op, x, arg.1.dims()[1])?;
                 check::finite(op, SCALES[i], scales[i])?;
                 check::untracked(op, &[arg])?;
             }
@@ -182,7 +183,7 @@ pub(crate) fn qkv_project_of(x: &Tensor, weights: QkvWeights) -> Result<(Tensor,
             let (packed, scales): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
             let k = check_x(op, x, &[DType::F16], &[packed, scales].concat())?;
             for &(packed, scales) in &pairs {
-                check_int4(op, ("x", k), packed, scales)?;
+                check_int4(op, ("x", x, k), packed, scales)?;
             }
             let form = |((_, packed), (_, scales))| int4_form(op, k, packed, scales);
             (op, pairs.into_iter().map(form).collect::<Result<Vec<_>>>()?)
@@ -201,19 +202,32 @@ pub(crate) fn matmul_int4(lhs: &Tensor, packed: &Tensor, scales: &Tensor) -> Res
     check::tensors(OP, &[a, b, s])?;
     check::dtype(OP, a, &[DType::F16])?;
     let k = check::activations(OP, a)?;
-    check_int4(OP, ("lhs", k), b, s)?;
+    check_int4(OP, ("lhs", lhs, k), b, s)?;
     let weights = [int4_form(OP, k, packed, scales)?.operands()?];
     let call = Call { weights: &weights, ..Call::new(OP, lhs) };
     let [out] = call.run(Lhs::Float, Epilogue::round(DType::F32))?;
     Ok(out)
 }
 
-/// A weight in the layout of `quantize_int4`.
-fn check_int4(op: &'static str, k: (&'static str, usize), packed: Arg, scales: Arg) -> Result<()> {
+/// A weight in the layout of `quantize_int4`, and its product with activations of width `k`.
+fn check_int4(
+    op: &'static str,
+    (name, x, k): (&'static str, &Tensor, usize),
+    packed: Arg,
+    scales: Arg,
+) -> Result<()> {
     check::int4_words(op, packed)?;
     check::dtype(op, scales, &[DType::F16])?;
-    check::int4_weight(op, k, packed, scales)?;
+    check::int4_weight(op, (name, k), packed, scales)?;
+    check_result(op, x, packed.1.dims()[1])?;
     Ok(check::untracked(op, &[packed, scales])?)
+}
+
+/// A result of `n` columns can exist.
+fn check_result(op: &'static str, x: &Tensor, n: usize) -> Result<()> {
+    let mut dims = x.dims().to_vec();
+    dims[x.rank() - 1] = n;
+    Ok(check::size(op, RESULT, &dims, DType::F32)?)
 }
 
 /// The same as products read it: on a GPU packed for this call alone.
@@ -423,14 +437,12 @@ fn check_weights(
     weights.iter().try_for_each(|(name, w)| check::same_device(op, (*name, w.device()), device))?;
     let bias_arg: Vec<Arg> = bias.into_iter().map(|bias| ("bias", bias)).collect();
     let k = check_x(op, x, &HALVES, &bias_arg)?;
-    let mut result = x.dims().to_vec();
     for (name, weight) in weights {
         let why = format_args!("the K of `x` {:?}", x.dims());
         let fix = "a weight is [K, N]; quantise it transposed";
         let (depth, n) = weight.dims2();
         check::dim(op, name, ("K", depth), (k, why), fix)?;
-        result[x.rank() - 1] = n;
-        check::size(op, RESULT, &result, DType::F32)?;
+        check_result(op, x, n)?;
     }
     match bias {
         Some(bias) => check_bias(op, bias, &[DType::F32, x.dtype()], weights[0].1.dims2().1),

@@ -294,5 +294,8 @@ pub(super) mod tests {
         assert_eq!((order.heads, order.columns, order.section), (64, 32, 64));
         let long = causal(65_536, 65_536, 128);
         assert_eq!(Launch::new(&choose(&long, &H200), &long, 132).order.section, 4);
+        // What is at work of packed sequences is one or two of them.
+        let packed = Problem { batch: 16, lengths: Lengths::Packed, ..long };
+        assert_eq!(Launch::new(&choose(&packed, &H200), &packed, 132).order.section, 32);
     }
 }

@@ -64,14 +64,16 @@ impl Launch {
             }
         };
         let tiles = heads.saturating_mul(each * parts);
-        // Under a causal mask the tiles of a head differ, so the tiles of several heads are sorted.
+        // Under a causal mask the tiles of a head differ, so the tiles of several heads are sorted: of as many as L2 has
+        // room for, of a sequence that is packed.
         let section = match tile_shape.variant.mask {
             Mask::Right => {
                 let bytes =
                     (problem.head_dim + problem.value_dim) * u64::from(problem.element.size());
                 let group =
                     (problem.heads / problem.kv_heads / u64::from(tile_shape.variant.pack)).max(1);
-                (tile_shape.section_bytes / (problem.keys * bytes).max(1)).max(1) * group
+                let keys = problem.each().keys;
+                (tile_shape.section_bytes / (keys * bytes).max(1)).max(1) * group
             }
             Mask::None | Mask::Window => 1,
         };

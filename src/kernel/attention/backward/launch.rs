@@ -45,9 +45,10 @@ pub struct Launch {
 impl Launch {
     /// The launch of a configuration on a problem.
     pub fn new(tile_shape: &TileShape, problem: &Problem, multiprocessors: u32) -> Self {
+        let each = problem.each();
         let (heads, rows, cols) = match tile_shape.side {
-            Side::Queries => (problem.heads, problem.queries, problem.keys),
-            Side::Keys => (problem.kv_heads, problem.keys, problem.queries),
+            Side::Queries => (problem.heads, problem.queries, each.keys),
+            Side::Keys => (problem.kv_heads, problem.keys, each.queries),
         };
         let tile = u64::from(tile_shape.rows);
         let (heads, columns) = match tile_shape.lengths {
@@ -58,7 +59,8 @@ impl Launch {
         let tiles = heads.saturating_mul(columns);
         let room = multiprocessors * tile_shape.blocks_per_sm;
         // Under a causal mask the tiles of a head differ, so the tiles of several heads are sorted: of as many
-        // as L2 has room for, and of two rounds of blocks or about that, which the order relies on.
+        // as L2 has room for, of a sequence that is packed, and of two rounds of blocks or about that, which the order
+        // relies on.
         let section = match tile_shape.mask {
             Mask::Right => {
                 let bytes = cols.max(1) * tile_shape.bytes_of_column.max(1);
