@@ -7,7 +7,7 @@ use crate::kernel::{self, Device, Element, Step};
 use crate::ptx::{Half, Target};
 
 /// Rows of `x` that Ampere's kernel for a few rows takes sixteen at a time. Beyond, a weight's elements are worth making.
-const STREAMED: u64 = 256;
+const STREAMED: u64 = 160;
 /// Rows of which the benches time both of Hopper's kernels for codes of eight bits.
 const COMPARED: u64 = 128;
 
