@@ -51,6 +51,51 @@ fn attention_over_8192_keys() -> Result<()> {
     Ok(())
 }
 
+/// Ops that need no input and no result of theirs for a gradient, and others, of which the last pass frees what they kept.
+#[test]
+fn blocks_keep_what_gradients_read() -> Result<()> {
+    let _turn = turn();
+    const MB: f64 = 33.0;
+    const STEPS: usize = 8;
+    let x = Var::ones((2048, 4224), DType::F32, &Cpu)?;
+    let angles = [(); 2].map(|()| Tensor::ones((2048, 2112), DType::F32, &Cpu));
+    let [cos, sin] = angles;
+    let (cos, sin) = (cos?, sin?);
+    let frozen = Tensor::eye(4, DType::BF16, &Cpu)?;
+    let rope = |x: Tensor| x.kaio_rope(&cos, &sin, RopeLayout::Halves);
+    let product = |x: Tensor| {
+        let opts = MatmulOptions::default().compute_dtype(DType::BF16);
+        x.reshape(((), 4))?.kaio_matmul_with(&frozen, &opts)?.reshape(x.shape())
+    };
+    let steps = |step: &dyn Fn(Tensor) -> Result<Tensor>| {
+        let before = memory("VmRSS");
+        let all = |_: &[Tensor]| (0..STEPS).try_fold(x.as_tensor().clone(), |x, _| step(x));
+        Ok::<_, candle_core::Error>((train::block(all, &[])?.sum_all()?, before))
+    };
+    for (name, step) in [("rope", &rope as &dyn Fn(_) -> _), ("a frozen weight", &product)] {
+        let (loss, before) = steps(step)?;
+        let kept = memory("VmRSS") - before;
+        println!("{name}: kept {kept:.0} MB");
+        // What candle's sum reads.
+        assert!(kept < 2.0 * MB, "{name}: {kept:.0} MB");
+        assert!(loss.backward()?.get(&x).is_some());
+    }
+    let (loss, before) = steps(&|x| x.kaio_swiglu(&x))?;
+    let kept = memory("VmRSS") - before;
+    let first = loss.backward()?;
+    let after = memory("VmRSS") - before;
+    drop(first);
+    let last = train::backward(&loss)?;
+    let after_last = memory("VmRSS") - before;
+    println!(
+        "swiglu: kept {kept:.0} MB; after a pass {after:.0} MB, after the last {after_last:.0} MB"
+    );
+    // Besides the gradient of `x`, what candle's sum reads.
+    assert!(kept > 7.0 * MB && after > 8.0 * MB && after_last < 3.0 * MB);
+    assert!(last.get(&x).is_some());
+    Ok(())
+}
+
 /// Three segments of eight steps, on tensors of 33 MB, which the allocator gives back.
 #[test]
 fn checkpoints_keep_inputs_and_results() -> Result<()> {
