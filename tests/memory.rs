@@ -96,6 +96,32 @@ fn blocks_keep_what_gradients_read() -> Result<()> {
     Ok(())
 }
 
+/// A model in one block whose layers of eight steps are checkpointed blocks: in its backward pass there is at a time what one layer
+/// keeps.
+#[test]
+fn one_layer_at_a_time() -> Result<()> {
+    let _turn = turn();
+    const MB: f64 = 33.0;
+    const LAYERS: usize = 4;
+    let x = Var::ones((2048, 4224), DType::F32, &Cpu)?;
+    let layer = |x: &Tensor| (0..8).try_fold(x.clone(), |x, _| x.kaio_swiglu(&x));
+    let recomputed =
+        |x: &Tensor| train::checkpoint(move |x| train::block(|x| layer(&x[0]), &[&x[0]]), &[x]);
+    let peak = |layer: &dyn Fn(&Tensor) -> Result<Tensor>| {
+        std::fs::write("/proc/self/clear_refs", "5").expect("Linux has it");
+        let before = memory("VmRSS");
+        let all = |_: &[Tensor]| (0..LAYERS).try_fold(x.as_tensor().clone(), |x, _| layer(&x));
+        let loss = train::block(all, &[])?.sum_all()?;
+        assert!(train::backward(&loss)?.get(&x).is_some());
+        Ok::<_, candle_core::Error>(memory("VmHWM") - before)
+    };
+    let (plain, one_by_one) = (peak(&layer)?, peak(&recomputed)?);
+    println!("at most {plain:.0} MB, {one_by_one:.0} MB layer by layer");
+    // Eight tensors of each of four layers; of one, besides what goes into each, and a few copies and gradients.
+    assert!(plain > 32.0 * MB && one_by_one < (LAYERS + 8 + 8) as f64 * MB);
+    Ok(())
+}
+
 /// Three segments of eight steps, on tensors of 33 MB, which the allocator gives back.
 #[test]
 fn checkpoints_keep_inputs_and_results() -> Result<()> {

@@ -344,7 +344,7 @@ fn inputs_and_results(source: &mut Source) -> Result<()> {
     drop(dead);
     let grads = read.sum_all()?.backward()?;
     let want = b.kaio_swiglu(b)?.sum_all()?.backward()?;
-    same([&vars[1]].into_iter(), &grads, &want, 0.0)?;
+    same([&vars[1]], &grads, &want, 0.0)?;
     close("zeros", grads.get(a).expect("one"), &Nd::of(&a.zeros_like()?)?, |_| 0.0)?;
     match grads.get(unread) {
         None => Ok(()),
@@ -376,7 +376,7 @@ fn constants(source: &mut Source) -> Result<()> {
         bail!("what tracks a gradient: {tracks:?}");
     }
     let want = var.kaio_swiglu(&var)?.index_select(&ids, 0)?.sum_all()?.backward()?;
-    same([&var].into_iter(), &results[0].sum_all()?.backward()?, &want, 0.0)
+    same([&var], &results[0].sum_all()?.backward()?, &want, 0.0)
 }
 
 /// Tensors with graphs that `f` captures, of this crate's ops and of blocks.
