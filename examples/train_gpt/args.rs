@@ -20,6 +20,7 @@ Text and machine:
   --device DEVICE        cpu, or cuda:N when built with --features cuda [default: cpu]
   --seed N               decides the initial weights, the batches and the sample [default: 0]
   --deterministic        attention's gradients are the same bits on every run
+  --recompute            keep what goes into each block alone, and compute the rest again in the backward pass
   --reference            also train the same model on candle's own f32 operations, and compare
   --benchmark            only time training steps: ours, and with --reference candle's. 30 of them, of the
                          preset byte-86m with --batch 8; options after it may change that
@@ -60,6 +61,7 @@ pub struct Args {
     pub device: Device,
     pub seed: u64,
     pub arithmetic: Arithmetic,
+    pub recompute: bool,
     pub reference: bool,
     pub benchmark: bool,
     pub model: Config,
@@ -87,6 +89,7 @@ impl Args {
             device: Device::Cpu,
             seed: 0,
             arithmetic: Arithmetic::Kaio { deterministic: false },
+            recompute: false,
             reference: false,
             benchmark: false,
             model: Config::SMALL,
@@ -113,6 +116,7 @@ impl Args {
                 Long("device") => args.device = parser.value()?.parse_with(device)?,
                 Long("seed") => args.seed = parser.value()?.parse()?,
                 Long("deterministic") => deterministic = true,
+                Long("recompute") => args.recompute = true,
                 Long("reference") => args.reference = true,
                 Long("benchmark") => {
                     args.benchmark = true;

@@ -34,7 +34,8 @@ type Update = Box<dyn FnMut(&Tensor) -> Result<()>>;
 /// Tokens a second.
 fn rate(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<f64> {
     reset_peak_memory(&args.device)?;
-    let model = Gpt::new(args.model, arithmetic, args.seed, &args.device)?;
+    let model =
+        Gpt::new(args.model, arithmetic, args.seed, &args.device)?.recompute(args.recompute);
     let parameters: usize = model.parameters().iter().map(|(_, var)| var.elem_count()).sum();
     let mut update: Update = match arithmetic {
         Arithmetic::Kaio { .. } => {

@@ -1,7 +1,10 @@
 //! Decoders of two families: GPT (layer norms, learned positions, GELU) and Llama (RMS norms, rotary positions, SwiGLU,
 //! fewer heads of keys than of queries), both with the embedding for output layer.
 
-use candle_core::{Device, Result, Tensor, Var, bail};
+use std::sync::Arc;
+
+use candle_core::{Context, Device, Result, Tensor, Var, bail};
+use kaio_candle::train;
 
 use crate::ops::{Arithmetic, Linear, Norm, NormKind};
 use crate::rng::Rng;
@@ -94,7 +97,9 @@ pub struct Gpt {
     arithmetic: Arithmetic,
     embedding: Tensor,
     positions: Positions,
-    blocks: Vec<Block>,
+    blocks: Vec<Arc<Block>>,
+    /// Whether what a block computes on its way is computed again in the backward pass.
+    recompute: bool,
     norm: Norm,
     parameters: Vec<(String, Var)>,
 }
@@ -129,11 +134,17 @@ impl Gpt {
                 Family::Llama => Positions::Rotary(angles(seq, dim / heads, arithmetic, device)?),
             },
             blocks: (0..layers)
-                .map(|layer| Block::new(&mut init, &format!("block{layer}"), config))
+                .map(|layer| Block::new(&mut init, &format!("block{layer}"), config).map(Arc::new))
                 .collect::<Result<_>>()?,
+            recompute: false,
             norm: init.norm("norm", &config)?,
             parameters: init.parameters,
         })
+    }
+
+    /// Lets the graph keep what goes into each block alone, or all that gradients read.
+    pub fn recompute(self, recompute: bool) -> Self {
+        Self { recompute, ..self }
     }
 
     pub fn config(&self) -> Config {
@@ -166,7 +177,10 @@ impl Gpt {
             Positions::Learned(_) => None,
         };
         for block in &self.blocks {
-            stream = block.forward(self.arithmetic, stream, rotary.as_ref())?;
+            stream = match self.recompute {
+                true => block.recomputed(self.arithmetic, stream, rotary.as_ref())?,
+                false => block.forward(self.arithmetic, stream, rotary.as_ref())?,
+            };
         }
         Ok(stream.norm(self.arithmetic, &self.norm)?.0)
     }
@@ -264,6 +278,26 @@ impl Block {
         };
         let added = Some(ops.linear(&hidden, &self.mlp_out)?);
         Ok(Stream { sum, added })
+    }
+
+    /// The same, of which the graph keeps what goes in and comes out.
+    fn recomputed(
+        self: &Arc<Self>,
+        ops: Arithmetic,
+        x: Stream,
+        rotary: Option<&[Tensor; 2]>,
+    ) -> Result<Stream> {
+        let (block, rotary) = (self.clone(), rotary.cloned());
+        let forward = move |x: &[Tensor]| {
+            let x = Stream { sum: x[0].clone(), added: x.get(1).cloned() };
+            ops.block(|| {
+                let Stream { sum, added } = block.forward(ops, x, rotary.as_ref())?;
+                Ok([sum, added.context("a block adds something")?])
+            })
+        };
+        let inputs: Vec<_> = [&x.sum].into_iter().chain(&x.added).collect();
+        let [sum, added] = train::checkpoint(forward, &inputs)?;
+        Ok(Stream { sum, added: Some(added) })
     }
 
     fn attend(&self, ops: Arithmetic, x: &Tensor, rotary: Option<&[Tensor; 2]>) -> Result<Tensor> {

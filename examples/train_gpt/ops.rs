@@ -53,7 +53,7 @@ impl Arithmetic {
     }
 
     /// What `f` gives, between whose operations gradients are moved rather than added to zeros.
-    pub fn block(self, f: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+    pub fn block<T: train::Outputs>(self, f: impl FnOnce() -> Result<T>) -> Result<T> {
         match self {
             Self::Kaio { .. } => train::block(|_| f(), &[]),
             Self::Reference => f(),

@@ -39,7 +39,7 @@ impl Trained {
 /// Trains one model from its initial weights or, for `--resume`, from a checkpoint.
 pub fn train(args: &Args, arithmetic: Arithmetic, corpus: &Corpus) -> Result<Trained> {
     let device = &args.device;
-    let model = Gpt::new(args.model, arithmetic, args.seed, device)?;
+    let model = Gpt::new(args.model, arithmetic, args.seed, device)?.recompute(args.recompute);
     let mut optimizer = optimizer(args, &model)?;
     let mut losses = match &args.resume {
         Some(path) => checkpoint::load(path, &model, &mut optimizer, device)?,

@@ -66,8 +66,12 @@ impl<P: Product> Differentiable for Activated<P> {
         self.product.differentiates(input)
     }
 
-    fn reads(&self, input: usize) -> bool {
-        self.product.reads(input)
+    fn reads(&self, input: usize, inputs: &[&Tensor]) -> bool {
+        self.product.reads(input, inputs)
+    }
+
+    fn reads_result(&self, _: usize) -> bool {
+        false
     }
 
     /// `dz = grad · act′(z)` and its sums, which are the bias's gradient, in one pass; the product has the others.

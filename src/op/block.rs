@@ -57,6 +57,10 @@ impl Op for Block {
 }
 
 impl Differentiable for Block {
+    fn reads_result(&self, _: usize) -> bool {
+        false
+    }
+
     fn grad(
         &self,
         inputs: &[&Tensor],

@@ -153,6 +153,10 @@ impl<F: Function> Op for Checkpoint<F> {
 }
 
 impl<F: Function> Differentiable for Checkpoint<F> {
+    fn reads_result(&self, _: usize) -> bool {
+        false
+    }
+
     /// Runs the function again, and a backward pass through it.
     fn grad(
         &self,

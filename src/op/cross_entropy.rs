@@ -146,6 +146,10 @@ impl Differentiable for CrossEntropy {
         input == 0
     }
 
+    fn reads_result(&self, _: usize) -> bool {
+        false
+    }
+
     /// `(softmax(z) · (1 + 2 · z_loss · lse) − smoothed one-hot) · dz/dlogit · upstream`, from the logits and what
     /// was saved of each row.
     fn grad(

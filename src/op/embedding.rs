@@ -57,6 +57,14 @@ impl Differentiable for Embedding {
         input == 0
     }
 
+    fn reads(&self, input: usize, _: &[&Tensor]) -> bool {
+        input > 0
+    }
+
+    fn reads_result(&self, _: usize) -> bool {
+        false
+    }
+
     /// The sum of the gradients of all rows of each id.
     fn grad(
         &self,

@@ -45,6 +45,10 @@ impl Op for Glu {
 }
 
 impl Differentiable for Glu {
+    fn reads_result(&self, _: usize) -> bool {
+        false
+    }
+
     /// `dgate = dout · up · act′(gate)` and `dup = dout · act(gate)`, from the operands alone.
     fn grad(
         &self,

@@ -253,6 +253,15 @@ impl Differentiable for Linear {
         input < 2
     }
 
+    /// For gradients that are computed again.
+    fn reads(&self, _: usize, _: &[&Tensor]) -> bool {
+        self.reduction == Reduction::None
+    }
+
+    fn reads_result(&self, _: usize) -> bool {
+        false
+    }
+
     fn grad(
         &self,
         inputs: &[&Tensor],

@@ -184,6 +184,15 @@ impl Op for Matmul {
 }
 
 impl Differentiable for Matmul {
+    /// Each operand for the gradient of the other.
+    fn reads(&self, input: usize, inputs: &[&Tensor]) -> bool {
+        input < 2 && inputs[self.leaf(1 - input)].track_op()
+    }
+
+    fn reads_result(&self, _: usize) -> bool {
+        false
+    }
+
     /// `dA = dC·Bᵀ` and `dB = Aᵀ·dC`, on transposed views, summed over broadcast batch dimensions;
     /// the bias takes the sum of `dC` over all rows. Never asked of a product with an activation that has elements:
     /// [`activated`] has it.

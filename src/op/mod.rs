@@ -51,6 +51,7 @@ pub(crate) use quantized::{
 };
 pub(crate) use rope::{RopeProblem, rope};
 pub(crate) use softmax::softmax;
+pub(crate) use tape::last as last_pass;
 
 use std::ops::Deref;
 
@@ -78,9 +79,16 @@ pub(crate) trait Differentiable: Op {
         true
     }
 
-    /// Whether the gradient of any input reads an input, counted from 0. Of the others the graph keeps those that track a
-    /// gradient alone, and [`grad`](Self::grad) is given a tensor of one element for each of the rest.
-    fn reads(&self, _input: usize) -> bool {
+    /// Whether a gradient that is wanted of `inputs` reads the elements of one of them, counted from 0. The others are not kept
+    /// for it: [`grad`](Self::grad) may be given a tensor of the same shape and dtype that tracks a gradient if the input does,
+    /// with one element in memory.
+    fn reads(&self, _input: usize, _inputs: &[&Tensor]) -> bool {
+        true
+    }
+
+    /// Whether a gradient reads a result that the caller sees, counted from 0. In the others' place [`grad`](Self::grad) may be
+    /// given an empty tensor.
+    fn reads_result(&self, _result: usize) -> bool {
         true
     }
 

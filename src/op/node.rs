@@ -51,8 +51,9 @@ pub(crate) fn apply<O: Differentiable, const N: usize>(
     let results = match tracked.is_empty() {
         true => for_caller.into_iter().map(tensor).collect(),
         false => {
-            let inputs = kept(&op, inputs)?;
-            link(Node::new(op, inputs, results.map(tensor).collect()), &tracked, for_caller)?
+            let kept = kept(&op, inputs)?;
+            let tracked = with_numbers(inputs, &tracked);
+            link(Node::new(op, kept, results.map(tensor).collect()), &tracked, for_caller)?
         }
     };
     results.try_into().map_err(|_| candle_core::Error::msg("an op with too few results"))
@@ -66,8 +67,13 @@ pub(crate) fn adopt(
     results: Vec<(Storage, Shape)>,
 ) -> Result<Vec<Tensor>> {
     let tracked: Vec<_> = (0..inputs.len()).filter(|&i| inputs[i].track_op()).collect();
-    let inputs = kept(&op, inputs)?;
-    link(Node::new(op, inputs, vec![]), &tracked, results)
+    let kept = kept(&op, inputs)?;
+    link(Node::new(op, kept, vec![]), &with_numbers(inputs, &tracked), results)
+}
+
+/// Some of the inputs.
+fn with_numbers(inputs: &[&Tensor], some: &[usize]) -> Vec<(usize, Tensor)> {
+    some.iter().map(|&i| (i, inputs[i].clone())).collect()
 }
 
 /// A tensor whose backward pass is that of some tensors, given the gradient of each.
@@ -109,29 +115,38 @@ pub(crate) fn within<T>(pass: impl FnOnce() -> T) -> T {
     tape::paused(pass)
 }
 
-/// What the graph keeps of an op's inputs. Those that track a gradient are in it anyway, and where theirs goes.
+/// Whether the backward pass of this thread is within no other.
+pub(super) fn is_outermost() -> bool {
+    DEPTH.get() == 0
+}
+
+/// What an op's node keeps of its inputs. candle's graph has those that track a gradient anyway, a tape has not.
 fn kept<O: Differentiable>(op: &O, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-    let all_read = (0..inputs.len()).all(|i| op.reads(i));
-    let nothing = if all_read { None } else { Some(tensor(unread(inputs[0].device())?)) };
-    let keep = |(i, t): (usize, &&Tensor)| match &nothing {
-        Some(nothing) if !op.reads(i) && !t.track_op() => nothing.clone(),
-        _ => Tensor::clone(t),
+    let keep = |(i, t): (usize, &&Tensor)| match op.reads(i, inputs) {
+        false if tape::recording() || !t.track_op() => hollow(t),
+        _ => Ok(Tensor::clone(t)),
     };
-    Ok(inputs.iter().enumerate().map(keep).collect())
+    inputs.iter().enumerate().map(keep).collect()
+}
+
+/// A tensor's shape, dtype and device, and whether it tracks a gradient, with one element for all.
+fn hollow(t: &Tensor) -> Result<Tensor> {
+    let element = tape::element(t.dtype(), t.device())?;
+    let element = if t.track_op() { element } else { element.detach() };
+    element.broadcast_as(t.shape())
 }
 
 /// Puts an op's results into the graph.
 fn link<O: Differentiable>(
     node: Node<O>,
-    tracked: &[usize],
+    tracked: &[(usize, Tensor)],
     results: Vec<(Storage, Shape)>,
 ) -> Result<Vec<Tensor>> {
     let (name, count, node) = (node.op.name(), results.len(), Arc::new(node));
     let device = node.inputs[0].device();
     alone::offer(&node);
     if tape::recording() {
-        let tracked: Vec<_> = tracked.iter().map(|&i| (i, node.inputs[i].clone())).collect();
-        let linked = tape::put(name, node.clone(), &tracked, results)?;
+        let linked = tape::put(name, node.clone(), tracked, results)?;
         node.know(&linked)?;
         return Ok(linked);
     }
@@ -183,9 +198,11 @@ enum End {
 }
 
 /// The tracked inputs as three arguments at most.
-fn tie<O: Differentiable>(node: &Arc<Node<O>>, tracked: &[usize]) -> Result<Vec<(Tensor, End)>> {
-    let mut ends: Vec<_> =
-        tracked.iter().map(|&i| (node.inputs[i].clone(), End::Input(i))).collect();
+fn tie<O: Differentiable>(
+    node: &Arc<Node<O>>,
+    tracked: &[(usize, Tensor)],
+) -> Result<Vec<(Tensor, End)>> {
+    let mut ends: Vec<_> = tracked.iter().map(|(i, t)| (t.clone(), End::Input(*i))).collect();
     while ends.len() > 3 {
         let tied = ends.split_off(ends.len() - 3);
         let kinds: Vec<_> = tied.iter().map(|(_, end)| *end).collect();
@@ -215,7 +232,7 @@ pub(super) struct Node<O> {
     inputs: Vec<Tensor>,
     /// Results that the caller does not see.
     saved: Vec<Tensor>,
-    /// The caller's results, outside of the graph.
+    /// The caller's results, outside of the graph, if they are read.
     results: OnceLock<Vec<Tensor>>,
     passes: Passes,
 }
@@ -228,7 +245,11 @@ impl<O: Differentiable> Node<O> {
     /// Keeps the caller's results.
     fn know(&self, results: &[Tensor]) -> Result<()> {
         // Detached, they share the results' memory and nothing else: no circle keeps the graph alive.
-        let results = results.iter().map(Tensor::detach).collect();
+        let known = |(i, t): (usize, &Tensor)| match self.op.reads_result(i) {
+            true => Ok(t.detach()),
+            false => Tensor::zeros(0, DType::F32, &Device::Cpu),
+        };
+        let results = results.iter().enumerate().map(known).collect::<Result<_>>()?;
         self.results.set(results).map_err(|_| candle_core::Error::msg("an op runs once"))
     }
 

@@ -215,6 +215,15 @@ impl Op for Norm {
 }
 
 impl Differentiable for Norm {
+    /// What was normed, which is a result where it is a sum, and the weight.
+    fn reads(&self, input: usize, _: &[&Tensor]) -> bool {
+        if self.add { input == 2 } else { input < 2 }
+    }
+
+    fn reads_result(&self, result: usize) -> bool {
+        result == 1
+    }
+
     fn grad(
         &self,
         inputs: &[&Tensor],

@@ -180,9 +180,14 @@ impl Differentiable for Project {
         (input == 0 && self.differentiates_x()) || self.bias_at() == Some(input)
     }
 
-    /// Codes of x, and their scales, are for the product alone.
-    fn reads(&self, input: usize) -> bool {
-        self.differentiates_x() || self.bias_at() == Some(input)
+    /// The weights alone, for the gradient of x.
+    fn reads(&self, input: usize, inputs: &[&Tensor]) -> bool {
+        let before = 1 + usize::from(self.scales) + usize::from(self.bias);
+        self.differentiates_x() && inputs[0].track_op() && input >= before
+    }
+
+    fn reads_result(&self, _: usize) -> bool {
+        false
     }
 
     /// `dx = Σ dC·Wᵀ` over the weights. Where x is rounded to eight bits, the rounding counts as the identity. Never asked of a

@@ -115,6 +115,14 @@ impl Differentiable for Rope {
         input == 0
     }
 
+    fn reads(&self, input: usize, _: &[&Tensor]) -> bool {
+        input > 0
+    }
+
+    fn reads_result(&self, _: usize) -> bool {
+        false
+    }
+
     fn grad(
         &self,
         inputs: &[&Tensor],

@@ -37,6 +37,10 @@ impl Op for Softmax {
 }
 
 impl Differentiable for Softmax {
+    fn reads(&self, _: usize, _: &[&Tensor]) -> bool {
+        false
+    }
+
     /// `dx = y · (dy − Σ y·dy)`.
     fn grad(
         &self,

@@ -15,16 +15,16 @@
 //!
 //! Views of a result are recognised, and candle has no part in their gradients.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::op::BackpropOp;
-use candle_core::{Result, Shape, Storage, Tensor, TensorId};
+use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var};
 
-use super::node::{Link, Step, insert, seed, unread, within};
+use super::node::{Link, Step, insert, is_outermost, seed, unread, within};
 use super::tensor;
 use crate::error::Error;
 use sum::Sum;
@@ -38,6 +38,20 @@ thread_local! {
     static TAPES: RefCell<Vec<Option<Recorder>>> = const { RefCell::new(vec![]) };
     /// Backward passes of this thread, the innermost last.
     static PASSES: RefCell<Vec<Pass>> = const { RefCell::new(vec![]) };
+    /// Whether the passes of this thread are the last ones over their tapes.
+    static LAST: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f`, whose backward passes free what tapes kept as soon as it has been used.
+pub(crate) fn last<T>(f: impl FnOnce() -> T) -> T {
+    struct Out(bool);
+    impl Drop for Out {
+        fn drop(&mut self) {
+            LAST.set(self.0);
+        }
+    }
+    let _out = Out(LAST.replace(true));
+    f()
 }
 
 /// Whether this thread records.
@@ -75,6 +89,21 @@ pub(super) fn put(
     })
 }
 
+/// A variable of one element, of which nothing depends on the value: that of the tape that records, or a new one.
+pub(super) fn element(dtype: DType, device: &Device) -> Result<Tensor> {
+    let new = || Var::zeros((), dtype, device).map(Var::into_inner);
+    TAPES.with_borrow_mut(|tapes| {
+        let Some(Some(Recorder { elements, .. })) = tapes.last_mut() else { return new() };
+        let fits = |t: &&Tensor| t.dtype() == dtype && t.device().same_device(device);
+        if let Some(element) = elements.iter().find(fits) {
+            return Ok(element.clone());
+        }
+        let element = new()?;
+        elements.push(element.clone());
+        Ok(element)
+    })
+}
+
 struct Scope;
 
 impl Scope {
@@ -100,6 +129,8 @@ pub(super) struct Recorder {
     outside: Vec<(usize, Tensor)>,
     /// One for each device.
     anchors: Vec<Tensor>,
+    /// One for each dtype and device: see [`element`].
+    elements: Vec<Tensor>,
 }
 
 enum Entry {
@@ -130,8 +161,9 @@ enum Source {
 impl Recorder {
     pub(super) fn new() -> Self {
         static TAPES: AtomicU64 = AtomicU64::new(0);
-        let (slots, entries, outside, anchors) = Default::default();
-        Self { id: TAPES.fetch_add(1, Relaxed), slots, count: 0, entries, outside, anchors }
+        let (slots, entries, outside, anchors, elements) = Default::default();
+        let id = TAPES.fetch_add(1, Relaxed);
+        Self { id, slots, count: 0, entries, outside, anchors, elements }
     }
 
     /// A tensor of the graph around as the ops within may see it: in a copy, behind which that graph is not.
@@ -280,8 +312,9 @@ impl Recorder {
                     ends.iter().flat_map(|end| &end.from).for_each(|&slot| live[slot] = true);
                 }
             }
-            entries.push(entry);
+            entries.push(Arc::new(entry));
         }
+        let entries = Mutex::new(Some(entries));
         let outside = self.outside.into_iter().filter(|&(slot, _)| live[slot]).collect();
         Tape { id: self.id, slots: self.count, entries, outside, results }
     }
@@ -299,8 +332,8 @@ impl Source {
 pub(super) struct Tape {
     id: u64,
     slots: usize,
-    /// From the last to the first.
-    entries: Vec<Entry>,
+    /// From the last to the first; `None` after the last pass.
+    entries: Mutex<Option<Vec<Arc<Entry>>>>,
     outside: Vec<(usize, Tensor)>,
     results: Vec<Source>,
 }
@@ -319,27 +352,53 @@ impl Tape {
     /// The gradients of those tensors, from those of the results that depend on any; `None` for one on which only results depend
     /// that have none.
     pub(super) fn backward(&self, grads: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let entries = self.entries()?;
         let _pass = Pass::enter(self);
         let tracked = self.results.iter().filter(|source| !matches!(source, Source::Nothing));
         for (source, grad) in tracked.zip(grads) {
             self.hand_on(source, grad.clone())?;
         }
-        for entry in &self.entries {
-            match entry {
-                Entry::Op { step, results, inputs } => {
-                    let grads = results.clone().map(|slot| self.take(slot));
-                    let grads = grads.collect::<Result<Vec<_>>>()?;
-                    if grads.iter().any(Option::is_some) {
-                        let mut grads = within(|| step.step(&grads))?;
-                        for (i, source) in inputs {
-                            self.hand_on(source, grads[*i].take())?;
-                        }
-                    }
-                }
+        // In the last pass what an entry kept goes with it.
+        for entry in entries {
+            match &*entry {
+                Entry::Op { step, results, inputs } => self.op(&**step, results, inputs)?,
                 Entry::Segment(ends) => self.segment(ends)?,
             }
         }
         self.outside.iter().map(|&(slot, _)| self.take(slot)).collect()
+    }
+
+    fn entries(&self) -> Result<Vec<Arc<Entry>>> {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        // A pass within a gradient may come to a block that another part of the graph comes to as well.
+        let last = LAST.get() && is_outermost();
+        let these = if last { entries.take() } else { entries.clone() };
+        these.ok_or_else(|| {
+            Error::Value {
+                op: super::block::OP,
+                name: "f",
+                got: "a pass after `train::backward` or an optimizer's `backward_step`".into(),
+                want: "one of these as the last pass: it frees what the block kept".into(),
+                fix: "call `loss.backward()` before, and make results of blocks inputs of others",
+            }
+            .into()
+        })
+    }
+
+    fn op(
+        &self,
+        step: &dyn Step,
+        results: &Range<usize>,
+        inputs: &[(usize, Source)],
+    ) -> Result<()> {
+        let mut grads = results.clone().map(|slot| self.take(slot)).collect::<Result<Vec<_>>>()?;
+        if grads.iter().any(Option::is_some) {
+            grads = within(|| step.step(&grads))?;
+            for (i, source) in inputs {
+                self.hand_on(source, grads[*i].take())?;
+            }
+        }
+        Ok(())
     }
 
     /// Lets candle find the gradients. Those of results that were recorded arrive on the way.

@@ -210,13 +210,13 @@ impl AdamW {
         sums + self.slots.iter().map(|slot| slot.kept.bytes()).sum::<usize>()
     }
 
-    /// A backward pass and a step.
+    /// A backward pass, as [`train::backward`](super::backward) makes it, and a step.
     ///
     /// # Errors
     ///
     /// Those of `loss.backward()` and [`step`](Self::step).
     pub fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
-        self.step(&loss.backward()?)
+        self.step(&super::backward(loss)?)
     }
 
     /// A step against the gradients or, after calls of [`accumulate`](Self::accumulate), against the mean of theirs and

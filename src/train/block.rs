@@ -18,6 +18,9 @@ use super::Outputs;
 /// | `inputs` | any number of tensors, of any shapes and dtypes, on one device |
 /// | result | what `f` returns |
 ///
+/// Of what its ops compute a block keeps what their gradients read: not what only a sum, a rotation or a frozen weight's product read,
+/// for example. [`backward`](super::backward) frees that on the way, as soon as it has been used.
+///
 /// `f` runs once, and is given copies of those inputs that are computed from `Var`s, and the others as they are; results that
 /// track a gradient are copies too. So the best block is a large one: from `Var`s to the loss nothing of size is copied.
 ///

@@ -1,6 +1,6 @@
 //! Training: an optimizer whose step is one launch for all variables, the clipping of gradients without the host, a check
 //! that no variable is forgotten, parts of a model that are computed again rather than kept, blocks in which
-//! gradients are moved rather than added to zeros, and weights that are cast once.
+//! gradients are moved rather than added to zeros, a backward pass that frees what it has used, and weights that are cast once.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -26,6 +26,7 @@
 //! tensor on the device. The same gradients give the same bits, for sums have a fixed order.
 
 mod adamw;
+mod backward;
 mod block;
 mod casts;
 mod checkpoint;
@@ -38,6 +39,7 @@ mod schedule;
 mod state;
 
 pub use adamw::AdamW;
+pub use backward::backward;
 pub use block::block;
 pub use casts::cast_once;
 pub use checkpoint::{Outputs, checkpoint};

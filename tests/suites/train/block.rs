@@ -87,12 +87,12 @@ fn loss(t: &Tensor) -> Result<Tensor> {
 
 /// To a part of the largest of each gradient.
 fn same<'a>(
-    vars: impl Iterator<Item = &'a Var>,
+    vars: impl IntoIterator<Item = &'a Var>,
     got: &GradStore,
     want: &GradStore,
     tolerance: f64,
 ) -> Result<()> {
-    for (i, var) in vars.enumerate() {
+    for (i, var) in vars.into_iter().enumerate() {
         let name = format!("gradient {i}");
         match (got.get(var), want.get(var)) {
             (Some(got), Some(want)) if got.dtype() == want.dtype() => {
@@ -160,11 +160,9 @@ fn transformer(source: &mut Source, dtype: DType, layers: usize) -> Result<()> {
         ("in checkpoints in a block", whole(&block_in_checkpoint)?),
     ] {
         close(name, &got, &Nd::of(&want)?, |_| 0.0)?;
-        let check = || -> Result<()> {
-            let vars = [&x].into_iter().chain(layer.vars());
-            // The sums are made in candle's order.
-            same(vars, &got.backward()?, &grads, 0.0)
-        };
+        // The sums are made in candle's order.
+        let vars = || [&x].into_iter().chain(layer.vars());
+        let check = || same(vars(), &got.backward()?, &grads, 0.0);
         let check = || check().map_err(|e| e.context(name.to_owned()));
         // A graph can be differentiated again, also by several threads.
         check()?;
@@ -173,6 +171,7 @@ fn transformer(source: &mut Source, dtype: DType, layers: usize) -> Result<()> {
             let passes = [scope.spawn(check), scope.spawn(check)];
             passes.into_iter().try_for_each(|pass| pass.join().expect("no panic"))
         })?;
+        same(vars(), &train::backward(&got)?, &grads, 0.0)?;
     }
     Ok(())
 }
@@ -219,6 +218,7 @@ const CASES: &[(&str, Case)] = &[
     ("captured tensors", captured_tensors),
     ("captured by a checkpoint", captured_by_a_checkpoint),
     ("one node", one_node),
+    ("last passes", last_passes),
     ("refusals", refusals),
 ];
 
@@ -344,7 +344,7 @@ fn inputs_and_results(source: &mut Source) -> Result<()> {
     drop(dead);
     let grads = read.sum_all()?.backward()?;
     let want = b.kaio_swiglu(b)?.sum_all()?.backward()?;
-    same([&vars[1]].into_iter(), &grads, &want, 0.0)?;
+    same([&vars[1]], &grads, &want, 0.0)?;
     close("zeros", grads.get(a).expect("one"), &Nd::of(&a.zeros_like()?)?, |_| 0.0)?;
     match grads.get(unread) {
         None => Ok(()),
@@ -376,7 +376,7 @@ fn constants(source: &mut Source) -> Result<()> {
         bail!("what tracks a gradient: {tracks:?}");
     }
     let want = var.kaio_swiglu(&var)?.index_select(&ids, 0)?.sum_all()?.backward()?;
-    same([&var].into_iter(), &results[0].sum_all()?.backward()?, &want, 0.0)
+    same([&var], &results[0].sum_all()?.backward()?, &want, 0.0)
 }
 
 /// Tensors with graphs that `f` captures, of this crate's ops and of blocks.
@@ -420,6 +420,23 @@ fn one_node(source: &mut Source) -> Result<()> {
         3 => Ok(()),
         nodes => bail!("{nodes} nodes"),
     }
+}
+
+/// Through blocks to which other blocks come as well, and once more.
+fn last_passes(source: &mut Source) -> Result<()> {
+    let [a, b] = vars::<2>(source, &[4, 6])?;
+    let first = train::block(|x| x[0].kaio_swiglu(&x[1]), &[&a, &b])?;
+    let read = |_: &[Tensor]| first.kaio_swiglu(&b);
+    let loss = (train::block(read, &[])? + train::block(read, &[])?)?.sqr()?.sum_all()?;
+    let grads = loss.backward()?;
+    same([&a, &b], &train::backward(&loss)?, &grads, 0.0)?;
+    match loss.backward() {
+        Err(e) if matches!(Error::of(&e), Some(Error::Value { op: "block", name: "f", .. })) => {}
+        other => bail!("{other:?} after the last pass"),
+    }
+    // It was the last one of those alone to which it came.
+    let alone = train::backward(&first.sum_all()?)?;
+    same([&a, &b], &alone, &a.kaio_swiglu(&b)?.sum_all()?.backward()?, 0.0)
 }
 
 fn refusals(source: &mut Source) -> Result<()> {
