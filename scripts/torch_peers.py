@@ -209,6 +209,14 @@ def optimizer(row):
     return {"torch": {"adamw": adam.step, "adamw, clipped": clipped_step, "clip": clip}[row["of"]]}
 
 
+def table_ids(row, scattered):
+    """Those of benches/training/table.rs: of each as many, or id k in proportion to 1/(k + 1)."""
+    if row["of"].endswith("uniform"):
+        return scattered % row["classes"]
+    sums = (1 / torch.arange(1, row["classes"] + 1, device="cuda", dtype=torch.float64)).cumsum(0)
+    return torch.searchsorted(sums, (scattered % row["rows"] + 0.5) / row["rows"] * sums[-1])
+
+
 def training(row):
     """The function as it stands, and compiled; backward: its gradients alone."""
     rows, cols, like = row["rows"], row["cols"], {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
@@ -216,7 +224,10 @@ def training(row):
     vector, F = [cols], torch.nn.functional
     heads = [1, 32, rows // 32, cols]
     cos, sin = (torch.randn(rows // 32, cols // 2, **like) for _ in range(2)) if "rope" in row["of"] else (None, None)
-    targets = torch.arange(rows, device="cuda") * 2_654_435_761 % cols
+    scattered = torch.arange(rows, device="cuda") * 2_654_435_761
+    targets = scattered % cols
+    if row["of"].startswith("embedding"):
+        ids, vector = table_ids(row, scattered), [row["classes"], cols]
 
     def halves(x):
         a, b = x.chunk(2, dim=-1)
@@ -237,6 +248,8 @@ def training(row):
             [[rows, depth], [cols, depth]],
             lambda hidden, weight: F.cross_entropy(hidden @ weight.t(), targets),
         ),
+        "embedding uniform": ([vector], lambda table: F.embedding(ids, table)),
+        "embedding zipf": ([vector], lambda table: F.embedding(ids, table)),
         "swiglu": ([matrix, matrix], lambda gate, up: F.silu(gate) * up),
     }[row["of"]]
     backward, both = row["pass"] != "forward", row["pass"] == "both"

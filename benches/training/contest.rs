@@ -6,8 +6,8 @@ use kaio_candle::tune::Backward;
 
 use super::common::contest::{CANDLE, Contest, OURS, agree, agree_after};
 use super::common::gpu::Gpu;
-use super::loss;
 use super::rows::{HEADS, Op, Pass, Row};
+use super::{loss, table};
 
 /// A function of some tensors, the constants last, which has one result.
 type Function = fn(&Row, &[Tensor]) -> Result<Tensor>;
@@ -48,6 +48,7 @@ fn functions(row: &Row) -> (Vec<Vec<usize>>, Function, Function) {
             (vec![matrix(), matrix()], |_, t| t[0].kaio_swiglu(&t[1]), |_, t| t[0].silu()? * &t[1])
         }
         Op::CrossEntropy | Op::LinearCrossEntropy { .. } => unreachable!("a loss"),
+        Op::Embedding { .. } => unreachable!("a table"),
     }
 }
 
@@ -69,6 +70,9 @@ fn constants(row: &Row, device: &Device) -> Result<Vec<Tensor>> {
 }
 
 pub fn prepare(gpu: &Gpu, row: &Row) -> Result<Contest> {
+    if let Op::Embedding { classes, ids } = row.op {
+        return table::prepare(gpu, row, classes, ids);
+    }
     if let Some(contest) = loss::prepare(gpu, row)? {
         return Ok(contest);
     }

@@ -19,6 +19,7 @@ mod common;
 mod contest;
 mod loss;
 mod rows;
+mod table;
 
 use common::Result;
 use common::args::Args;
@@ -44,7 +45,7 @@ impl Bench for Training {
     const NAME: &str = "training";
     const GROUPS: &[(char, &str)] = &rows::GROUPS;
     const LEGEND: &str = "the ratio to the copy is the share of the memory's speed";
-    const COLUMNS: &[(&str, usize)] = &[("op", 20), ("shape", 16), ("dtype", 5), ("pass", 8)];
+    const COLUMNS: &[(&str, usize)] = &[("op", 20), ("shape", 21), ("dtype", 5), ("pass", 8)];
     const PEERS: &[&'static str] = &[COPY, CANDLE, "torch", "compiled"];
 
     fn cells(&self, row: &Row) -> Vec<String> {

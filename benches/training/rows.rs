@@ -7,12 +7,13 @@ use serde_json::{Value, json};
 use super::common::table;
 
 /// The groups' letters and headings.
-pub const GROUPS: [(char, &str); 5] = [
+pub const GROUPS: [(char, &str); 6] = [
     ('a', "norms"),
     ('b', "rotary embeddings"),
     ('c', "softmax"),
     ('d', "gated linear units"),
     ('e', "losses"),
+    ('f', "rows of a table by their ids"),
 ];
 
 /// Whose time it is.
@@ -29,6 +30,20 @@ pub enum Op {
     LinearCrossEntropy {
         depth: usize,
     },
+    /// Rows of `cols` elements, of a table of so many, by `rows` ids.
+    Embedding {
+        classes: usize,
+        ids: Ids,
+    },
+}
+
+/// Which ids there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ids {
+    /// As many of each.
+    Uniform,
+    /// As words are in text (Zipf 1935): id k in proportion to 1/(k + 1), so that the first is one in twelve.
+    Zipf,
 }
 
 impl Op {
@@ -42,6 +57,16 @@ impl Op {
             Self::Swiglu => "swiglu",
             Self::CrossEntropy => "cross_entropy",
             Self::LinearCrossEntropy { .. } => "linear_cross_entropy",
+            Self::Embedding { ids: Ids::Uniform, .. } => "embedding uniform",
+            Self::Embedding { ids: Ids::Zipf, .. } => "embedding zipf",
+        }
+    }
+
+    /// Rows of a table, if there is one.
+    fn classes(self) -> Option<usize> {
+        match self {
+            Self::Embedding { classes, .. } => Some(classes),
+            _ => None,
         }
     }
 
@@ -64,6 +89,9 @@ impl Op {
             (Self::CrossEntropy, Pass::Forward) => 1,
             (Self::CrossEntropy, Pass::Backward) => 2,
             (Self::CrossEntropy, Pass::Both) => 3,
+            (Self::Embedding { .. }, Pass::Forward) => 2,
+            // Besides the table's gradient.
+            (Self::Embedding { .. }, _) => 1,
             // Products.
             (Self::LinearCrossEntropy { .. }, _) => 0,
         }
@@ -103,7 +131,8 @@ pub struct Row {
 
 impl Row {
     pub fn shape(&self) -> String {
-        format!("{}×{}", self.rows, self.cols)
+        let of = self.op.classes().map(|classes| format!(" of {classes}")).unwrap_or_default();
+        format!("{}×{}{of}", self.rows, self.cols)
     }
 }
 
@@ -121,7 +150,7 @@ impl table::Row for Row {
         json!({
             "id": self.id(), "group": self.group, "op": "training", "of": self.op.name(),
             "pass": self.pass.name(), "dtype": self.dtype.as_str(), "rows": self.rows,
-            "cols": self.cols, "depth": self.op.depth(), "cold": true,
+            "cols": self.cols, "depth": self.op.depth(), "classes": self.op.classes(), "cold": true,
         })
     }
 
@@ -137,7 +166,8 @@ impl table::Row for Row {
     }
 
     fn bytes(&self) -> f64 {
-        let elements = self.op.matrices(self.pass) * self.rows * self.cols;
+        let table = self.op.classes().filter(|_| self.pass != Pass::Forward).unwrap_or(0);
+        let elements = (self.op.matrices(self.pass) * self.rows + table) * self.cols;
         (elements * self.dtype.size_in_bytes()) as f64
     }
 
@@ -191,6 +221,18 @@ pub fn all() -> Vec<Row> {
     };
     for (depth, cols) in [(768, 50304), (2048, 128_256), (4096, 131_072)] {
         rows.extend([Pass::Forward, Pass::Both].map(|pass| linear(pass, depth, cols)));
+    }
+    for ids in [Ids::Zipf, Ids::Uniform] {
+        for (cols, classes) in [(768, 50304), (2048, 128_256), (4096, 131_072)] {
+            rows.extend([Pass::Forward, Pass::Backward].map(|pass| Row {
+                group: 'f',
+                op: Op::Embedding { classes, ids },
+                pass,
+                dtype: DType::BF16,
+                rows: 16384,
+                cols,
+            }));
+        }
     }
     rows
 }

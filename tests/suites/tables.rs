@@ -107,6 +107,7 @@ tables! {
     attention_gradients_of_many_tiles: attention::gradients_of_many_tiles;
     attention_accuracy: attention::accuracy;
     train_adamw_formula: train::formula;
+    train_adamw_beside_torch: train::beside_torch;
     train_adamw_options: train::options;
     train_adamw_sixteen_bits: train::sixteen_bits;
     train_adamw_layouts: train::layouts;

@@ -5,15 +5,15 @@ use super::{Keys, Name, id};
 use crate::kernel::multiprocessor::WARP;
 use crate::ptx::{Kernel, Reg, Source, Target};
 
-/// Bits of a digit at most.
-pub const DIGIT: u32 = 8;
+/// Bits of a digit at most: two passes for tables of up to 2¹⁸ rows, as vocabularies have.
+pub const DIGIT: u32 = 9;
 /// Digits.
 pub const BINS: u32 = 1 << DIGIT;
 /// Threads of a block: one for each digit.
 const THREADS: u32 = BINS;
 const WARPS: u32 = THREADS / WARP;
-/// Keys of a lane.
-const KEYS: u32 = 16;
+/// Keys of a lane, all on their way together.
+const KEYS: u32 = 8;
 /// Keys of a block.
 pub const BLOCK: u32 = THREADS * KEYS;
 /// Threads of the block that adds counts.
@@ -40,15 +40,24 @@ pub fn emit(scatter: bool, keys: Keys) -> Source {
     let own = shared + warp * (BINS * 4);
     let first = block * BLOCK + warp * (WARP * KEYS) + lane;
     let below = (k.var(1u32) << lane) - 1;
-    let digits = |visit: &dyn Fn(Key)| {
-        k.for_(0u32, WARP * KEYS, WARP, |after| {
-            let at = first + after;
+    let loaded: Vec<_> = (0..KEYS)
+        .map(|i| {
+            let at = first + i * WARP;
             let valid = at.lt(rows);
             let at = at.min(rows - 1);
             let key = match keys {
                 Keys::Ids { wide } => id(k, wide, from, at, classes),
                 Keys::Sorted => k.ld_global_nc::<u32, 1>(from.element(at, 4))[0],
             };
+            let place = match places {
+                None => at,
+                Some(places) => k.ld_global_nc::<u32, 1>(places.element(at, 4))[0],
+            };
+            (key, place, valid)
+        })
+        .collect();
+    let digits = |visit: &dyn Fn(Key)| {
+        for &(key, place, valid) in &loaded {
             let digit = (key >> shift) % BINS;
             let mut same = k.vote_ballot(valid);
             for bit in 0..DIGIT {
@@ -58,8 +67,8 @@ pub fn emit(scatter: bool, keys: Keys) -> Source {
             }
             let before = (same & below).popc();
             let counted = own + digit * 4;
-            visit(Key { key, at, valid, counted, before, count: same.popc() });
-        });
+            visit(Key { key, place, valid, counted, before, count: same.popc() });
+        }
     };
     digits(&|Key { valid, counted, before, count, .. }| {
         let first = valid & before.eq(0);
@@ -90,12 +99,8 @@ pub fn emit(scatter: bool, keys: Keys) -> Source {
         begin.increase(count);
     }
     k.sync_block();
-    digits(&|Key { key, at, valid, counted, before, count }| {
+    digits(&|Key { key, place, valid, counted, before, count }| {
         let [begin] = k.ld_shared::<u32, 1>(counted);
-        let place = match places {
-            None => at,
-            Some(places) => k.ld_global_nc::<u32, 1>(places.element(at, 4))[0],
-        };
         let index = begin + before;
         k.when(valid, || k.st_global(keys_to.element(index, 4), [key]));
         k.when(valid, || k.st_global(places_to.element(index, 4), [place]));
@@ -109,7 +114,8 @@ pub fn emit(scatter: bool, keys: Keys) -> Source {
 /// A key of a lane.
 struct Key<'k> {
     key: Reg<'k, u32>,
-    at: Reg<'k, u32>,
+    /// Its place among the ids.
+    place: Reg<'k, u32>,
     /// Whether there is one.
     valid: Reg<'k, bool>,
     /// Where its digit is counted.

@@ -10,7 +10,7 @@ pub const THREADS: u32 = 128;
 /// Sorted rows of a part.
 pub const PART: u32 = 64;
 /// Rows, or sums, on their way together.
-const TOGETHER: u32 = 4;
+const TOGETHER: u32 = 8;
 
 /// What both kernels know.
 struct Part<'k> {

@@ -11,7 +11,7 @@ impl Family for Embeddings {
     type Problem = Problem;
     type Plan = Plan;
 
-    /// All types, rows of a unit to those of many blocks, and sorts of one pass to those of four.
+    /// All types, rows of a unit to those of many blocks, and sorts of one pass to those of three.
     fn problems(_: Extent) -> Vec<Problem> {
         let mut all = vec![];
         for element in [F16, BF16, Element::F32] {
@@ -44,7 +44,7 @@ impl Family for Embeddings {
 
     fn blocks_per_sm(kernel: &Config) -> u32 {
         match kernel {
-            Config::Embedding(Embedding::Scan) => 1,
+            Config::Embedding(Embedding::Scan | Embedding::Sort { .. }) => 1,
             _ => 4,
         }
     }

@@ -5,6 +5,7 @@ mod adamw;
 mod block;
 mod checkpoint;
 mod clip;
+mod fixture;
 mod inputs;
 mod state;
 
@@ -12,4 +13,5 @@ pub use adamw::{accumulation, formula, layouts, moments_in_8_bits, options, sixt
 pub use block::block;
 pub use checkpoint::checkpoint;
 pub use clip::{clip, clipped_steps};
+pub use fixture::beside_torch;
 pub use state::{kept_bytes, resume};
