@@ -263,11 +263,12 @@ fn w4_tile_shapes() -> Result<()> {
                 case.check(&format!("{} {m}x{n}x{k}", config.name()), &x, &got, |_, x| x)?;
                 let again = tune::w4_matmul(&x, &case.weight, &options, Some(config.into()))?;
                 identical(&config.name(), &again, &Nd::of(&got)?)?;
-                shapes.insert((config.rows, config.cols, config.split, config.store));
+                let interleaved = config.interleaved;
+                shapes.insert((config.rows, config.cols, config.split, config.store, interleaved));
             }
         }
     }
-    assert!(shapes.len() > 30, "{} shapes", shapes.len());
+    assert!(shapes.len() > 60, "{} shapes", shapes.len());
     Ok(())
 }
 

@@ -11,6 +11,9 @@ const STREAMED: u64 = 160;
 /// Rows of which the benches time both of Hopper's kernels for codes of eight bits.
 const COMPARED: u64 = 128;
 
+/// Rows up to which Hopper's kernel for a few is the faster one for all weights.
+const FEW: u64 = 8;
+
 /// `act(x·W + bias)`, as facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {
@@ -54,12 +57,14 @@ impl plan::Plan for Plan {
     fn new(problem: &Problem, device: &Device) -> Self {
         let bytes = problem.scheme.codes.are_bytes();
         match (device.target, problem.m) {
+            (Target::Sm90a, _) if by_tiles(problem, device) => {
+                Self::tiles(tiles::choose(problem, device), problem, device)
+            }
             // Bytes have no other portable kernel, however many rows there are.
-            (target, m) if m <= streamed(target) || bytes && target != Target::Sm90a => {
+            (target, m) if m <= streamed(target) || bytes => {
                 Self::stream(stream::choose(problem, device), problem)
             }
-            (Target::Sm90a, _) => Self::tiles(tiles::choose(problem, device), problem, device),
-            (Target::Sm80 | Target::Sm89, _) => Self::panel(problem, device),
+            _ => Self::panel(problem, device),
         }
     }
 
@@ -81,6 +86,15 @@ fn streamed(target: Target) -> u64 {
     match target {
         Target::Sm80 | Target::Sm89 => STREAMED,
         Target::Sm90a => stream::MOST,
+    }
+}
+
+/// Whether Hopper's kernel for more rows is to have these, too: so many rows of bytes take either about as long.
+fn by_tiles(problem: &Problem, device: &Device) -> bool {
+    match problem.m {
+        m if m > stream::MOST => true,
+        m if m <= FEW || problem.gated || !problem.scheme.codes.are_bytes() => false,
+        _ => tiles::time(problem, device) < stream::time(problem, device),
     }
 }
 
@@ -124,6 +138,12 @@ impl Plan {
     /// which those of codes of eight bits are no part of here.
     pub fn takes(codes: Codes, m: u64, target: Target) -> bool {
         !codes.are_bytes() || target == Target::Sm90a || m <= streamed(target)
+    }
+
+    /// Whether scales of a weight of such codes multiply sums of so many rows, in f32, whatever the kernel, and never become
+    /// elements of the type of `x`.
+    pub fn scales_sums(codes: Codes, m: u64) -> bool {
+        m <= if codes.are_bytes() { FEW } else { stream::MOST }
     }
 
     /// With a configuration that nobody chose; `None` for a kernel of another family.
