@@ -2,6 +2,7 @@
 //!
 //! candle's CPU generator cannot be seeded; a run that can be repeated and resumed needs one that
 //! can.
+#![allow(dead_code, reason = "each example that includes this file uses some of it")]
 
 /// SplitMix64 (Steele, Lea and Flood, 2014).
 pub struct Rng(u64);
