@@ -7,6 +7,7 @@ use lexopt::prelude::*;
 
 use crate::model::Config;
 use crate::ops::Arithmetic;
+use crate::parse::{at_least, device, positive};
 
 const HELP: &str = "\
 Trains a GPT or a Llama with kaio-candle: fused operations with gradients in bf16, AdamW with f32 copies of the weights.
@@ -168,17 +169,6 @@ impl Args {
     }
 }
 
-fn device(text: &str) -> Result<Device, String> {
-    match text.strip_prefix("cuda:").map(str::parse) {
-        None if text == "cpu" => Ok(Device::Cpu),
-        Some(Ok(_)) if cfg!(not(feature = "cuda")) => {
-            Err("this build has no CUDA: add --features cuda to the cargo command".into())
-        }
-        Some(Ok(ordinal)) => Device::new_cuda(ordinal).map_err(|error| error.to_string()),
-        _ => Err("expected cpu or cuda:N".into()),
-    }
-}
-
 /// A model, its batch and its learning rate.
 fn preset(name: &str) -> Result<(Config, usize, f64), &'static str> {
     match name {
@@ -186,19 +176,5 @@ fn preset(name: &str) -> Result<(Config, usize, f64), &'static str> {
         "gpt2-124m" => Ok((Config::GPT2_124M, 32, 6e-4)),
         "llama-1b" => Ok((Config::LLAMA_1B, 8, 3e-4)),
         _ => Err("expected byte-86m, gpt2-124m or llama-1b"),
-    }
-}
-
-fn at_least<const LOW: usize>(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(number) if number >= LOW => Ok(number),
-        _ => Err(format!("expected a whole number of at least {LOW}")),
-    }
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(number) if number > 0.0 && f64::is_finite(number) => Ok(number),
-        _ => Err("expected a positive number".into()),
     }
 }

@@ -20,9 +20,13 @@ mod benchmark;
 #[path = "../common/chart.rs"]
 mod chart;
 mod checkpoint;
+#[path = "../common/data.rs"]
 mod data;
 mod model;
 mod ops;
+#[path = "../common/parse.rs"]
+mod parse;
+#[path = "../common/rng.rs"]
 mod rng;
 mod sample;
 mod train;
@@ -35,7 +39,7 @@ use std::process::ExitCode;
 use args::Args;
 use chart::Series;
 use data::{Alphabet, Corpus};
-use model::Gpt;
+use model::{Config, Gpt};
 use ops::Arithmetic;
 use train::{SMOOTHING, Trained, train};
 
@@ -54,7 +58,8 @@ fn run() -> Result<(), Box<dyn Error>> {
         return Ok(());
     };
     let alphabet = Alphabet::new(args.tokenizer.as_deref(), args.model.vocabulary)?;
-    let corpus = Corpus::load(args.text.as_deref(), &alphabet, &args.model)?;
+    let Config { vocabulary, seq, .. } = args.model;
+    let corpus = Corpus::load(args.text.as_deref(), &alphabet, vocabulary, seq)?;
     if args.benchmark {
         return Ok(benchmark::run(&args, &corpus)?);
     }

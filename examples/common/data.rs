@@ -1,4 +1,5 @@
 //! The text: where it comes from, what its tokens are, how it is split, and the batches cut from it.
+#![allow(dead_code, reason = "each example that includes this file uses some of it")]
 
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
@@ -6,7 +7,6 @@ use std::{env, fs, io};
 use candle_core::{Device, Result, Tensor, bail};
 use tokenizers::Tokenizer;
 
-use crate::model::Config;
 use crate::rng::Rng;
 
 /// The part of the text, at its end, that is never trained on.
@@ -76,7 +76,12 @@ pub struct Corpus {
 
 impl Corpus {
     /// The text of a file; without one, that of this crate for a model of bytes or with a tokenizer, and else random numbers.
-    pub fn load(text: Option<&Path>, alphabet: &Alphabet, model: &Config) -> Result<Self> {
+    pub fn load(
+        text: Option<&Path>,
+        alphabet: &Alphabet,
+        vocabulary: usize,
+        seq: usize,
+    ) -> Result<Self> {
         let text = match (text, alphabet) {
             (Some(path), _) => match fs::read(path) {
                 Ok(text) => text,
@@ -84,16 +89,21 @@ impl Corpus {
             },
             (None, Alphabet::Numbers) => {
                 let mut rng = Rng::new(0, Rng::TEXT);
-                let tokens = (0..RANDOM_TOKENS).map(|_| rng.below(model.vocabulary) as u32);
-                return Self::new(tokens.collect(), model);
+                let tokens = (0..RANDOM_TOKENS).map(|_| rng.below(vocabulary) as u32);
+                return Self::new(tokens.collect(), vocabulary, seq);
             }
-            (None, _) => text_of_this_crate()?,
+            (None, _) => text_of_this_crate(&["rs", "md", "toml"])?,
         };
-        Self::new(alphabet.encode(&text)?, model)
+        Self::new(alphabet.encode(&text)?, vocabulary, seq)
     }
 
-    fn new(mut text: Vec<u32>, model: &Config) -> Result<Self> {
-        let &Config { seq, vocabulary, .. } = model;
+    /// The bytes of this crate's files whose names end so.
+    pub fn of_this_crate(extensions: &[&str], vocabulary: usize, seq: usize) -> Result<Self> {
+        let text = Alphabet::Bytes.encode(&text_of_this_crate(extensions)?)?;
+        Self::new(text, vocabulary, seq)
+    }
+
+    fn new(mut text: Vec<u32>, vocabulary: usize, seq: usize) -> Result<Self> {
         let held_out = (text.len() as f64 * HELD_OUT) as usize;
         if held_out <= seq {
             bail!(
@@ -156,13 +166,13 @@ impl Corpus {
     }
 }
 
-/// Every Rust, Markdown and TOML file of this crate, in the order of their paths.
-fn text_of_this_crate() -> Result<Vec<u8>> {
+/// Every file of this crate whose name ends so, in the order of their paths.
+fn text_of_this_crate(extensions: &[&str]) -> Result<Vec<u8>> {
     let Some(root) = env::var_os("CARGO_MANIFEST_DIR") else {
         bail!("the crate's sources are found only under `cargo run`; give a text with --text FILE")
     };
     let mut files = Vec::new();
-    collect_sources(Path::new(&root), &mut files)?;
+    collect_files(Path::new(&root), extensions, &mut files)?;
     files.sort();
     let mut text = Vec::new();
     for file in files {
@@ -181,15 +191,20 @@ fn inputs_and_targets(windows: &[&[u32]], device: &Device) -> Result<(Tensor, Te
     Ok((tokens(0)?, tokens(1)?))
 }
 
-fn collect_sources(directory: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+fn collect_files(
+    directory: &Path,
+    extensions: &[&str],
+    files: &mut Vec<PathBuf>,
+) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let ends = path.extension().and_then(|end| end.to_str());
         if path.is_dir() {
             if name != "target" && !name.starts_with('.') {
-                collect_sources(&path, files)?;
+                collect_files(&path, extensions, files)?;
             }
-        } else if matches!(path.extension().and_then(|e| e.to_str()), Some("rs" | "md" | "toml")) {
+        } else if ends.is_some_and(|end| extensions.contains(&end)) {
             files.push(path);
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! candle's CPU generator cannot be seeded; a run that can be repeated and resumed needs one that
 //! can.
+#![allow(dead_code, reason = "each example that includes this file uses some of it")]
 
 /// SplitMix64 (Steele, Lea and Flood, 2014).
 pub struct Rng(u64);
@@ -13,6 +14,8 @@ impl Rng {
     pub const SAMPLE: u64 = u64::MAX - 1;
     /// The stream of a text that nobody wrote.
     pub const TEXT: u64 = u64::MAX - 2;
+    /// The stream of the initial weights of an adapter.
+    pub const ADAPTER: u64 = u64::MAX - 3;
 
     /// One of the independent streams of a seed.
     pub fn new(seed: u64, stream: u64) -> Self {
