@@ -263,12 +263,11 @@ fn w4_tile_shapes() -> Result<()> {
                 case.check(&format!("{} {m}x{n}x{k}", config.name()), &x, &got, |_, x| x)?;
                 let again = tune::w4_matmul(&x, &case.weight, &options, Some(config.into()))?;
                 identical(&config.name(), &again, &Nd::of(&got)?)?;
-                let interleaved = config.interleaved;
-                shapes.insert((config.rows, config.cols, config.split, config.store, interleaved));
+                shapes.insert((config.rows, config.cols, config.split, config.store));
             }
         }
     }
-    assert!(shapes.len() > 60, "{} shapes", shapes.len());
+    assert!(shapes.len() > 30, "{} shapes", shapes.len());
     Ok(())
 }
 

@@ -21,9 +21,6 @@ const WIDE: [u32; 7] = [64, 96, 128, 160, 192, 224, 256];
 /// has the whole of the smaller side.
 const OWN: [u32; 6] = [128, 144, 160, 168, 176, 192];
 
-/// What estimates take for the clock, 1.7 GHz.
-pub(in crate::kernel) const CLOCKS_PER_US: f64 = 1700.0;
-
 /// The configuration with the least estimated time.
 pub fn choose(problem: &Problem, device: &Device) -> Config {
     candidates(problem, device)
@@ -97,20 +94,18 @@ pub(in crate::kernel) struct Shape<'a> {
     pub blocks_per_sm: u32,
     pub pingpong: bool,
     pub weights: Option<&'a w4::Problem>,
-    pub interleaved: bool,
 }
 
 impl Shape<'_> {
     /// One that is not split.
     pub fn new(orient: Orient, rows: u32, cols: u32) -> Self {
-        let (split, blocks_per_sm, pingpong, interleaved, weights) = (1, 1, false, false, None);
-        Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights, interleaved }
+        let (split, blocks_per_sm, pingpong, weights) = (1, 1, false, None);
+        Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights }
     }
 
     /// All other choices, unless the shape is not possible or plainly idle.
     pub fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
-        let Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights, interleaved } =
-            self;
+        let Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights } = self;
         let weight = weights.map(|of| of.scheme);
         let [lhs, rhs] = orient.order([problem.lhs, problem.rhs]);
         let [height, width] = orient.order([problem.m, problem.n]);
@@ -132,7 +127,6 @@ impl Shape<'_> {
             elements,
             weight,
             weights: weights.map_or(1, w4::Problem::weights),
-            interleaved,
             lhs,
             rhs,
             orient,
@@ -229,6 +223,7 @@ fn lines(major: Major, extent: u32, whole: u64) -> u32 {
 
 /// Microseconds, roughly.
 pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
+    const CLOCKS_PER_US: f64 = 1700.0;
     /// Bytes that a multiprocessor takes from L2 in a clock, and how much of what its neighbour takes
     /// too counts.
     const FILL: f64 = 52.5;
@@ -323,8 +318,7 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
 
 /// Clocks of a stage of a weight of codes, whose products take `multiply` of all blocks `together` on a
 /// multiprocessor: a warpgroup decodes the next stage meanwhile. Fitted to 45 problems on an H200;
-/// of eight bits estimated: 64 to 112 instructions of a warp, where four bits take 60. Estimated as well where steps are
-/// interleaved: products then wait for little but each other.
+/// of eight bits estimated: 64 to 112 instructions of a warp, where four bits take 60.
 fn decoded(config: &Config, scheme: &Scheme, multiply: f64, together: f64) -> f64 {
     let first = match (scheme.codes, scheme.zeros) {
         (Codes::Int4, false) => 190.0,
@@ -333,14 +327,10 @@ fn decoded(config: &Config, scheme: &Scheme, multiply: f64, together: f64) -> f6
         (Codes::E4m3, _) => 300.0,
         _ => 250.0,
     };
-    let warpgroups = f64::from(config.consumers()) * together;
+    let decode = first + 140.0 * f64::from(config.consumers()) * together;
     // Wide tiles of other widths took longer than the wider ones.
     let odd = config.cols > 64 && !config.cols.is_multiple_of(64);
-    let clocks = match config.interleaved {
-        true => (1.1 * multiply + 20.0).max(first - 20.0 + 60.0 * warpgroups),
-        false => (first + 140.0 * warpgroups).hypot(multiply),
-    };
-    clocks * if odd { 1.3 } else { 1.0 }
+    decode.hypot(multiply) * if odd { 1.3 } else { 1.0 }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@
 //! file or goes there is the plain form: words of eight rows of a column, the first row in the lowest nibble.
 //! [`layout`] has the way from one to the other, and to elements.
 
-pub(super) mod bytes;
+mod bytes;
 pub mod layout;
 pub(super) mod nibbles;
 pub(super) mod params;

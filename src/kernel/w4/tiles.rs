@@ -2,7 +2,7 @@
 
 use super::Problem;
 use crate::kernel::Device;
-use crate::kernel::gemm::choose::{CLOCKS_PER_US, Shape, estimate};
+use crate::kernel::gemm::choose::{Shape, estimate};
 use crate::kernel::gemm::sm90::{Config, Orient};
 
 /// Columns of a tile, which are rows of `x`.
@@ -17,12 +17,6 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         .min_by(|a, b| a.0.total_cmp(&b.0))
         .expect("each problem has a candidate")
         .1
-}
-
-/// Estimated clocks of what is chosen, with its launch.
-pub fn time(problem: &Problem, device: &Device) -> f64 {
-    let config = choose(problem, device);
-    CLOCKS_PER_US * estimate(&config, &problem.products(), device)
 }
 
 /// Those worth an estimate.
@@ -43,16 +37,13 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                 let full = scheme.codes.are_bytes() && scheme.group.is_some() && rows == 128;
                 let few = cols <= 32 || (rows == 64 && cols <= 64);
                 let blocks_per_sm = if few && !(full && problem.weights() > 2) { 2 } else { 1 };
-                for interleaved in [false, true] {
-                    let shape = Shape {
-                        split,
-                        blocks_per_sm,
-                        weights: Some(problem),
-                        interleaved,
-                        ..Shape::new(Orient::Swapped, rows, cols)
-                    };
-                    all.extend(shape.config(&product, device));
-                }
+                let shape = Shape {
+                    split,
+                    blocks_per_sm,
+                    weights: Some(problem),
+                    ..Shape::new(Orient::Swapped, rows, cols)
+                };
+                all.extend(shape.config(&product, device));
             }
         }
     }

@@ -431,7 +431,6 @@ const HOPPER: sm90::Config = sm90::Config {
     elements: [BF16_FACTOR; 2],
     weight: None,
     weights: 1,
-    interleaved: false,
     lhs: Major::K,
     rhs: Major::Outer,
     orient: sm90::Orient::Plain,

@@ -211,7 +211,6 @@ impl Family for Products {
             elements: [Factor::Half(Half::Bf16); 2],
             weight: Some(Scheme { scale: BF16, ..scheme }),
             weights: 1,
-            interleaved: false,
             lhs: Major::K,
             rhs: Major::K,
             orient: sm90::Orient::Swapped,
@@ -241,7 +240,6 @@ impl Family for Products {
             ..tile
         };
         let several_tiles = sm90::Config { weights: 3, ..tile };
-        let steps = sm90::Config { cols: 64, stages: 16, interleaved: true, ..tile };
         let lines = sm90::Config { weight: Some(schemes_of_bytes()[0]), ..tile };
         let scaled = sm90::Config { weight: Some(schemes_of_bytes()[2]), stages: 4, ..small };
         vec![
@@ -256,7 +254,6 @@ impl Family for Products {
             ("w4_tile", Config::MatmulSm90(tile)),
             ("w4_tile_zeros", Config::MatmulSm90(small)),
             ("w4_tile_several", Config::MatmulSm90(several_tiles)),
-            ("w4_tile_steps", Config::MatmulSm90(steps)),
             ("w8_tile", Config::MatmulSm90(lines)),
             ("w8_tile_blocks", Config::MatmulSm90(scaled)),
         ]

@@ -65,9 +65,6 @@ pub struct Config {
     pub weight: Option<Scheme>,
     /// How many such weights the right operand is multiplied with: their tiles follow each other.
     pub weights: u32,
-    /// Whether each step of such a weight's next stage is decoded between two products of this one, and not all of them after
-    /// its last.
-    pub interleaved: bool,
     /// How the kernel's left operand lies.
     pub lhs: Major,
     /// How the kernel's right operand lies.
@@ -146,10 +143,9 @@ impl Config {
         let (element, batched) = (self.elements[0].name(), given(self.batched, " batched"));
         let weight = self.weight.map_or(String::new(), |scheme| format!(" {}", scheme.name()));
         let weights = several(self.weights, |weights| format!(" {weights}weights"));
-        let interleaved = given(self.interleaved, " interleaved");
         let scales = self.weight.map_or(String::new(), |w| format!("{} ", w.scale.name()));
         format!(
-            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{weights}{interleaved}{split}{pingpong}{blocks} {store} \
+            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{weights}{split}{pingpong}{blocks} {store} \
              {order}, {layouts} {scales}{element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
             self.depth(),
             epilogue.name()
@@ -349,7 +345,6 @@ impl Config {
                         && self.epilogue.bias.is_none()),
                 format!("{} weights", self.weights),
             ),
-            (self.weight.is_some() || !self.interleaved, "steps that nothing decodes".into()),
             self.epilogue.rule(multiplied(self.elements)),
             (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
             (

@@ -11,7 +11,7 @@
 //! by 128 columns multiply codes; others multiply sums in the end.
 
 use super::Gemm;
-use super::packed::{Decoding, Packed};
+use super::packed::{Fragments, Packed};
 use crate::kernel::gemm::BLOCK as SCALED;
 use crate::kernel::hopper::SLAB;
 use crate::kernel::w4::BLOCK;
@@ -74,25 +74,28 @@ impl<'k> Gemm<'k, '_> {
         (0..self.c.depth() / CHUNK).map(step).collect()
     }
 
-    /// How they become fragments.
+    /// The fragments.
     pub(super) fn decode_lines(
         &self,
         of: &Packed<'k>,
-        codes: Codes<'k>,
+        codes: &Codes<'k>,
         blocks: Option<&TileBlocks<'k>>,
-    ) -> Decoding<'k> {
-        let bytes = *of.decoder.bytes().expect("codes are bytes");
-        Decoding::Lines { codes, bytes, scale: blocks.map(|blocks| blocks.scale) }
+    ) -> Fragments<'k> {
+        let bytes = of.decoder.bytes().expect("codes are bytes");
+        let decode = |codes| match blocks {
+            Some(blocks) => bytes.scaled(codes, blocks.scale),
+            None => bytes.pair(codes, false),
+        };
+        let fragments = codes.iter().map(|codes| codes.map(decode)).collect();
+        if let Some(blocks) = blocks {
+            blocks.stage.increase(1);
+            blocks.load(of);
+        }
+        fragments
     }
 }
 
 impl<'k> TileBlocks<'k> {
-    /// Goes to the next stage.
-    pub(super) fn advance(&self, of: &Packed<'k>) {
-        self.stage.increase(1);
-        self.load(of);
-    }
-
     fn load(&self, of: &Packed<'k>) {
         let group = self.stage.min(self.last) / (SCALED / BLOCK);
         self.scale.set(of.weight.load_scale(of.weight.scales.at(group, self.column)));

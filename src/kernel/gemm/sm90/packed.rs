@@ -21,14 +21,10 @@ use crate::kernel::hopper::product::{LeftStep, products};
 use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{SLAB, WARPGROUP};
 use crate::kernel::raster::Tile;
-use crate::kernel::w4::bytes::Bytes;
 use crate::kernel::w4::nibbles::{Decoder, Offset};
 use crate::kernel::w4::weight::{Rows, Weight};
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Scheme};
-use crate::ptx::{Address, Delivery, Factor, Half, Kernel, Reg, Value};
-
-/// Rows of `W` of a product.
-const STEP: u32 = 16;
+use crate::ptx::{Address, Delivery, Factor, Half, Kernel, Reg};
 
 /// The offsets of what a stage of the operand has after its codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +61,9 @@ pub(super) struct Packed<'k> {
     pub k: Reg<'k, u32>,
     pub decoder: Decoder<'k>,
 }
+
+/// The left operands of all steps of a stage.
+pub(super) type Fragments<'k> = Vec<[Reg<'k, u32>; 4]>;
 
 /// What a producer copies of a tile.
 pub(super) struct PackedTile<'k> {
@@ -178,12 +177,10 @@ impl<'k> Gemm<'k, '_> {
                 false => Loaded::Words(self.load_words(of, stage, [thread, group, row])),
             }
         };
-        let decoding = |loaded: Loaded<'k>| match loaded {
-            Loaded::Lines(codes) => self.decode_lines(of, codes, blocks.as_ref()),
-            Loaded::Words(words) => self.decode_words(of, words, always),
+        let decode = |loaded: Loaded<'k>| match loaded {
+            Loaded::Lines(codes) => self.decode_lines(of, &codes, blocks.as_ref()),
+            Loaded::Words(words) => self.decode_words(of, &words, always),
         };
-        // Those of blocks are for one stage.
-        let decoded = || blocks.iter().for_each(|blocks| blocks.advance(of));
         let multiply = |fragments: &[[Reg<'k, u32>; 4]], accumulate: Reg<'k, bool>| {
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             products(c.factor(), &[sums], c.depth(), accumulate, |step| {
@@ -191,17 +188,11 @@ impl<'k> Gemm<'k, '_> {
             });
         };
         // Two sets, of stages in turn.
-        let steps = c.depth() / STEP;
-        let set = || (0..steps).map(|_| k.regs::<u32, 4>()).collect::<Vec<_>>();
+        let set = || (0..c.depth() / 16).map(|_| k.regs::<u32, 4>()).collect::<Vec<_>>();
         let (even, odd) = (set(), set());
-        let set = |to: &[[Reg<'k, u32>; 4]], from: Vec<[Reg<'k, u32>; 4]>| {
-            to.iter().flatten().zip(from.into_iter().flatten()).for_each(|(to, from)| to.set(from));
-        };
         let decode_to = |to: &[[Reg<'k, u32>; 4]], loaded| {
-            let decoding = decoding(loaded);
-            let all = (0..steps as usize).map(|step| decoding.fragment(step)).collect();
-            decoded();
-            set(to, all);
+            let both = to.iter().flatten().zip(decode(loaded).into_iter().flatten());
+            both.for_each(|(to, from)| to.set(from));
         };
         // The barrier of the stage whose products were begun last.
         let before = Mbarrier::unset(k);
@@ -212,52 +203,21 @@ impl<'k> Gemm<'k, '_> {
             place.advance();
             done
         };
-        // The products of the stage before are done: that is free.
-        let free = |done, later: Reg<'k, bool>| {
+        // Waits for the products of the stage before, whose fragments and stage are free then.
+        let settle = |done, later: Reg<'k, bool>| {
+            k.wgmma_wait(1);
             k.when(first_lane & later, || before.arrive());
             before.set(done);
         };
         // Decodes the next stage meanwhile. What it has comes from shared memory during the wait.
-        let after = |from: &[[Reg<'k, u32>; 4]], to: &[[Reg<'k, u32>; 4]], later| {
+        let go_on = |from: &[[Reg<'k, u32>; 4]], to: &[[Reg<'k, u32>; 4]], later| {
             let done = begin(from, later);
             place.wait();
             let loaded = load();
-            k.wgmma_wait(1);
-            free(done, later);
+            settle(done, later);
             decode_to(to, loaded);
         };
-        // A warp waits at each product until the one before has its operand, and decodes a step of the next stage there.
-        let between =
-            |from: &[[Reg<'k, u32>; 4]], to: &[[Reg<'k, u32>; 4]], later: Reg<'k, bool>| {
-                let done = place.done();
-                let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
-                place.advance();
-                place.wait();
-                let decoding = decoding(load());
-                for step in 0..steps {
-                    let accumulate = if step == 0 { later.into() } else { Value::from(true) };
-                    let fragment = LeftStep::Registers(from[step as usize]);
-                    let operands = |_| ([fragment], b.operand(step));
-                    products(c.factor(), &[sums], STEP, accumulate, operands);
-                    // As many groups ago the registers were read that this step goes to.
-                    k.wgmma_wait(steps);
-                    let step = step as usize;
-                    set(&to[step..=step], vec![decoding.fragment(step)]);
-                }
-                decoded();
-                free(done, later);
-            };
-        let go_on =
-            |from: &[[Reg<'k, u32>; 4]], to: &[[Reg<'k, u32>; 4]], later| match c.interleaved {
-                false => after(from, to, later),
-                true => between(from, to, later),
-            };
-        let end = |from: &[[Reg<'k, u32>; 4]], later| {
-            let done = begin(from, later);
-            // A group for each step and one for the last stage: where a block goes on with a tile, ptxas loses count of them.
-            k.wgmma_wait(if c.interleaved { 0 } else { 1 });
-            free(done, later);
-        };
+        let end = |from: &[[Reg<'k, u32>; 4]], later| settle(begin(from, later), later);
         place.wait();
         decode_to(&even, load());
         let others = count - 1;
@@ -301,58 +261,31 @@ impl<'k> Gemm<'k, '_> {
         Words { words, groups: groups.collect() }
     }
 
-    /// How they become fragments.
+    /// The fragments.
     fn decode_words(
         &self,
         of: &Packed<'k>,
-        Words { words, groups }: Words<'k>,
+        Words { words, groups }: &Words<'k>,
         always: [Offset<'k>; 2],
-    ) -> Decoding<'k> {
+    ) -> Fragments<'k> {
         let (k, decoder) = (self.k, of.decoder);
         if groups.is_empty() {
-            return Decoding::Words { words, decoder, always };
+            return words.map(|word| decoder.fragment(word, always)).into();
         }
         let (none, half) = (k.var(0x8000_8000u32), half(self.c));
-        let of_row = |(scale, zero): (LoadedScale<'k>, Option<_>)| {
+        let of_row = |&(scale, zero): &(LoadedScale<'k>, Option<_>)| {
             let zero = zero.map_or(always[0], |zero| decoder.zero(zero));
             (Factors::new(k, half, scale), zero)
         };
-        let groups = groups.into_iter().map(|both| both.map(of_row)).collect();
-        Decoding::Scaled { words, decoder, groups, half, none }
-    }
-}
-
-/// Makes the fragments of a stage, step by step.
-pub(super) enum Decoding<'k> {
-    /// Of words that are scaled in the end, with zero points that are the same for all of a column.
-    Words { words: [Reg<'k, u32>; 4], decoder: Decoder<'k>, always: [Offset<'k>; 2] },
-    /// Of words in groups, each with the scales and offsets of both of a lane's columns; `none` is two times −0.
-    Scaled {
-        words: [Reg<'k, u32>; 4],
-        decoder: Decoder<'k>,
-        groups: Vec<[(Factors<'k>, Offset<'k>); 2]>,
-        half: Half,
-        none: Reg<'k, u32>,
-    },
-    /// Of lines, with the scale of a block if there is one.
-    Lines { codes: Codes<'k>, bytes: Bytes<'k>, scale: Option<Reg<'k, f32>> },
-}
-
-impl<'k> Decoding<'k> {
-    fn fragment(&self, step: usize) -> [Reg<'k, u32>; 4] {
-        match self {
-            Self::Words { words, decoder, always } => decoder.fragment(words[step], *always),
-            Self::Scaled { words, decoder, groups, half, none } => {
-                let [(first, low), (second, high)] = groups[step * groups.len() / words.len()];
-                let [a, b, c, d] = decoder.fragment(words[step], [low, high]);
-                let scale = |x, by: Factors<'k>| by.scale(*half, x, *none);
-                [scale(a, first), scale(b, second), scale(c, first), scale(d, second)]
-            }
-            Self::Lines { codes, bytes, scale } => codes[step].map(|codes| match scale {
-                Some(scale) => bytes.scaled(codes, *scale),
-                None => bytes.pair(codes, false),
-            }),
-        }
+        let groups: Vec<_> = groups.iter().map(|both| both.each_ref().map(of_row)).collect();
+        let steps = words.len() / groups.len();
+        let fragment = |(step, &word)| {
+            let [(first, low), (second, high)] = groups[step / steps];
+            let [a, b, c, d] = decoder.fragment(word, [low, high]);
+            let scale = |x, by: Factors<'k>| by.scale(half, x, none);
+            [scale(a, first), scale(b, second), scale(c, first), scale(d, second)]
+        };
+        words.iter().enumerate().map(fragment).collect()
     }
 }
 
@@ -388,7 +321,7 @@ impl<'k> LoadedScale<'k> {
 /// What both halves of a register are multiplied with: a scale as it is, or as the sum of two halves, where one has
 /// too few bits for it.
 #[derive(Clone, Copy)]
-pub(super) struct Factors<'k> {
+struct Factors<'k> {
     scale: Reg<'k, u32>,
     rest: Option<Reg<'k, u32>>,
 }
