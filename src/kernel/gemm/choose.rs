@@ -21,6 +21,9 @@ const WIDE: [u32; 7] = [64, 96, 128, 160, 192, 224, 256];
 /// has the whole of the smaller side.
 const OWN: [u32; 6] = [128, 144, 160, 168, 176, 192];
 
+/// What estimates take for the clock, 1.7 GHz.
+pub(in crate::kernel) const CLOCKS_PER_US: f64 = 1700.0;
+
 /// The configuration with the least estimated time.
 pub fn choose(problem: &Problem, device: &Device) -> Config {
     candidates(problem, device)
@@ -223,7 +226,6 @@ fn lines(major: Major, extent: u32, whole: u64) -> u32 {
 
 /// Microseconds, roughly.
 pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
-    const CLOCKS_PER_US: f64 = 1700.0;
     /// Bytes that a multiprocessor takes from L2 in a clock, and how much of what its neighbour takes
     /// too counts.
     const FILL: f64 = 52.5;

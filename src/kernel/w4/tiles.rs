@@ -2,7 +2,7 @@
 
 use super::Problem;
 use crate::kernel::Device;
-use crate::kernel::gemm::choose::{Shape, estimate};
+use crate::kernel::gemm::choose::{CLOCKS_PER_US, Shape, estimate};
 use crate::kernel::gemm::sm90::{Config, Orient};
 
 /// Columns of a tile, which are rows of `x`.
@@ -17,6 +17,12 @@ pub fn choose(problem: &Problem, device: &Device) -> Config {
         .min_by(|a, b| a.0.total_cmp(&b.0))
         .expect("each problem has a candidate")
         .1
+}
+
+/// Estimated clocks of what is chosen, with its launch.
+pub fn time(problem: &Problem, device: &Device) -> f64 {
+    let config = choose(problem, device);
+    CLOCKS_PER_US * estimate(&config, &problem.products(), device)
 }
 
 /// Those worth an estimate.
