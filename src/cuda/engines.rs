@@ -458,13 +458,14 @@ pub(crate) fn grad_norm(
     on_gpu!(native::grad_norm(op, grads, scale, max_norm))
 }
 
-/// The same gradients times the factor of [`grad_norm`].
+/// The same gradients times the second of two numbers, the factor of [`grad_norm`]: in their dtypes, or in f16 or bf16.
 pub(crate) fn scale_grads(
     op: &'static str,
     grads: &[&Tensor],
     clip: &Tensor,
+    to: Option<DType>,
 ) -> Result<Vec<Tensor>> {
-    on_gpu!(native::scale_grads(op, grads, clip))
+    on_gpu!(native::scale_grads(op, grads, clip, to))
 }
 
 /// Adds gradients, such as those of [`grad_norm`], to sums.
@@ -601,19 +602,25 @@ pub(crate) fn product(
     })
 }
 
-/// `sums += A·B`, in f32, from an element on.
-pub(crate) fn add_matmul(
+/// `A·B` in the dtype of what it is written to, from an element on; or added to that, if it is f32. The depth is not empty.
+pub(crate) fn product_to(
     op: &'static str,
     problem: &MatmulProblem,
     operands: [&CudaStorage; 2],
-    sums: (&mut CudaStorage, usize),
+    out: (&mut CudaStorage, usize),
+    adds: bool,
 ) -> Result<()> {
     on_gpu!({
-        match problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
-            true => Ok(()),
-            false => native::add_matmul(op, problem, operands, sums),
+        match problem.out.elem_count() {
+            0 => Ok(()),
+            _ => native::product_to(op, problem, operands, out, adds),
         }
     })
+}
+
+/// What [`product_to`] writes to all of.
+pub(crate) fn unwritten(like: &CudaStorage, len: usize, dtype: DType) -> Result<CudaStorage> {
+    on_gpu!(super::driver::memory::uninit(like.device(), &len.into(), dtype))
 }
 
 /// The losses of the rows of a matrix without gaps, from an element of all losses on; with `upstream` gradients and what

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, DType, Device, Layout, Result, Shape, Tensor};
 
 use super::cross_entropy::{RowLoss, check_targets, packed_targets};
 use super::{Computed, Differentiable, MatmulProblem, Op, View, apply, cast, eval_all};
@@ -63,7 +64,7 @@ pub fn linear_cross_entropy_within(
 }
 
 /// Inputs: hidden states `[N, H]`, weight and targets. Results: the loss; saved, unless each row has a loss of its own:
-/// the share of each, and sums of gradients in f32.
+/// the share of each, and the gradients of the sum of all.
 #[derive(Clone)]
 struct Linear {
     op: &'static str,
@@ -75,7 +76,7 @@ struct Linear {
     workspace: usize,
 }
 
-/// The losses of rows, and the gradients of hidden states and weight in f32.
+/// The losses of rows, and the gradients of hidden states and weight, before a factor and a rounding to the inputs' dtype.
 struct Parts<S> {
     losses: S,
     grads: [Option<S>; 2],
@@ -85,17 +86,22 @@ struct Parts<S> {
 trait Chunks {
     type Storage;
 
+    /// In f32.
     fn zeros(&self, len: usize) -> Result<Self::Storage>;
+
+    /// What products are written to: in f32, or in a dtype that has its range and is that of the inputs, if `rounded`.
+    fn gradient(&self, len: usize, rounded: bool) -> Result<Self::Storage>;
 
     /// `a·b` in the operands' dtype, or one that is as good.
     fn product(&self, a: View<Self::Storage>, b: View<Self::Storage>) -> Result<Self::Storage>;
 
-    /// `sums += a·b`, from an element on.
-    fn add_product(
+    /// Writes `a·b` to a gradient from an element on, or adds it to what was written.
+    fn product_to(
         &self,
         a: View<Self::Storage>,
         b: View<Self::Storage>,
-        sums: (&mut Self::Storage, usize),
+        to: (&mut Self::Storage, usize),
+        adds: bool,
     ) -> Result<()>;
 
     /// The losses of rows of logits; with `upstream`, the gradients of these times its own in place of the logits.
@@ -131,8 +137,14 @@ impl Linear {
     ) -> Result<Parts<C::Storage>> {
         let ([rows, depth], classes) = (pair(x.1), w.1.dims()[0]);
         let mut losses = on.zeros(rows)?;
-        let wanted = |wanted: bool, len| wanted.then(|| on.zeros(len)).transpose();
-        let mut grads = [wanted(wants[0], rows * depth)?, wanted(wants[1], classes * depth)?];
+        let gradient = |i: usize, len| match (wants[i], rows * depth * classes) {
+            (false, _) => Ok(None),
+            // No product is written to it.
+            (true, 0) => on.zeros(len).map(Some),
+            // A row of hidden states has its gradient in one chunk, the weight in all of them.
+            (true, _) => on.gradient(len, i == 0).map(Some),
+        };
+        let mut grads = [gradient(0, rows * depth)?, gradient(1, classes * depth)?];
         let (one, scalar) = (on.one()?, Layout::contiguous(1));
         let chunk = self.chunk(rows, classes);
         for start in (0..rows).step_by(chunk) {
@@ -149,12 +161,15 @@ impl Linear {
             let of_rows = of_rows.as_ref().map_or(share, |(storage, layout)| (*storage, layout));
             let upstream = wants.contains(&true).then_some([of_rows, share]);
             on.rows((&mut z, &z_is), (t_part.0, &t_part.1), upstream, (&mut losses, start))?;
+            if z_is.shape().elem_count() == 0 {
+                continue;
+            }
             let [of_x, of_w] = &mut grads;
-            if let Some(sums) = of_x {
-                on.add_product((&z, &z_is), w, (sums, start * depth))?;
+            if let Some(grad) = of_x {
+                on.product_to((&z, &z_is), w, (grad, start * depth), false)?;
             }
             if let Some(sums) = of_w {
-                on.add_product((&z, &z_is.transpose(0, 1)?), x_part, (sums, 0))?;
+                on.product_to((&z, &z_is.transpose(0, 1)?), x_part, (sums, 0), start > 0)?;
             }
         }
         Ok(Parts { losses, grads })
@@ -167,22 +182,16 @@ impl Linear {
         grads.into_iter().zip(inputs).filter_map(shaped).collect()
     }
 
-    /// Gradients in the dtypes of the inputs, and `None` of those without one, from sums that are multiplied with a
-    /// factor.
+    /// Gradients in the dtype of the inputs, and `None` of those without one, from those before the factor.
     fn finish(
         &self,
-        inputs: &[&Tensor],
-        sums: &[Tensor],
+        dtype: DType,
+        grads: &[Tensor],
         factor: &Tensor,
     ) -> Result<Vec<Option<Tensor>>> {
-        let mut sums = sums.iter();
-        let grad = |i: usize| match self.wants[i] {
-            false => Ok(None),
-            true => sums.next().map(|sums| scaled(sums, factor, inputs[i].dtype())).transpose(),
-        };
-        let grads = [0, 1].map(grad);
-        let [of_x, of_w] = grads;
-        Ok(vec![of_x?, of_w?, None])
+        let mut scaled = scaled(self.op, grads, factor, dtype)?.into_iter();
+        let [of_x, of_w] = self.wants.map(|wanted| if wanted { scaled.next() } else { None });
+        Ok(vec![of_x, of_w, None])
     }
 }
 
@@ -194,23 +203,29 @@ fn narrow(layout: &Layout, dim: usize, range: &Range<usize>) -> Result<Layout> {
     layout.narrow(dim, range.start, range.len())
 }
 
-/// `sums · factor` in a dtype, some rows at a time: no more than that is in memory twice.
-fn scaled(sums: &Tensor, factor: &Tensor, dtype: DType) -> Result<Tensor> {
-    const ELEMENTS: usize = 1 << 25;
-    let (rows, cols) = sums.dims2()?;
-    let step = (ELEMENTS / cols.max(1)).max(1);
-    let piece = |start: usize| {
-        let some = sums.narrow(0, start, step.min(rows - start))?;
-        cast(&some.broadcast_mul(factor)?, dtype)
+/// Tensors times a factor `[1]`, rounded to f16 or bf16.
+fn scaled(
+    op: &'static str,
+    tensors: &[Tensor],
+    factor: &Tensor,
+    dtype: DType,
+) -> Result<Vec<Tensor>> {
+    let (empty, full): (Vec<_>, Vec<_>) = tensors.iter().partition(|t| t.elem_count() == 0);
+    let full = match full.first().map(|t| t.device()) {
+        None => vec![],
+        Some(Device::Cpu) => {
+            let scale = |t: &&Tensor| cast(&t.broadcast_mul(factor)?, dtype);
+            full.iter().map(scale).collect::<Result<_>>()?
+        }
+        // Both in one launch, which reads the second of two numbers.
+        Some(_) => {
+            cuda::scale_grads(op, &full, &factor.broadcast_as(2)?.contiguous()?, Some(dtype))?
+        }
     };
-    if sums.elem_count() == 0 || rows <= step {
-        return if rows == 0 || cols == 0 { cast(sums, dtype) } else { piece(0) };
-    }
-    let out = Tensor::zeros((rows, cols), dtype, sums.device())?;
-    for start in (0..rows).step_by(step) {
-        out.slice_set(&piece(start)?, 0, start)?;
-    }
-    Ok(out)
+    let empty = empty.into_iter().map(|t| cast(t, dtype)).collect::<Result<Vec<_>>>()?;
+    let (mut full, mut empty) = (full.into_iter(), empty.into_iter());
+    let in_order = |t: &Tensor| if t.elem_count() == 0 { empty.next() } else { full.next() };
+    Ok(tensors.iter().filter_map(in_order).collect())
 }
 
 impl Op for Linear {
@@ -269,16 +284,17 @@ impl Differentiable for Linear {
         grads: &[Option<Tensor>],
     ) -> Result<Vec<Option<Tensor>>> {
         let [Some(grad)] = grads else { return Ok(vec![None; 3]) };
-        let [_, share, sums @ ..] = results else { unreachable!("a loss and what is saved") };
+        let [_, share, before @ ..] = results else { unreachable!("a loss and what is saved") };
+        let dtype = inputs[0].dtype();
         if self.reduction != Reduction::None {
-            return self.finish(inputs, sums, &(grad.reshape(1)? * share)?);
+            return self.finish(dtype, before, &(grad.reshape(1)? * share)?);
         }
         // Each row's gradient has a factor of its own: logits are computed again.
         let grad = match grad.elem_count() {
             0 => Tensor::zeros(0, DType::F32, grad.device())?,
             _ => grad.flatten_all()?.contiguous()?,
         };
-        let (grad, factor) = match inputs[0].dtype() == DType::F16 && grad.elem_count() > 0 {
+        let (grad, factor) = match dtype == DType::F16 && grad.elem_count() > 0 {
             // f16 ends at 6e-8: it holds them relative to the largest.
             true => {
                 let peak = grad.abs()?.max_keepdim(0)?.clamp(1e-30f32, f32::MAX)?;
@@ -286,12 +302,12 @@ impl Differentiable for Linear {
             }
             false => (grad, share.clone()),
         };
-        let sums = eval_all(&Again(self.clone()), &[inputs[0], inputs[1], inputs[2], &grad])?;
-        self.finish(inputs, &sums, &factor)
+        let before = eval_all(&Again(self.clone()), &[inputs[0], inputs[1], inputs[2], &grad])?;
+        self.finish(dtype, &before, &factor)
     }
 }
 
-/// Inputs: those of [`Linear`], and the upstream gradient of each row. Results: the gradients that are wanted, in f32.
+/// Inputs: those of [`Linear`], and the upstream gradient of each row. Results: the gradients that are wanted, before a factor.
 struct Again(Linear);
 
 impl Op for Again {
@@ -327,6 +343,10 @@ impl Chunks for OnCpu {
         Ok(CpuStorage::F32(vec![0.0; len]))
     }
 
+    fn gradient(&self, len: usize, _: bool) -> Result<CpuStorage> {
+        self.zeros(len)
+    }
+
     fn one(&self) -> Result<CpuStorage> {
         Ok(CpuStorage::F32(vec![1.0]))
     }
@@ -337,13 +357,15 @@ impl Chunks for OnCpu {
         Ok(CpuStorage::F32(cpu::matmul(&problem, a.0, b.0)?))
     }
 
-    fn add_product(
+    fn product_to(
         &self,
         a: View<CpuStorage>,
         b: View<CpuStorage>,
         (sums, first): (&mut CpuStorage, usize),
+        _: bool,
     ) -> Result<()> {
         let more = cpu::matmul(&MatmulProblem::new(self.op, a.1, b.1)?, a.0, b.0)?;
+        // To zeros, if it is the first.
         cpu::add_part(sums, first, &more)
     }
 
@@ -381,6 +403,12 @@ impl Chunks for OnCuda<'_> {
         cuda::full(self.like, len, 0.0)
     }
 
+    fn gradient(&self, len: usize, rounded: bool) -> Result<CudaStorage> {
+        let dtype =
+            if rounded && self.like.dtype() == DType::BF16 { DType::BF16 } else { DType::F32 };
+        cuda::unwritten(self.like, len, dtype)
+    }
+
     fn one(&self) -> Result<CudaStorage> {
         cuda::full(self.like, 1, 1.0)
     }
@@ -389,14 +417,15 @@ impl Chunks for OnCuda<'_> {
         cuda::product(self.op, &MatmulProblem::new(self.op, a.1, b.1)?, [a.0, b.0])
     }
 
-    fn add_product(
+    fn product_to(
         &self,
         a: View<CudaStorage>,
         b: View<CudaStorage>,
-        sums: (&mut CudaStorage, usize),
+        to: (&mut CudaStorage, usize),
+        adds: bool,
     ) -> Result<()> {
         let problem = MatmulProblem::new(self.op, a.1, b.1)?;
-        cuda::add_matmul(self.op, &problem, [a.0, b.0], sums)
+        cuda::product_to(self.op, &problem, [a.0, b.0], to, adds)
     }
 
     fn rows(

@@ -68,7 +68,7 @@ pub fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, max_norm: f64) -> Res
                 };
                 of_all.iter().map(scale).collect::<Result<Vec<_>>>()?
             }
-            _ => cuda::scale_grads(OP, &of_all, &clip)?,
+            _ => cuda::scale_grads(OP, &of_all, &clip, None)?,
         };
         for ((var, _), scaled) in held.iter().zip(scaled) {
             grads.insert(var, scaled);

@@ -30,16 +30,21 @@ pub(crate) fn matmul(
     Call::new(op, problem, epilogue, a, b, bias)?.run_chosen()
 }
 
-/// `sums += A·B` from element `first` of f32 sums on; neither the product nor its depth is empty.
-pub(crate) fn add_matmul(
+/// `A·B` to element `first` and those after it, or added to these if they are f32; neither the product nor its depth is empty.
+pub(crate) fn product_to(
     op: &'static str,
     problem: &MatmulProblem,
     [a, b]: [&CudaStorage; 2],
-    (sums, first): (&mut CudaStorage, usize),
+    (out, first): (&mut CudaStorage, usize),
+    adds: bool,
 ) -> Result<()> {
-    let call = Call::with(op, problem, gemm::Epilogue::add(), DType::F32, [a, b], None)?;
+    let epilogue = match adds {
+        true => gemm::Epilogue::add(),
+        false => gemm::Epilogue::round(element(out.dtype())),
+    };
+    let call = Call::with(op, problem, epilogue, out.dtype(), [a, b], None)?;
     let compiled = PLANS.get(op, &call.gpu, &call.facts)?;
-    call.run_to(&compiled, (sums, first))
+    call.run_to(&compiled, (out, first))
 }
 
 /// What the sums of 8-bit operands are multiplied with: see [`Scale`](gemm::Scale).

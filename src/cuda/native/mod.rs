@@ -35,7 +35,7 @@ pub(crate) use cross_entropy::{
 pub(crate) use embedding::{embedding, embedding_backward};
 pub(crate) use encode::{encode, peak};
 pub(crate) use glu::{glu, glu_backward};
-pub(crate) use matmul::{add_matmul, matmul};
+pub(crate) use matmul::{matmul, product_to};
 pub(crate) use norm::{norm, norm_backward};
 pub(crate) use optimizer::{accumulate, adamw, grad_norm, scale_grads};
 pub(super) use quantised::{Codewords, Panel};

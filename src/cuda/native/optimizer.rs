@@ -11,6 +11,7 @@ use super::limit::countable;
 use super::operand::{ALIGN, element};
 use super::plan::Plans;
 use super::quantised::tensor;
+use crate::kernel::Element;
 use crate::kernel::optimizer::{
     Arguments, Betas, Moments, Plan, Problem, Row, State, Task, chunks, dynamic, kind,
 };
@@ -100,21 +101,30 @@ pub(crate) fn grad_norm(
     Ok(clip)
 }
 
-/// Gradients times the factor that clips them.
+/// Gradients times the factor that clips them, in their dtypes or in one of 16 bits.
 pub(crate) fn scale_grads(
     op: &'static str,
     grads: &[&Tensor],
     clip: &Tensor,
+    to: Option<DType>,
 ) -> Result<Vec<Tensor>> {
     let cuda = grads[0].device().as_cuda_device()?;
-    let like = |grad: &&Tensor| Ok(tensor(uninit(cuda, grad.shape(), grad.dtype())?, grad.shape()));
+    let like = |grad: &&Tensor| {
+        let storage = uninit(cuda, grad.shape(), to.unwrap_or(grad.dtype()))?;
+        Ok(tensor(storage, grad.shape()))
+    };
     let scaled: Vec<_> = grads.iter().map(like).collect::<Result<_>>()?;
     let (mut rows, mut written) = (Rows::default(), Written::new(cuda));
     for (grad, out) in grads.iter().zip(&scaled) {
         rows.push(grad, Row { out: written.push(out)?, ..Row::default() })?;
     }
     let launch = Launch { read: [None, None, Some(clip)], ..Launch::default() };
-    let problem = rows.problem(Task::Scale, false);
+    let to = match to.map(element) {
+        None => None,
+        Some(Element::Half(half)) => Some(half),
+        Some(Element::F32) => bail!("a dtype of 16 bits was wanted"),
+    };
+    let problem = rows.problem(Task::Scale(to), false);
     launch.run(op, &problem, rows, written)?;
     Ok(scaled)
 }

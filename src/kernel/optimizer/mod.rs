@@ -17,7 +17,7 @@ pub use rows::{CHUNK, Row, State, chunks, kind};
 use super::Device;
 use super::params::{self, Argument, names};
 use super::plan::Step;
-use crate::ptx::Source;
+use crate::ptx::{Half, Source};
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -31,8 +31,8 @@ pub enum Task {
     Norm,
     /// Gradients are added to f32 sums, or begin them.
     Accumulate,
-    /// Gradients times the factor that clips them, in their own types.
-    Scale,
+    /// Gradients times a factor, in their own types or rounded to one.
+    Scale(Option<Half>),
 }
 
 /// How the moments are kept.
@@ -87,8 +87,8 @@ pub enum Config {
     Norm,
     /// Gradients added to sums.
     Accumulate,
-    /// Gradients times a factor.
-    Scale,
+    /// Gradients times a factor, in their own types or rounded to one.
+    Scale(Option<Half>),
 }
 
 impl Config {
@@ -105,7 +105,8 @@ impl Config {
             Self::Squares => "gradients squares, f32".into(),
             Self::Norm => "gradients norm, f32".into(),
             Self::Accumulate => "gradients accumulate, f32".into(),
-            Self::Scale => "gradients scale, same".into(),
+            Self::Scale(None) => "gradients scale, same".into(),
+            Self::Scale(Some(half)) => format!("gradients scale, {}", half.name()),
         }
     }
 }
@@ -137,7 +138,7 @@ impl super::Plan for Plan {
             }
             Task::Norm => vec![step(Config::Squares, self.chunks), step(Config::Norm, 1)],
             Task::Accumulate => vec![step(Config::Accumulate, self.chunks)],
-            Task::Scale => vec![step(Config::Scale, self.chunks)],
+            Task::Scale(to) => vec![step(Config::Scale(to), self.chunks)],
         }
     }
 }
@@ -240,7 +241,7 @@ pub fn emit(config: &Config) -> Source {
         Config::AdamW { moments, clipped } => adamw::emit(moments, clipped),
         Config::Squares => norm::emit_squares(),
         Config::Norm => norm::emit_norm(),
-        Config::Accumulate => add::emit(true),
-        Config::Scale => add::emit(false),
+        Config::Accumulate => add::emit_accumulate(),
+        Config::Scale(to) => add::emit_scale(to),
     }
 }

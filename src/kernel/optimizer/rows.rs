@@ -152,14 +152,14 @@ impl<'k> Chunk<'k> {
         }
     }
 
-    /// The address of the chunk in what is written, whose elements are of the gradient's type or of f32.
-    pub fn out(&self, as_gradient: bool) -> Reg<'k, u64> {
+    /// The address of the chunk in what is written, whose elements are of a type or else of the gradient's.
+    pub fn out(&self, element: Option<Element>) -> Reg<'k, u64> {
         let k = self.first.kernel();
         let [out] = k.ld_global_nc::<u64, 1>(self.row.at(16));
-        let f32_ = k.var(4u32);
-        let size = match as_gradient {
-            true => k.select(self.kind.eq(kind_of_f32()), f32_, 2),
-            false => f32_,
+        let size = k.var(element.unwrap_or(Element::F32).size());
+        let size = match element {
+            Some(_) => size,
+            None => k.select(self.kind.eq(kind_of_f32()), size, 2),
         };
         out + self.first * size.wide()
     }

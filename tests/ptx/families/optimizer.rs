@@ -2,17 +2,20 @@
 
 use kaio_candle::kernel::Config;
 use kaio_candle::kernel::optimizer::{self, Arguments, Betas, Moments, Plan, Problem, Task};
+use kaio_candle::ptx::Half;
 
 use super::{Extent, Family, Gpu, Used, addresses, another, passes, within};
 
 pub struct Optimizers;
 
-const TASKS: [Task; 5] = [
+const TASKS: [Task; 7] = [
     Task::AdamW(Moments::F32),
     Task::AdamW(Moments::Bits8),
     Task::Norm,
     Task::Accumulate,
-    Task::Scale,
+    Task::Scale(None),
+    Task::Scale(Some(Half::F16)),
+    Task::Scale(Some(Half::Bf16)),
 ];
 
 impl Family for Optimizers {
@@ -66,7 +69,8 @@ impl Family for Optimizers {
             ("grad_squares", optimizer::Config::Squares.into()),
             ("grad_norm", optimizer::Config::Norm.into()),
             ("grad_accumulate", optimizer::Config::Accumulate.into()),
-            ("grad_scale", optimizer::Config::Scale.into()),
+            ("grad_scale", optimizer::Config::Scale(None).into()),
+            ("grad_scale_bf16", optimizer::Config::Scale(Some(Half::Bf16)).into()),
         ]
     }
 }
