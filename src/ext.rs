@@ -645,6 +645,48 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// ```
     fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor>;
 
+    /// `self + rhs`, as candle's `+`, for the parts of a model within a [`block`](crate::train::block): this sum's gradient is
+    /// handed to both as it is, where candle adds it to zeros for each.
+    ///
+    /// | argument | shape | dtype |
+    /// |---|---|---|
+    /// | `self` (`lhs`) | any | f16, bf16 or f32 |
+    /// | `rhs` | that of `lhs` | that of `lhs` |
+    /// | result | the same | the same |
+    ///
+    /// Views of any strides are read in place. [`kaio_add_rms_norm`](Self::kaio_add_rms_norm) and
+    /// [`kaio_add_layer_norm`](Self::kaio_add_layer_norm) normalise a sum in the same pass.
+    ///
+    /// # Gradient
+    ///
+    /// Both: that of the sum.
+    ///
+    /// # Errors
+    ///
+    /// Other dtypes, unequal dtypes or shapes, two devices.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor, Var};
+    /// # use kaio_candle::prelude::*;
+    /// // What a low-rank matrix adds to a frozen one (Hu et al., "LoRA", 2021).
+    /// let x = Tensor::randn(0f32, 1., (2, 5, 64), &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// let frozen = Tensor::randn(0f32, 0.1, (64, 32), &Device::Cpu)?.to_dtype(DType::BF16)?;
+    /// let (a, b) = (Var::randn(0f32, 0.1, (64, 4), &Device::Cpu)?, Var::zeros((4, 32), DType::F32, &Device::Cpu)?);
+    /// let opts = MatmulOptions::default().compute_dtype(DType::BF16).out_dtype(DType::BF16);
+    /// let loss = kaio_candle::train::block(
+    ///     |_| {
+    ///         let low = x.kaio_matmul_with(&a, &opts)?.kaio_matmul_with(&b, &opts)?;
+    ///         x.kaio_matmul_with(&frozen, &opts)?.kaio_add(&low)?.kaio_softmax()?.sqr()?.mean_all()
+    ///     },
+    ///     &[],
+    /// )?;
+    /// assert!(loss.backward()?.get(&b).is_some());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    fn kaio_add(&self, rhs: &Tensor) -> Result<Tensor>;
+
     /// RMSNorm over the last dimension: `self · weight / √(mean(self²) + eps)` (Zhang and Sennrich, "Root Mean Square Layer
     /// Normalization", 2019). It takes the place of `candle_nn::ops::rms_norm`, through which no gradient passes.
     ///
@@ -1074,6 +1116,10 @@ impl KaioTensorExt for Tensor {
 
     fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor> {
         op::glu("kaio_geglu", Gate::GeluTanh, self, up)
+    }
+
+    fn kaio_add(&self, rhs: &Tensor) -> Result<Tensor> {
+        op::add(self, rhs)
     }
 
     fn kaio_rms_norm(&self, weight: &Tensor, eps: f32) -> Result<Tensor> {

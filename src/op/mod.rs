@@ -5,6 +5,7 @@
 //! candle's graph.
 
 mod activation;
+mod add;
 mod alone;
 mod attention;
 mod block;
@@ -23,6 +24,7 @@ mod rope;
 mod softmax;
 mod tape;
 
+pub(crate) use add::add;
 pub use alone::Backward;
 pub use attention::FlashAttnBackward;
 pub(crate) use attention::{

@@ -25,8 +25,8 @@ use super::Outputs;
 /// track a gradient are copies too. So the best block is a large one: from `Var`s to the loss nothing of size is copied.
 ///
 /// What `f` computes with candle's ops from their own results is differentiated once for each op of this crate that reads it:
-/// in a model of many layers that are added with `+` (and not by
-/// [`kaio_add_rms_norm`](crate::KaioTensorExt::kaio_add_rms_norm), say), make each layer a block. A block in a block is a part of
+/// in a model of many layers that are added with `+` (and not by [`kaio_add`](crate::KaioTensorExt::kaio_add) or
+/// [`kaio_add_rms_norm`](crate::KaioTensorExt::kaio_add_rms_norm)), make each layer a block. A block in a block is a part of
 /// that. A [`checkpoint`](super::checkpoint) may be in a block, and the other way round.
 ///
 /// # Gradient

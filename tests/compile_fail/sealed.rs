@@ -30,6 +30,7 @@ impl KaioTensorExt for Mine {
         kaio_qkv_project_int4([&Tensor; 3], [&Tensor; 3]) -> (Tensor, Tensor, Tensor);
         kaio_swiglu(&Tensor) -> Tensor;
         kaio_geglu(&Tensor) -> Tensor;
+        kaio_add(&Tensor) -> Tensor;
         kaio_rms_norm(&Tensor, f32) -> Tensor;
         kaio_layer_norm(&Tensor, Option<&Tensor>, f32) -> Tensor;
         kaio_add_rms_norm(&Tensor, &Tensor, f32) -> (Tensor, Tensor);

@@ -15,6 +15,7 @@
 //!
 //! What only a GPU has (streams, graphs, launches, engines) is in `tests/gpu/`.
 
+pub mod add;
 pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;

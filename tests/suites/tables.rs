@@ -1,8 +1,8 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
 use crate::suites::{
-    attention, cross_entropy, embedding, empty, errors, glu, linear_cross_entropy, loaders, matmul,
-    norm, quantized, rope, softmax, train, weights,
+    add, attention, cross_entropy, embedding, empty, errors, glu, linear_cross_entropy, loaders,
+    matmul, norm, quantized, rope, softmax, train, weights,
 };
 
 macro_rules! tables {
@@ -33,6 +33,7 @@ tables! {
     matmul_compute_dtypes: matmul::computed;
     matmul_kinds: matmul::kinds;
     matmul_random_products: matmul::random_products;
+    add: add::add;
     glu: glu::glu;
     rope: rope::rope;
     softmax: softmax::softmax;
@@ -122,6 +123,7 @@ tables! {
     empty_attention: empty::attention;
     empty_quantisers: empty::quantisers;
     errors_matmul: errors::matmul;
+    errors_add: errors::add;
     errors_glu: errors::glu;
     errors_norm: errors::norm;
     errors_rope: errors::rope;

@@ -275,3 +275,53 @@ fn gradients_in_16_bits_are_those_in_f32() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn what_is_another_model_is_refused() {
+    let with = |name: &str, value: Value| {
+        let mut config = config(4, 2, true, Value::Null);
+        config[name] = value;
+        config
+    };
+    let yarn = json!({ "rope_type": "yarn", "factor": 2.0 });
+    let short = json!({ "rope_type": "llama3", "factor": 2.0 });
+    for (config, message) in [
+        (
+            with("model_type", json!("mistral")),
+            "`model_type` is \"mistral\", and this model has \"llama\"",
+        ),
+        (with("attention_bias", json!(true)), "`attention_bias` is true, and this model has false"),
+        (with("quantization_config", json!({ "bits": 4 })), "the weights are quantised"),
+        (with("rope_scaling", yarn.clone()), "rotary positions of the type \"yarn\""),
+        (with("rope_parameters", yarn), "rotary positions of the type \"yarn\""),
+        (with("rope_scaling", short), "`low_freq_factor` of `rope_scaling` is missing"),
+        (with("hidden_size", Value::Null), "`hidden_size` is missing"),
+        (with("vocab_size", json!("many")), "`vocab_size` is \"many\", and not a whole number"),
+        (
+            with("num_attention_heads", json!(0)),
+            "`num_attention_heads` is 0, and not a whole number",
+        ),
+        (with("num_key_value_heads", json!(3)), "4 heads of 16 do not share 3 heads of keys"),
+    ] {
+        let error = model::Config::from_json(&config.to_string()).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{error}");
+    }
+    let folder = Folder::new("refused").unwrap();
+    let config = json!({ "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"] });
+    for (name, value, message) in [
+        ("use_dora", json!(true), "`use_dora` is true, and adapters here have none"),
+        ("rank_pattern", json!({ "q_proj": 8 }), "`rank_pattern` is {\"q_proj\":8}"),
+        ("bias", json!("all"), "`bias` is \"all\", and adapters here have none"),
+        ("target_modules", json!(["lm_head"]), "there is no `lm_head` to adapt"),
+        ("target_modules", json!(".*_proj"), "`target_modules` is \".*_proj\", and not a list"),
+        ("r", json!(0), "an adapter of rank 0"),
+    ] {
+        let mut config = config.clone();
+        config[name] = value;
+        fs::write(folder.0.join("adapter_config.json"), config.to_string()).unwrap();
+        let error = Lora::load(&folder.0).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
+    let error = weights::files(&folder.0).unwrap_err().to_string();
+    assert!(error.starts_with("there is neither model.safetensors nor"), "{error}");
+}

@@ -92,7 +92,7 @@ impl Linear {
         };
         let Some(Adapter { a, b, scale }) = &self.adapter else { return Ok(frozen) };
         let low = (product(x, a, x.dtype())? * *scale)?;
-        frozen + product(&low, b, x.dtype())?
+        frozen.kaio_add(&product(&low, b, x.dtype())?)
     }
 }
 

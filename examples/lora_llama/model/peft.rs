@@ -64,7 +64,15 @@ impl Lora {
 
     fn from_json(config: &Value) -> Result<Self> {
         // What would be another model, unless it is absent, null, empty, false or 0.
-        let others = ["use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save"];
+        let others = [
+            "use_dora",
+            "use_rslora",
+            "lora_bias",
+            "fan_in_fan_out",
+            "modules_to_save",
+            "exclude_modules",
+            "layer_replication",
+        ];
         let others =
             others.into_iter().chain(["rank_pattern", "alpha_pattern", "layers_to_transform"]);
         for name in others {

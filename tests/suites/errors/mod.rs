@@ -132,6 +132,20 @@ pub fn matmul(device: &Device) {
     tally.finish();
 }
 
+pub fn add(device: &Device) {
+    let on = On(device);
+    let mut tally = Tally::new("errors of add", device);
+    let x = on.f16([4, 8]);
+    let expand = "expand one with `.broadcast_as(..)?`";
+    refused! { tally;
+        on.u8([4, 8]).kaio_add(&on.u8([4, 8])) => DType, "kaio_add: `lhs` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
+        x.kaio_add(&on.f32([4, 8])) => DType, "kaio_add: `rhs` is f32, wanted f16, the dtype of `lhs`; cast it with `.to_dtype(DType::F16)?`";
+        x.kaio_add(&on.f16([8])) => Dimension, "kaio_add: `rhs` has rank = 1, wanted 2, the rank of `lhs` [4, 8]; {expand}";
+        x.kaio_add(&on.f16([4, 1])) => Dimension, "kaio_add: `rhs` has a dimension = 1, wanted 8, in [4, 1], as `lhs` [4, 8]; {expand}";
+    }
+    tally.finish();
+}
+
 pub fn glu(device: &Device) {
     let on = On(device);
     let mut tally = Tally::new("errors of glu", device);
