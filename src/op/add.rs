@@ -57,7 +57,11 @@ impl Op for Sum {
 }
 
 impl Differentiable for Sum {
-    fn reads(&self, _: usize) -> bool {
+    fn reads(&self, _: usize, _: &[&Tensor]) -> bool {
+        false
+    }
+
+    fn reads_result(&self, _: usize) -> bool {
         false
     }
 
