@@ -953,6 +953,7 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// |---|---|---|
     /// | `self` (`hidden`) | `[.., H]` | f16 or bf16 |
     /// | `weight` | `[V, H]`, as of candle's `Linear` and of an embedding | that of `hidden` |
+    /// | both, with a `compute_dtype` of f16 or bf16 | the same | f32, f16 or bf16 each; multiplied in that |
     /// | `targets` | `[..]` | u32 or i64 |
     /// | result | `[]`, with [`Reduction::None`](crate::Reduction::None) `[..]` | f32 |
     ///
@@ -960,9 +961,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     ///
     /// # Gradient
     ///
-    /// Of `hidden` and `weight`, each if it is tracked, in their dtype, summed over all rows in f32. Of a mean or a sum it
-    /// is computed with the loss, as in Liger Kernel (Hsu et al., 2024), and kept in f32 (4 bytes for each element of
-    /// either) until the backward pass multiplies it. With [`Reduction::None`](crate::Reduction::None) each row has a
+    /// Of `hidden` and `weight`, each if it is tracked, in their dtypes, summed over all rows in f32. Of a mean or a sum it
+    /// is computed with the loss, as in Liger Kernel (Hsu et al., 2024), and kept until the backward pass multiplies it: in f32,
+    /// but on a GPU that of bf16 hidden states in bf16. With [`Reduction::None`](crate::Reduction::None) each row has a
     /// factor of its own: the backward pass computes logits again.
     ///
     /// # Errors

@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use candle_core::{DType, Layout, Result, Storage, Tensor};
 
 use super::cast;
+use super::matmul::CASTABLE;
+use crate::check;
 use crate::error::Error;
 
 /// What operands are multiplied in, if that was asked for.
@@ -16,6 +18,25 @@ pub(super) fn check_compute_dtype(op: &'static str, dtype: Option<DType>) -> Res
             let (got, want) = (other.as_str().into(), "f16 or bf16".into());
             let fix = "leave it out for the operands' dtype";
             Err(Error::Value { op, name: "compute_dtype", got, want, fix }.into())
+        }
+    }
+}
+
+/// What two operands are multiplied in: a dtype that was asked for, or else that of both.
+pub(super) fn multiplied_in(
+    op: &'static str,
+    operands @ [a, b]: [check::Arg; 2],
+    computed: Option<DType>,
+) -> Result<DType> {
+    match check_compute_dtype(op, computed)? {
+        Some(dtype) => {
+            operands.into_iter().try_for_each(|arg| check::dtype(op, arg, &CASTABLE))?;
+            Ok(dtype)
+        }
+        None => {
+            check::dtype(op, a, &[DType::F16, DType::BF16])?;
+            check::same_dtype(op, b, a)?;
+            Ok(a.1.dtype())
         }
     }
 }

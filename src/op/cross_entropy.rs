@@ -91,6 +91,11 @@ pub(crate) fn cross_entropy(
     check::rank(op, l, 1..=usize::MAX, "[.., V]", "give a score for each class")?;
     check_targets(op, targets, l)?;
     let row_loss = RowLoss::new(op, opts)?;
+    if let Some(dtype) = opts.compute_dtype {
+        let (got, want) = (dtype.as_str().into(), "none, for nothing is multiplied".into());
+        let fix = "see `kaio_linear_cross_entropy`";
+        return Err(Error::Value { op, name: "compute_dtype", got, want, fix }.into());
+    }
     if logits.device().is_cpu() {
         check::memory(op, "`logits`", logits.dims(), DType::F32)?;
     }

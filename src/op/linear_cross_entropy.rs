@@ -3,11 +3,10 @@
 
 use std::ops::Range;
 
-use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, DType, Device, Layout, Result, Shape, Tensor};
 
 use super::cross_entropy::{RowLoss, check_targets, packed_targets};
-use super::{Computed, Differentiable, MatmulProblem, Op, View, apply, cast, eval_all};
+use super::{Computed, Differentiable, MatmulProblem, Op, View, apply, cast, casts, eval_all};
 use crate::options::{CrossEntropyOptions, Reduction};
 use crate::stack::Stack;
 use crate::{check, cpu, cuda};
@@ -36,8 +35,7 @@ pub fn linear_cross_entropy_within(
     let op = "kaio_linear_cross_entropy";
     let args @ [x, w, _] = [("hidden", hidden), ("weight", weight), ("targets", targets)];
     check::tensors(op, &args)?;
-    check::dtype(op, x, &[DType::F16, DType::BF16])?;
-    check::same_dtype(op, w, x)?;
+    let dtype = casts::multiplied_in(op, [x, w], opts.compute_dtype)?;
     check::rank(op, x, 1..=usize::MAX, "[.., H]", "give a vector for each target")?;
     check::rank(op, w, 2..=2, "[V, H]", "a weight is one matrix")?;
     let depth = hidden.dims()[hidden.rank() - 1];
@@ -56,14 +54,27 @@ pub fn linear_cross_entropy_within(
         reduction: opts.reduction,
         out,
         wants: [hidden.track_op(), weight.track_op()],
+        dtypes: [hidden.dtype(), weight.dtype()],
         workspace,
     };
     let x = hidden.reshape((targets.elem_count(), depth))?;
-    let [loss] = apply(call, &[&x, weight, &packed_targets(targets)?])?;
+    let cast = [
+        (x.dtype() != dtype).then(|| casts::outside(&x, dtype)).transpose()?,
+        (weight.dtype() != dtype).then(|| casts::weight(weight, dtype)).transpose()?,
+    ];
+    let [a, b] = [(&cast[0], &x), (&cast[1], weight)];
+    let [multiplied, sources] = [
+        [a, b].map(|(cast, t)| Some(cast.as_ref().unwrap_or(t))),
+        [a, b].map(|(cast, t)| cast.as_ref().and(Some(t))),
+    ];
+    let targets = packed_targets(targets)?;
+    let inputs = multiplied.into_iter().chain([Some(&targets)]).chain(sources);
+    let [loss] = apply(call, &inputs.flatten().collect::<Vec<_>>())?;
     Ok(loss)
 }
 
-/// Inputs: hidden states `[N, H]`, weight and targets. Results: the loss; saved, unless each row has a loss of its own:
+/// Inputs: hidden states `[N, H]`, weight and targets, and what the first two were cast from, if they were: those have the
+/// gradients then. Results: the loss; saved, unless each row has a loss of its own:
 /// the share of each, and the gradients of the sum of all.
 #[derive(Clone)]
 struct Linear {
@@ -73,6 +84,8 @@ struct Linear {
     out: Shape,
     /// Whether there are gradients of the hidden states and of the weight.
     wants: [bool; 2],
+    /// Of these gradients.
+    dtypes: [DType; 2],
     workspace: usize,
 }
 
@@ -89,8 +102,8 @@ trait Chunks {
     /// In f32.
     fn zeros(&self, len: usize) -> Result<Self::Storage>;
 
-    /// What products are written to: in f32, or in a dtype that has its range and is that of the inputs, if `rounded`.
-    fn gradient(&self, len: usize, rounded: bool) -> Result<Self::Storage>;
+    /// What products are written to, in f32 or in another dtype.
+    fn gradient(&self, len: usize, dtype: DType) -> Result<Self::Storage>;
 
     /// `a·b` in the operands' dtype, or one that is as good.
     fn product(&self, a: View<Self::Storage>, b: View<Self::Storage>) -> Result<Self::Storage>;
@@ -141,8 +154,12 @@ impl Linear {
             (false, _) => Ok(None),
             // No product is written to it.
             (true, 0) => on.zeros(len).map(Some),
-            // A row of hidden states has its gradient in one chunk, the weight in all of them.
-            (true, _) => on.gradient(len, i == 0).map(Some),
+            // A row of hidden states has its gradient in one chunk, the weight in all of them. f16 has not the range for what
+            // comes before the factor.
+            (true, _) => match self.dtypes[i] {
+                DType::BF16 if i == 0 => on.gradient(len, DType::BF16).map(Some),
+                _ => on.gradient(len, DType::F32).map(Some),
+            },
         };
         let mut grads = [gradient(0, rows * depth)?, gradient(1, classes * depth)?];
         let (one, scalar) = (on.one()?, Layout::contiguous(1));
@@ -182,16 +199,24 @@ impl Linear {
         grads.into_iter().zip(inputs).filter_map(shaped).collect()
     }
 
-    /// Gradients in the dtype of the inputs, and `None` of those without one, from those before the factor.
+    /// The gradients of as many inputs, from those before the factor.
     fn finish(
         &self,
-        dtype: DType,
+        inputs: &[&Tensor],
         grads: &[Tensor],
         factor: &Tensor,
     ) -> Result<Vec<Option<Tensor>>> {
-        let mut scaled = scaled(self.op, grads, factor, dtype)?.into_iter();
-        let [of_x, of_w] = self.wants.map(|wanted| if wanted { scaled.next() } else { None });
-        Ok(vec![of_x, of_w, None])
+        let mut all = vec![None; inputs.len()];
+        let (mut source, mut grads) = (3, grads.iter());
+        for i in 0..2 {
+            let at = if inputs[i].dtype() == self.dtypes[i] { i } else { source };
+            source += usize::from(at != i);
+            if self.wants[i] {
+                let grad = grads.next().expect("what is wanted is computed");
+                all[at] = Some(scaled(self.op, grad, factor, self.dtypes[i])?);
+            }
+        }
+        Ok(all)
     }
 }
 
@@ -203,29 +228,18 @@ fn narrow(layout: &Layout, dim: usize, range: &Range<usize>) -> Result<Layout> {
     layout.narrow(dim, range.start, range.len())
 }
 
-/// Tensors times a factor `[1]`, rounded to f16 or bf16.
-fn scaled(
-    op: &'static str,
-    tensors: &[Tensor],
-    factor: &Tensor,
-    dtype: DType,
-) -> Result<Vec<Tensor>> {
-    let (empty, full): (Vec<_>, Vec<_>) = tensors.iter().partition(|t| t.elem_count() == 0);
-    let full = match full.first().map(|t| t.device()) {
-        None => vec![],
-        Some(Device::Cpu) => {
-            let scale = |t: &&Tensor| cast(&t.broadcast_mul(factor)?, dtype);
-            full.iter().map(scale).collect::<Result<_>>()?
+/// A tensor times a factor `[1]`, in a dtype.
+fn scaled(op: &'static str, t: &Tensor, factor: &Tensor, dtype: DType) -> Result<Tensor> {
+    match (t.elem_count(), t.device()) {
+        (0, _) => cast(t, dtype),
+        (_, Device::Cpu) => cast(&t.broadcast_mul(factor)?, dtype),
+        _ => {
+            // The second of two numbers is read.
+            let factor = factor.broadcast_as(2)?.contiguous()?;
+            let to = Some(dtype).filter(|&dtype| dtype != DType::F32);
+            Ok(cuda::scale_grads(op, &[t], &factor, to)?.swap_remove(0))
         }
-        // Both in one launch, which reads the second of two numbers.
-        Some(_) => {
-            cuda::scale_grads(op, &full, &factor.broadcast_as(2)?.contiguous()?, Some(dtype))?
-        }
-    };
-    let empty = empty.into_iter().map(|t| cast(t, dtype)).collect::<Result<Vec<_>>>()?;
-    let (mut full, mut empty) = (full.into_iter(), empty.into_iter());
-    let in_order = |t: &Tensor| if t.elem_count() == 0 { empty.next() } else { full.next() };
-    Ok(tensors.iter().filter_map(in_order).collect())
+    }
 }
 
 impl Op for Linear {
@@ -234,7 +248,9 @@ impl Op for Linear {
     }
 
     fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
-        let [x, w, targets] = *inputs else { unreachable!("hidden states, a weight and targets") };
+        let [x, w, targets, ..] = *inputs else {
+            unreachable!("hidden states, a weight and targets")
+        };
         let on = OnCpu { op: self.op, row_loss: self.row_loss };
         let wants = self.wants.map(|wanted| wanted && self.reduction != Reduction::None);
         let Parts { losses, grads } = self.run(&on, [x, w, targets], wants, None)?;
@@ -251,7 +267,9 @@ impl Op for Linear {
     }
 
     fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
-        let [x, w, targets] = *inputs else { unreachable!("hidden states, a weight and targets") };
+        let [x, w, targets, ..] = *inputs else {
+            unreachable!("hidden states, a weight and targets")
+        };
         let on = OnCuda { op: self.op, row_loss: self.row_loss, like: x.0 };
         let wants = self.wants.map(|wanted| wanted && self.reduction != Reduction::None);
         let Parts { losses, grads } = self.run(&on, [x, w, targets], wants, None)?;
@@ -264,13 +282,14 @@ impl Op for Linear {
 }
 
 impl Differentiable for Linear {
+    /// All but the targets.
     fn differentiates(&self, input: usize) -> bool {
-        input < 2
+        input != 2
     }
 
     /// For gradients that are computed again.
-    fn reads(&self, _: usize, _: &[&Tensor]) -> bool {
-        self.reduction == Reduction::None
+    fn reads(&self, input: usize, _: &[&Tensor]) -> bool {
+        self.reduction == Reduction::None && input < 3
     }
 
     fn reads_result(&self, _: usize) -> bool {
@@ -283,18 +302,17 @@ impl Differentiable for Linear {
         results: &[Tensor],
         grads: &[Option<Tensor>],
     ) -> Result<Vec<Option<Tensor>>> {
-        let [Some(grad)] = grads else { return Ok(vec![None; 3]) };
+        let [Some(grad)] = grads else { return Ok(vec![None; inputs.len()]) };
         let [_, share, before @ ..] = results else { unreachable!("a loss and what is saved") };
-        let dtype = inputs[0].dtype();
         if self.reduction != Reduction::None {
-            return self.finish(dtype, before, &(grad.reshape(1)? * share)?);
+            return self.finish(inputs, before, &(grad.reshape(1)? * share)?);
         }
         // Each row's gradient has a factor of its own: logits are computed again.
         let grad = match grad.elem_count() {
             0 => Tensor::zeros(0, DType::F32, grad.device())?,
             _ => grad.flatten_all()?.contiguous()?,
         };
-        let (grad, factor) = match dtype == DType::F16 && grad.elem_count() > 0 {
+        let (grad, factor) = match inputs[0].dtype() == DType::F16 && grad.elem_count() > 0 {
             // f16 ends at 6e-8: it holds them relative to the largest.
             true => {
                 let peak = grad.abs()?.max_keepdim(0)?.clamp(1e-30f32, f32::MAX)?;
@@ -303,7 +321,7 @@ impl Differentiable for Linear {
             false => (grad, share.clone()),
         };
         let before = eval_all(&Again(self.clone()), &[inputs[0], inputs[1], inputs[2], &grad])?;
-        self.finish(dtype, &before, &factor)
+        self.finish(inputs, &before, &factor)
     }
 }
 
@@ -343,7 +361,7 @@ impl Chunks for OnCpu {
         Ok(CpuStorage::F32(vec![0.0; len]))
     }
 
-    fn gradient(&self, len: usize, _: bool) -> Result<CpuStorage> {
+    fn gradient(&self, len: usize, _: DType) -> Result<CpuStorage> {
         self.zeros(len)
     }
 
@@ -403,9 +421,7 @@ impl Chunks for OnCuda<'_> {
         cuda::full(self.like, len, 0.0)
     }
 
-    fn gradient(&self, len: usize, rounded: bool) -> Result<CudaStorage> {
-        let dtype =
-            if rounded && self.like.dtype() == DType::BF16 { DType::BF16 } else { DType::F32 };
+    fn gradient(&self, len: usize, dtype: DType) -> Result<CudaStorage> {
         cuda::unwritten(self.like, len, dtype)
     }
 

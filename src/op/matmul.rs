@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
 use super::activation::{Product, activated, bias_gradient};
-use super::casts::{self, check_compute_dtype};
+use super::casts;
 use super::{Computed, Differentiable, Op, View, eval, sum_to};
 use crate::{
     Activation, Activations, Engine, MatmulOptions, check, cpu, cuda,
@@ -27,18 +27,7 @@ pub(crate) fn matmul(
     let (a, b) = (("lhs", lhs), ("rhs", rhs));
     let bias = opts.bias.as_ref().map(|bias| ("bias", bias));
     check::tensors(op, &[Some(a), Some(b), bias].into_iter().flatten().collect::<Vec<_>>())?;
-    let computed = check_compute_dtype(op, opts.compute_dtype)?;
-    let dtype = match computed {
-        Some(dtype) => {
-            [a, b].into_iter().try_for_each(|arg| check::dtype(op, arg, &CASTABLE))?;
-            dtype
-        }
-        None => {
-            check::dtype(op, a, &[DType::F16, DType::BF16])?;
-            check::same_dtype(op, b, a)?;
-            lhs.dtype()
-        }
-    };
+    let dtype = casts::multiplied_in(op, [a, b], opts.compute_dtype)?;
     let k = check::activations(op, a)?;
     let fix = "add a dimension with `.unsqueeze(0)?`";
     check::rank(op, b, 2..=usize::MAX, "[.., K, N]", fix)?;

@@ -1,5 +1,7 @@
 //! Options of losses.
 
+use candle_core::DType;
+
 /// Options of [`kaio_cross_entropy`](crate::KaioTensorExt::kaio_cross_entropy) and of
 /// [`kaio_linear_cross_entropy`](crate::KaioTensorExt::kaio_linear_cross_entropy).
 ///
@@ -27,6 +29,11 @@ pub struct CrossEntropyOptions {
     pub softcap: Option<f32>,
     /// What becomes of the rows' losses.
     pub reduction: Reduction,
+    /// Of [`kaio_linear_cross_entropy`](crate::KaioTensorExt::kaio_linear_cross_entropy), f16 or bf16: what hidden states and weight,
+    /// f32, f16 or bf16 each, are cast to before they are multiplied. `None` takes both in one dtype, f16 or bf16, as they are.
+    ///
+    /// Gradients come back in the dtype of each, as with [`MatmulOptions::compute_dtype`](crate::MatmulOptions::compute_dtype).
+    pub compute_dtype: Option<DType>,
 }
 
 /// What becomes of the losses of rows.
@@ -50,6 +57,7 @@ impl Default for CrossEntropyOptions {
             z_loss: 0.0,
             softcap: None,
             reduction: Reduction::Mean,
+            compute_dtype: None,
         }
     }
 }
@@ -82,6 +90,25 @@ impl CrossEntropyOptions {
     /// Sets what becomes of the rows' losses.
     pub fn reduction(mut self, reduction: Reduction) -> Self {
         self.reduction = reduction;
+        self
+    }
+
+    /// Sets what hidden states and weight are cast to before they are multiplied.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor, Var};
+    /// use kaio_candle::prelude::*;
+    ///
+    /// let hidden = Tensor::randn(0f32, 1., (5, 16), &Device::Cpu)?;
+    /// let weight = Var::randn(0f32, 1., (40, 16), &Device::Cpu)?;
+    /// let targets = Tensor::new(&[3u32, 1, 4, 1, 5], &Device::Cpu)?;
+    /// let opts = CrossEntropyOptions::default().compute_dtype(DType::BF16);
+    /// let grads = hidden.kaio_linear_cross_entropy(&weight, &targets, &opts)?.backward()?;
+    /// assert_eq!(grads.get(&weight).map(|grad| grad.dtype()), Some(DType::F32));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn compute_dtype(mut self, dtype: DType) -> Self {
+        self.compute_dtype = Some(dtype);
         self
     }
 }

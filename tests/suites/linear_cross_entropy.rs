@@ -20,16 +20,18 @@ struct Case {
     chunk: Option<usize>,
     /// What is tracked.
     tracked: [bool; 2],
+    /// What is f32, and cast inside.
+    cast: [bool; 2],
 }
 
 impl Case {
     fn new(dtype: DType, dims: &[usize], depth: usize) -> Self {
         let rows = Rows { scale: 1.0, ..Rows::new(dtype, dims) };
-        Self { rows, depth, layouts: [Plain; 2], chunk: None, tracked: [true; 2] }
+        Self { rows, depth, layouts: [Plain; 2], chunk: None, tracked: [true; 2], cast: [false; 2] }
     }
 
     fn check(&self, device: &Device) -> Result<()> {
-        let Self { ref rows, depth, layouts, chunk, tracked } = *self;
+        let Self { ref rows, depth, layouts, chunk, tracked, cast } = *self;
         let (dtype, classes) = (rows.dtype, rows.classes());
         let source = &mut Source::new(&format!("{self:?}"), device);
         let batch = &rows.dims[..rows.dims.len() - 1];
@@ -41,6 +43,7 @@ impl Case {
         let leaves = [x?, w?];
         let targets = rows.targets(source);
         let (given, opts) = rows.given(&targets, device)?;
+        let opts = if cast.contains(&true) { opts.compute_dtype(dtype) } else { opts };
         let view = |i: usize, t: &Tensor| layouts[i].view(t, &dims[i]);
         let exact = [0, 1].map(|i| Nd::of(&view(i, &Nd::of(&leaves[i])?.tensor(DType::F64)?)?));
         let [x, w] = exact;
@@ -52,7 +55,9 @@ impl Case {
         let one = opts.reduction != Reduction::None;
         let plain_layouts = layouts == [Plain; 2];
         let tracked = tracked.map(|tracked| tracked && (!results_alone() || one && plain_layouts));
-        let vars = [Var::from_tensor(&leaves[0])?, Var::from_tensor(&leaves[1])?];
+        let var =
+            |i: usize| Var::from_tensor(&leaves[i].to_dtype(if cast[i] { F32 } else { dtype })?);
+        let vars = [var(0)?, var(1)?];
         let of = |i: usize| match tracked[i] {
             true => view(i, vars[i].as_tensor()),
             false => view(i, &vars[i].detach()),
@@ -101,6 +106,9 @@ impl Case {
             let want = Nd::of(sum.backward()?.get(&zeros).expect("the sum depends on it"))?;
             let plain_grad = plain_grads.get(&plain_vars[i]).expect("candle has it");
             let allowed = 2.0 * want.max_error(plain_grad)? + 8.0 * ulp(F32, want.peak());
+            if grad.dtype() != vars[i].dtype() {
+                bail!("{name} in {:?}", grad.dtype());
+            }
             close(name, grad, &want, |j| allowed + ulp(dtype, want.data[j]))?;
         }
         Ok(())
@@ -136,6 +144,15 @@ pub fn values(device: &Device) {
         }
         // Rows that do not begin at multiples of 16 bytes.
         cases.push(Case { chunk: Some(3), ..Case::new(dtype, &[7, 77], 21) });
+        cases.push(Case { chunk: Some(3), ..Case::new(dtype, &[7, 80], 20) });
+        let casts = [[true, true], [true, false], [false, true]];
+        for (cast, reduction) in pairs(casts, [Reduction::Mean, Reduction::None]) {
+            let case = Case { chunk: Some(4), cast, ..Case::new(dtype, &[3, 3, 72], 40) };
+            let opts = case.rows.opts.reduction(reduction);
+            cases.push(Case { rows: Rows { opts, ..case.rows.clone() }, ..case });
+        }
+        let tracked = [false, true];
+        cases.push(Case { cast: [true; 2], tracked, ..Case::new(dtype, &[5, 24], 16) });
         let all = [Reduction::Mean, Reduction::Sum, Reduction::None];
         for (reduction, capped) in pairs(all, [false, true]) {
             let opts = CrossEntropyOptions::default().reduction(reduction);

@@ -27,6 +27,7 @@ pub fn losses(device: &Device) {
         z.kaio_cross_entropy(&t, &opts().label_smoothing(1.5)) => Value, "kaio_cross_entropy: `label_smoothing` is 1.5, wanted 0 to 1; it is a probability";
         z.kaio_cross_entropy(&t, &opts().label_smoothing(f32::NAN)) => Value, "kaio_cross_entropy: `label_smoothing` is NaN, wanted 0 to 1; it is a probability";
         z.kaio_cross_entropy(&t, &opts().z_loss(-1.0)) => Value, "kaio_cross_entropy: `z_loss` is -1, wanted a finite number of at least 0; leave it out for none";
+        z.kaio_cross_entropy(&t, &opts().compute_dtype(DType::BF16)) => Value, "kaio_cross_entropy: `compute_dtype` is bf16, wanted none, for nothing is multiplied; see `kaio_linear_cross_entropy`";
         z.kaio_cross_entropy(&t, &opts().softcap(0.0)) => Value, "kaio_cross_entropy: `softcap` is 0, wanted a finite number above 0; leave it out for none";
         loss(&z, &var(&t)?) => Tracked, "{}", tracked("kaio_cross_entropy", "targets");
     }
