@@ -18,6 +18,7 @@
 pub mod add;
 pub mod attention;
 pub mod cross_entropy;
+pub mod differences;
 pub mod embedding;
 pub mod empty;
 pub mod errors;

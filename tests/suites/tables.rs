@@ -1,8 +1,8 @@
 //! The list of suites, as tests on the device of the binary that they are compiled into.
 
 use crate::suites::{
-    add, attention, cross_entropy, embedding, empty, errors, glu, linear_cross_entropy, loaders,
-    matmul, norm, quantized, rope, softmax, train, weights,
+    add, attention, cross_entropy, differences, embedding, empty, errors, glu,
+    linear_cross_entropy, loaders, matmul, norm, quantized, rope, softmax, train, weights,
 };
 
 macro_rules! tables {
@@ -72,6 +72,7 @@ tables! {
     weights_refusals: weights::refusals;
     weights_files: weights::files;
     weights_bad_files: weights::bad_files;
+    differences: differences::ops;
     train_checkpoint: train::checkpoint;
     train_block: train::block;
     attention_sizes: attention::sizes;
