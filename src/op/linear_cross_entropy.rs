@@ -208,8 +208,8 @@ impl Linear {
     ) -> Result<Vec<Option<Tensor>>> {
         let mut all = vec![None; inputs.len()];
         let (mut source, mut grads) = (3, grads.iter());
-        for i in 0..2 {
-            let at = if inputs[i].dtype() == self.dtypes[i] { i } else { source };
+        for (i, input) in inputs.iter().enumerate().take(2) {
+            let at = if input.dtype() == self.dtypes[i] { i } else { source };
             source += usize::from(at != i);
             if self.wants[i] {
                 let grad = grads.next().expect("what is wanted is computed");
