@@ -37,7 +37,7 @@ impl<'a> Case<'a> {
             Nd::of(&source.tensor_of(F32, dims, Plain, element)?)
         };
         let sixteenths = |s: &mut Source| (s.unit() * 24.0).round() / 16.0;
-        let signs = |s: &mut Source| if s.bits() % 2 == 0 { 1.0 } else { -1.0 };
+        let signs = |s: &mut Source| if s.bits().is_multiple_of(2) { 1.0 } else { -1.0 };
         let on_device = |nd: &Nd| nd.tensor(self.dtype)?.to_device(device);
 
         let x =
@@ -95,8 +95,9 @@ pub fn ops(device: &Device) {
     let mut tally = Tally::new("differences", device);
     let mut cases = vec![];
     let rows: &[usize] = &[3, 5, 24];
-    let (width, one): (&[usize], fn(Tensor) -> Result<Vec<Tensor>>) = (&[24], |t| Ok(vec![t]));
-    let both = |(a, b)| Ok(vec![a, b]);
+    let width: &[usize] = &[24];
+    let one = |t: Tensor| Ok(vec![t]);
+    let both = |(a, b): (Tensor, Tensor)| Ok(vec![a, b]);
     cases.extend([
         Case::new("rms_norm", F32, &[rows, width], |x| one(x[0].kaio_rms_norm(&x[1], 1e-3)?)),
         Case::new("layer_norm", F32, &[rows, width, width], |x| {
