@@ -70,10 +70,11 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
             Some(folder)
         }
     };
-    let mut model = load(folder.as_deref(), &args)?;
-    let corpus = corpus(folder.as_deref(), model.config(), &args)?;
-
+    // What can be wrong is read first, and the weights last.
+    let config = config(folder.as_deref(), &args)?;
+    let corpus = corpus(folder.as_deref(), &config, &args)?;
     let given = args.adapter.as_deref().map(Lora::load).transpose()?;
+    let mut model = load(folder.as_deref(), config, &args)?;
     let lora = given.as_ref().map_or(&args.lora, |(lora, _)| lora);
     let vars = adapt(&mut model, lora, given.as_ref().map(|(_, tensors)| tensors), &args)?;
     let mut optimizer = optimizer(&vars, &args)?;
@@ -113,7 +114,7 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn load(folder: Option<&Path>, args: &Args) -> Result<Llama> {
+fn config(folder: Option<&Path>, args: &Args) -> Result<Config> {
     let config = match (folder, &args.preset) {
         (Some(folder), _) => weights::config(folder)?,
         (None, Preset::Random(config)) => Config::clone(config),
@@ -122,6 +123,10 @@ fn load(folder: Option<&Path>, args: &Args) -> Result<Llama> {
     if args.seq > config.max_position_embeddings {
         bail!("--seq {} is over the model's {}", args.seq, config.max_position_embeddings)
     }
+    Ok(config)
+}
+
+fn load(folder: Option<&Path>, config: Config, args: &Args) -> Result<Llama> {
     let options = Options { base: args.base, seq: args.seq, checkpoint: args.checkpoint };
     match folder {
         Some(folder) => {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::{collections::HashMap, fs};
+use std::{collections::BTreeMap, fs};
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var, bail};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
@@ -25,7 +25,7 @@ struct Drawn {
     layers: usize,
 }
 
-type Vars = Arc<Mutex<HashMap<String, Var>>>;
+type Vars = Arc<Mutex<BTreeMap<String, Var>>>;
 
 impl SimpleBackend for Drawn {
     fn get(

@@ -58,10 +58,6 @@ impl Llama {
         })
     }
 
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
     /// Of the frozen weights.
     pub fn bytes(&self) -> usize {
         let table = self.embedding.elem_count() * self.embedding.dtype().size_in_bytes();
