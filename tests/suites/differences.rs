@@ -133,14 +133,14 @@ pub fn ops(device: &Device) {
         one(x[0].kaio_embedding(&ids(7)?.reshape((3, 5))?)?)
     }));
     let plain = CrossEntropyOptions::default();
-    let capped = plain.clone().label_smoothing(0.1).z_loss(0.01).softcap(2.0);
+    let capped = plain.label_smoothing(0.1).z_loss(0.01).softcap(2.0);
     let losses = [
-        ("mean", plain.clone().ignore_index(4)),
-        ("sum", capped.clone().reduction(Reduction::Sum)),
+        ("mean", plain.ignore_index(4)),
+        ("sum", capped.reduction(Reduction::Sum)),
         ("each", capped.reduction(Reduction::None)),
     ];
     for (name, opts) in losses {
-        let linear = opts.clone();
+        let linear = opts;
         cases.push(Case::new(&format!("cross_entropy, {name}"), F32, &[&[15, 24]], move |x| {
             one(x[0].kaio_cross_entropy(&ids(24)?, &opts)?)
         }));
