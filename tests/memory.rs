@@ -72,7 +72,10 @@ fn blocks_keep_what_gradients_read() -> Result<()> {
         let all = |_: &[Tensor]| (0..STEPS).try_fold(x.as_tensor().clone(), |x, _| step(x));
         Ok::<_, candle_core::Error>((train::block(all, &[])?.sum_all()?, before))
     };
-    for (name, step) in [("rope", &rope as &dyn Fn(_) -> _), ("a frozen weight", &product)] {
+    let sum = |x: Tensor| x.kaio_add(&x);
+    let unread =
+        [("rope", &rope as &dyn Fn(_) -> _), ("a frozen weight", &product), ("a sum", &sum)];
+    for (name, step) in unread {
         let (loss, before) = steps(step)?;
         let kept = memory("VmRSS") - before;
         println!("{name}: kept {kept:.0} MB");

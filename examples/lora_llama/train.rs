@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use candle_core::{Result, Tensor};
-use kaio_candle::train::{AdamW, cast_once};
+use kaio_candle::train::{AdamW, backward, cast_once};
 
 use crate::args::Args;
 use crate::data::Corpus;
@@ -57,7 +57,7 @@ impl Trainer<'_> {
         // No weight changes until the optimizer's step: each is cast once.
         let (loss, grads) = cast_once(|| -> Result<_> {
             let loss = self.model.loss(&tokens, &targets)?;
-            Ok((loss.detach(), loss.backward()?))
+            Ok((loss.detach(), backward(&loss)?))
         })?;
         optimizer.step(&grads)?;
         Ok(loss)
