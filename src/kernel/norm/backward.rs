@@ -89,10 +89,9 @@ fn write<'k>(k: &'k Kernel, config: &Backward) {
     let sum_grad = add.then(|| operand(Name::SumGrad, Name::SumGradRow));
     let [rows, units] = [Name::Rows, Name::Units].map(|name| k.param::<u32>(name));
     let cols = k.param::<u64>(Name::Cols);
-    let stats: Vec<_> = [(Name::Rstd, reads_x), (Name::Mean, reads_x && centred)]
-        .into_iter()
-        .filter_map(|(name, read)| read.then(|| k.pointer(name)))
-        .collect();
+    let read = usize::from(reads_x) + usize::from(reads_x && centred);
+    let stats = [Name::Rstd, Name::Mean].into_iter().take(read).map(|name| k.pointer(name));
+    let stats: Vec<_> = stats.collect();
     let given = (sums == Sums::Given).then(|| k.pointer(Name::Moments));
     let inverse = (sums == Sums::Own).then(|| k.param::<f32>(Name::Inverse));
     let of_x = (sums != Sums::None).then(|| (k.pointer(Name::Weight), k.pointer(Name::XGrad)));
