@@ -38,12 +38,14 @@ pub struct Backward {
     pub blocks_per_sm: u32,
     /// Rows of a team that have room in shared memory at a time; none: they go straight to registers.
     pub stages: u32,
+    /// Whether x̂ and g wait in registers for the row's means, rather than be computed again.
+    pub keep: bool,
 }
 
 impl Backward {
     /// `norm backward rms bf16 team256 x2·8 own weight 2/sm, f32 weight`
     pub fn name(&self) -> String {
-        let Self { norm, sums, add, weight, bias, tile, blocks_per_sm, stages } = *self;
+        let Self { norm, sums, add, weight, bias, tile, blocks_per_sm, stages, keep } = *self;
         let sums = match sums {
             Sums::None => "",
             Sums::Own => " own",
@@ -52,8 +54,9 @@ impl Backward {
         let (add, weight, bias) =
             (given(add, " add"), given(weight, " weight"), given(bias, " bias"));
         let (shape, tile, of) = (norm.shape(), tile.name(), norm.weight.name());
+        let keep = given(keep, " keep");
         format!(
-            "norm backward {shape} {tile}{sums}{add}{weight}{bias} {blocks_per_sm}/sm stages{stages}, {of} weight"
+            "norm backward {shape} {tile}{sums}{add}{weight}{bias} {blocks_per_sm}/sm stages{stages}{keep}, {of} weight"
         )
     }
 
@@ -77,7 +80,7 @@ pub fn emit(config: &Backward) -> Source {
 }
 
 fn write<'k>(k: &'k Kernel, config: &Backward) {
-    let &Backward { norm, sums, add, weight, bias, tile, stages, .. } = config;
+    let &Backward { norm, sums, add, weight, bias, tile, stages, keep, .. } = config;
     let Norm { element, weight: of_weight, centred } = norm;
     let reads_x = sums != Sums::None || weight;
     let operand = |at, row| (k.pointer(at), k.param::<u64>(row));
@@ -86,7 +89,9 @@ fn write<'k>(k: &'k Kernel, config: &Backward) {
     let sum_grad = add.then(|| operand(Name::SumGrad, Name::SumGradRow));
     let [rows, units] = [Name::Rows, Name::Units].map(|name| k.param::<u32>(name));
     let cols = k.param::<u64>(Name::Cols);
-    let stats = reads_x.then(|| (k.pointer(Name::Rstd), centred.then(|| k.pointer(Name::Mean))));
+    let read = usize::from(reads_x) + usize::from(reads_x && centred);
+    let stats = [Name::Rstd, Name::Mean].into_iter().take(read).map(|name| k.pointer(name));
+    let stats: Vec<_> = stats.collect();
     let given = (sums == Sums::Given).then(|| k.pointer(Name::Moments));
     let inverse = (sums == Sums::Own).then(|| k.param::<f32>(Name::Inverse));
     let of_x = (sums != Sums::None).then(|| (k.pointer(Name::Weight), k.pointer(Name::XGrad)));
@@ -124,8 +129,19 @@ fn write<'k>(k: &'k Kernel, config: &Backward) {
     if let Some(ring) = &ring {
         (0..stages - 1).for_each(|i| send(ring, walk.first + step * i));
     }
+    // 1/√variance and the mean of a row, as far as they are read.
+    let stats_of = |first: Reg<'k, u32>| -> Vec<Reg<'k, f32>> {
+        let at = walk.row(first).number.min(rows - 1);
+        stats.iter().map(|from| k.ld_global_nc::<f32, 1>(from.element(at, 4))[0]).collect()
+    };
+    // With rows on their way, those of the next one are.
+    let ahead: Option<Vec<_>> =
+        ring.as_ref().map(|_| stats_of(walk.first).into_iter().map(|x| k.var(x)).collect());
     k.for_(walk.first, rows, step, |first| {
         let row = walk.row(first);
+        let next = if ahead.is_some() { stats_of(first + step) } else { vec![] };
+        let stats = ahead.clone().unwrap_or_else(|| stats_of(first));
+        let advance = || stats.iter().zip(&next).for_each(|(x, &next)| x.set(next));
         let slots = slots.of(row.exists);
         let arrived = ring.as_ref().map(|ring| {
             send(ring, first + step * (stages - 1));
@@ -141,12 +157,10 @@ fn write<'k>(k: &'k Kernel, config: &Backward) {
             Some((ring, at)) => ring.unit(at, operand as u32, i as u32).floats(),
         };
         let of_grad = usize::from(reads_x);
-        let stats =
-            stats.map(|(rstd, mean)| (walk.load(rstd, row), mean.map(|mean| walk.load(mean, row))));
         // x̂ of a unit.
         let normed = |i: usize| {
-            let (rstd, mean) = stats.expect("it is read");
-            let x = unit_of(0, i).into_iter().map(move |x| mean.map_or(x, |mean| x - mean));
+            let (rstd, mean) = (stats[0], stats.get(1));
+            let x = unit_of(0, i).into_iter().map(|x| mean.map_or(x, |&mean| x - mean));
             x.map(|x| x * rstd).collect::<Vec<_>>()
         };
         let weighted = |i: usize| {
@@ -165,16 +179,23 @@ fn write<'k>(k: &'k Kernel, config: &Backward) {
             if let Some(sums) = &bias_sums {
                 sums[i].iter().zip(grads()).for_each(|(sum, dy)| sum.set(*sum + dy));
             }
-            if sums == Sums::Own {
-                let g = weighted(i);
-                add_to(own[0], normed(i).into_iter().zip(&g).map(|(x, &g)| [x, g]));
-                if centred {
-                    g.iter().for_each(|&g| own[1].set(own[1] + g));
-                }
+            if sums != Sums::Own {
+                return None;
             }
+            let (x, g) = (normed(i), weighted(i));
+            add_to(own[0], x.iter().zip(&g).map(|(&x, &g)| [x, g]));
+            if centred {
+                g.iter().for_each(|&g| own[1].set(own[1] + g));
+            }
+            keep.then_some([x, g])
         };
-        k.apart(always, || (0..tile.chunks as usize).for_each(pass));
-        let Some((_, x_grad)) = of_x else { return };
+        let all = 0..tile.chunks as usize;
+        let mut kept = vec![];
+        match keep {
+            true => kept = all.clone().map(pass).collect(),
+            false => k.apart(always, || all.clone().map(pass).for_each(drop)),
+        }
+        let Some((_, x_grad)) = of_x else { return advance() };
         let means = match (inverse, given) {
             (Some(inverse), _) => {
                 let at = (region > 0).then_some(turn);
@@ -195,22 +216,32 @@ fn write<'k>(k: &'k Kernel, config: &Backward) {
             }
             (None, None) => unreachable!("rows with a gradient have sums"),
         };
-        let (rstd, _) = stats.expect("it is read");
-        let unit = Unit { element, count: tile.unit };
+        let (rstd, unit) = (stats[0], Unit { element, count: tile.unit });
         let to = begin((x_grad, cols), row.number, element);
-        for i in 0..tile.chunks as usize {
-            k.apart(always, || {
-                let of_x = normed(i).into_iter().zip(weighted(i)).map(|(x, g)| {
-                    let g = if centred { g - means[1] } else { g };
-                    (-x).fma(means[0], g) * rstd
-                });
-                let of_x: Vec<_> = match add {
-                    false => of_x.collect(),
-                    true => of_x.zip(unit_of(2, i)).map(|(a, b)| a + b).collect(),
-                };
-                slots.store_unit(i, to, element, &unit.round(k, &of_x));
+        // Of LayerNorm, −rstd · mean(g·x̂) and −rstd · mean(g).
+        let scaled = centred.then(|| means.map(|mean| -(mean * rstd)));
+        let gradient = |i: usize| {
+            let [x, g] = match kept.get(i).cloned().flatten() {
+                Some(kept) => kept,
+                None => [normed(i), weighted(i)],
+            };
+            let of_x = x.into_iter().zip(g).map(|(x, g)| match scaled {
+                Some([of_x, mean]) => x.fma(of_x, g.fma(rstd, mean)),
+                None => (-x).fma(means[0], g) * rstd,
             });
+            let of_x: Vec<_> = match add {
+                false => of_x.collect(),
+                true => of_x.zip(unit_of(2, i)).map(|(a, b)| a + b).collect(),
+            };
+            slots.store_unit(i, to, element, &unit.round(k, &of_x));
+        };
+        for i in all {
+            match keep {
+                true => gradient(i),
+                false => k.apart(always, || gradient(i)),
+            }
         }
+        advance();
     });
 
     if let Some(ring) = &ring {

@@ -127,26 +127,22 @@ fn forward(problem: &Problem, bias: bool, save: bool) -> Plan {
     Plan { units: problem.units(tile), steps: [Some(step), None, None], blocks }
 }
 
-fn backward(problem: &Problem, device: &Device, [x, weight, bias]: [bool; 3]) -> Plan {
-    let &Problem { norm, rows, add, .. } = problem;
-    // A weight's sums take a register for each element that a thread has.
+fn backward(problem: &Problem, device: &Device, wanted: [bool; 3]) -> Plan {
+    let &Problem { norm, rows, .. } = problem;
+    let [_, weight, bias] = wanted;
     let both = weight && bias;
-    let few = Room { threads: THREADS, chunks: 2, elements: 8 };
-    let room = if both { few } else { Room { threads: THREADS, chunks: 4, elements: 16 } };
-    let (tile, fits) = problem.tile(room);
-    let (sums, tile) = match (x, fits) {
-        (false, _) => (Sums::None, problem.tile(few).0),
-        (true, true) => (Sums::Own, tile),
-        (true, false) => (Sums::Given, problem.tile(few).0),
+    let room = |chunks, elements| Room { threads: THREADS, chunks, elements };
+    // Sums of columns take a register for each element that a thread has.
+    let of = |chunks, elements| choose(problem, device, wanted, room(chunks, elements));
+    let config = match both {
+        false => of(4, 16),
+        // Where rows do not wait in shared memory, three units are too many.
+        true => Some(of(3, 8)).filter(|wide| wide.stages > 0).unwrap_or_else(|| of(2, 8)),
     };
-    let blocks_per_sm =
-        if backward_registers(problem, [x, weight, bias], tile) <= 64 { 2 } else { 1 };
-    let config =
-        Backward { norm, sums, add: add && x, weight, bias, tile, blocks_per_sm, stages: 0 };
-    let config = Backward { stages: stages(&config, device), ..config };
+    let Backward { sums, tile, blocks_per_sm, .. } = config;
     let parts = if sums == Sums::Own { 1 } else { problem.units(tile).div_ceil(tile.units()) };
-    let wanted = u64::from((device.multiprocessors * blocks_per_sm).div_ceil(parts));
-    let blocks = count(rows.div_ceil(config.rows().into()).min(wanted));
+    let most = u64::from((device.multiprocessors * blocks_per_sm).div_ceil(parts));
+    let blocks = count(rows.div_ceil(config.rows().into()).min(most));
     let moments = (sums == Sums::Given).then(|| {
         let kernel = Moments { norm, tile }.into();
         Step { kernel, grid: [count(rows), 1, 1] }
@@ -160,8 +156,34 @@ fn backward(problem: &Problem, device: &Device, [x, weight, bias]: [bool; 3]) ->
     Plan { units: problem.units(tile), steps: [moments, Some(main), columns], blocks }
 }
 
+/// The kernel whose teams hold a row, if they can in that room, and otherwise a part of it.
+fn choose(
+    problem: &Problem,
+    device: &Device,
+    wanted @ [x, weight, bias]: [bool; 3],
+    room: Room,
+) -> Backward {
+    let &Problem { norm, add, .. } = problem;
+    let (tile, fits) = problem.tile(room);
+    let part = || problem.tile(Room { chunks: 2, elements: 8, ..room }).0;
+    let (sums, tile) = match (x, fits) {
+        (false, _) => (Sums::None, part()),
+        (true, true) => (Sums::Own, tile),
+        (true, false) => (Sums::Given, part()),
+    };
+    let blocks_per_sm = if backward_registers(problem, wanted, tile) <= 64 { 2 } else { 1 };
+    let (add, stages, keep) = (add && x, 0, false);
+    let config = Backward { norm, sums, add, weight, bias, tile, blocks_per_sm, stages, keep };
+    let stages = stages_of(&config, device);
+    let keep = sums == Sums::Own
+        && blocks_per_sm == 1
+        && stages > 0
+        && kept_registers(problem, wanted, tile) <= 128;
+    Backward { stages, keep, ..config }
+}
+
 /// As many as there is room for. Elements that are loaded by themselves go straight to registers.
-fn stages(config: &Backward, device: &Device) -> u32 {
+fn stages_of(config: &Backward, device: &Device) -> u32 {
     const MOST: u32 = 3;
     // For sums of teams.
     const SCRATCH: u32 = 16 << 10;
@@ -182,4 +204,11 @@ fn backward_registers(problem: &Problem, [x, weight, bias]: [bool; 3], tile: Til
     let sums = (u32::from(weight) + u32::from(bias)) * elements;
     let ends = if tile.full { 0 } else { 16 + 2 * tile.chunks };
     rows + vectors + sums + ends + if centred { 22 } else { 16 }
+}
+
+/// The same of one whose rows wait in shared memory, and x̂ and g in registers.
+fn kept_registers(problem: &Problem, [_, weight, bias]: [bool; 3], tile: Tile) -> u32 {
+    let elements = tile.unit * tile.chunks;
+    let weights = elements * problem.norm.weight.size() / 4;
+    (2 + u32::from(weight) + u32::from(bias)) * elements + weights + 40
 }

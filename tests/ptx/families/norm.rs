@@ -124,6 +124,7 @@ impl Family for Norms {
             tile,
             blocks_per_sm: 2,
             stages: 3,
+            keep: false,
         };
         let of_layer = Backward { norm: layer, bias: true, tile: odd, stages: 0, ..backward };
         vec![
@@ -135,6 +136,7 @@ impl Family for Norms {
             ),
             ("norm_backward", backward.into()),
             ("norm_backward_layer", of_layer.into()),
+            ("norm_backward_kept", Backward { blocks_per_sm: 1, keep: true, ..backward }.into()),
             ("norm_backward_given", Backward { sums: Sums::Given, ..backward }.into()),
             ("norm_moments", Moments { norm: rms, tile }.into()),
             ("norm_columns", Columns { element: BF16, both: true }.into()),
