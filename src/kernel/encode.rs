@@ -20,6 +20,10 @@ const ROWS: u32 = 8;
 /// Codes of eight bits that a thread stores at once.
 const BYTES: u32 = 4;
 
+/// Magnitudes of which f16 has all digits, and that its sums and roundings leave finite.
+pub const NEAREST: f32 = 1.0 / 256.0;
+pub const FARTHEST: f32 = 32_768.0;
+
 /// What codes stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
@@ -34,6 +38,12 @@ pub enum Code {
     Int8,
     /// Eight bits, e4m3.
     E4m3,
+    /// Themselves: elements in their type, divided by the power of two of the largest if f16 has not so many times that, or
+    /// few digits of it. That power is the scale.
+    Divided {
+        /// How many times.
+        farthest: u32,
+    },
 }
 
 impl Code {
@@ -44,6 +54,7 @@ impl Code {
             Self::Nf4 => "nf4",
             Self::Int8 => "int8",
             Self::E4m3 => "e4m3",
+            Self::Divided { .. } => "divided",
         }
     }
 
@@ -56,7 +67,7 @@ impl Code {
         match self {
             Self::Int4 { zeros: false } => 8,
             Self::Nf4 => 7,
-            Self::Int4 { zeros: true } | Self::Int8 | Self::E4m3 => 0,
+            Self::Int4 { zeros: true } | Self::Int8 | Self::E4m3 | Self::Divided { .. } => 0,
         }
     }
 }
@@ -91,7 +102,7 @@ impl Problem {
         }
     }
 
-    /// Words of codes of four bits, or bytes: those past the last one are not of the weight.
+    /// Words of codes of four bits, bytes, or elements: those past the last one are not of the weight.
     pub fn written(&self) -> u64 {
         match self.code {
             Some(code) if code.has_4bits() => self.rows.div_ceil(ROWS.into()) * self.cols,
@@ -136,7 +147,11 @@ impl Config {
             }
             Self::Codes { element, code, rounds } => {
                 let bits = given(!rounds, " by bits");
-                format!("encode {}, {}{bits}", code.name(), element.name())
+                let of = match code {
+                    Code::Divided { farthest } => format!(" of {farthest}"),
+                    _ => String::new(),
+                };
+                format!("encode {}{of}, {}{bits}", code.name(), element.name())
             }
         }
     }
@@ -252,6 +267,10 @@ pub fn emit(config: &Config) -> Source {
             let k = &Kernel::new("encode_words", Target::Sm80, THREADS);
             debug_assert!(rounds);
             words(&Weight::new(k, element), code)
+        }
+        Config::Codes { element, code: Code::Divided { farthest }, .. } => {
+            let k = &Kernel::new("encode_divided", Target::Sm80, THREADS);
+            divided(&Weight::new(k, element), farthest)
         }
         Config::Codes { element, code, rounds } => {
             let target = if code == Code::E4m3 && rounds { Target::Sm89 } else { Target::Sm80 };
@@ -370,6 +389,7 @@ impl<'k> Scale<'k> {
             Code::Nf4 => peak,
             Code::Int8 => peak / 127.0,
             Code::E4m3 => peak / 448.0,
+            Code::Divided { farthest } => return Self { scale: power(peak, farthest), zero: None },
         };
         let up = match weight.element {
             Element::Half(half) if code.has_4bits() => {
@@ -466,6 +486,45 @@ fn bytes(weight: &Weight, code: Code, rounds: bool) -> Source {
         });
         let code = if code == Code::Int8 { Factor::S8 } else { Factor::E4m3 };
         k.st_global(codes.element(first, 1), [rounded(code, rounds, &quotients)]);
+    });
+    k.finish()
+}
+
+/// The power of two of the largest magnitude if f16 has not `farthest` times that, or few digits of it; else 1, as of what is not
+/// finite.
+fn power<'k>(peak: Reg<'k, f32>, farthest: u32) -> Reg<'k, f32> {
+    const INFINITY: u32 = 0x7f80_0000;
+    let k = peak.kernel();
+    let element = peak * farthest as f32;
+    let stays = element.ge(NEAREST) & element.le(FARTHEST);
+    let none = peak.eq(0.0) | peak.cast::<u32>().ge(INFINITY);
+    let power = (peak.cast::<u32>() & INFINITY).cast::<f32>().max(f32::MIN_POSITIVE);
+    k.select(stays | none, k.var(1f32), power)
+}
+
+/// A thread has four elements that follow each other.
+fn divided(weight: &Weight, farthest: u32) -> Source {
+    let k = weight.k;
+    let (codes, scales) = (k.pointer(Name::Codes), k.pointer(Name::Scales));
+    let all = weight.rows * weight.cols;
+    let first = (k.block_x() * THREADS + k.thread()) * BYTES;
+    k.if_(first.lt(all), || {
+        let always = first.lt(all);
+        let Scale { scale, .. } =
+            Scale::of(weight, Code::Divided { farthest }, k.var(0u32), always);
+        let quotients = [0, 1, 2, 3].map(|i| {
+            // Past the end the last one again.
+            let place = (first + i).min(all - 1);
+            let row = place / weight.cols;
+            let col = place - row * weight.cols;
+            weight.load(weight.address(row, col), always) / scale
+        });
+        k.when(first.eq(0), || k.st_global(scales, [scale]));
+        let to = codes.element(first, weight.element.size());
+        match weight.element {
+            Element::F32 => k.st_global(to, quotients),
+            Element::Half(half) => k.st_global(to, quotients.map(|x| k.cvt_rn(half, x))),
+        }
     });
     k.finish()
 }
