@@ -2,6 +2,10 @@
 //!
 //! All divisions and roundings are those of `quant::quantize`, so that a weight has the same codes wherever it is rounded.
 
+mod divided;
+
+pub use divided::{FARTHEST, NEAREST};
+
 use super::multiprocessor::WARP;
 use super::name::given;
 use super::params::{self, Argument, names};
@@ -19,10 +23,6 @@ const STRIP: u32 = 32;
 const ROWS: u32 = 8;
 /// Codes of eight bits that a thread stores at once.
 const BYTES: u32 = 4;
-
-/// Magnitudes of which f16 has all digits, and that its sums and roundings leave finite.
-pub const NEAREST: f32 = 1.0 / 256.0;
-pub const FARTHEST: f32 = 32_768.0;
 
 /// What codes stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -270,7 +270,7 @@ pub fn emit(config: &Config) -> Source {
         }
         Config::Codes { element, code: Code::Divided { farthest }, .. } => {
             let k = &Kernel::new("encode_divided", Target::Sm80, THREADS);
-            divided(&Weight::new(k, element), farthest)
+            divided::emit(&Weight::new(k, element), farthest)
         }
         Config::Codes { element, code, rounds } => {
             let target = if code == Code::E4m3 && rounds { Target::Sm89 } else { Target::Sm80 };
@@ -389,7 +389,9 @@ impl<'k> Scale<'k> {
             Code::Nf4 => peak,
             Code::Int8 => peak / 127.0,
             Code::E4m3 => peak / 448.0,
-            Code::Divided { farthest } => return Self { scale: power(peak, farthest), zero: None },
+            Code::Divided { farthest } => {
+                return Self { scale: divided::power(peak, farthest), zero: None };
+            }
         };
         let up = match weight.element {
             Element::Half(half) if code.has_4bits() => {
@@ -486,45 +488,6 @@ fn bytes(weight: &Weight, code: Code, rounds: bool) -> Source {
         });
         let code = if code == Code::Int8 { Factor::S8 } else { Factor::E4m3 };
         k.st_global(codes.element(first, 1), [rounded(code, rounds, &quotients)]);
-    });
-    k.finish()
-}
-
-/// The power of two of the largest magnitude if f16 has not `farthest` times that, or few digits of it; else 1, as of what is not
-/// finite.
-fn power<'k>(peak: Reg<'k, f32>, farthest: u32) -> Reg<'k, f32> {
-    const INFINITY: u32 = 0x7f80_0000;
-    let k = peak.kernel();
-    let element = peak * farthest as f32;
-    let stays = element.ge(NEAREST) & element.le(FARTHEST);
-    let none = peak.eq(0.0) | peak.cast::<u32>().ge(INFINITY);
-    let power = (peak.cast::<u32>() & INFINITY).cast::<f32>().max(f32::MIN_POSITIVE);
-    k.select(stays | none, k.var(1f32), power)
-}
-
-/// A thread has four elements that follow each other.
-fn divided(weight: &Weight, farthest: u32) -> Source {
-    let k = weight.k;
-    let (codes, scales) = (k.pointer(Name::Codes), k.pointer(Name::Scales));
-    let all = weight.rows * weight.cols;
-    let first = (k.block_x() * THREADS + k.thread()) * BYTES;
-    k.if_(first.lt(all), || {
-        let always = first.lt(all);
-        let Scale { scale, .. } =
-            Scale::of(weight, Code::Divided { farthest }, k.var(0u32), always);
-        let quotients = [0, 1, 2, 3].map(|i| {
-            // Past the end the last one again.
-            let place = (first + i).min(all - 1);
-            let row = place / weight.cols;
-            let col = place - row * weight.cols;
-            weight.load(weight.address(row, col), always) / scale
-        });
-        k.when(first.eq(0), || k.st_global(scales, [scale]));
-        let to = codes.element(first, weight.element.size());
-        match weight.element {
-            Element::F32 => k.st_global(to, quotients),
-            Element::Half(half) => k.st_global(to, quotients.map(|x| k.cvt_rn(half, x))),
-        }
     });
     k.finish()
 }

@@ -66,6 +66,13 @@ pub(super) struct Packed<'k> {
     pub decoder: Decoder<'k>,
 }
 
+/// The left operand of a step.
+type Fragment<'k> = [Reg<'k, u32>; 4];
+
+fn set_fragment<'k>(to: &Fragment<'k>, from: Fragment<'k>) {
+    to.iter().zip(from).for_each(|(to, from)| to.set(from));
+}
+
 /// What a producer copies of a tile.
 pub(super) struct PackedTile<'k> {
     of: Packed<'k>,
@@ -182,33 +189,25 @@ impl<'k> Gemm<'k, '_> {
             Loaded::Lines(codes) => self.decode_lines(of, codes, blocks.as_ref()),
             Loaded::Words(words) => self.decode_words(of, words, always),
         };
-        // Those of blocks are for one stage.
-        let decoded = || blocks.iter().for_each(|blocks| blocks.advance(of));
-        let multiply = |fragments: &[[Reg<'k, u32>; 4]], accumulate: Reg<'k, bool>| {
-            let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
-            products(c.factor(), &[sums], c.depth(), accumulate, |step| {
-                ([LeftStep::Registers(fragments[step as usize])], b.operand(step))
-            });
-        };
         // Two sets, of stages in turn.
-        let steps = c.depth() / STEP;
-        let set = || (0..steps).map(|_| k.regs::<u32, 4>()).collect::<Vec<_>>();
+        let set = || (0..c.depth() / STEP).map(|_| k.regs::<u32, 4>()).collect::<Vec<_>>();
         let (even, odd) = (set(), set());
-        let set = |to: &[[Reg<'k, u32>; 4]], from: Vec<[Reg<'k, u32>; 4]>| {
-            to.iter().flatten().zip(from.into_iter().flatten()).for_each(|(to, from)| to.set(from));
-        };
-        let decode_to = |to: &[[Reg<'k, u32>; 4]], loaded| {
+        let decode_to = |to: &[Fragment<'k>], loaded| {
             let decoding = decoding(loaded);
-            let all = (0..steps as usize).map(|step| decoding.fragment(step)).collect();
-            decoded();
-            set(to, all);
+            let all: Vec<_> = (0..to.len()).map(|step| decoding.fragment(step)).collect();
+            // Those of blocks are for one stage.
+            blocks.iter().for_each(|blocks| blocks.advance(of));
+            to.iter().zip(all).for_each(|(to, from)| set_fragment(to, from));
         };
         // The barrier of the stage whose products were begun last.
         let before = Mbarrier::unset(k);
         // Begins a stage's products; gives its barrier.
-        let begin = |from: &[[Reg<'k, u32>; 4]], later: Reg<'k, bool>| {
+        let begin = |from: &[Fragment<'k>], later: Reg<'k, bool>| {
             let done = place.done();
-            multiply(from, later);
+            let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
+            products(c.factor(), &[sums], c.depth(), later, |step| {
+                ([LeftStep::Registers(from[step as usize])], b.operand(step))
+            });
             place.advance();
             done
         };
@@ -218,7 +217,7 @@ impl<'k> Gemm<'k, '_> {
             before.set(done);
         };
         // Decodes the next stage meanwhile. What it has comes from shared memory during the wait.
-        let after = |from: &[[Reg<'k, u32>; 4]], to: &[[Reg<'k, u32>; 4]], later| {
+        let after = |from: &[Fragment<'k>], to: &[Fragment<'k>], later| {
             let done = begin(from, later);
             place.wait();
             let loaded = load();
@@ -227,32 +226,28 @@ impl<'k> Gemm<'k, '_> {
             decode_to(to, loaded);
         };
         // A warp waits at each product until the one before has its operand, and decodes a step of the next stage there.
-        let between =
-            |from: &[[Reg<'k, u32>; 4]], to: &[[Reg<'k, u32>; 4]], later: Reg<'k, bool>| {
-                let done = place.done();
-                let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
-                place.advance();
-                place.wait();
-                let decoding = decoding(load());
-                for step in 0..steps {
-                    let accumulate = if step == 0 { later.into() } else { Value::from(true) };
-                    let fragment = LeftStep::Registers(from[step as usize]);
-                    let operands = |_| ([fragment], b.operand(step));
-                    products(c.factor(), &[sums], STEP, accumulate, operands);
-                    // As many groups ago the registers were read that this step goes to.
-                    k.wgmma_wait(steps);
-                    let step = step as usize;
-                    set(&to[step..=step], vec![decoding.fragment(step)]);
-                }
-                decoded();
-                free(done, later);
-            };
-        let go_on =
-            |from: &[[Reg<'k, u32>; 4]], to: &[[Reg<'k, u32>; 4]], later| match c.interleaved {
-                false => after(from, to, later),
-                true => between(from, to, later),
-            };
-        let end = |from: &[[Reg<'k, u32>; 4]], later| {
+        let between = |from: &[Fragment<'k>], to: &[Fragment<'k>], later: Reg<'k, bool>| {
+            let done = place.done();
+            let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
+            place.advance();
+            place.wait();
+            let decoding = decoding(load());
+            for (step, (&from, to)) in from.iter().zip(to).enumerate() {
+                let accumulate = if step == 0 { later.into() } else { Value::from(true) };
+                let operands = |_| ([LeftStep::Registers(from)], b.operand(step as u32));
+                products(c.factor(), &[sums], STEP, accumulate, operands);
+                // As many groups ago the registers were read that this step goes to.
+                k.wgmma_wait(c.depth() / STEP);
+                set_fragment(to, decoding.fragment(step));
+            }
+            blocks.iter().for_each(|blocks| blocks.advance(of));
+            free(done, later);
+        };
+        let go_on = |from: &[Fragment<'k>], to: &[Fragment<'k>], later| match c.interleaved {
+            false => after(from, to, later),
+            true => between(from, to, later),
+        };
+        let end = |from: &[Fragment<'k>], later| {
             let done = begin(from, later);
             // A group for each step and one for the last stage: where a block goes on with a tile, ptxas loses count of them.
             k.wgmma_wait(if c.interleaved { 0 } else { 1 });
@@ -339,7 +334,7 @@ pub(super) enum Decoding<'k> {
 }
 
 impl<'k> Decoding<'k> {
-    fn fragment(&self, step: usize) -> [Reg<'k, u32>; 4] {
+    fn fragment(&self, step: usize) -> Fragment<'k> {
         match self {
             Self::Words { words, decoder, always } => decoder.fragment(words[step], *always),
             Self::Scaled { words, decoder, groups, half, none } => {
