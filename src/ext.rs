@@ -155,7 +155,12 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// Product with a weight in int4, eight values a `u32`, one scale for each 128 rows of a column.
     ///
     /// The lowest nibble of a word is the lowest k; a nibble is two's complement, −8 to 7; the weight
-    /// is nibble · scale, on a GPU rounded to f16. [`quant::quantize_int4`](crate::quant::quantize_int4) makes this form.
+    /// is nibble · scale, on a GPU rounded to f16's digits. [`quant::quantize_int4`](crate::quant::quantize_int4) makes this form.
+    ///
+    /// A GPU brings the weight into the form that its kernels read in each call. A weight that is used more than once is better a
+    /// [`QuantWeight`](crate::quant::QuantWeight), by [`from_int4`](crate::quant::QuantWeight::from_int4), for
+    /// [`kaio_matmul_quant`](Self::kaio_matmul_quant): that does so once.
+    ///
     /// GPTQ and AWQ pack theirs differently, and nothing in a `u32` says so: see [`quant`](crate::quant).
     ///
     /// | argument | shape | dtype |

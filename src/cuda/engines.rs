@@ -179,10 +179,7 @@ pub(crate) fn matmul_quant(
         if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
             return empty::matmul(op, &problem, epilogue, x.0, bias);
         }
-        match x.0.dtype() == DType::F16 && weight.facts.exponent != 0 {
-            true => scaled::matmul_quant(op, x, weight, transposed, epilogue, bias),
-            false => native::matmul_quant(op, x, weight, transposed, epilogue, bias),
-        }
+        native::matmul_quant(op, x, weight, transposed, epilogue, bias)
     })
 }
 
@@ -216,12 +213,10 @@ pub(crate) fn matmul_quant_gated(
     })
 }
 
-/// Whether x and weights may be a kernel's that has several weights: nothing is empty, nor beyond f16, which takes a way of
-/// its own.
+/// Whether x and weights may be a kernel's that has several weights: nothing is empty, nor has a power of its own.
 #[cfg(feature = "cuda")]
 fn together(x: View<CudaStorage>, weights: &[CudaWeight]) -> bool {
-    let f16 = x.0.dtype() == DType::F16;
-    let unfit = |w: &CudaWeight| w.facts.dims.contains(&0) || f16 && w.facts.exponent != 0;
+    let unfit = |w: &CudaWeight| w.facts.dims.contains(&0) || native::divides(x, w);
     x.1.shape().elem_count() > 0 && !weights.iter().any(unfit)
 }
 

@@ -1,5 +1,5 @@
-//! Operands that no kernel of this crate takes as they are, e4m3 on some GPUs and weights beyond the range of f16: products
-//! of others, and candle's kernels for the rest.
+//! Operands that no kernel of this crate takes as they are, e4m3 on some GPUs: products of others, and candle's kernels for the
+//! rest.
 
 use candle_core::backend::BackendStorage;
 use candle_core::op::Mul;
@@ -82,40 +82,6 @@ pub(super) fn matmul_rounded(
     let codes = (&codes, &each((m, k), [row, 1], 0));
     let groups = packed((m, k.div_ceil(rounding.width)));
     matmul_fp8(op, codes, Some((&scales, &groups)), rounding.width, weight, epilogue, bias)
-}
-
-/// `act(x·W + bias)`, or `x·Wᵀ`, of f16 activations and a weight that has an exponent: the scales are divided by that power of
-/// two, which changes none of their digits, and the sums multiplied by it.
-pub(super) fn matmul_quant(
-    op: &'static str,
-    x: View<CudaStorage>,
-    weight: &CudaWeight,
-    transposed: bool,
-    epilogue: Epilogue,
-    bias: Option<View<CudaStorage>>,
-) -> Result<CudaStorage> {
-    let (scales, layout) = weight.scales;
-    let groups = layout.shape().dims2()?;
-    let exact = scales.to_dtype(layout, DType::F32)?;
-    let less = constant(&exact, 2f32.powi(-weight.facts.exponent))?;
-    let one = Layout::contiguous((1, 1));
-    let divided = times(&exact, groups, (&less, &one), [0, 0])?;
-    let packed = packed(groups);
-    let near = CudaWeight { scales: (&divided, &packed), ..*weight };
-    let round = Epilogue::round(DType::F32);
-    let sums = native::matmul_quant(op, x, &near, transposed, round, None)?;
-    let [k, n] = weight.facts.dims;
-    let n = if transposed { k } else { n };
-    let stack = Stack::new(x.1);
-    let m = stack.count() * stack.rows;
-    fit::copyable(op, m * n)?;
-    let power = constant(&sums, 2f32.powi(weight.facts.exponent))?;
-    let sums = times(&sums, (m, n), (&power, &one), [0, 0])?;
-    epilogue::apply(op, sums, (m * n, n), bias, epilogue)
-}
-
-fn constant(like: &CudaStorage, value: f32) -> Result<CudaStorage> {
-    empty::full(like, 1, value)
 }
 
 fn product(

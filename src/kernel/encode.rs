@@ -2,6 +2,10 @@
 //!
 //! All divisions and roundings are those of `quant::quantize`, so that a weight has the same codes wherever it is rounded.
 
+mod divided;
+
+pub use divided::{FARTHEST, NEAREST};
+
 use super::multiprocessor::WARP;
 use super::name::given;
 use super::params::{self, Argument, names};
@@ -34,6 +38,12 @@ pub enum Code {
     Int8,
     /// Eight bits, e4m3.
     E4m3,
+    /// Themselves: elements in their type, divided by the power of two of the largest if f16 has not so many times that, or
+    /// few digits of it. That power is the scale.
+    Divided {
+        /// How many times.
+        farthest: u32,
+    },
 }
 
 impl Code {
@@ -44,6 +54,7 @@ impl Code {
             Self::Nf4 => "nf4",
             Self::Int8 => "int8",
             Self::E4m3 => "e4m3",
+            Self::Divided { .. } => "divided",
         }
     }
 
@@ -56,7 +67,7 @@ impl Code {
         match self {
             Self::Int4 { zeros: false } => 8,
             Self::Nf4 => 7,
-            Self::Int4 { zeros: true } | Self::Int8 | Self::E4m3 => 0,
+            Self::Int4 { zeros: true } | Self::Int8 | Self::E4m3 | Self::Divided { .. } => 0,
         }
     }
 }
@@ -91,7 +102,7 @@ impl Problem {
         }
     }
 
-    /// Words of codes of four bits, or bytes: those past the last one are not of the weight.
+    /// Words of codes of four bits, bytes, or elements: those past the last one are not of the weight.
     pub fn written(&self) -> u64 {
         match self.code {
             Some(code) if code.has_4bits() => self.rows.div_ceil(ROWS.into()) * self.cols,
@@ -136,7 +147,11 @@ impl Config {
             }
             Self::Codes { element, code, rounds } => {
                 let bits = given(!rounds, " by bits");
-                format!("encode {}, {}{bits}", code.name(), element.name())
+                let of = match code {
+                    Code::Divided { farthest } => format!(" of {farthest}"),
+                    _ => String::new(),
+                };
+                format!("encode {}{of}, {}{bits}", code.name(), element.name())
             }
         }
     }
@@ -252,6 +267,10 @@ pub fn emit(config: &Config) -> Source {
             let k = &Kernel::new("encode_words", Target::Sm80, THREADS);
             debug_assert!(rounds);
             words(&Weight::new(k, element), code)
+        }
+        Config::Codes { element, code: Code::Divided { farthest }, .. } => {
+            let k = &Kernel::new("encode_divided", Target::Sm80, THREADS);
+            divided::emit(&Weight::new(k, element), farthest)
         }
         Config::Codes { element, code, rounds } => {
             let target = if code == Code::E4m3 && rounds { Target::Sm89 } else { Target::Sm80 };
@@ -370,6 +389,9 @@ impl<'k> Scale<'k> {
             Code::Nf4 => peak,
             Code::Int8 => peak / 127.0,
             Code::E4m3 => peak / 448.0,
+            Code::Divided { farthest } => {
+                return Self { scale: divided::power(peak, farthest), zero: None };
+            }
         };
         let up = match weight.element {
             Element::Half(half) if code.has_4bits() => {

@@ -10,7 +10,7 @@ use super::{Epilogue, cast, eval, glu};
 use crate::check::{self, Arg, INT4_GROUP};
 use crate::error::Error;
 use crate::options::Gate;
-use crate::quant::planes::{Form, Operands, Planes, exponent};
+use crate::quant::planes::{Form, Operands, Planes, is_far};
 use crate::quant::scheme::BLOCK;
 use crate::quant::{Per, QuantScheme, QuantWeight, scales_of};
 use crate::{Activation, Activations, Engine, Fp8Options, Int8Options, MatmulOptions, cuda};
@@ -171,8 +171,8 @@ pub(crate) fn qkv_project_of(x: &Tensor, weights: QkvWeights) -> Result<(Tensor,
             let form = |(weight, scale): (&Tensor, f32)| {
                 let scales = Tensor::full(scale, (1, 1), x.device())?;
                 let planes = int8_planes(weight, scales, Per::Tensor)?;
-                let exponent = exponent(planes.scheme, scale.abs());
-                Result::Ok(Form::Plain(Planes { exponent, ..planes }))
+                let far = is_far(planes.scheme, scale.abs());
+                Result::Ok(Form::Plain(Planes { far, ..planes }))
             };
             (op, weights.into_iter().zip(scales).map(form).collect::<Result<Vec<_>>>()?)
         }
@@ -239,7 +239,8 @@ fn int4_form(op: &'static str, k: usize, packed: &Tensor, scales: &Tensor) -> Re
         scales: scales.clone(),
         zeros: None,
         order: None,
-        exponent: 0,
+        // Nobody has looked.
+        far: true,
     };
     match packed.device().is_cuda() && packed.elem_count() > 0 {
         true => cuda::pack_signed(op, &planes),
@@ -250,8 +251,8 @@ fn int4_form(op: &'static str, k: usize, packed: &Tensor, scales: &Tensor) -> Re
 /// A weight of int8 bytes, as it is.
 fn int8_planes(codes: &Tensor, scales: Tensor, per: Per) -> Result<Planes> {
     let (scheme, dims) = (QuantScheme::Int8 { per }, codes.dims2()?.into());
-    let (codes, zeros, order, exponent) = (codes.clone(), None, None, 0);
-    Ok(Planes { scheme, dims, codes, scales, zeros, order, exponent })
+    let (codes, zeros, order, far) = (codes.clone(), None, None, false);
+    Ok(Planes { scheme, dims, codes, scales, zeros, order, far })
 }
 
 /// f32 `[.., M, N]` = `scale · Σ a·b`.
@@ -339,7 +340,7 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
             let (scheme, dims, codes) =
                 (QuantScheme::Fp8 { per }, rhs.dims2()?.into(), rhs.clone());
             let planes =
-                Planes { scheme, dims, codes, scales, zeros: None, order: None, exponent: 0 };
+                Planes { scheme, dims, codes, scales, zeros: None, order: None, far: false };
             planes.check(OP)?;
             Form::Plain(planes).operands()?
         }

@@ -99,7 +99,7 @@ impl QuantWeight {
                 scales: need("scales")?,
                 zeros: find("zeros"),
                 order: find("order").map(|rows| Order::new(OP, &rows)).transpose()?,
-                exponent: 0,
+                far: false,
             },
         )
     }

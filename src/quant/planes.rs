@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
 use super::order::Order;
 use super::scheme::QuantScheme;
 use crate::error::Error;
+use crate::kernel::encode::{FARTHEST, NEAREST};
 use crate::op::cast;
 use crate::{check, cuda};
 
@@ -23,9 +24,8 @@ pub(crate) struct Planes {
     pub zeros: Option<Tensor>,
     /// Where the rows of the codes are those of the weight in another order.
     pub order: Option<Order>,
-    /// 0, or if f16 cannot have the weight's elements, the power of two of the largest scale: see
-    /// [`check_values`](Self::check_values).
-    pub exponent: i32,
+    /// Whether f16 may not have the weight's elements: see [`is_far`].
+    pub far: bool,
 }
 
 impl Planes {
@@ -107,7 +107,7 @@ impl Planes {
                 return Err(bad("zeros", got, "0 to 16", "unpack words of zero points first"));
             }
         }
-        Ok(Self { exponent: exponent(self.scheme, largest), ..self })
+        Ok(Self { far: is_far(self.scheme, largest), ..self })
     }
 
     pub fn device(&self) -> &Device {
@@ -165,9 +165,9 @@ impl Form {
     }
 
     fn facts(&self) -> Facts {
-        let &Planes { scheme, dims, exponent, .. } = self.planes();
+        let &Planes { scheme, dims, far, .. } = self.planes();
         let (signed, packed) = (matches!(self, Self::Signed(_)), matches!(self, Self::Packed(_)));
-        Facts { scheme, dims, signed, packed, exponent, unit: false }
+        Facts { scheme, dims, signed, packed, far, unit: false }
     }
 
     /// What a product reads: all but the order of rows, which the columns of the other operand take on instead. Codes of
@@ -222,8 +222,8 @@ impl Operands {
     /// Codes of eight bits that stand for themselves.
     pub fn of_codes(scheme: QuantScheme, codes: &Tensor) -> Result<Self> {
         let dims = codes.dims2()?.into();
-        let (signed, packed, exponent, unit) = (false, false, 0, true);
-        let facts = Facts { scheme, dims, signed, packed, exponent, unit };
+        let (signed, packed, far, unit) = (false, false, false, true);
+        let facts = Facts { scheme, dims, signed, packed, far, unit };
         Ok(Self { facts, tensors: vec![codes.clone()] })
     }
 }
@@ -237,8 +237,8 @@ pub(crate) struct Facts {
     pub signed: bool,
     /// [`Form::Packed`].
     pub packed: bool,
-    /// [`Planes::exponent`].
-    pub exponent: i32,
+    /// [`Planes::far`].
+    pub far: bool,
     /// Whether all scales are 1, and no tensor has them.
     pub unit: bool,
 }
@@ -297,17 +297,10 @@ fn peak(op: &'static str, matrix: &Tensor) -> Result<f32> {
     Ok(f32::from_bits(all.into_iter().map(|x| x.abs().to_bits()).max().unwrap_or(0)))
 }
 
-/// The power of two of the largest scale, where it takes elements beyond what f16 can have, or all of them to where it has
-/// few digits; else 0. Products of f16 then multiply with the scales by that power, and the sums by it.
-pub(crate) fn exponent(scheme: QuantScheme, largest: f32) -> i32 {
-    const LEAST: f32 = 1.0 / 256.0;
-    const MOST: f32 = 32_768.0;
-    let element = largest * scheme.farthest();
-    match largest == 0.0 || (LEAST..=MOST).contains(&element) {
-        true => 0,
-        // As it stands in the number.
-        false => (largest.to_bits() >> 23) as i32 - 127,
-    }
+/// Whether the largest scale takes elements beyond what f16 can have, or all of them to where it has few digits. Products of f16
+/// then multiply with scales that a power of two divides, and the sums by it.
+pub(crate) fn is_far(scheme: QuantScheme, largest: f32) -> bool {
+    largest != 0.0 && !(NEAREST..=FARTHEST).contains(&(largest * scheme.farthest()))
 }
 
 /// All elements on the CPU.

@@ -59,7 +59,7 @@ pub(super) fn quantize(op: &'static str, weight: Arg, scheme: QuantScheme) -> Re
         Tensor::from_vec(steps.scales, (rows, cols), &Device::Cpu)?.to_dtype(scale_dtype)?;
     let zeros =
         steps.zeros.map(|zeros| Tensor::from_vec(zeros, (rows, cols), &Device::Cpu)).transpose()?;
-    Planes { scheme, dims, codes, scales, zeros, order: None, exponent: 0 }.to_device(device)
+    Planes { scheme, dims, codes, scales, zeros, order: None, far: false }.to_device(device)
 }
 
 /// All elements in f32, row-major, if they are finite.

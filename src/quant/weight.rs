@@ -93,7 +93,7 @@ impl QuantWeight {
             scales: alone(OP, scales)?,
             zeros: None,
             order: None,
-            exponent: 0,
+            far: false,
         }
         .check_values(OP)?;
         if packed.device().is_cuda() && packed.elem_count() > 0 {
@@ -147,8 +147,8 @@ impl QuantWeight {
         scales: Tensor,
     ) -> Result<Self> {
         let (dims, codes) = (codes.dims2()?.into(), codes.clone());
-        let (zeros, order, exponent) = (None, None, 0);
-        Self::from_planes(op, Planes { scheme, dims, codes, scales, zeros, order, exponent })
+        let (zeros, order, far) = (None, None, false);
+        Self::from_planes(op, Planes { scheme, dims, codes, scales, zeros, order, far })
     }
 
     /// A weight of tensors that are checked here: what every constructor from tensors ends in.
@@ -240,25 +240,36 @@ impl QuantWeight {
     /// ```
     pub fn explain(&self, m: usize, dtype: DType, opts: &MatmulOptions) -> Result<String> {
         const OP: &str = "QuantWeight::explain";
-        let (k, n) = self.dims2();
-        let multiply = || {
-            let x = Tensor::zeros((m, k), dtype, self.device())?;
-            op::matmul_quant(OP, &x, self, opts).map(drop)
-        };
-        let how = match self.device() {
-            Device::Cpu => {
-                multiply()?;
-                "the CPU path, block by block".into()
-            }
-            _ => {
-                self.prepare()?;
-                match cuda::kernels(multiply)?.as_slice() {
-                    [] => "no kernel of this crate".into(),
-                    kernels => kernels.join("; then "),
-                }
-            }
-        };
-        Ok(format!("{} [{m}, {k}] x {:?} [{k}, {n}]: {how}", dtype.as_str(), self.scheme()))
+        explain([self], m, dtype, |x| op::matmul_quant(OP, x, self, opts).map(drop))
+    }
+
+    /// The same of [`kaio_qkv_project`](crate::KaioTensorExt::kaio_qkv_project): one kernel for all three weights, or those of a
+    /// product for each.
+    ///
+    /// # Errors
+    ///
+    /// Those of the projections.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kaio_candle::prelude::*;
+    /// let w = Tensor::randn(0f32, 1., (64, 8), &Device::Cpu)?;
+    /// let w = QuantWeight::quantize(&w, &QuantScheme::Nf4 { block: 64 })?;
+    /// let text = QuantWeight::explain_qkv([&w, &w, &w], 1, DType::BF16)?;
+    /// assert!(text.starts_with("bf16 [1, 64] x Nf4 { block: 64 } [64, 8], Nf4"), "{text}");
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn explain_qkv(weights: [&Self; 3], m: usize, dtype: DType) -> Result<String> {
+        explain(weights, m, dtype, |x| op::qkv_project(x, weights).map(drop))
+    }
+
+    /// The same of [`kaio_swiglu_project`](crate::KaioTensorExt::kaio_swiglu_project).
+    ///
+    /// # Errors
+    ///
+    /// Those of the gated linear unit.
+    pub fn explain_swiglu(gate: &Self, up: &Self, m: usize, dtype: DType) -> Result<String> {
+        explain([gate, up], m, dtype, |x| op::swiglu_project(x, gate, up).map(drop))
     }
 
     /// As it is held now.
@@ -291,6 +302,36 @@ impl QuantWeight {
         }
         Ok(prepared.get().expect("what was made is given up for it"))
     }
+}
+
+/// What work with `m` rows of zeros and some weights, on the device of the first, takes.
+fn explain<const N: usize>(
+    weights: [&QuantWeight; N],
+    m: usize,
+    dtype: DType,
+    work: impl Fn(&Tensor) -> Result<()>,
+) -> Result<String> {
+    let (device, (k, _)) = (weights[0].device(), weights[0].dims2());
+    let multiply = || work(&Tensor::zeros((m, k), dtype, device)?);
+    let how = match device {
+        Device::Cpu => {
+            multiply()?;
+            "the CPU path, block by block".into()
+        }
+        _ => {
+            weights.iter().try_for_each(|w| w.prepare())?;
+            match cuda::kernels(multiply)?.as_slice() {
+                [] => "no kernel of this crate".into(),
+                kernels => kernels.join("; then "),
+            }
+        }
+    };
+    let of = |w: &QuantWeight| {
+        let (k, n) = w.dims2();
+        format!("{:?} [{k}, {n}]", w.scheme())
+    };
+    let all = weights.map(of).join(", ");
+    Ok(format!("{} [{m}, {k}] x {all}: {how}", dtype.as_str()))
 }
 
 /// What shares a scale of a matrix of bytes, by the shape of its scales, which become a matrix.

@@ -1,11 +1,15 @@
 //! Tables of the int8 and int4 products, the projections and the helpers in `quant`.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use kaio_candle::{Error, prelude::*, quant};
 use proptest::prelude::*;
 
 use super::Layout::{self, *};
-use super::{Nd, Source, Tally, close, identical, pairs, product, product_within, property, ulp};
+use super::weights::transposed;
+use super::{
+    Nd, Source, Tally, close, identical, pairs, product, product_within, property, results_alone,
+    ulp,
+};
 
 /// `[.., M, K]` activations and a `[K, N]` weight. `weight` is the layout of the weight (of each of
 /// three in a projection) and of its int4 scales.
@@ -176,6 +180,36 @@ pub fn int4(device: &Device) {
             identical("lhs", &x, &before.0)?;
             identical("packed", &packed, &before.1)?;
             identical("scales", &scales, &before.2)
+        });
+    }
+    // Elements that f16 has not, and those of which it has few digits; results and the gradient are in its range.
+    for (size, rows) in pairs([60_000.0, 9_000.0, 2e-5], [1, 16, 17, 40, 300]) {
+        let case = format!("scales about {size:e}, {rows} rows");
+        tally.case(&case, || {
+            let source = &mut Source::new(&case, device);
+            let x = Var::from_tensor(&source.tensor(DType::F16, &[rows, 256], Plain)?)?;
+            let packed = source.tensor(DType::U32, &[32, 37], Plain)?;
+            let scales = source.tensor_of(DType::F16, &[2, 37], Plain, |s| size * s.unit())?;
+            let weight = dequantized(&Nd::of(&packed)?, &Nd::of(&scales)?);
+            // The formula with a weight of about 1.
+            let one = 2f64.powf(weight.peak().log2().floor());
+            let plain = as_multiplied(device, &weight.map(|x| x / one)).map(|x| x * one);
+            let (want, allowed) = product_within(&Nd::of(&x)?, &weight, &plain)?;
+            let input = if results_alone() { &x.detach() } else { x.as_tensor() };
+            let got = input.kaio_matmul_int4(&packed, &scales)?;
+            close("result", &got, &want, |i| allowed + ulp(DType::F32, want.data[i]))?;
+            if results_alone() {
+                return Ok(());
+            }
+            let upstream = source.tensor_of(DType::F32, got.dims(), Plain, |s| s.unit() / one)?;
+            let grads = (got * &upstream)?.sum_all()?.backward()?;
+            let Some(dx) = grads.get(&x) else { bail!("x has no gradient") };
+            let upstream = Nd::of(&upstream)?;
+            let (want, allowed) =
+                product_within(&upstream, &transposed(&weight), &transposed(&plain))?;
+            // The upstream gradient is rounded to the dtype of x.
+            let rounding = ulp(DType::F16, 1.0) * 37.0 * weight.peak() / one;
+            close("dx", dx, &want, |i| allowed + rounding + ulp(DType::F16, want.data[i]))
         });
     }
     // One activation picks one row of the weight, exactly.

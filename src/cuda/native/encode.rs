@@ -1,4 +1,4 @@
-//! Weights rounded to codes where they are.
+//! Weights rounded to codes where they are, and their scales.
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor};
@@ -12,6 +12,7 @@ use super::operand::element;
 use super::plan::Plans;
 use super::quantised::tensor;
 use crate::kernel::encode::{Arguments, Code, Plan, Problem};
+use crate::op::View;
 use crate::quant::QuantScheme;
 use crate::quant::planes::Planes;
 use crate::stack::Stack;
@@ -22,16 +23,12 @@ static PLANS: Plans<Plan> = Plans::new();
 pub(crate) fn encode(op: &'static str, weight: &Tensor, scheme: QuantScheme) -> Result<Planes> {
     let dims = weight.dims2()?.into();
     let [k, n] = dims;
-    let code = match scheme {
-        QuantScheme::Int4 { zero_points: zeros, .. } => Code::Int4 { zeros },
-        QuantScheme::Nf4 { .. } => Code::Nf4,
-        QuantScheme::Int8 { .. } => Code::Int8,
-        QuantScheme::Fp8 { .. } => Code::E4m3,
-    };
-    let (codes, dtype) = match code {
-        Code::Int4 { .. } | Code::Nf4 => ((k.div_ceil(8), n), DType::U32),
-        Code::Int8 => ((k, n), DType::U8),
-        Code::E4m3 => ((k, n), DType::F8E4M3),
+    let words = (k.div_ceil(8), n);
+    let (code, codes, dtype) = match scheme {
+        QuantScheme::Int4 { zero_points: zeros, .. } => (Code::Int4 { zeros }, words, DType::U32),
+        QuantScheme::Nf4 { .. } => (Code::Nf4, words, DType::U32),
+        QuantScheme::Int8 { .. } => (Code::Int8, (k, n), DType::U8),
+        QuantScheme::Fp8 { .. } => (Code::E4m3, (k, n), DType::F8E4M3),
     };
     let scales = if scheme.is_4bit() { weight.dtype() } else { DType::F32 };
     let (storage, layout) = weight.storage_and_layout();
@@ -62,8 +59,31 @@ pub(crate) fn encode(op: &'static str, weight: &Tensor, scheme: QuantScheme) -> 
         scales: tensor(of_scales, groups),
         zeros: zeros.map(|zeros| tensor(zeros, groups)),
         order: None,
-        exponent: 0,
+        far: false,
     })
+}
+
+/// A matrix of floats, not empty, without gaps and divided by a power of two, and that power, f32: see [`Code::Divided`].
+pub(super) fn divided(
+    op: &'static str,
+    (storage, layout): View<CudaStorage>,
+    farthest: u32,
+) -> Result<[CudaStorage; 2]> {
+    let (rows, cols) = layout.shape().dims2()?;
+    let dims = [rows as u64, cols as u64];
+    let problem = Problem {
+        rows: dims[0],
+        cols: dims[1],
+        group: dims,
+        element: element(storage.dtype()),
+        code: Some(Code::Divided { farthest }),
+    };
+    let device = storage.device();
+    let vector = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
+    let mut results =
+        [vector(problem.written() as usize, storage.dtype())?, vector(1, DType::F32)?];
+    run(op, (storage, &Stack::new(layout)), &problem, Some(&mut results), None)?;
+    Ok(results)
 }
 
 /// The largest magnitude of a matrix of floats, or infinite or NaN.

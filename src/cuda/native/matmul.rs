@@ -9,6 +9,7 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::Fitted;
+use super::bytes::CodeScales;
 use super::limit::{SPLIT, countable};
 use super::operand::{Batch, Lines, Source, element, factor, operand, row};
 use super::plan::{Compiled, Plans};
@@ -30,6 +31,27 @@ pub(crate) fn matmul(
     Call::new(op, problem, epilogue, a, b, bias)?.run_chosen()
 }
 
+/// The same with sums that are multiplied with scales of lines first.
+pub(super) fn matmul_scaled(
+    op: &'static str,
+    problem: &MatmulProblem,
+    epilogue: Epilogue,
+    operands: [&CudaStorage; 2],
+    bias: Option<View<CudaStorage>>,
+    scales: CodeScales,
+) -> Result<CudaStorage> {
+    let gemm = gemm_epilogue(epilogue, bias);
+    Call::with(op, problem, gemm, epilogue.out_dtype, operands, bias, Some(scales))?.run_chosen()
+}
+
+fn gemm_epilogue(epilogue: Epilogue, bias: Option<View<CudaStorage>>) -> gemm::Epilogue {
+    gemm::Epilogue {
+        bias: bias.map(|(storage, _)| element(storage.dtype())),
+        activation: epilogue.activation,
+        ..gemm::Epilogue::round(element(epilogue.out_dtype))
+    }
+}
+
 /// `A·B` to element `first` and those after it, or added to these if they are f32; neither the product nor its depth is empty.
 pub(crate) fn product_to(
     op: &'static str,
@@ -42,7 +64,7 @@ pub(crate) fn product_to(
         true => gemm::Epilogue::add(),
         false => gemm::Epilogue::round(element(out.dtype())),
     };
-    let call = Call::with(op, problem, epilogue, out.dtype(), [a, b], None)?;
+    let call = Call::with(op, problem, epilogue, out.dtype(), [a, b], None, None)?;
     let compiled = PLANS.get(op, &call.gpu, &call.facts)?;
     call.run_to(&compiled, (out, first))
 }
@@ -69,7 +91,7 @@ pub(super) enum CallScales<'a> {
 
 impl CallScales<'_> {
     /// Calls `with` for what a launch on a device passes.
-    fn on<T>(&self, device: &CudaDevice, with: impl FnOnce(gemm::Scales) -> T) -> T {
+    pub fn on<T>(&self, device: &CudaDevice, with: impl FnOnce(gemm::Scales) -> T) -> T {
         match self {
             Self::None => with(gemm::Scales::None),
             Self::Blocks { rows, cols } => {
@@ -91,7 +113,7 @@ impl CallScales<'_> {
     }
 
     /// What is read.
-    fn inputs(&self) -> impl Iterator<Item = &CudaStorage> {
+    pub fn inputs(&self) -> impl Iterator<Item = &CudaStorage> {
         let all = match self {
             Self::None => [None; 3],
             Self::Blocks { rows, cols } => [Some(rows), Some(cols), None],
@@ -129,12 +151,8 @@ impl<'a> Call<'a> {
         b: &'a CudaStorage,
         bias: Option<View<'a, CudaStorage>>,
     ) -> Result<Self> {
-        let gemm = gemm::Epilogue {
-            bias: bias.map(|(storage, _)| element(storage.dtype())),
-            activation: epilogue.activation,
-            ..gemm::Epilogue::round(element(epilogue.out_dtype))
-        };
-        Self::with(op, problem, gemm, epilogue.out_dtype, [a, b], bias)
+        let gemm = gemm_epilogue(epilogue, bias);
+        Self::with(op, problem, gemm, epilogue.out_dtype, [a, b], bias, None)
     }
 
     fn with(
@@ -144,14 +162,17 @@ impl<'a> Call<'a> {
         out_dtype: DType,
         [a, b]: [&'a CudaStorage; 2],
         bias: Option<View<'a, CudaStorage>>,
+        scales: Option<CodeScales<'a>>,
     ) -> Result<Self> {
+        let (scale, scales) = CodeScales::fit_if_any(op, scales)?;
+        let epilogue = gemm::Epilogue { scale, ..epilogue };
         let operands = [
             (operand(op, a, &problem.lhs)?, factor(a.dtype())),
             (operand(op, b, &problem.rhs.t())?, factor(b.dtype())),
         ];
         let operands = operands.map(|((fitted, lines), factor)| ((fitted.into(), lines), factor));
         let out = (out_dtype, problem.out.elem_count());
-        Self::of(op, a.device(), operands, epilogue, CallScales::None, bias, out)
+        Self::of(op, a.device(), operands, epilogue, scales, bias, out)
     }
 
     /// Of operands that fit, with their types, and the result's dtype and length.

@@ -40,7 +40,7 @@ pub(crate) use norm::{norm, norm_backward};
 pub(crate) use optimizer::{accumulate, adamw, grad_norm, scale_grads};
 pub(super) use quantised::{Codewords, Panel};
 pub(crate) use quantised::{
-    dequantize, matmul_quant, matmul_quant_all, pack_signed, repack, unpack,
+    dequantize, divides, matmul_quant, matmul_quant_all, pack_signed, repack, unpack,
 };
 pub(crate) use quantize::{Rounded, quantize_rows};
 pub(crate) use regroup::{regroup, sum_of_codes};

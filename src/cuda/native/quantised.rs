@@ -1,5 +1,7 @@
 //! Products with quantised weights.
 
+use std::sync::Arc;
+
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
@@ -9,12 +11,13 @@ use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::engines::CudaWeight;
 use super::super::fit::{self, Fitted, Want, fit};
-use super::along_k;
+use super::bytes::{CodeScales, Vector};
 use super::limit::{SPLIT, countable};
-use super::ones::{failed, is_captured};
+use super::ones::{Ones, failed, is_captured, ones};
 use super::operand::{element, per_chunk};
 use super::plan::Plans;
 use super::w4::{self, Results};
+use super::{along_k, encode};
 use crate::error::Error;
 use crate::kernel::dequant::{Arguments, Codes, Plan, Problem};
 use crate::kernel::w4::{Plan as ProductPlan, Scheme};
@@ -166,16 +169,78 @@ pub(crate) fn matmul_quant(
     epilogue: Epilogue,
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
+    let Facts { dims: [k, n], scheme, .. } = weight.facts;
+    let columns = if transposed { k } else { n };
+    let divided = match divides(x, weight) || transposed && may_divide(x, weight) {
+        true => Some(Divided::new(op, weight.scales, scheme, columns)?),
+        false => None,
+    };
+    let weight = match &divided {
+        Some(divided) => CudaWeight { scales: (&divided.scales, &divided.layout), ..*weight },
+        None => *weight,
+    };
+    let scales = divided.as_ref().map(Divided::of_sums);
     if !transposed {
         let rows = Stack::new(x.1);
-        if let Some(weight) = multiplied(op, weight, &rows, x.0.device())? {
-            return w4::matmul(op, (x.0, &rows), &weight, epilogue, bias);
+        if let Some(weight) = multiplied(op, &weight, &rows, x.0.device())? {
+            return w4::matmul(op, (x.0, &rows), &weight, epilogue, bias, scales);
         }
     }
-    let panel = Panel::new(op, weight, x.0.dtype())?;
+    let panel = Panel::new(op, &weight, x.0.dtype())?;
     let layout = if transposed { panel.layout.transpose(0, 1)? } else { panel.layout };
     let problem = MatmulProblem::new(op, x.1, &layout)?;
-    super::matmul(op, &problem, epilogue, x.0, &panel.storage, bias)
+    match scales {
+        None => super::matmul(op, &problem, epilogue, x.0, &panel.storage, bias),
+        Some(scales) => {
+            let operands = [x.0, &panel.storage];
+            super::matmul::matmul_scaled(op, &problem, epilogue, operands, bias, scales)
+        }
+    }
+}
+
+/// Whether elements of a weight may be beyond the type of x.
+fn may_divide(x: View<CudaStorage>, weight: &CudaWeight) -> bool {
+    x.0.dtype() == DType::F16 && weight.facts.far
+}
+
+/// Whether the product with a weight divides its scales, and multiplies its sums, by a power of two: scales become elements of
+/// f16 that may be beyond it.
+pub(crate) fn divides(x: View<CudaStorage>, weight: &CudaWeight) -> bool {
+    let rows = Stack::new(x.1);
+    let m = (rows.count() * rows.rows) as u64;
+    let codes = w4_scheme(weight.facts.scheme, weight.scales.0.dtype()).codes;
+    may_divide(x, weight) && !ProductPlan::scales_sums(codes, m)
+}
+
+/// Scales of a weight over the power of two of the largest, or over 1.
+struct Divided {
+    scales: CudaStorage,
+    layout: Layout,
+    power: CudaStorage,
+    one: Layout,
+    ones: Arc<Ones>,
+    columns: usize,
+}
+
+impl Divided {
+    /// For a product of so many columns.
+    fn new(
+        op: &'static str,
+        scales: View<CudaStorage>,
+        scheme: QuantScheme,
+        columns: usize,
+    ) -> Result<Self> {
+        let ones = ones(op, scales.0.device(), DType::F32, columns)?;
+        let (layout, one) = (Layout::contiguous(scales.1.shape()), Layout::contiguous(1));
+        let [scales, power] = encode::divided(op, scales, scheme.farthest() as u32)?;
+        Ok(Self { scales, layout, power, one, ones, columns })
+    }
+
+    /// What sums are multiplied with.
+    fn of_sums(&self) -> CodeScales<'_> {
+        let cols = Vector::At(self.ones.address(), self.columns);
+        CodeScales::Lines { one: 1.0, rows: Vector::Of(&self.power, &self.one), cols, zero: None }
+    }
 }
 
 /// The products with weights of one scheme, or what becomes of them, if one kernel does it all; nothing is empty.

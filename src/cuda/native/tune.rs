@@ -206,7 +206,7 @@ pub fn w4_matmul(
     };
     let out = with_w4(weight, |weight| {
         let (x, weights) = ((storage, &stack), std::slice::from_ref(weight));
-        let call = w4::Call::new("tune", x, weights, w4::Results::Each, epilogue, bias)?;
+        let call = w4::Call::new("tune", x, weights, w4::Results::Each, epilogue, bias, None)?;
         let Some(config) = config else { return call.run_chosen() };
         let Some(plan) = kernel::w4::Plan::of(&config, &call.facts, &call.gpu.device) else {
             bail!("not a product with such a weight")

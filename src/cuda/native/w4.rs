@@ -10,9 +10,12 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::{Fitted, Want, fit};
+use super::bytes::CodeScales;
 use super::limit::{SPLIT, countable};
+use super::matmul::CallScales;
 use super::operand::{element, row};
 use super::plan::{Compiled, Plans};
+use crate::kernel::gemm::Scale;
 pub(super) use crate::kernel::w4::Codes;
 use crate::kernel::w4::{self, BLOCK_BYTES, Plan, Problem, Scheme, layout};
 use crate::kernel::{Element, gemm};
@@ -199,16 +202,18 @@ fn placed(memory: &Memory, fitted: &Fitted) -> (u64, u64) {
     (memory.at(fitted.offset(0)), line as u64)
 }
 
-/// `act(x·W + bias)`, packed, for the rows of `x`. Neither the result nor the depth is empty.
+/// `act(x·W + bias)`, packed, for the rows of `x`, with sums that may be multiplied with scales of lines first. Neither the result nor the depth is empty.
 pub(crate) fn matmul(
     op: &'static str,
     x: Operand,
     weight: &Weight,
     epilogue: Epilogue,
     bias: Option<View<CudaStorage>>,
+    scales: Option<CodeScales>,
 ) -> Result<CudaStorage> {
     let weights = std::slice::from_ref(weight);
-    let products = Call::new(op, x, weights, Results::Each, epilogue, bias)?.run_chosen()?;
+    let products =
+        Call::new(op, x, weights, Results::Each, epilogue, bias, scales)?.run_chosen()?;
     Ok(products.into_iter().next().expect("one for the weight"))
 }
 
@@ -231,11 +236,11 @@ pub(crate) fn matmul_all(
 ) -> Result<Option<Vec<CudaStorage>>> {
     let gpu = Gpu::of(op, x.0.device())?;
     if weights.len() > w4::MOST_WEIGHTS
-        || !w4::together(&facts(x, weights, results, epilogue, None), &gpu.device)
+        || !w4::together(&facts(x, weights, results, epilogue, None, Scale::None), &gpu.device)
     {
         return Ok(None);
     }
-    Call::new(op, x, weights, results, epilogue, None)?.run_chosen().map(Some)
+    Call::new(op, x, weights, results, epilogue, None, None)?.run_chosen().map(Some)
 }
 
 /// The facts of a product with weights of as many rows and one scheme.
@@ -245,6 +250,7 @@ fn facts(
     results: Results,
     epilogue: Epilogue,
     bias: Option<View<CudaStorage>>,
+    scale: Scale,
 ) -> Problem {
     let Element::Half(half) = element(x.dtype()) else {
         unreachable!("activations are f16 or bf16")
@@ -261,7 +267,7 @@ fn facts(
         scheme,
         epilogue: gemm::Epilogue {
             out: element(epilogue.out_dtype),
-            scale: gemm::Scale::None,
+            scale,
             bias: bias.map(|(storage, _)| element(storage.dtype())),
             activation: epilogue.activation,
             adds: false,
@@ -287,6 +293,7 @@ pub(super) struct Call<'a> {
     pub facts: Problem,
     x: Fitted<'a>,
     weights: Vec<Part<'a>>,
+    scales: CallScales<'a>,
     bias: Option<Fitted<'a>>,
     out_dtype: DType,
 }
@@ -300,17 +307,19 @@ impl<'a> Call<'a> {
         results: Results,
         epilogue: Epilogue,
         bias: Option<View<'a, CudaStorage>>,
+        scales: Option<CodeScales<'a>>,
     ) -> Result<Self> {
         let device = x.device().clone();
         let gpu = Gpu::of(op, &device)?;
         let scheme = weights[0].scheme;
-        let facts = facts((x, rows), weights, results, epilogue, bias);
+        let (scale, scales) = CodeScales::fit_if_any(op, scales)?;
+        let facts = facts((x, rows), weights, results, epilogue, bias, scale);
         let operands = weights.iter().flat_map(|weight| {
             let zeros = weight.zeros.as_ref().map(|(storage, _)| *storage);
             [Some(weight.codes), Some(weight.scales.0), zeros]
         });
         let others = [Some(x), bias.map(|(storage, _)| storage)];
-        let inputs = others.into_iter().chain(operands).flatten();
+        let inputs = others.into_iter().chain(operands).flatten().chain(scales.inputs());
         let order = Order::new(op, device.cuda_stream(), inputs);
         let x = lines(op, (x, rows))?;
         let of_groups = |groups: &Groups<'a>| lines_of_groups(op, &scheme, groups);
@@ -323,7 +332,7 @@ impl<'a> Call<'a> {
         let bias = bias.map(|bias| row(op, bias)).transpose()?;
         countable(op, ["this crate", "take"], facts.limit(), SPLIT)?;
         let out_dtype = epilogue.out_dtype;
-        Ok(Self { op, device, order, gpu, facts, x, weights: parts, bias, out_dtype })
+        Ok(Self { op, device, order, gpu, facts, x, weights: parts, scales, bias, out_dtype })
     }
 
     /// By what the chooser says.
@@ -373,16 +382,20 @@ impl<'a> Call<'a> {
             let weights: Vec<_> = weights.collect();
             let [partial, panel] = [&mut partial, &mut panel]
                 .map(|scratch| scratch.as_mut().map(|storage| Memory::of_mut(storage, device)));
-            let arguments = w4::Arguments {
-                problem,
-                plan: &compiled.plan,
-                x: placed(&x, &self.x),
-                weights: &weights,
-                bias: bias.as_ref().map(|(memory, bias)| placed(memory, bias).0),
-                partial: partial.as_ref().map(Memory::address),
-                panel: panel.as_ref().map(Memory::address),
+            let launch = |sum_scales| {
+                let arguments = w4::Arguments {
+                    problem,
+                    plan: &compiled.plan,
+                    x: placed(&x, &self.x),
+                    weights: &weights,
+                    sum_scales,
+                    bias: bias.as_ref().map(|(memory, bias)| placed(memory, bias).0),
+                    partial: partial.as_ref().map(Memory::address),
+                    panel: panel.as_ref().map(Memory::address),
+                };
+                Ok(compiled.launch(self.op, device, &arguments)?)
             };
-            self.order.run(|| Ok(compiled.launch(self.op, device, &arguments)?))?;
+            self.order.run(|| self.scales.on(device, launch))?;
         }
         Ok(products)
     }

@@ -171,7 +171,13 @@ pub enum Scales {
 }
 
 impl Scales {
-    fn argument(&self, name: Name) -> Option<Argument> {
+    /// Whether it is one of their parameters.
+    pub(in crate::kernel) fn has(&self, name: Name) -> bool {
+        self.argument(name).is_some()
+    }
+
+    /// Its value, if it is one of them.
+    pub(in crate::kernel) fn argument(&self, name: Name) -> Option<Argument> {
         Some(match (*self, name) {
             (Self::Lines { one, .. }, Name::Scale) => Argument::F32(one),
             (Self::Lines { rows, .. }, Name::RowScales) => Argument::Pointer(rows.address),
@@ -256,9 +262,7 @@ impl Arguments<'_> {
             Name::Out => Argument::Pointer(out),
             // The epilogue is the second kernel's.
             Name::Bias if config.split > 1 => return None,
-            of_scale if config.split > 1 && self.scales.argument(of_scale).is_some() => {
-                return None;
-            }
+            of_scale if config.split > 1 && self.scales.has(of_scale) => return None,
             Name::LhsLine => Argument::U64(lhs.line),
             Name::RhsLine => Argument::U64(rhs.line),
             Name::TileRows => Argument::U32(launch.tile_rows),

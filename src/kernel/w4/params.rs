@@ -76,6 +76,8 @@ pub struct Arguments<'a> {
     pub x: (u64, u64),
     /// As many weights as the problem has.
     pub weights: &'a [Weight],
+    /// What sums are multiplied with, besides the weight's scales.
+    pub sum_scales: gemm::Scales,
     /// The address of the bias.
     pub bias: Option<u64>,
     /// The address of [`Plan::panel_elements`].
@@ -90,7 +92,7 @@ impl params::Arguments for Arguments<'_> {
     fn argument(&self, step: usize, name: Name) -> Option<Argument> {
         match (self.plan, step) {
             (Plan::Stream(..), 0) => self.product(self.first()?.out, name),
-            (Plan::Split(..), 0) if name == Name::Bias => None,
+            (Plan::Split(..), 0) if name == Name::Bias || self.sum_scales.has(name) => None,
             (Plan::Split(..), 0) => self.product(self.partial?, name),
             (Plan::Split(..), 1) => self.reduce(name),
             (Plan::Tiles(plan), step) => self.tiles(plan, step, name),
@@ -120,7 +122,7 @@ impl Arguments<'_> {
             Name::Bias => Argument::Pointer(self.bias?),
             Name::M => Argument::U32(count(m)),
             Name::K => Argument::U32(count(k)),
-            _ => return self.of_weight(name),
+            _ => return self.of_weight(name).or_else(|| self.sum_scales.argument(name)),
         })
     }
 
@@ -188,7 +190,7 @@ impl Arguments<'_> {
             problem: &problem,
             plan,
             operands: [x, weight],
-            scales: gemm::Scales::None,
+            scales: self.sum_scales,
             bias: self.bias,
             out: self.weights.get(of)?.out,
             partial: self.partial,
@@ -211,7 +213,7 @@ impl Arguments<'_> {
             Name::Rows => Argument::U32(count(m)),
             Name::Cols => Argument::U32(count(n)),
             Name::Bias => Argument::Pointer(self.bias?),
-            _ => return None,
+            other => return self.sum_scales.argument(other),
         })
     }
 }

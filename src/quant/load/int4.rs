@@ -126,7 +126,7 @@ pub fn weight(
         scales: groups.scales(&scales.to_device(at)?)?,
         zeros: zeros.map(|zeros| Tensor::from_vec(zeros, (groups.count, n), at)).transpose()?,
         order,
-        exponent: 0,
+        far: false,
     };
     QuantWeight::from_planes(op, planes)?.to_device(device)
 }

@@ -30,7 +30,8 @@ impl Family for Encoders {
                     let groups = [[rows, cols], [rows, 1], [128, 128]];
                     all.extend(groups.map(|group| of(Some(code), group)));
                 }
-                all.push(of(None, [rows, cols]));
+                let divided = [8, 448].map(|farthest| Some(Code::Divided { farthest }));
+                all.extend([None].into_iter().chain(divided).map(|code| of(code, [rows, cols])));
             }
         }
         all
@@ -82,6 +83,7 @@ impl Family for Encoders {
             ("encode_words", codes(F16, ZEROS, true)),
             ("encode_nf4", codes(Element::F32, Code::Nf4, true)),
             ("encode_bytes", codes(BF16, Code::E4m3, false)),
+            ("encode_divided", codes(F16, Code::Divided { farthest: 8 }, true)),
         ]
     }
 }

@@ -67,6 +67,12 @@ impl Family for Products {
                             epilogue,
                         };
                         all.push(problem);
+                        if half == Half::F16 {
+                            // Scales over a power of two.
+                            let scale = gemm::Scale::Lines;
+                            let epilogue = Epilogue { scale, ..epilogue };
+                            all.push(Problem { epilogue, ..problem });
+                        }
                         let (others, epilogue) =
                             ([[n, 0], [1024, 1024]][i % 2], Epilogue::round(out));
                         all.push(Problem { others, epilogue, ..problem });
@@ -141,6 +147,13 @@ impl Family for Products {
             plan,
             x: (address(), problem.k.next_multiple_of(8)),
             weights: &weights,
+            sum_scales: match problem.epilogue.scale {
+                gemm::Scale::Lines => {
+                    let rows = gemm::PerRow { address: address(), each: false };
+                    gemm::Scales::Lines { one: 1.0, rows, cols: address(), zero: None }
+                }
+                _ => gemm::Scales::None,
+            },
             bias: problem.epilogue.bias.map(|_| address()),
             panel: plan.panel_elements(problem).map(|_| address()),
             partial: plan.partial_sums(problem).map(|_| address()),

@@ -7,7 +7,7 @@ use super::{SCHEMES, as_multiplied, value_of, weight};
 use crate::suites::Layout::{Plain, Transposed};
 use crate::suites::{Nd, Source, Tally, close, pairs, product, product_within, results_alone, ulp};
 
-fn transposed(t: &Nd) -> Nd {
+pub fn transposed(t: &Nd) -> Nd {
     let [k, n] = [t.dims[0], t.dims[1]];
     let data = (0..n).flat_map(|j| (0..k).map(move |i| t.data[i * n + j])).collect();
     Nd { dims: vec![n, k], data }

@@ -8,7 +8,7 @@ mod quantisers;
 
 pub use eight_bits::{activations, fp8, int8};
 pub use files::{bad_files, files};
-pub use gradients::gradients;
+pub use gradients::{gradients, transposed};
 pub use products::{dequantized, deterministic, explained, extreme_scales, products, projections};
 pub use quantisers::{quantisers, random, refusals};
 

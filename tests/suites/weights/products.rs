@@ -232,6 +232,31 @@ pub fn projections(device: &Device) {
             });
         }
     }
+    // Weights in f16's range, far above, and far below it: a power of two is each one's own.
+    for rows in [1, 40] {
+        let case = format!("powers of their own, {rows} rows");
+        tally.case(&case, || {
+            let source = &mut Source::new(&case, device);
+            let x = source.tensor_of(DType::F16, &[rows, 136], Plain, |s| s.unit() / 64.0)?;
+            let mut make = |factor: f64| {
+                let mut all = tensors(source, int4(64, false), [136, 24], DType::F32, false)?;
+                let scales = all["scales"].affine(factor, 0.0)?;
+                all.insert("scales".into(), scales);
+                QuantWeight::from_tensors("", &all)?.to_device(device)
+            };
+            let w = [make(1.0)?, make(1e4)?, make(1e-4)?];
+            let got: [Tensor; 3] = x.kaio_qkv_project([&w[0], &w[1], &w[2]])?.into();
+            for (got, w) in got.iter().zip(&w) {
+                let value = value_of(w)?;
+                let one = 2f64.powf(value.peak().log2().floor());
+                let near = value.map(|x| x / one);
+                let plain = as_multiplied(device, DType::F16, &near).map(|x| x * one);
+                let (want, allowed) = product_within(&Nd::of(&x)?, &value, &plain)?;
+                close("projection", got, &want, |i| allowed + ulp(DType::F16, want.data[i]))?;
+            }
+            Ok(())
+        });
+    }
     tally.finish();
 }
 
@@ -249,6 +274,37 @@ pub fn explained(device: &Device) {
             // Names of kernels have their dtypes.
             let wanted = if device.is_cpu() { "the CPU path" } else { "f16" };
             if how.contains(wanted) { Ok(()) } else { bail!("it says {text:?}") }
+        });
+    }
+    // One kernel for all weights, or where schemes differ one for each.
+    let mixed = [int4(64, false), QuantScheme::Nf4 { block: 64 }, int4(64, false)];
+    for (schemes, m) in pairs([[int4(64, false); 3], mixed], [1, 70]) {
+        tally.case(format!("{schemes:?} {m}"), || {
+            let source = &mut Source::new("several", device);
+            let mut make =
+                |i: usize| weight(source, device, schemes[i], [128, 64], DType::F16, false);
+            let [q, k, v] = [make(0)?, make(1)?, make(2)?];
+            let texts = [
+                QuantWeight::explain_qkv([&q, &k, &v], m, DType::F16)?,
+                QuantWeight::explain_swiglu(&q, &k, m, DType::F16)?,
+            ];
+            for (text, count) in texts.iter().zip([3, 2]) {
+                let [q, k, _] = schemes.map(|scheme| format!("{scheme:?} [128, 64]"));
+                let Some((_, how)) = text.split_once(&format!("f16 [{m}, 128] x {q}, {k}")) else {
+                    bail!("it says {text:?}")
+                };
+                let together = format!("{count}weights");
+                let gated = how.contains("gated");
+                let right = match device.is_cpu() {
+                    true => how.ends_with("the CPU path, block by block"),
+                    false if schemes[0] == schemes[1] => how.contains(&together) || gated,
+                    false => how.contains("; then ") && !how.contains(&together),
+                };
+                if !right {
+                    bail!("it says {text:?}");
+                }
+            }
+            Ok(())
         });
     }
     tally.finish();
