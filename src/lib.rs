@@ -30,7 +30,7 @@
 //! | [`kaio_attention_tc`](KaioTensorExt::kaio_attention_tc) | f16 | f32 | no |
 //! | [`kaio_embedding`](KaioTensorExt::kaio_embedding) | f16, bf16, f32 | the same | yes |
 //! | [`kaio_cross_entropy`](KaioTensorExt::kaio_cross_entropy) | f16, bf16, f32 | f32 | yes |
-//! | [`kaio_linear_cross_entropy`](KaioTensorExt::kaio_linear_cross_entropy) | f16, bf16 | f32 | yes |
+//! | [`kaio_linear_cross_entropy`](KaioTensorExt::kaio_linear_cross_entropy) | f16, bf16, f32 by a `compute_dtype` | f32 | yes |
 //! | [`kaio_swiglu`](KaioTensorExt::kaio_swiglu), [`kaio_geglu`](KaioTensorExt::kaio_geglu) | f16, bf16, f32 | the same | yes |
 //! | [`kaio_add`](KaioTensorExt::kaio_add) | f16, bf16, f32 | the same | yes |
 //! | [`kaio_rms_norm`](KaioTensorExt::kaio_rms_norm), [`kaio_layer_norm`](KaioTensorExt::kaio_layer_norm), [`kaio_add_rms_norm`](KaioTensorExt::kaio_add_rms_norm), [`kaio_add_layer_norm`](KaioTensorExt::kaio_add_layer_norm) | f16, bf16, f32 | the same | yes |

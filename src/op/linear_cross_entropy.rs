@@ -199,6 +199,12 @@ impl Linear {
         grads.into_iter().zip(inputs).filter_map(shaped).collect()
     }
 
+    /// The input that has the gradient of operand `i`.
+    fn leaf(&self, i: usize, inputs: &[&Tensor]) -> usize {
+        let cast = |i: usize| inputs[i].dtype() != self.dtypes[i];
+        if cast(i) { 3 + usize::from(i == 1 && cast(0)) } else { i }
+    }
+
     /// The gradients of as many inputs, from those before the factor.
     fn finish(
         &self,
@@ -207,14 +213,8 @@ impl Linear {
         factor: &Tensor,
     ) -> Result<Vec<Option<Tensor>>> {
         let mut all = vec![None; inputs.len()];
-        let (mut source, mut grads) = (3, grads.iter());
-        for (i, input) in inputs.iter().enumerate().take(2) {
-            let at = if input.dtype() == self.dtypes[i] { i } else { source };
-            source += usize::from(at != i);
-            if self.wants[i] {
-                let grad = grads.next().expect("what is wanted is computed");
-                all[at] = Some(scaled(self.op, grad, factor, self.dtypes[i])?);
-            }
+        for (i, grad) in (0..2).filter(|&i| self.wants[i]).zip(grads) {
+            all[self.leaf(i, inputs)] = Some(scaled(self.op, grad, factor, self.dtypes[i])?);
         }
         Ok(all)
     }

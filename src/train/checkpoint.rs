@@ -68,7 +68,8 @@ impl<const N: usize> Outputs for [Tensor; N] {
 /// graph: layers are moved or cloned into it, which copies no weights.
 ///
 /// `f` must compute the same each time: no random numbers (candle's dropout draws others when `f` runs again; draw a mask before,
-/// and make it an input), and no weight that is set between the forward and the backward pass. `f` may checkpoint parts of itself.
+/// and make it an input), and no weight that is set between the forward and the backward pass. `f` may checkpoint parts of itself. Where it is a
+/// [`block`](super::block) of its inputs, it is differentiated on a tape when it runs again, too.
 ///
 /// # Gradient
 ///
