@@ -89,9 +89,12 @@ pub(crate) fn adamw_8bit(
         for ((book, values), (codes, scale)) in books.iter().zip(&values).zip([first, second]) {
             // By their bits, so that NaN is the largest of all.
             let peak = values.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0);
-            *scale = f32::from_bits(peak);
+            // Of smaller ones 1/scale is infinite.
+            let least = f32::from_bits(peak.max(f32::MIN_POSITIVE.to_bits()));
+            *scale = if peak == 0 { 0.0 } else { least };
+            let inverse = if peak == 0 { 0.0 } else { 1.0 / *scale };
             for (code, x) in codes.iter_mut().zip(values) {
-                *code = book.code(if *scale == 0.0 { 0.0 } else { x / *scale });
+                *code = book.code(x * inverse);
             }
         }
     });

@@ -68,7 +68,7 @@ pub(crate) fn adamw(
     let states = tables.states.insert(states).1.clone();
     if moments == Moments::Bits8 && tables.books.is_none() {
         let books = dynamic::tables();
-        tables.books = Some(Tensor::from_vec(books, (4, dynamic::CODES), device)?);
+        tables.books = Some(Tensor::from_vec(books, dynamic::BYTES as usize, device)?);
     }
     let problem = rows.problem(Task::AdamW(moments), call.clip.is_some());
     let read = [Some(&states), tables.books.as_ref(), call.clip.as_ref()];

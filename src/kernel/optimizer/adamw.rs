@@ -2,7 +2,7 @@
 //!
 //! Every operation is rounded once, in the order of `cpu::adamw`: both give the same bits.
 
-use super::dynamic::{BLOCK, CODES};
+use super::dynamic::{BLOCK, BYTES, Guide, NUMBERS};
 use super::rows::{CHUNK, Chunk, load_f32, of_half, store_f32, store_half, walk};
 use super::{Moments, Name, THREADS};
 use crate::kernel::quantize::largest;
@@ -116,40 +116,60 @@ pub(super) fn emit(moments: Moments, clipped: bool) -> Source {
 /// What codes stand for, in shared memory.
 #[derive(Clone, Copy)]
 struct Books<'k> {
-    /// The addresses of the values and thresholds of the signed book and of the unsigned one.
-    tables: [[Reg<'k, u32>; 2]; 2],
+    /// The signed one and the unsigned one.
+    books: [Book<'k>; 2],
+}
+
+#[derive(Clone, Copy)]
+struct Book<'k> {
+    /// The addresses of its values, of its thresholds and of its guide.
+    values: Reg<'k, u32>,
+    thresholds: Reg<'k, u32>,
+    codes: Reg<'k, u32>,
+    guide: Guide,
 }
 
 impl<'k> Books<'k> {
     fn load(k: &'k Kernel) -> Self {
-        const BYTES: u32 = 4 * CODES as u32;
-        let (from, to) = (k.pointer(Name::Books), k.shared(4 * BYTES));
+        const LINE: u32 = 16;
+        let (from, shared) = (k.pointer(Name::Books), k.shared(BYTES));
         let thread = k.thread();
-        for i in 0..BYTES / THREADS {
-            let at = thread + i * THREADS;
-            k.st_shared(to + at * 4, k.ld_global_nc::<f32, 1>(from.element(at, 4)));
+        for i in 0..BYTES.div_ceil(THREADS * LINE) {
+            let at = (thread + i * THREADS) * LINE;
+            let (to, from) = (shared + at, from + at.wide());
+            k.when(at.lt(BYTES), || k.cp_async(to, from, LINE));
         }
+        k.cp_async_commit();
+        k.cp_async_wait(0);
         k.sync_block();
-        Self { tables: [0, 2].map(|i| [i, i + 1].map(|i| to + i * BYTES)) }
+        let guides = [true, false].map(Guide::of);
+        let first = 4 * NUMBERS;
+        let codes = [first, first + guides[0].codes() as u32];
+        let books = std::array::from_fn(|i| {
+            let values = shared + 2 * i as u32 * NUMBERS;
+            let thresholds = values + NUMBERS;
+            Book { values, thresholds, codes: shared + codes[i], guide: guides[i] }
+        });
+        Self { books }
     }
 
     /// What a code stands for.
     fn value(&self, book: usize, code: Reg<'k, u32>) -> Reg<'k, f32> {
-        let [value] = code.kernel().ld_shared::<f32, 1>(self.tables[book][0] + code * 4);
+        let [value] = code.kernel().ld_shared::<f32, 1>(self.books[book].values + code * 4);
         value
     }
 
-    /// The nearest code: `Book::code`.
+    /// The nearest code: `dynamic::Book::code`, by its guide.
     fn code(&self, book: usize, part: Reg<'k, f32>) -> Reg<'k, u32> {
-        let k = part.kernel();
-        let mut at = self.tables[book][1];
-        let mut half = CODES as u32 / 2;
-        while half > 0 {
-            let [threshold] = k.ld_shared::<f32, 1>(at.at(i64::from(4 * (half - 1))));
-            at = k.select(part.gt(threshold), at + 4 * half, at);
-            half /= 2;
-        }
-        (at - self.tables[book][1]) / 4
+        let Book { thresholds, codes, guide, .. } = self.books[book];
+        let (k, bits) = (part.kernel(), part.cast::<u32>());
+        let least = guide.least();
+        let beginning = (bits & (u32::MAX >> 1)) >> guide.shift;
+        let at = beginning.max(least).min(least + guide.len - 1) - least;
+        let at = if guide.signed { at + (bits >> 31) * guide.len } else { at };
+        let code = k.ld_shared_u8(codes + at);
+        let [threshold] = k.ld_shared::<f32, 1>(thresholds + code * 4);
+        k.select(part.gt(threshold), code + 1, code)
     }
 }
 
@@ -238,14 +258,13 @@ impl<'k> Codes<'_, 'k> {
             // The largest magnitude by its bits, so that NaN is the largest of all.
             let bits = values.iter().map(|x| x.abs().cast::<u32>());
             let peak = bits.reduce(|peak, bits| peak.max(bits)).expect("a lane has elements");
-            let scale = largest(peak, WARP).cast::<f32>();
-            let coded: Vec<_> = values
-                .iter()
-                .map(|&x| {
-                    let part = k.select(scale.eq(0.0), k.var(0f32), x / scale);
-                    self.books.code(book, part)
-                })
-                .collect();
+            // Of smaller ones 1/scale is infinite.
+            let peak = largest(peak, WARP);
+            let least = peak.max(f32::MIN_POSITIVE.to_bits());
+            let scale = k.select(peak.eq(0), peak, least).cast::<f32>();
+            let inverse = k.select(peak.eq(0), k.var(0f32), k.var(1f32) / scale);
+            let coded: Vec<_> =
+                values.iter().map(|&x| self.books.code(book, x.mul_rn(inverse))).collect();
             let words = [0, 4].map(|i| {
                 coded[i] | (coded[i + 1] << 8) | (coded[i + 2] << 16) | (coded[i + 3] << 24)
             });

@@ -357,6 +357,29 @@ pub fn moments_in_8_bits(device: &Device) {
             Ok(())
         });
     }
+    tally.case("moments below the smallest normal number", || {
+        let source = &mut Source::new("8 bits of little", device);
+        let var = Var::from_tensor(&source.tensor(F32, &[5000], Plain)?)?;
+        let grad = source.tensor_of(F32, &[5000], Plain, |s| 1e-38 * s.unit())?;
+        let ours = vec![("0".to_owned(), var)];
+        let cpu = on_cpu(&ours)?;
+        let states = [(ours, grad.clone()), (cpu, grad.to_device(&Device::Cpu)?)];
+        let [state, of_cpu] = states.map(|(vars, grad)| {
+            let mut adamw = AdamW::named(vars.clone(), config.clone())?;
+            adamw.step(&store(&vars, &[grad]))?;
+            adamw.state()
+        });
+        let (state, of_cpu) = (state?, of_cpu?);
+        for (name, want) in &of_cpu {
+            identical(name, &state[name], &Nd::of(want)?)?;
+        }
+        let scales = state["0.exp_avg.scales"].to_vec1::<f32>()?;
+        let codes = state["0.exp_avg"].to_vec1::<u8>()?;
+        match scales.iter().all(|&scale| scale == f32::MIN_POSITIVE) {
+            true if codes.iter().any(|&code| code > 128) => Ok(()),
+            _ => bail!("scales {scales:?}"),
+        }
+    });
     tally.case("60 steps down a bowl", || {
         let source = &mut Source::new("bowl", device);
         let start = source.tensor(F32, &[64, 80], Plain)?;
