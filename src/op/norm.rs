@@ -245,11 +245,13 @@ impl Differentiable for Norm {
                 backward.grads(&inputs.collect::<Vec<_>>())?
             }
             // Only the sum went on.
-            None => Each {
-                x: sum_grad,
-                weight: wants.weight.then(|| weight.zeros_like()).transpose()?,
-                bias: None,
-            },
+            None => {
+                let none = |t: Option<&Tensor>| match t {
+                    Some(t) if t.track_op() => t.zeros_like().map(Some),
+                    _ => Ok(None),
+                };
+                Each { x: sum_grad, weight: none(Some(weight))?, bias: none(bias)? }
+            }
         };
         let residual = residual.map(|_| of.x.clone());
         let bias = bias.map(|_| of.bias);

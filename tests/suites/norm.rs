@@ -28,7 +28,7 @@ enum Upstream {
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Rms,
         Self::Layer { bias: true },
         Self::Layer { bias: false },
@@ -36,6 +36,7 @@ impl Kind {
         Self::AddRms(Upstream::Sum),
         Self::AddRms(Upstream::Both),
         Self::AddLayer(Upstream::Normed),
+        Self::AddLayer(Upstream::Sum),
         Self::AddLayer(Upstream::Both),
     ];
 
