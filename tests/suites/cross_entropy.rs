@@ -116,17 +116,25 @@ impl Case {
         };
         let grads = root(&loss)?.backward()?;
         let Some(grad) = grads.get(&var) else { bail!("no gradient") };
-        let want = wanted.gradient(&Nd::of(&weights)?.data);
+        let weights = Nd::of(&weights)?.data;
         let plain_grads = root(&plain)?.backward()?;
         let plain_grad = plain_grads.get(&plain_var).expect("candle has it");
         // Back to the leaf, as sums over what the view repeats.
-        let zeros = Var::zeros(base.as_slice(), DType::F64, &Device::Cpu)?;
-        let sum = (layout.view(&zeros, dims)? * want.tensor(DType::F64)?)?.sum_all()?;
-        let want = Nd::of(sum.backward()?.get(&zeros).expect("the sum depends on it"))?;
+        let of_leaf = |of_view: Nd| {
+            let zeros = Var::zeros(base.as_slice(), DType::F64, &Device::Cpu)?;
+            let sum = (layout.view(&zeros, dims)? * of_view.tensor(DType::F64)?)?.sum_all()?;
+            Nd::of(sum.backward()?.get(&zeros).expect("the sum depends on it"))
+        };
+        let want = of_leaf(wanted.gradient(&weights))?;
         let allowed = 2.0 * want.max_error(plain_grad)?;
         let peak = want.peak();
+        // A probability is as far off, relative to itself, as its exponent is, a difference of numbers of this size.
+        let odds = of_leaf(wanted.odds(&weights).map(f64::abs))?;
         close("gradient", grad, &want, |i| {
-            allowed + ulp(dtype, want.data[i]) + 8.0 * ulp(F32, peak)
+            allowed
+                + ulp(dtype, want.data[i])
+                + 8.0 * ulp(F32, peak)
+                + 4.0 * ulp(F32, size) * odds.data[i]
         })?;
         identical("logits", &leaf, &Nd::of(var.as_tensor())?)
     }
@@ -137,6 +145,8 @@ pub struct Reference {
     pub loss: Nd,
     /// Slopes of each row's loss by its logits, of the reduced loss if there is one.
     slopes: Nd,
+    /// What probabilities add to them.
+    odds: Nd,
     classes: usize,
     each: bool,
 }
@@ -150,6 +160,7 @@ impl Reference {
         let share = if opts.reduction == Reduction::Mean { 1.0 / counted as f64 } else { 1.0 };
         let mut losses = vec![0.0; rows];
         let mut slopes = vec![0.0; rows * classes];
+        let mut odds = slopes.clone();
         for (row, target) in targets.iter().enumerate() {
             let Some(target) = *target else { continue };
             let x = &logits.data[row * classes..][..classes];
@@ -164,8 +175,9 @@ impl Reference {
             for (class, slope) in slopes[row * classes..][..classes].iter_mut().enumerate() {
                 let hot = if class == target { 1.0 - smoothing } else { 0.0 };
                 let p = (z[class] - lse).exp() * (1.0 + 2.0 * z_loss * lse);
+                let share = share * (1.0 - tanh(x[class]).powi(2));
                 *slope = share * (p - hot - smoothing / classes as f64);
-                *slope *= 1.0 - tanh(x[class]).powi(2);
+                odds[row * classes + class] = share * p;
             }
         }
         let loss = match opts.reduction {
@@ -173,15 +185,24 @@ impl Reference {
             Reduction::Sum => Nd::full(&[], losses.iter().sum()),
             _ => Nd { dims: logits.dims[..logits.dims.len() - 1].to_vec(), data: losses },
         };
-        let slopes = Nd { dims: logits.dims.clone(), data: slopes };
-        Self { loss, slopes, classes, each: opts.reduction == Reduction::None }
+        let [slopes, odds] = [slopes, odds].map(|data| Nd { dims: logits.dims.clone(), data });
+        Self { loss, slopes, odds, classes, each: opts.reduction == Reduction::None }
     }
 
     /// Of the logits, given the gradients of losses.
     pub fn gradient(&self, upstream: &[f64]) -> Nd {
+        self.times(&self.slopes, upstream)
+    }
+
+    /// What probabilities add to that.
+    fn odds(&self, upstream: &[f64]) -> Nd {
+        self.times(&self.odds, upstream)
+    }
+
+    fn times(&self, slopes: &Nd, upstream: &[f64]) -> Nd {
         let of = |i: usize| upstream[if self.each { i / self.classes } else { 0 }];
-        let data = self.slopes.data.iter().enumerate();
-        Nd { dims: self.slopes.dims.clone(), data: data.map(|(i, slope)| slope * of(i)).collect() }
+        let data = slopes.data.iter().enumerate();
+        Nd { dims: slopes.dims.clone(), data: data.map(|(i, slope)| slope * of(i)).collect() }
     }
 }
 

@@ -17,6 +17,8 @@ struct Case<'a> {
     dtype: DType,
     dims: Vec<&'a [usize]>,
     call: Box<Call<'a>>,
+    /// Of a slope, relative to the gradient's norm.
+    tolerance: f64,
 }
 
 impl<'a> Case<'a> {
@@ -26,7 +28,8 @@ impl<'a> Case<'a> {
         dims: &[&'a [usize]],
         call: impl Fn(&[Tensor]) -> Result<Vec<Tensor>> + 'a,
     ) -> Self {
-        Self { name: name.into(), dtype, dims: dims.to_vec(), call: Box::new(call) }
+        let tolerance = if dtype == F32 { 2e-3 } else { 2e-2 };
+        Self { name: name.into(), dtype, dims: dims.to_vec(), call: Box::new(call), tolerance }
     }
 
     /// Each input moves along a random direction of ones and minus ones, in which a step takes no element out of what
@@ -81,8 +84,7 @@ impl<'a> Case<'a> {
             let got: f64 = grad.data.iter().zip(&direction.data).map(|(g, sign)| g * sign).sum();
             // As large as the slope is in a direction like this one.
             let norm = grad.data.iter().map(|g| g * g).sum::<f64>().sqrt();
-            let tolerance = if self.dtype == F32 { 2e-3 } else { 2e-2 };
-            if norm < 1e-3 || (got - want).abs() > tolerance * norm {
+            if norm < 1e-3 || (got - want).abs() > self.tolerance * norm {
                 bail!("input {i} has the slope {want}, and by its gradient, of norm {norm}, {got}");
             }
         }
@@ -145,9 +147,12 @@ pub fn ops(device: &Device) {
             one(x[0].kaio_cross_entropy(&ids(24)?, &opts)?)
         }));
         let name = format!("linear_cross_entropy, {name}");
-        cases.push(Case::new(&name, BF16, &[&[15, 16], &[24, 16]], move |x| {
+        let case = Case::new(&name, BF16, &[&[15, 16], &[24, 16]], move |x| {
             one(x[0].kaio_linear_cross_entropy(&x[1], &ids(24)?, &linear)?)
-        }));
+        });
+        // Logits of about 4 are rounded to bf16, by up to 8e-3: a loss is off by 3e-3, a mean of 15 by 8e-4, and a slope of
+        // two over an eighth by 1e-2, a fortieth of these gradients' norm. Three times that.
+        cases.push(Case { tolerance: 8e-2, ..case });
     }
 
     use Activation::{GeluErf, GeluTanh, Silu};
