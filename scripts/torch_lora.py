@@ -2,7 +2,7 @@
 """How fast PyTorch fine-tunes the models of `examples/lora_llama --preset`, eager and compiled: a JSON line for each.
 
     python3 scripts/torch_lora.py                                   # llama-1b, eager and compiled
-    python3 scripts/torch_lora.py llama-8b --mode eager --checkpoint
+    python3 scripts/torch_lora.py llama-8b --mode eager --recompute
     python3 scripts/torch_lora.py llama-1b --batch 8 --seq 1024 --rank 16
 
 Frozen random weights in bf16, low-rank matrices in f32 beside all seven projections of each layer, cast at each use, fused
@@ -83,7 +83,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, p, args):
         super().__init__()
-        self.checkpoint = args.checkpoint
+        self.recompute = args.recompute
         self.embedding = frozen(p.vocabulary, p.width)
         self.head = self.embedding if p.width == LLAMA_1B.width else frozen(p.vocabulary, p.width)
         self.rotary = Rotary(p.seq, p.width // p.heads)
@@ -93,7 +93,7 @@ class Model(nn.Module):
     def forward(self, tokens, targets):
         x = F.embedding(tokens, self.embedding)
         for block in self.blocks:
-            if self.checkpoint:
+            if self.recompute:
                 x = checkpoint(block, x, self.rotary, use_reentrant=False)
             else:
                 x = block(x, self.rotary)
@@ -132,7 +132,7 @@ def measure(name, mode, args):
     return {
         "model": name,
         "mode": mode,
-        "checkpoint": args.checkpoint,
+        "recompute": args.recompute,
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(),
         "learnt": sum(weight.numel() for weight in learnt),
@@ -154,7 +154,7 @@ def main():
     parser.add_argument("--seq", type=int, default=1024, help="[default: 1024]")
     parser.add_argument("--rank", type=int, default=16, help="[default: 16]")
     parser.add_argument("--alpha", type=float, default=32.0, help="[default: 32]")
-    parser.add_argument("--checkpoint", action="store_true", help="compute blocks again in the backward pass")
+    parser.add_argument("--recompute", action="store_true", help="compute blocks again in the backward pass")
     args = parser.parse_args()
     if args.mode:
         print(json.dumps(measure(args.preset, args.mode, args)), flush=True)

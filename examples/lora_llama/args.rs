@@ -39,7 +39,7 @@ Training:
   --steps N          steps in all, those before an interruption included [default: 120]
   --stop N           steps after which this run stops nevertheless
   --rate X           peak learning rate [default: 0.005 of the small model, else 0.0002]
-  --checkpoint       compute layers again in the backward pass rather than keep what is in them
+  --recompute        compute layers again in the backward pass rather than keep what is in them
   --seed N           decides the adapter's initial matrices, the batches and the small model [default: 0]
 
 Results:
@@ -64,7 +64,7 @@ pub struct Args {
     pub steps: usize,
     pub stop: Option<usize>,
     pub rate: f64,
-    pub checkpoint: bool,
+    pub recompute: bool,
     pub seed: u64,
     pub out: PathBuf,
     pub merge: Option<PathBuf>,
@@ -94,7 +94,7 @@ impl Args {
             steps: 120,
             stop: None,
             rate: 0.0,
-            checkpoint: false,
+            recompute: false,
             seed: 0,
             out: "out/lora_llama".into(),
             merge: None,
@@ -123,7 +123,7 @@ impl Args {
                 Long("steps") => args.steps = parser.value()?.parse_with(at_least::<1>)?,
                 Long("stop") => args.stop = Some(parser.value()?.parse_with(at_least::<1>)?),
                 Long("rate") => rate = Some(parser.value()?.parse_with(positive)?),
-                Long("checkpoint") => args.checkpoint = true,
+                Long("recompute") => args.recompute = true,
                 Long("seed") => args.seed = parser.value()?.parse()?,
                 Long("out") => args.out = parser.value()?.into(),
                 Long("merge") => args.merge = Some(parser.value()?.into()),

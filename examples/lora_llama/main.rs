@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! cargo run --release --example lora_llama
-//! cargo run --release --example lora_llama -- --base nf4 --checkpoint
+//! cargo run --release --example lora_llama -- --base nf4 --recompute
 //! cargo run --release --example lora_llama -- --help
 //! cargo run --release --features cuda --example lora_llama -- --device cuda:0 \
 //!     --model Llama-3.2-1B --text book.txt --merge Llama-3.2-1B-book
@@ -127,7 +127,7 @@ fn config(folder: Option<&Path>, args: &Args) -> Result<Config> {
 }
 
 fn load(folder: Option<&Path>, config: Config, args: &Args) -> Result<Llama> {
-    let options = Options { base: args.base, seq: args.seq, checkpoint: args.checkpoint };
+    let options = Options { base: args.base, seq: args.seq, recompute: args.recompute };
     match folder {
         Some(folder) => {
             let vb = weights::open(folder, args.dtype, &args.device)?;

@@ -87,7 +87,7 @@ pub fn pretrain(folder: &Path, args: &Args) -> Result<()> {
     let rng = Mutex::new(Rng::new(args.seed, Rng::WEIGHTS));
     let drawn = Drawn { kept: Some((rng, vars.clone())), layers: config.num_hidden_layers };
     let vb = VarBuilder::from_backend(Box::new(drawn), args.dtype, args.device.clone());
-    let options = Options { base: Base::Plain, seq: args.seq, checkpoint: false };
+    let options = Options { base: Base::Plain, seq: args.seq, recompute: false };
     let model = Llama::load(vb, config.clone(), options)?;
     let vars = vars.lock().unwrap_or_else(PoisonError::into_inner).clone();
 

@@ -115,8 +115,8 @@ fn theirs(folder: &Path, config: &Value, dtype: DType, tokens: &Tensor) -> Resul
     Tensor::stack(&logits.collect::<Result<Vec<_>>>()?, 1)
 }
 
-fn ours(folder: &Path, dtype: DType, checkpoint: bool) -> Result<model::Llama> {
-    let options = Options { base: Base::Plain, seq: SEQ, checkpoint };
+fn ours(folder: &Path, dtype: DType, recompute: bool) -> Result<model::Llama> {
+    let options = Options { base: Base::Plain, seq: SEQ, recompute };
     model::Llama::load(weights::open(folder, dtype, &Cpu)?, weights::config(folder)?, options)
 }
 
@@ -255,8 +255,8 @@ fn gradients_in_16_bits_are_those_in_f32() -> Result<()> {
     let config = config(4, 2, false, llama3());
     let folder = Folder::of_model("bits", &config, DType::BF16, false)?;
     let lora = Lora::new(4, 8., model::LINEARS.map(str::to_owned).to_vec())?;
-    let gradients = |dtype, checkpoint| -> Result<BTreeMap<String, Tensor>> {
-        let mut model = ours(&folder.0, dtype, checkpoint)?;
+    let gradients = |dtype, recompute| -> Result<BTreeMap<String, Tensor>> {
+        let mut model = ours(&folder.0, dtype, recompute)?;
         let vars = adapt(&mut model, &lora)?;
         let grads = train::cast_once(|| model.loss(&tokens, &targets)?.backward())?;
         grads_complete(&vars, &grads)?;

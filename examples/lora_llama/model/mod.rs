@@ -22,12 +22,12 @@ pub struct Options {
     /// The longest sequence.
     pub seq: usize,
     /// Whether layers are computed again in the backward pass, rather than kept.
-    pub checkpoint: bool,
+    pub recompute: bool,
 }
 
 pub struct Llama {
     config: Config,
-    checkpoint: bool,
+    recompute: bool,
     /// `[vocab_size, hidden_size]`
     embedding: Tensor,
     layers: Vec<Layer>,
@@ -49,7 +49,7 @@ impl Llama {
         let rotations = config.rotations(options.seq, vb.device())?;
         let layer = |i| Layer::load(model.pp(format!("layers.{i}")), &config, &rotations, options);
         Ok(Self {
-            checkpoint: options.checkpoint,
+            recompute: options.recompute,
             embedding,
             layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
             norm: model.get(hidden_size, "norm.weight")?,
@@ -97,7 +97,7 @@ impl Llama {
         let mut stream = vec![self.embedding.kaio_embedding(tokens)?];
         for layer in &self.layers {
             let inputs: Vec<_> = stream.iter().collect();
-            stream = match self.checkpoint {
+            stream = match self.recompute {
                 false => layer.forward(&stream)?.into(),
                 // Within it no tape is there but its own.
                 true => {
