@@ -4,6 +4,11 @@
 //! can.
 #![allow(dead_code, reason = "each example that includes this file uses some of it")]
 
+use rayon::prelude::*;
+
+/// What the state grows by with each number.
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// SplitMix64 (Steele, Lea and Flood, 2014).
 pub struct Rng(u64);
 
@@ -24,7 +29,7 @@ impl Rng {
     }
 
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        self.0 = self.0.wrapping_add(STEP);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -45,5 +50,14 @@ impl Rng {
     pub fn normal(&mut self) -> f64 {
         let radius = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();
         radius * (std::f64::consts::TAU * self.uniform()).cos()
+    }
+
+    /// So many of them times `std`, by all threads: the state is a count, so that each knows its numbers.
+    pub fn normals(&mut self, count: usize, std: f64) -> Vec<f32> {
+        let from = self.0;
+        let after = |i: usize| from.wrapping_add(STEP.wrapping_mul(2 * i as u64));
+        self.0 = after(count);
+        let normal = |i| (std * Self(after(i)).normal()) as f32;
+        (0..count).into_par_iter().map(normal).collect()
     }
 }

@@ -174,8 +174,7 @@ fn adapt(
         None if name.ends_with("lora_B.weight") => Tensor::zeros(dims, DType::F32, &args.device),
         None => {
             let std = (dims.1 as f64).powf(-0.5);
-            let values = (0..dims.0 * dims.1).map(|_| (std * rng.normal()) as f32);
-            Tensor::from_vec(values.collect(), dims, &args.device)
+            Tensor::from_vec(rng.normals(dims.0 * dims.1, std), dims, &args.device)
         }
     })?;
     let known = |name: &String| vars.iter().any(|(var, _)| var == name);

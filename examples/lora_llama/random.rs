@@ -47,8 +47,7 @@ impl SimpleBackend for Drawn {
         let adds = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
         let std = if adds { STD / (2.0 * self.layers as f64).sqrt() } else { STD };
         let mut rng = rng.lock().unwrap_or_else(PoisonError::into_inner);
-        let values = (0..shape.elem_count()).map(|_| (std * rng.normal()) as f32);
-        let values = Tensor::from_vec(values.collect::<Vec<_>>(), shape, device)?;
+        let values = Tensor::from_vec(rng.normals(shape.elem_count(), std), shape, device)?;
         self.keep(name, values.to_dtype(dtype)?)
     }
 

@@ -347,8 +347,7 @@ impl Init<'_> {
     }
 
     fn normal(&mut self, name: &str, (rows, columns): (usize, usize), std: f64) -> Result<Tensor> {
-        let values: Vec<f32> =
-            (0..rows * columns).map(|_| (std * self.rng.normal()) as f32).collect();
+        let values = self.rng.normals(rows * columns, std);
         let value = Tensor::from_vec(values, (rows, columns), self.device)?;
         self.parameter(name, value.to_dtype(self.arithmetic.dtype())?)
     }
