@@ -30,10 +30,12 @@ pub(crate) fn block(
         results.iter().enumerate().map(|(i, t)| (!tape.tracks(i)).then(|| t.detach())).collect();
     drop(results);
     let outside: Vec<_> = tape.outside().cloned().collect();
+    let shared = tape.shared();
     let linked = match stored.is_empty() {
         true => vec![],
         false => adopt(Block(tape), &outside.iter().collect::<Vec<_>>(), stored)?,
     };
+    shared.know(&linked);
     let mut linked = linked.into_iter();
     let results = constants.into_iter().map(|constant| constant.or_else(|| linked.next()));
     results.collect::<Option<_>>().ok_or_else(|| candle_core::Error::msg("a node for each result"))

@@ -76,8 +76,9 @@ impl Run {
         let outputs = tape::paused(|| f(&leaves))?;
         let own: HashSet<_> = leaves.iter().map(Tensor::id).collect();
         let (mut reached, mut captured) = (HashSet::new(), vec![]);
-        let nodes = outputs.iter().flat_map(Tensor::sorted_nodes);
-        for leaf in nodes.filter(|node| node.is_variable()) {
+        let nodes: Vec<_> = outputs.iter().flat_map(Tensor::sorted_nodes).collect();
+        tape::share(&nodes);
+        for leaf in nodes.into_iter().filter(|node| node.is_variable()) {
             if reached.insert(leaf.id()) && !own.contains(&leaf.id()) {
                 captured.push(leaf.clone());
             }

@@ -27,9 +27,12 @@ use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var};
 use super::node::{Link, Step, insert, is_outermost, seed, unread, within};
 use super::tensor;
 use crate::error::Error;
+use shared::Shared;
+pub(super) use shared::share;
 use sum::Sum;
 use view::View;
 
+mod shared;
 mod sum;
 mod view;
 
@@ -262,6 +265,7 @@ impl Recorder {
                 return Source::View(self.leaf(base), view);
             }
         }
+        share(&nodes);
         let (mut from, mut leaves) = (vec![], vec![]);
         for node in nodes {
             if node.is_variable() && !self.is_anchor(node) {
@@ -316,7 +320,8 @@ impl Recorder {
         }
         let entries = Mutex::new(Some(entries));
         let outside = self.outside.into_iter().filter(|&(slot, _)| live[slot]).collect();
-        Tape { id: self.id, slots: self.count, entries, outside, results }
+        let shared = Arc::default();
+        Tape { id: self.id, slots: self.count, entries, outside, results, shared }
     }
 }
 
@@ -336,9 +341,15 @@ pub(super) struct Tape {
     entries: Mutex<Option<Vec<Arc<Entry>>>>,
     outside: Vec<(usize, Tensor)>,
     results: Vec<Source>,
+    shared: Arc<Shared>,
 }
 
 impl Tape {
+    /// Whether passes of others come to it, as its results in the graph tell.
+    pub(super) fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
     /// The tensors of the graph around on which a result depends.
     pub(super) fn outside(&self) -> impl Iterator<Item = &Tensor> {
         self.outside.iter().map(|(_, t)| t)
@@ -370,8 +381,8 @@ impl Tape {
 
     fn entries(&self) -> Result<Vec<Arc<Entry>>> {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        // A pass within a gradient may come to a block that another part of the graph comes to as well.
-        let last = LAST.get() && is_outermost();
+        // A pass within a gradient comes to a block that others may come to as well.
+        let last = LAST.get() && is_outermost() && !self.shared.get();
         let these = if last { entries.take() } else { entries.clone() };
         these.ok_or_else(|| {
             Error::Value {

@@ -235,21 +235,41 @@ fn as_multiplied(device: &Device, weight: &Nd) -> Nd {
 pub fn qkv_int8(device: &Device) {
     let mut tally = Tally::new("qkv int8", device);
     for ((label, element), p) in pairs(FLOATS, &problems(&[33, 1, 7, 15, 16, 17, 32, 100])) {
-        run(&mut tally, device, label, *p, |source| {
-            let x = p.activations(source, DType::F16, element)?;
-            let before = Nd::of(&x)?;
-            let [q, k, v] =
-                [p.int8(source, RANDOM)?, p.int8(source, RANDOM)?, p.int8(source, RANDOM)?];
-            let scales = [1.0, -0.03, 0.0007];
-            let got = x.kaio_qkv_project_int8([&q, &k, &v], scales)?;
-            for (i, (got, weight)) in [got.0, got.1, got.2].iter().zip([&q, &k, &v]).enumerate() {
-                let weight = signed(weight)?.map(|w| w * f64::from(scales[i]));
-                check_projection(i, got, &before, &weight, &as_multiplied(device, &weight))?;
-            }
-            identical("x", &x, &before)
-        });
+        qkv_int8_of(&mut tally, device, label, *p, element, [1.0, -0.03, 0.0007]);
+    }
+    // Elements of the weights that f16 has not, and some of which it has few digits.
+    let thousandths = |source: &mut Source| source.unit() / 1024.0;
+    let rows = [[1].as_slice(), &[8], &[9], &[20], &[2, 70]];
+    for (rows, weight) in pairs(rows, [Plain, Layout::Transposed]) {
+        let p = Problem { rows, k: 40, n: 6, x: Plain, weight: [weight, Plain] };
+        qkv_int8_of(&mut tally, device, "far", p, thousandths, [2000.0, -1e-5, 700.0]);
     }
     tally.finish();
+}
+
+fn qkv_int8_of(
+    tally: &mut Tally,
+    device: &Device,
+    label: &str,
+    p: Problem,
+    element: Element,
+    scales: [f32; 3],
+) {
+    run(tally, device, label, p, |source| {
+        let x = p.activations(source, DType::F16, element)?;
+        let before = Nd::of(&x)?;
+        let [q, k, v] = [p.int8(source, RANDOM)?, p.int8(source, RANDOM)?, p.int8(source, RANDOM)?];
+        let got = x.kaio_qkv_project_int8([&q, &k, &v], scales)?;
+        for (i, (got, weight)) in [got.0, got.1, got.2].iter().zip([&q, &k, &v]).enumerate() {
+            let scale = f64::from(scales[i]);
+            let weight = signed(weight)?.map(|w| w * scale);
+            // With digits as of elements about 1.
+            let power = scale.abs().log2().floor().exp2();
+            let plain = as_multiplied(device, &weight.map(|w| w / power)).map(|w| w * power);
+            check_projection(i, got, &before, &weight, &plain)?;
+        }
+        identical("x", &x, &before)
+    });
 }
 
 pub fn qkv_int4(device: &Device) {

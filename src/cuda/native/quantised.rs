@@ -208,8 +208,8 @@ fn may_divide(x: View<CudaStorage>, weight: &CudaWeight) -> bool {
 pub(crate) fn divides(x: View<CudaStorage>, weight: &CudaWeight) -> bool {
     let rows = Stack::new(x.1);
     let m = (rows.count() * rows.rows) as u64;
-    let codes = w4_scheme(weight.facts.scheme, weight.scales.0.dtype()).codes;
-    may_divide(x, weight) && !ProductPlan::scales_sums(codes, m)
+    let by_codes = as_codes(weight).is_some_and(|w| ProductPlan::scales_sums(w.scheme.codes, m));
+    may_divide(x, weight) && !by_codes
 }
 
 /// Scales of a weight over the power of two of the largest, or over 1.

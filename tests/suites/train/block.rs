@@ -436,7 +436,20 @@ fn last_passes(source: &mut Source) -> Result<()> {
     }
     // It was the last one of those alone to which it came.
     let alone = train::backward(&first.sum_all()?)?;
-    same([&a, &b], &alone, &a.kaio_swiglu(&b)?.sum_all()?.backward()?, 0.0)
+    same([&a, &b], &alone, &a.kaio_swiglu(&b)?.sum_all()?.backward()?, 0.0)?;
+    // The pass of a block, or of a checkpoint, that captured another one's result comes to that as well, before or after.
+    let captured = || train::block(|x| x[0].kaio_swiglu(&x[1]), &[&a, &b]);
+    let again = |first: Tensor| train::checkpoint(move |x: &[Tensor]| &x[0] * &first, &[&b]);
+    for late in [false, true] {
+        let first = captured()?;
+        let second = train::block(|_| first.kaio_swiglu(&b), &[])?;
+        let third = again(first.clone())?;
+        let sum = if late { ((first + second)? + third)? } else { (third + (second + first)?)? };
+        let loss = sum.sqr()?.sum_all()?;
+        let grads = loss.backward()?;
+        same([&a, &b], &train::backward(&loss)?, &grads, 0.0)?;
+    }
+    Ok(())
 }
 
 fn refusals(source: &mut Source) -> Result<()> {
