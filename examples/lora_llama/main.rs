@@ -35,7 +35,7 @@ use args::{Args, Preset};
 use candle_core::{DType, Device, Result, Tensor, Var, bail, safetensors};
 use data::{Alphabet, Corpus};
 use kaio_candle::train::{AdamW, AdamWConfig, Schedule, peak_memory, reset_peak_memory};
-use model::peft::Lora;
+use model::peft::{self, Lora};
 use model::{Config, Llama, Options, weights};
 use rng::Rng;
 use train::{Trainer, WARM_UP};
@@ -61,6 +61,13 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
     let adapter_folder = args.out.join("adapter");
     fs::create_dir_all(&adapter_folder)
         .map_err(|e| format!("cannot make the folder {}: {e}", adapter_folder.display()))?;
+    if let (Some(to), Some(from)) = (&args.merge, &args.model) {
+        peft::other_folder(from, to)?;
+    }
+    // What can be wrong is read first, and the weights last.
+    let config = config(&args)?;
+    let corpus = corpus(args.model.as_deref(), &config, &args)?;
+    let given = args.adapter.as_deref().map(Lora::load).transpose()?;
     let folder = match (&args.model, &args.preset) {
         (Some(folder), _) => Some(folder.clone()),
         (None, Preset::Random(_)) => None,
@@ -70,10 +77,6 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
             Some(folder)
         }
     };
-    // What can be wrong is read first, and the weights last.
-    let config = config(folder.as_deref(), &args)?;
-    let corpus = corpus(folder.as_deref(), &config, &args)?;
-    let given = args.adapter.as_deref().map(Lora::load).transpose()?;
     let mut model = load(folder.as_deref(), config, &args)?;
     let lora = given.as_ref().map_or(&args.lora, |(lora, _)| lora);
     let vars = adapt(&mut model, lora, given.as_ref().map(|(_, tensors)| tensors), &args)?;
@@ -114,8 +117,8 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn config(folder: Option<&Path>, args: &Args) -> Result<Config> {
-    let config = match (folder, &args.preset) {
+fn config(args: &Args) -> Result<Config> {
+    let config = match (&args.model, &args.preset) {
         (Some(folder), _) => weights::config(folder)?,
         (None, Preset::Random(config)) => Config::clone(config),
         (None, Preset::Small) => Config::SMALL,

@@ -210,11 +210,12 @@ impl AdamW {
         sums + self.slots.iter().map(|slot| slot.kept.bytes()).sum::<usize>()
     }
 
-    /// A backward pass, as [`train::backward`](super::backward) makes it, and a step.
+    /// A backward pass, the last one through the blocks of the loss's graph as
+    /// [`train::backward`](super::backward) makes it, and a step.
     ///
     /// # Errors
     ///
-    /// Those of `loss.backward()` and [`step`](Self::step).
+    /// Those of [`train::backward`](super::backward) and [`step`](Self::step).
     pub fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
         self.step(&super::backward(loss)?)
     }

@@ -18,7 +18,8 @@ use candle_core::{Result, Tensor};
 ///
 /// # Errors
 ///
-/// Those of `loss.backward()`; [`Error::Value`](crate::Error::Value) in any later backward pass through one of the blocks.
+/// Those of `loss.backward()`; [`Error::Value`](crate::Error::Value) in any later backward pass through one of the blocks, also
+/// after a pass that failed on its way.
 ///
 /// ```
 /// use candle_core::{Device, Var};

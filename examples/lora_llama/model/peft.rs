@@ -63,7 +63,7 @@ impl Lora {
     }
 
     fn from_json(config: &Value) -> Result<Self> {
-        // What would be another model, unless it is absent, null, empty, false or 0.
+        // What would be another model, unless it is absent, null, empty or false.
         let others = [
             "use_dora",
             "use_rslora",
@@ -129,10 +129,7 @@ impl Lora {
     /// Writes the model in the folder `from` to the folder `to`, with `scale · B·A` added to its weights: in f32, rounded once.
     /// `adapter` has A and B by their names.
     pub fn merge(&self, adapter: &HashMap<String, Tensor>, from: &Path, to: &Path) -> Result<()> {
-        fs::create_dir_all(to)?;
-        if fs::canonicalize(from)? == fs::canonicalize(to)? {
-            bail!("{} has the weights that are read", to.display())
-        }
+        other_folder(from, to)?;
         for path in weights::files(from)? {
             let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu)?;
             for (name, weight) in &mut tensors {
@@ -158,6 +155,17 @@ impl Lora {
         }
         Ok(())
     }
+}
+
+/// Makes the folder `to`, which is not `from`.
+pub fn other_folder(from: &Path, to: &Path) -> Result<()> {
+    let named = |folder: &Path, e| Error::msg(format!("{}: {e}", folder.display()));
+    fs::create_dir_all(to).map_err(|e| named(to, e))?;
+    let [a, b] = [from, to].map(|folder| fs::canonicalize(folder).map_err(|e| named(folder, e)));
+    if a? == b? {
+        bail!("{} has the weights that are read", to.display())
+    }
+    Ok(())
 }
 
 /// As PEFT compares them: whole, or a whole part at the end.

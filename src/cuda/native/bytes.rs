@@ -323,14 +323,6 @@ pub(crate) enum CodeScales<'a> {
 }
 
 impl<'a> CodeScales<'a> {
-    /// The same of sums that may have none.
-    pub(super) fn fit_if_any(
-        op: &'static str,
-        scales: Option<Self>,
-    ) -> Result<(Scale, CallScales<'a>)> {
-        scales.map_or(Ok((Scale::None, CallScales::None)), |scales| scales.fit(op))
-    }
-
     /// As a launch takes them, and what the epilogue does with them.
     fn fit(self, op: &'static str) -> Result<(Scale, CallScales<'a>)> {
         Ok(match self {
@@ -347,6 +339,14 @@ impl<'a> CodeScales<'a> {
                 (scale, CallScales::Lines { one, rows, cols, zero })
             }
         })
+    }
+
+    /// The same of sums that may have none.
+    pub(super) fn fit_if_any(
+        op: &'static str,
+        scales: Option<Self>,
+    ) -> Result<(Scale, CallScales<'a>)> {
+        scales.map_or(Ok((Scale::None, CallScales::None)), |scales| scales.fit(op))
     }
 }
 

@@ -8,9 +8,11 @@ use super::super::driver::gpu::Gpu;
 use super::super::driver::memory::{Memory, uninit};
 use super::super::driver::order::Order;
 use super::limit::countable;
+use super::ones::is_captured;
 use super::operand::{ALIGN, element};
 use super::plan::Plans;
 use super::quantised::tensor;
+use crate::error::Error;
 use crate::kernel::Element;
 use crate::kernel::optimizer::{
     Arguments, Betas, Moments, Plan, Problem, Row, State, Task, chunks, dynamic, kind,
@@ -61,7 +63,7 @@ pub(crate) fn adamw(
     let states = match tables.states.take() {
         Some((words, table)) if words == states => (words, table),
         _ => {
-            let table = upload(&states, device)?;
+            let table = upload(op, &states, device)?;
             (states, table)
         }
     };
@@ -141,8 +143,15 @@ pub(crate) fn accumulate(op: &'static str, sums: &[Sum]) -> Result<()> {
 }
 
 /// A table of words on the GPU. The copy is asynchronous up to 64 kB, which the driver takes over at once: more than a
-/// thousand tensors.
-fn upload(words: &[u64], device: &candle_core::Device) -> Result<Tensor> {
+/// thousand tensors. A graph would copy it again, from where it is no more.
+fn upload(op: &'static str, words: &[u64], device: &candle_core::Device) -> Result<Tensor> {
+    if is_captured(op, device.as_cuda_device()?)? {
+        let (what, limit) =
+            ("a CUDA graph", "cannot have its table of tensors, which the host writes");
+        let fix = "capture the forward pass, or the products alone";
+        let (what, limit, fix) = (what.into(), limit.into(), fix.into());
+        return Err(Error::Unsupported { op, what, limit, fix }.into());
+    }
     let words: Vec<i64> = words.iter().map(|word| word.cast_signed()).collect();
     let len = words.len();
     Tensor::from_vec(words, len, device)
@@ -227,7 +236,7 @@ struct Launch<'a> {
 
 impl Launch<'_> {
     fn run(self, op: &'static str, problem: &Problem, rows: Rows, written: Written) -> Result<()> {
-        const SPLIT: &str = "train parts of the model with optimizers of their own";
+        const SPLIT: &str = "take fewer tensors, or parts of them, at a time";
         countable(op, ["this crate", "take"], problem.limit(), SPLIT)?;
         let cuda = written.device;
         let gpu = Gpu::of(op, cuda)?;
@@ -247,7 +256,7 @@ impl Launch<'_> {
             words.extend(Row { grad: memory.at(offset), ..*row }.words());
             grads.push(memory);
         }
-        let table = upload(&words, &candle_core::Device::Cuda(cuda.clone()))?;
+        let table = upload(op, &words, &candle_core::Device::Cuda(cuda.clone()))?;
         let table_storage = table.storage_and_layout().0;
         let table_memory = Memory::of(on_cuda(&table_storage)?, cuda);
         let mut read = Vec::new();
