@@ -41,6 +41,19 @@ pub(super) fn multiplied_in(
     }
 }
 
+/// Each of two operands in the dtype in which they are multiplied, if it has another one. A matrix on the right is a weight. What they
+/// were cast from are inputs of an op after its others: there gradients go, see [`leaf`].
+pub(super) fn operands([a, b]: [&Tensor; 2], dtype: DType) -> Result<[Option<Tensor>; 2]> {
+    let other = |t: &Tensor| t.dtype() != dtype;
+    let b_cast = || if b.rank() == 2 { weight(b, dtype) } else { outside(b, dtype) };
+    Ok([other(a).then(|| outside(a, dtype)).transpose()?, other(b).then(b_cast).transpose()?])
+}
+
+/// The input that has the gradient of operand `i`: `cast` says which were cast, and what from follows so many inputs.
+pub(super) fn leaf(i: usize, cast: [bool; 2], inputs: usize) -> usize {
+    if cast[i] { inputs + usize::from(i == 1 && cast[0]) } else { i }
+}
+
 /// A tensor in another dtype, outside of the graph. One whose columns are contiguous keeps them so.
 pub(super) fn outside(t: &Tensor, dtype: DType) -> Result<Tensor> {
     let t = t.detach();

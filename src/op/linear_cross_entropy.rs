@@ -58,10 +58,7 @@ pub fn linear_cross_entropy_within(
         workspace,
     };
     let x = hidden.reshape((targets.elem_count(), depth))?;
-    let cast = [
-        (x.dtype() != dtype).then(|| casts::outside(&x, dtype)).transpose()?,
-        (weight.dtype() != dtype).then(|| casts::weight(weight, dtype)).transpose()?,
-    ];
+    let cast = casts::operands([&x, weight], dtype)?;
     let [a, b] = [(&cast[0], &x), (&cast[1], weight)];
     let [multiplied, sources] = [
         [a, b].map(|(cast, t)| Some(cast.as_ref().unwrap_or(t))),
@@ -201,8 +198,7 @@ impl Linear {
 
     /// The input that has the gradient of operand `i`.
     fn leaf(&self, i: usize, inputs: &[&Tensor]) -> usize {
-        let cast = |i: usize| inputs[i].dtype() != self.dtypes[i];
-        if cast(i) { 3 + usize::from(i == 1 && cast(0)) } else { i }
+        casts::leaf(i, [0, 1].map(|i| inputs[i].dtype() != self.dtypes[i]), 3)
     }
 
     /// The gradients of as many inputs, from those before the factor.

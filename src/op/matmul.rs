@@ -54,18 +54,8 @@ pub(crate) fn matmul(
     }
     let out_dtype = opts.out_dtype.unwrap_or(DType::F32);
     check_out_dtype(op, "out_dtype", out_dtype, "leave it out for f32")?;
-    let other = |t: &Tensor| t.dtype() != dtype;
-    let sources = [lhs, rhs].map(other);
-    let cast = [
-        sources[0].then(|| casts::outside(lhs, dtype)).transpose()?,
-        // One matrix for all rows is a weight.
-        sources[1]
-            .then(|| match rhs.rank() {
-                2 => casts::weight(rhs, dtype),
-                _ => casts::outside(rhs, dtype),
-            })
-            .transpose()?,
-    ];
+    let cast = casts::operands([lhs, rhs], dtype)?;
+    let sources = cast.each_ref().map(Option::is_some);
     let [a, b] = [(&cast[0], lhs), (&cast[1], rhs)].map(|(cast, t)| cast.as_ref().unwrap_or(t));
     let bias = bias.map(|(_, bias)| bias);
     let of = |i: usize| sources[i].then_some([lhs, rhs][i]);
@@ -243,8 +233,7 @@ impl Product for Matmul {
 impl Matmul {
     /// The input that has the gradient of operand `i`.
     fn leaf(&self, i: usize) -> usize {
-        let before = 2 + usize::from(self.bias) + usize::from(i == 1 && self.sources[0]);
-        if self.sources[i] { before } else { i }
+        casts::leaf(i, self.sources, 2 + usize::from(self.bias))
     }
 
     /// `lhs·rhs`, of which one is `upstream`'s gradient, as the gradient of `operand`.

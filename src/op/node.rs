@@ -122,16 +122,24 @@ pub(super) fn is_outermost() -> bool {
 
 /// What an op's node keeps of its inputs. candle's graph has those that track a gradient anyway, a tape has not.
 fn kept<O: Differentiable>(op: &O, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let mut elements: Vec<Tensor> = vec![];
     let keep = |(i, t): (usize, &&Tensor)| match op.reads(i, inputs) {
-        false if tape::recording() || !t.track_op() => hollow(t),
+        false if tape::recording() || !t.track_op() => hollow(t, &mut elements),
         _ => Ok(Tensor::clone(t)),
     };
     inputs.iter().enumerate().map(keep).collect()
 }
 
-/// A tensor's shape, dtype and device, and whether it tracks a gradient, with one element for all.
-fn hollow(t: &Tensor) -> Result<Tensor> {
-    let element = tape::element(t.dtype(), t.device())?;
+/// A tensor's shape, dtype and device, and whether it tracks a gradient, with one element for all: one of `elements` for each
+/// dtype of an op's inputs, which are on one device.
+fn hollow(t: &Tensor, elements: &mut Vec<Tensor>) -> Result<Tensor> {
+    let element = match elements.iter().find(|element| element.dtype() == t.dtype()) {
+        Some(element) => element.clone(),
+        None => {
+            elements.push(tape::element(t.dtype(), t.device())?);
+            elements[elements.len() - 1].clone()
+        }
+    };
     let element = if t.track_op() { element } else { element.detach() };
     element.broadcast_as(t.shape())
 }

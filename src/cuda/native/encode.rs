@@ -69,15 +69,7 @@ pub(super) fn divided(
     (storage, layout): View<CudaStorage>,
     farthest: u32,
 ) -> Result<[CudaStorage; 2]> {
-    let (rows, cols) = layout.shape().dims2()?;
-    let dims = [rows as u64, cols as u64];
-    let problem = Problem {
-        rows: dims[0],
-        cols: dims[1],
-        group: dims,
-        element: element(storage.dtype()),
-        code: Some(Code::Divided { farthest }),
-    };
+    let problem = whole(layout.shape().dims2()?, storage.dtype(), Some(Code::Divided { farthest }));
     let device = storage.device();
     let vector = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
     let mut results =
@@ -88,24 +80,22 @@ pub(super) fn divided(
 
 /// The largest magnitude of a matrix of floats, or infinite or NaN.
 pub(crate) fn peak(op: &'static str, matrix: &Tensor) -> Result<f32> {
-    let (rows, cols) = matrix.dims2()?;
-    if rows * cols == 0 {
+    if matrix.elem_count() == 0 {
         return Ok(0.0);
     }
     let (storage, layout) = matrix.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { unreachable!("it is on a GPU") };
-    let dims = [rows as u64, cols as u64];
-    let problem = Problem {
-        rows: dims[0],
-        cols: dims[1],
-        group: dims,
-        element: element(matrix.dtype()),
-        code: None,
-    };
+    let problem = whole(matrix.dims2()?, matrix.dtype(), None);
     let ranges = run(op, (storage, &Stack::new(layout)), &problem, None, None)?;
     // Bits of magnitudes are in their order, and those of NaN the largest.
     let bits = tensor(ranges, 2).to_vec1::<u32>()?.into_iter().max();
     Ok(f32::from_bits(bits.unwrap_or(0)))
+}
+
+/// Of a matrix that is one group.
+fn whole((rows, cols): (usize, usize), dtype: DType, code: Option<Code>) -> Problem {
+    let [rows, cols] = [rows, cols].map(|len| len as u64);
+    Problem { rows, cols, group: [rows, cols], element: element(dtype), code }
 }
 
 /// Launches the kernels, and gives the ranges of the groups.
