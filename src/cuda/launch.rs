@@ -133,6 +133,7 @@
 //! | `KAIO_CACHE_DIR=dir` | compiled kernels are kept in `dir`, so that later processes with the same driver start without compiling (those that use `setmaxnreg`, the large ones for Hopper, are left to the driver's own cache, `CUDA_CACHE_PATH`); what is damaged is compiled anew and replaced; a directory that cannot be written costs only time. [`kernels`] says how many were found |
 //! | `KAIO_LOG=1` | the name of each of this crate's kernels is printed when it is first launched for an op |
 //! | `KAIO_ARCH=sm_80` | takes this crate's portable kernels on a GPU that has better ones |
+//! | `KAIO_GRAPHS=0` | launches kernels that follow each other one by one, and not as a CUDA graph: for profilers that show a graph as one |
 //!
 //! They are read when a kernel is compiled or a GPU is first used.
 //!

@@ -47,6 +47,33 @@ fn many_threads() -> Result<()> {
     Ok(())
 }
 
+/// Kernels that are launched as one graph, of which there is one for each thread's stream, and one after the other: more threads
+/// than there are graphs kept, and other rows in each.
+#[test]
+fn threads_come_and_go() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let mut source = Source::new("threads come and go", &Device::Cpu);
+    let w = source.tensor(DType::F32, &[256, 40], Layout::Plain)?;
+    let w = QuantWeight::quantize(&w, &QuantScheme::Int8 { per: Per::Channel })?.to_device(&gpu)?;
+    let opts = MatmulOptions::default().activations(Activations::Int8);
+    let x = source.tensor(DType::F16, &[12, 256], Layout::Plain)?.to_device(&gpu)?;
+    let want = bits(&x.kaio_matmul_quant_with(&w, &opts)?);
+    for rows in 1..=12 {
+        let product = || -> Result<_> { x.narrow(0, 0, rows)?.kaio_matmul_quant_with(&w, &opts) };
+        let run = || {
+            let twice = [product().unwrap(), product().unwrap()];
+            gpu.synchronize().unwrap();
+            twice.map(|out| bits(&out))
+        };
+        let got = std::thread::scope(|scope| scope.spawn(run).join().unwrap());
+        assert!(
+            got.iter().all(|got| want.starts_with(got)),
+            "{rows} rows in a thread of their own"
+        );
+    }
+    Ok(())
+}
+
 /// The first products with a weight, of many threads at once: one prepares it, all multiply with what it made.
 #[test]
 fn threads_race_for_a_weight() -> Result<()> {

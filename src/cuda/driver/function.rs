@@ -19,7 +19,7 @@ use crate::ptx::{Param, Source};
 pub struct Function {
     kernel: Handle,
     /// Keeps the GPU's context, without which the kernel is gone.
-    _context: Arc<CudaContext>,
+    context: Arc<CudaContext>,
     entry: &'static str,
     ordinal: usize,
     threads: u32,
@@ -41,7 +41,7 @@ impl Function {
         let &Source { entry, threads, shared, cluster, starts_early, .. } = source;
         Ok(Self {
             kernel: compile::load(op, source, gpu)?,
-            _context: gpu.context.clone(),
+            context: gpu.context.clone(),
             entry,
             ordinal: gpu.ordinal,
             threads,
@@ -126,6 +126,21 @@ impl Function {
             return Ok(());
         }
         stream.context().bind_to_thread().map_err(driver)?;
+        // SAFETY: the arguments were compared with the parameters. What the kernel does is the caller's promise.
+        unsafe { self.enqueue(stream.cu_stream(), grid, args) }.map_err(driver)
+    }
+
+    /// Submits it to a stream of its context, which is current.
+    ///
+    /// # Safety
+    ///
+    /// That of [`launch`](Self::launch); and what [`check`](Self::check) finds was looked for.
+    pub(super) unsafe fn enqueue(
+        &self,
+        stream: sys::CUstream,
+        grid: [u32; 3],
+        args: &Args,
+    ) -> std::result::Result<(), DriverError> {
         let mut early = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -139,17 +154,47 @@ impl Function {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: self.shared,
-            hStream: stream.cu_stream(),
+            hStream: stream,
             attrs: &mut early,
             numAttrs: self.starts_early.into(),
         };
-        // SAFETY: the context is kept, and is the stream's, which is current; the arguments were compared
-        // with the parameters. What the kernel does is the caller's promise.
-        unsafe { raw::launch(self.kernel, &config, &mut args.pointers()) }.map_err(driver)
+        // SAFETY: the context is kept; the rest is the caller's promise.
+        unsafe { raw::launch(self.kernel, &config, &mut args.pointers()) }
+    }
+
+    /// Changes the node of a graph that is this kernel.
+    ///
+    /// # Safety
+    ///
+    /// That of [`enqueue`](Self::enqueue), for launches of the graph from now on, of which the node is one of this kernel.
+    pub(super) unsafe fn renew(
+        &self,
+        graph: sys::CUgraphExec,
+        node: sys::CUgraphNode,
+        grid: [u32; 3],
+        args: &Args,
+    ) -> std::result::Result<(), DriverError> {
+        let block = [self.threads, self.shared];
+        // SAFETY: the caller's promise.
+        unsafe { raw::renew(graph, node, self.kernel, grid, block, &mut args.pointers()) }
+    }
+
+    pub(super) fn handle(&self) -> Handle {
+        self.kernel
+    }
+
+    pub(super) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
     }
 
     /// What the driver would refuse without saying why, and what it would not notice.
-    fn check(&self, op: &'static str, ordinal: usize, grid: [u32; 3], args: &Args) -> Result<()> {
+    pub(super) fn check(
+        &self,
+        op: &'static str,
+        ordinal: usize,
+        grid: [u32; 3],
+        args: &Args,
+    ) -> Result<()> {
         let refuse = |name, got, want, fix| Err(Error::Value { op, name, got, want, fix });
         if !args.fit(&self.params) {
             let sizes = list(self.params.iter().map(|param| param.kind.size()));

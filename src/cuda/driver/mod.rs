@@ -7,6 +7,7 @@
 //! | `cache` | what is made once for each GPU and key |
 //! | `function` | a loaded kernel, and its launch |
 //! | `args`, `tensor_map`, `memory` | what a launch passes |
+//! | `launches`, `chain` | launches that follow each other, as one graph |
 //! | `log` | who is told of a launch; `KAIO_LOG` |
 //! | `order` | streams of several candle devices |
 //! | `pool` | how much memory is in use |
@@ -14,10 +15,12 @@
 
 pub(super) mod args;
 pub(super) mod cache;
+mod chain;
 pub(super) mod compile;
 mod files;
 pub(super) mod function;
 pub(super) mod gpu;
+pub(super) mod launches;
 pub(super) mod log;
 pub(super) mod memory;
 pub(super) mod order;

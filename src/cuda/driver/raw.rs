@@ -29,7 +29,7 @@ pub fn driver_version() -> i32 {
 pub struct Module(sys::CUmodule);
 
 /// A kernel of a loaded module. It means something while the module's context lives.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Handle(sys::CUfunction);
 
 // SAFETY: it belongs to a context, not to a thread, and its module is never unloaded.
@@ -173,6 +173,109 @@ pub unsafe fn launch(
     let result =
         unsafe { sys::cuLaunchKernelEx(config, kernel.0, pointers.as_mut_ptr(), ptr::null_mut()) };
     result.result()
+}
+
+/// Changes a node's blocks `grid`, its threads and shared bytes `block`, and its parameters, for later launches.
+///
+/// # Safety
+///
+/// The node is one of the kernel in the graph; and for these launches that of [`launch`].
+pub unsafe fn renew(
+    graph: sys::CUgraphExec,
+    node: sys::CUgraphNode,
+    kernel: Handle,
+    grid: [u32; 3],
+    [threads, shared]: [u32; 2],
+    pointers: &mut [*mut c_void],
+) -> Result<(), DriverError> {
+    let params = sys::CUDA_KERNEL_NODE_PARAMS {
+        func: kernel.0,
+        gridDimX: grid[0],
+        gridDimY: grid[1],
+        gridDimZ: grid[2],
+        blockDimX: threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared,
+        kernelParams: pointers.as_mut_ptr(),
+        extra: ptr::null_mut(),
+        kern: ptr::null_mut(),
+        ctx: ptr::null_mut(),
+    };
+    // SAFETY: the caller's promise. The driver copies the arguments before it returns.
+    unsafe { sys::cuGraphExecKernelNodeSetParams_v2(graph, node, &params) }.result()
+}
+
+/// This thread's captures forbid nothing to others, nor theirs to it, while this lives.
+pub struct Relaxed(sys::CUstreamCaptureMode);
+
+impl Relaxed {
+    pub fn begin() -> Result<Self, DriverError> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: exchanges one number.
+        unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }.result()?;
+        Ok(Self(mode))
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut self.0) };
+    }
+}
+
+/// The graph of what is submitted to a stream, which is not done. Whoever asks destroys it.
+pub fn capture(
+    submit: impl FnOnce(sys::CUstream) -> Result<(), DriverError>,
+) -> Result<sys::CUgraph, DriverError> {
+    let (mut stream, mut graph) = (ptr::null_mut(), ptr::null_mut());
+    let (mode, flags) = (
+        sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
+        sys::CUstream_flags::CU_STREAM_NON_BLOCKING,
+    );
+    // SAFETY: writes one handle.
+    unsafe { sys::cuStreamCreate(&mut stream, flags as u32) }.result()?;
+    // SAFETY: the stream was just made, and is captured by nobody else.
+    let mut captured = unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }.result();
+    if captured.is_ok() {
+        let submitted = submit(stream);
+        // SAFETY: writes one handle, of nothing after a failure.
+        captured = submitted.and(unsafe { sys::cuStreamEndCapture(stream, &mut graph) }.result());
+    }
+    // SAFETY: it is not used again.
+    unsafe { sys::cuStreamDestroy_v2(stream) };
+    if captured.is_err() && !graph.is_null() {
+        // SAFETY: nobody else has it.
+        unsafe { sys::cuGraphDestroy(graph) };
+    }
+    captured.map(|()| graph)
+}
+
+/// The nodes of a graph of kernels, with the kernels.
+///
+/// # Safety
+///
+/// The graph was not destroyed.
+pub unsafe fn kernel_nodes(
+    graph: sys::CUgraph,
+) -> Result<Vec<(sys::CUgraphNode, Handle)>, DriverError> {
+    let mut count = 0;
+    // SAFETY: the caller's promise; asks how many there are.
+    unsafe { sys::cuGraphGetNodes(graph, ptr::null_mut(), &mut count) }.result()?;
+    let mut nodes = vec![ptr::null_mut(); count];
+    // SAFETY: there is room for as many.
+    unsafe { sys::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &mut count) }.result()?;
+    let kernel = |node| {
+        let mut params = MaybeUninit::uninit();
+        // SAFETY: the node is the graph's; all of the parameters are written if the driver reports success.
+        let params = unsafe {
+            sys::cuGraphKernelNodeGetParams_v2(node, params.as_mut_ptr()).result()?;
+            params.assume_init()
+        };
+        Ok((node, Handle(params.func)))
+    };
+    nodes.into_iter().map(kernel).collect()
 }
 
 /// A descriptor; see [`TensorMap::new`](super::tensor_map::TensorMap::new). `strides` are one less than

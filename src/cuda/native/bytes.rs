@@ -155,13 +155,11 @@ pub(crate) fn matmul_rounded(
     };
     let mut out = alloc(if behind { before + scratch } else { len * size }, epilogue.out_dtype)?;
     let mut own = if behind { None } else { Some(alloc(scratch, DType::U8)?) };
-    // Rounds to memory behind the result, which stays where it is, or to what is held until the product is submitted.
+    // Rounds to memory behind the result, which stays where it is, or to what is held until all is submitted.
     let held = own.as_mut().map(|own| Memory::of_mut(own, device));
-    let at = {
-        let result = Memory::of_mut(&mut out, device);
-        let at = held.as_ref().map_or(result.address() + before as u64, Memory::address);
-        rows.round([at, at + codes as u64])?;
-        at
+    let at = match &held {
+        Some(held) => held.address(),
+        None => Memory::of_mut(&mut out, device).address() + before as u64,
     };
     let lhs = Stack::row_major(m, rows.row()).narrow(m, k);
     let lines = lies_along_k(&lhs, rounding.dtype).expect("rows of codes begin where lines do");
@@ -178,7 +176,7 @@ pub(crate) fn matmul_rounded(
         }
     };
     let call = codes_call(op, device, factor, (lhs, weight), scales, bias, epilogue)?;
-    call.run_chosen_into(&mut out)?;
+    rows.round_and([at, at + codes as u64], |rounding| call.run_chosen_after(rounding, &mut out))?;
     drop(held);
     Ok(Some(out))
 }

@@ -12,7 +12,7 @@ use super::super::fit::Fitted;
 use super::bytes::CodeScales;
 use super::limit::{SPLIT, countable};
 use super::operand::{Batch, Lines, Source, element, factor, operand, row};
-use super::plan::{Compiled, Plans};
+use super::plan::{Compiled, Launches, Plans};
 use crate::kernel::gemm::{self, Plan, Problem};
 use crate::op::{Epilogue, MatmulProblem, View};
 use crate::ptx::Factor;
@@ -66,7 +66,7 @@ pub(crate) fn product_to(
     };
     let call = Call::with(op, problem, epilogue, out.dtype(), [a, b], None, None)?;
     let compiled = PLANS.get(op, &call.gpu, &call.facts)?;
-    call.run_to(&compiled, (out, first))
+    call.run_to(&compiled, (out, first), Launches::default())
 }
 
 /// What the sums of 8-bit operands are multiplied with: see [`Scale`](gemm::Scale).
@@ -228,20 +228,21 @@ impl<'a> Call<'a> {
 
     pub fn run(&self, compiled: &Compiled<Plan>) -> Result<CudaStorage> {
         let mut out = uninit(&self.device, &Shape::from(self.out_len), self.out_dtype)?;
-        self.run_to(compiled, (&mut out, 0))?;
+        self.run_to(compiled, (&mut out, 0), Launches::default())?;
         Ok(out)
     }
 
-    /// By the kernels that are chosen for it, to the beginning of a storage.
-    pub fn run_chosen_into(&self, out: &mut CudaStorage) -> Result<()> {
-        self.run_to(&*PLANS.get(self.op, &self.gpu, &self.facts)?, (out, 0))
+    /// By the kernels that are chosen for it, after `before`, to the beginning of a storage.
+    pub fn run_chosen_after(&self, before: Launches, out: &mut CudaStorage) -> Result<()> {
+        self.run_to(&*PLANS.get(self.op, &self.gpu, &self.facts)?, (out, 0), before)
     }
 
-    /// To where the result begins in a storage of its dtype.
+    /// To where the result begins in a storage of its dtype, after other launches.
     fn run_to(
         &self,
         compiled: &Compiled<Plan>,
         (out, first): (&mut CudaStorage, usize),
+        mut launches: Launches,
     ) -> Result<()> {
         let (device, problem) = (&self.device, &self.facts);
         let partial = compiled.plan.partial_sums(problem);
@@ -269,9 +270,9 @@ impl<'a> Call<'a> {
                     out: result.at(first + (i * products) as usize),
                     partial: partial.as_ref().map(Memory::address),
                 };
-                compiled.launch(self.op, device, &arguments)?;
+                compiled.add_to(&mut launches, self.op, &arguments)?;
             }
-            Ok(())
+            Ok(launches.submit(self.op, device)?)
         };
         self.order.run(|| self.scales.on(device, launch))
     }

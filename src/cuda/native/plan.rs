@@ -10,8 +10,8 @@ use super::super::driver::args::Args;
 use super::super::driver::cache::PerGpu;
 use super::super::driver::function::Function;
 use super::super::driver::gpu::Gpu;
-use super::super::driver::log;
 use super::super::driver::tensor_map::TensorMap;
+use super::super::driver::{launches, log};
 use crate::error::{Error, Result};
 use crate::kernel::params::{Argument, Arguments, Names};
 use crate::kernel::{Config, Plan, Step};
@@ -53,6 +53,18 @@ impl<P: Plan> Compiled<P> {
         device: &CudaDevice,
         arguments: &impl Arguments<Name = P::Name>,
     ) -> Result<()> {
+        let mut launches = Launches::default();
+        self.add_to(&mut launches, op, arguments)?;
+        launches.submit(op, device)
+    }
+
+    /// The same after other launches, which are submitted together.
+    pub fn add_to(
+        &self,
+        launches: &mut Launches,
+        op: &'static str,
+        arguments: &impl Arguments<Name = P::Name>,
+    ) -> Result<()> {
         for (number, Ready { kernel, function, grid, names }) in self.steps.iter().enumerate() {
             let mut args = Args::new();
             for (&name, param) in names.iter().zip(function.params()) {
@@ -67,11 +79,22 @@ impl<P: Plan> Compiled<P> {
                 };
             }
             log::launched(op, || kernel.name());
-            // SAFETY: kernels of this crate read and write what their arguments say, which the caller
-            // made so; each parameter has its value, of its type.
-            unsafe { function.submit(op, device, *grid, &args)? };
+            launches.0.add(function.clone(), *grid, args);
         }
         Ok(())
+    }
+}
+
+/// Launches of this crate's kernels, which are submitted together.
+#[derive(Default)]
+pub(super) struct Launches(launches::Launches);
+
+impl Launches {
+    /// Submits them to the device's stream, in their order. What their arguments point to lives until this has returned.
+    pub fn submit(&self, op: &'static str, device: &CudaDevice) -> Result<()> {
+        // SAFETY: kernels of this crate read and write what their arguments say, which those who added them made so; each
+        // parameter has its value, of its type.
+        unsafe { self.0.submit(op, device) }
     }
 }
 

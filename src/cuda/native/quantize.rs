@@ -12,7 +12,7 @@ use super::super::driver::order::Order;
 use super::super::fit::{Fitted, Want, fit};
 use super::limit::{SPLIT, countable};
 use super::operand::{element, rows_aligned};
-use super::plan::Plans;
+use super::plan::{Launches, Plans};
 use crate::kernel::quantize::{Arguments, Plan, Problem};
 use crate::op::Rounding;
 use crate::ptx::Factor;
@@ -85,6 +85,15 @@ impl<'a> Rows<'a> {
 
     /// Writes codes and f32 scales to addresses of as many, multiples of 16.
     pub fn round(&self, results: [u64; 2]) -> Result<()> {
+        self.round_and(results, |launches| Ok(launches.submit(self.op, &self.device)?))
+    }
+
+    /// The same by launches that `then` is to submit, with what may follow.
+    pub fn round_and(
+        &self,
+        results: [u64; 2],
+        then: impl FnOnce(Launches) -> Result<()>,
+    ) -> Result<()> {
         let Self { op, device, gpu, order, operand, facts } = self;
         let compiled = PLANS.get(op, gpu, facts)?;
         let input = Memory::of(operand.storage(), device);
@@ -93,7 +102,9 @@ impl<'a> Rows<'a> {
             input: (input.at(operand.offset(0)), operand.stack.row_stride as u64),
             results,
         };
-        order.run(|| Ok(compiled.launch(op, device, &arguments)?))
+        let mut launches = Launches::default();
+        compiled.add_to(&mut launches, op, &arguments)?;
+        order.run(|| then(launches))
     }
 }
 

@@ -9,19 +9,20 @@ use std::ptr::null_mut;
 use crate::calls::{Call, add, count};
 use crate::candle;
 use crate::copies::Map;
+use crate::graphs;
 use crate::grid::{Launch, Param};
 use crate::memory::{Memory, allocate, forget_most, free, used};
 use crate::program::Program;
 
 /// `CUresult`, and those of cuBLAS and cuRAND, whose 0 means the same.
-type Status = c_int;
+pub type Status = c_int;
 
-const SUCCESS: Status = 0;
-const INVALID: Status = 1;
+pub const SUCCESS: Status = 0;
+pub const INVALID: Status = 1;
 const NO_SUCH_DEVICE: Status = 101;
 const NOT_FOUND: Status = 500;
 const LAUNCH_FAILED: Status = 719;
-const NOT_SUPPORTED: Status = 801;
+pub const NOT_SUPPORTED: Status = 801;
 const CUBLAS_NOT_SUPPORTED: Status = 15;
 
 /// Any handle that is never looked into.
@@ -79,9 +80,8 @@ nothing! {
 }
 missing! {
     NOT_SUPPORTED:
-    cuGraphDestroy cuGraphExecDestroy cuGraphInstantiateWithFlags cuGraphLaunch cuLinkAddData_v2
-    cuLinkComplete cuLinkCreate_v2 cuLinkDestroy cuMemcpyPeerAsync cuModuleLoad cuStreamBeginCapture_v2
-    cuStreamEndCapture curandGenerateNormal curandGenerateNormalDouble
+    cuLinkAddData_v2 cuLinkComplete cuLinkCreate_v2 cuLinkDestroy cuMemcpyPeerAsync cuModuleLoad
+    curandGenerateNormal curandGenerateNormalDouble
 }
 missing! { CUBLAS_NOT_SUPPORTED: cublasDgemmStridedBatched cublasGemmStridedBatchedEx }
 handles! {
@@ -150,15 +150,6 @@ pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _: c_int) -> Sta
 pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> Status {
     // SAFETY: the caller's promise.
     unsafe { version.write(13_000) };
-    SUCCESS
-}
-
-/// # Safety
-/// See [`cuDeviceGet`].
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamIsCapturing(_: *mut c_void, status: *mut c_int) -> Status {
-    // SAFETY: the caller's promise.
-    unsafe { status.write(0) };
     SUCCESS
 }
 
@@ -346,11 +337,65 @@ pub unsafe extern "C" fn cuModuleGetFunction(
 }
 
 /// As `CUlaunchConfig` begins.
+#[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Config {
     grid: [c_uint; 3],
     threads: [c_uint; 3],
     shared: c_uint,
+}
+
+/// A launch of one of our kernels, with its arguments.
+#[derive(Clone)]
+pub struct Prepared {
+    pub function: *const c_void,
+    program: &'static Program,
+    params: Vec<Param>,
+    config: Config,
+}
+
+impl Prepared {
+    /// `None` for one of candle's.
+    ///
+    /// # Safety
+    /// The function was loaded here, and the parameters are as many as it has, each of its size.
+    pub unsafe fn new(
+        function: *const c_void,
+        config: &Config,
+        params: *const *const c_void,
+    ) -> Option<Self> {
+        // SAFETY: functions are never freed.
+        let Function::Ours(program) = (unsafe { &*function.cast::<Function>() }) else {
+            return None;
+        };
+        let param = |(i, &bytes): (usize, &usize)| {
+            let mut param = Param([0; 128]);
+            // SAFETY: the caller's promise.
+            unsafe { (*params.add(i)).cast::<u8>().copy_to(param.0.as_mut_ptr(), bytes) };
+            param
+        };
+        let params = program.params.iter().enumerate().map(param).collect();
+        Some(Self { function, program, params, config: *config })
+    }
+
+    pub fn run(&self) -> Status {
+        let Self { program, ref params, config, .. } = *self;
+        let launch = Launch {
+            program,
+            params: params.clone(),
+            memory: Memory::now(),
+            grid: config.grid,
+            threads: config.threads[0],
+            shared: config.shared,
+        };
+        match launch.run() {
+            Ok(()) => SUCCESS,
+            Err(what) => {
+                eprintln!("emulator: {}: {what}", program.entry);
+                LAUNCH_FAILED
+            }
+        }
+    }
 }
 
 /// # Safety
@@ -362,41 +407,24 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     params: *const *const c_void,
     _: *mut *mut c_void,
 ) -> Status {
-    count(Call::Launch);
-    // SAFETY: functions are never freed; the configuration is the caller's promise.
-    let (function, config) = unsafe { (&*function.cast::<Function>(), &*config) };
-    let memory = Memory::now();
-    let program = match function {
-        Function::Ours(program) => program,
-        Function::Candles(name) => {
-            if (candle::Call { name, params, memory }).run() {
-                return SUCCESS;
-            }
-            eprintln!("emulator: candle's kernel {name} is not in tests/emulator/src/candle.rs");
-            return NOT_SUPPORTED;
-        }
-    };
-    let param = |(i, &bytes): (usize, &usize)| {
-        let mut param = Param([0; 128]);
-        // SAFETY: there are as many as the kernel has, each of its size.
-        unsafe { (*params.add(i)).cast::<u8>().copy_to(param.0.as_mut_ptr(), bytes) };
-        param
-    };
-    let launch = Launch {
-        program,
-        params: program.params.iter().enumerate().map(param).collect(),
-        memory,
-        grid: config.grid,
-        threads: config.threads[0],
-        shared: config.shared,
-    };
-    match launch.run() {
-        Ok(()) => SUCCESS,
-        Err(what) => {
-            eprintln!("emulator: {}: {what}", program.entry);
-            LAUNCH_FAILED
-        }
+    // SAFETY: the configuration, the function and its parameters are the caller's promise.
+    let prepare = || unsafe { Prepared::new(function, &*config, params) };
+    if let Some(status) = graphs::captured(prepare) {
+        return status;
     }
+    count(Call::Launch);
+    if let Some(prepared) = prepare() {
+        return prepared.run();
+    }
+    // SAFETY: functions are never freed.
+    let Function::Candles(name) = (unsafe { &*function.cast::<Function>() }) else {
+        unreachable!("the others were prepared")
+    };
+    if (candle::Call { name, params, memory: Memory::now() }).run() {
+        return SUCCESS;
+    }
+    eprintln!("emulator: candle's kernel {name} is not in tests/emulator/src/candle.rs");
+    NOT_SUPPORTED
 }
 
 /// # Safety

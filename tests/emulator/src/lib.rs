@@ -21,7 +21,7 @@
 //! precision of `ex2` and its like (they are those of the host), time.
 //!
 //! candle's own kernels are not interpreted: the few that our host code calls are in `candle`, in Rust; any
-//! other one is an error. There is no cuBLAS, nor graphs.
+//! other one is an error. There is no cuBLAS. A thread that captures a stream captures all that it submits.
 //!
 //! | module | |
 //! |---|---|
@@ -29,6 +29,7 @@
 //! | `memory` | the GPU's memory: where something is, and where nothing is |
 //! | `program` | PTX read into instructions |
 //! | `alu` | what an instruction makes of the values of one lane |
+//! | `graphs` | kernels that are captured, and launched as a graph |
 //! | `grid` | blocks, clusters, and whose turn it is |
 //! | `warp` | one instruction of a warp |
 //! | `copies` | TMA, `cp.async`, and the barriers that count their bytes |
@@ -40,6 +41,7 @@ mod calls;
 mod candle;
 mod copies;
 mod driver;
+mod graphs;
 mod grid;
 mod memory;
 mod program;
