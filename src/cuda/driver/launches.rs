@@ -13,7 +13,10 @@ use crate::error::Result;
 /// Launches in their order, which are submitted together.
 #[derive(Default)]
 #[must_use]
-pub struct Launches(Vec<Launch>);
+pub struct Launches {
+    all: Vec<Launch>,
+    short: bool,
+}
 
 /// One of them.
 pub struct Launch {
@@ -25,20 +28,27 @@ pub struct Launch {
 impl Launches {
     /// One more, after the others.
     pub fn add(&mut self, function: Arc<Function>, grid: [u32; 3], args: Args) {
-        self.0.push(Launch { function, grid, args });
+        self.all.push(Launch { function, grid, args });
     }
 
-    /// Submits all to the device's stream, and returns at once: as one graph where that is quicker for the host.
+    /// They take the GPU less time than the host.
+    pub fn are_short(&mut self) {
+        self.short = true;
+    }
+
+    /// Submits all to the device's stream, and returns at once: as one graph where that is worth it.
     ///
     /// # Safety
     ///
     /// That of [`Function::launch`], for each.
     pub unsafe fn submit(&self, op: &'static str, device: &CudaDevice) -> Result<()> {
-        // SAFETY: the caller's promise.
-        if unsafe { chain::submit(op, device, &self.0)? } {
-            return Ok(());
+        if chain::pays(self.all.len(), self.short) {
+            // SAFETY: the caller's promise.
+            if unsafe { chain::submit(op, device, &self.all)? } {
+                return Ok(());
+            }
         }
-        for Launch { function, grid, args } in &self.0 {
+        for Launch { function, grid, args } in &self.all {
             // SAFETY: the caller's promise.
             unsafe { function.submit(op, device, *grid, args)? };
         }

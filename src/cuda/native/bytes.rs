@@ -133,6 +133,8 @@ pub(crate) fn matmul_rounded(
     /// Bytes of codes and scales up to which they lie behind the result, as long as that lives: a call of few rows takes
     /// the host's time, and each allocation a part of it.
     const BEHIND: usize = 1 << 16;
+    /// Bytes of a weight, and products, that take the GPU no longer than its two launches the host: some 8 µs.
+    const SHORT: [usize; 2] = [1 << 25, 1 << 32];
 
     let (stack, rhs) = (Stack::new(layout), Stack::new(w.codes.1));
     let (device, weight, k) = (x.device(), (w.codes.0, &rhs), stack.cols);
@@ -176,7 +178,13 @@ pub(crate) fn matmul_rounded(
         }
     };
     let call = codes_call(op, device, factor, (lhs, weight), scales, bias, epilogue)?;
-    rows.round_and([at, at + codes as u64], |rounding| call.run_chosen_after(rounding, &mut out))?;
+    let short = k * rhs.cols <= SHORT[0] && m * k * rhs.cols <= SHORT[1];
+    rows.round_and([at, at + codes as u64], |mut launches| {
+        if short {
+            launches.are_short();
+        }
+        call.run_chosen_after(launches, &mut out)
+    })?;
     drop(held);
     Ok(Some(out))
 }

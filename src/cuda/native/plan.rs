@@ -90,6 +90,11 @@ impl<P: Plan> Compiled<P> {
 pub(super) struct Launches(launches::Launches);
 
 impl Launches {
+    /// They take the GPU less time than the host.
+    pub fn are_short(&mut self) {
+        self.0.are_short();
+    }
+
     /// Submits them to the device's stream, in their order. What their arguments point to lives until this has returned.
     pub fn submit(&self, op: &'static str, device: &CudaDevice) -> Result<()> {
         // SAFETY: kernels of this crate read and write what their arguments say, which those who added them made so; each

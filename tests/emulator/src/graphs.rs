@@ -6,17 +6,13 @@ use std::ffi::{c_int, c_uint, c_void};
 use crate::calls::{Call, count};
 use crate::driver::{Config, INVALID, NOT_SUPPORTED, Prepared, SUCCESS, Status};
 
-/// A captured kernel, or one of a graph that can be launched. Handles of nodes point to the captured ones.
-struct Node {
-    prepared: Prepared,
-}
-
-/// What `CUgraph` and `CUgraphExec` point to. The nodes of the latter are those of the graph, with arguments of their own.
+/// What `CUgraph` and `CUgraphExec` point to. The kernels of the latter are those of the graph, with arguments of their own.
 #[derive(Default)]
 struct Graph {
-    nodes: Vec<Box<Node>>,
-    /// The captured nodes by which a graph that can be launched knows its own.
-    names: Vec<*const Node>,
+    /// Handles of nodes point to those of a graph, to which none are added once it was captured.
+    kernels: Vec<Prepared>,
+    /// The handles by which a graph that can be launched knows its own.
+    names: Vec<*const Prepared>,
 }
 
 thread_local! {
@@ -29,7 +25,7 @@ pub fn captured(prepared: impl FnOnce() -> Option<Prepared>) -> Option<Status> {
         let graph = capture.as_mut()?;
         // Those of candle are not looked into.
         let Some(prepared) = prepared() else { return Some(NOT_SUPPORTED) };
-        graph.nodes.push(Box::new(Node { prepared }));
+        graph.kernels.push(prepared);
         Some(SUCCESS)
     })
 }
@@ -73,10 +69,10 @@ pub unsafe extern "C" fn cuGraphGetNodes(
         let graph = &*graph.cast::<Graph>();
         if !nodes.is_null() {
             let room = std::slice::from_raw_parts_mut(nodes, *count);
-            let all = graph.nodes.iter().map(|node| (&raw const **node).cast::<c_void>());
+            let all = graph.kernels.iter().map(|kernel| (&raw const *kernel).cast::<c_void>());
             room.iter_mut().zip(all).for_each(|(place, node)| *place = node);
         }
-        *count = graph.nodes.len();
+        *count = graph.kernels.len();
     }
     SUCCESS
 }
@@ -97,7 +93,7 @@ pub unsafe extern "C" fn cuGraphKernelNodeGetParams_v2(
     params: *mut Params,
 ) -> Status {
     // SAFETY: nodes live as long as their graph.
-    unsafe { (*params).function = (*node.cast::<Node>()).prepared.function };
+    unsafe { (*params).function = (*node.cast::<Prepared>()).function };
     SUCCESS
 }
 
@@ -111,10 +107,9 @@ pub unsafe extern "C" fn cuGraphInstantiateWithFlags(
 ) -> Status {
     // SAFETY: as above.
     let graph = unsafe { &*graph.cast::<Graph>() };
-    let own = |node: &Box<Node>| Box::new(Node { prepared: node.prepared.clone() });
     let made = Graph {
-        nodes: graph.nodes.iter().map(own).collect(),
-        names: graph.nodes.iter().map(|node| &raw const **node).collect(),
+        kernels: graph.kernels.clone(),
+        names: graph.kernels.iter().map(|kernel| &raw const *kernel).collect(),
     };
     // SAFETY: the caller's promise.
     unsafe { executable.write(Box::into_raw(Box::new(made)).cast()) };
@@ -134,7 +129,7 @@ pub unsafe extern "C" fn cuGraphExecKernelNodeSetParams_v2(
     let Some(at) = graph.names.iter().position(|name| name.cast() == node) else { return INVALID };
     // SAFETY: the parameters are those of the function.
     match unsafe { Prepared::new(params.function, &params.config, params.params) } {
-        Some(prepared) => graph.nodes[at].prepared = prepared,
+        Some(prepared) => graph.kernels[at] = prepared,
         None => return NOT_SUPPORTED,
     }
     SUCCESS
@@ -147,8 +142,7 @@ pub unsafe extern "C" fn cuGraphLaunch(executable: *const c_void, _: *mut c_void
     count(Call::Launch);
     // SAFETY: it is one of ours.
     let graph = unsafe { &*executable.cast::<Graph>() };
-    let failed =
-        graph.nodes.iter().map(|node| node.prepared.run()).find(|&status| status != SUCCESS);
+    let failed = graph.kernels.iter().map(Prepared::run).find(|&status| status != SUCCESS);
     failed.unwrap_or(SUCCESS)
 }
 
