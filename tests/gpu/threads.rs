@@ -56,9 +56,9 @@ fn threads_come_and_go() -> Result<()> {
     let w = source.tensor(DType::F32, &[256, 40], Layout::Plain)?;
     let w = QuantWeight::quantize(&w, &QuantScheme::Int8 { per: Per::Channel })?.to_device(&gpu)?;
     let opts = MatmulOptions::default().activations(Activations::Int8);
-    let x = source.tensor(DType::F16, &[12, 256], Layout::Plain)?.to_device(&gpu)?;
+    let x = source.tensor(DType::F16, &[100, 256], Layout::Plain)?.to_device(&gpu)?;
     let want = bits(&x.kaio_matmul_quant_with(&w, &opts)?);
-    for rows in 1..=12 {
+    for rows in 1..=100 {
         let product = || -> Result<_> { x.narrow(0, 0, rows)?.kaio_matmul_quant_with(&w, &opts) };
         let run = || {
             let twice = [product().unwrap(), product().unwrap()];

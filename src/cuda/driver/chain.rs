@@ -26,14 +26,41 @@ use crate::error::{Error, Result};
 const MOST: usize = 4;
 
 /// For how many streams each chain keeps a graph: launches of one graph wait for each other, whatever their streams.
-const STREAMS: usize = 8;
+const STREAMS: usize = 16;
+
+/// Of so many launches on further streams one replaces a graph: streams come and go, but to make one takes longer than many
+/// launches.
+const PATIENCE: usize = 64;
 
 /// Kernels in their order; the last one is repeated for those that are not there.
 type Kernels = [Handle; MOST];
 
-/// The graphs of a chain, with the streams that they are launched on; `None` where the driver made none.
+/// The graphs of a chain.
 #[derive(Default)]
-struct Chain(Mutex<Vec<(Lane, Option<Graph>)>>);
+struct Chain(Mutex<Graphs>);
+
+#[derive(Default)]
+struct Graphs {
+    /// With the streams that they are launched on, the oldest first; `None` where the driver made none.
+    all: Vec<(Lane, Option<Graph>)>,
+    /// Launches on other streams while there was no room.
+    others: usize,
+}
+
+impl Graphs {
+    /// Room for one more, if there is to be one.
+    fn make_room(&mut self) -> bool {
+        if self.all.len() < STREAMS {
+            return true;
+        }
+        self.others += 1;
+        let replaces = self.others.is_multiple_of(PATIENCE);
+        if replaces {
+            self.all.remove(0);
+        }
+        replaces
+    }
+}
 
 /// A stream. The default one of threads is another one in each.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -79,24 +106,22 @@ pub unsafe fn submit(op: &'static str, device: &CudaDevice, launches: &[Launch])
     let Ok(chain) = CHAINS.get(ordinal, &(launches.len(), kernels), make);
     let Some(mut graphs) = chain.0.try_lock() else { return Ok(false) };
     let lane = Lane(stream.cu_stream() as usize, thread::current().id());
-    let at = match graphs.iter().position(|(of, _)| *of == lane) {
+    let at = match graphs.all.iter().position(|(of, _)| *of == lane) {
         Some(at) => at,
+        None if !graphs.make_room() => return Ok(false),
         None => {
-            if graphs.len() == STREAMS {
-                graphs.remove(0);
-            }
             // SAFETY: the arguments were compared with the parameters.
             let graph = unsafe { Graph::new(first.function.context(), launches) };
-            graphs.push((lane, graph.ok().flatten()));
-            graphs.len() - 1
+            graphs.all.push((lane, graph.ok().flatten()));
+            graphs.all.len() - 1
         }
     };
-    let Some(graph) = &graphs[at].1 else { return Ok(false) };
+    let Some(graph) = &graphs.all[at].1 else { return Ok(false) };
     // SAFETY: the caller's promise.
     let launched = unsafe { graph.launch(&stream, launches) };
     if launched.is_err() {
         // Each launch by itself says what is wrong.
-        graphs[at].1 = None;
+        graphs.all[at].1 = None;
     }
     Ok(launched.is_ok())
 }
@@ -191,5 +216,26 @@ impl Drop for Graph {
                 let _ = sys::cuGraphDestroy(self.graph);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_streams_do_not_make_graphs_all_the_time() {
+        let mut graphs = Graphs::default();
+        let lane = |stream| Lane(stream, thread::current().id());
+        let mut made = 0;
+        for stream in 0..STREAMS + 3 * PATIENCE {
+            if graphs.make_room() {
+                graphs.all.push((lane(stream), None));
+                made += 1;
+            }
+        }
+        assert_eq!((made, graphs.all.len()), (STREAMS + 3, STREAMS));
+        // The oldest went.
+        assert!(graphs.all[0].0 == lane(3));
     }
 }
