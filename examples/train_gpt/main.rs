@@ -20,12 +20,12 @@ mod benchmark;
 #[path = "../common/chart.rs"]
 mod chart;
 mod checkpoint;
+#[path = "../common/command.rs"]
+mod command;
 #[path = "../common/data.rs"]
 mod data;
 mod model;
 mod ops;
-#[path = "../common/parse.rs"]
-mod parse;
 #[path = "../common/rng.rs"]
 mod rng;
 mod sample;
@@ -44,13 +44,7 @@ use ops::Arithmetic;
 use train::{SMOOTHING, Trained, train};
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    command::exit(run())
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
