@@ -105,6 +105,9 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
     };
     // Scales of rows are those of one matrix, which a GPU makes itself.
     let whole = lhs.elem_count() > 0 && lhs.device().is_cpu();
+    if whole {
+        check::made(OP, a, lhs.dims())?;
+    }
     let x = if whole { lhs.contiguous()? } else { lhs.clone() };
     let call = Call {
         scales: rows.as_ref(),

@@ -5,8 +5,8 @@ use candle_core::{DType, Result, Tensor};
 use super::{Call, check_bias, check_result, check_x, int8_depth, operands};
 use crate::check::{self, Arg};
 use crate::error::Error;
-use crate::op::casts::check_compute_dtype;
-use crate::op::matmul::{CASTABLE, check_out_dtype};
+use crate::op::casts::{check_castable, check_compute_dtype};
+use crate::op::matmul::check_out_dtype;
 use crate::op::project::{Gated, Lhs, Rounding};
 use crate::op::{Epilogue, cast, eval, glu};
 use crate::options::Gate;
@@ -29,7 +29,8 @@ pub(crate) fn matmul_quant(
     // candle differentiates the cast.
     let x = &match check_compute_dtype(op, opts.compute_dtype)? {
         Some(dtype) if x.dtype() != dtype => {
-            check::dtype(op, ("x", x), &CASTABLE)?;
+            check::tensor(op, ("x", x))?;
+            check_castable(op, ("x", x), dtype)?;
             cast(x, dtype)?
         }
         _ => x.clone(),
@@ -60,7 +61,7 @@ pub(crate) fn matmul_quant(
         }
     };
     let form = weight.prepared(op)?;
-    let x = gather(x, form)?;
+    let x = gather(op, x, form)?;
     let weights = [form.operands()?];
     let call = Call { bias, weights: &weights, ..Call::new(op, &x) };
     let [out] = call.run(lhs, Epilogue { out_dtype, activation: opts.activation })?;
@@ -125,7 +126,7 @@ fn projections<const N: usize>(
     }
     // Each has its own order of the columns of x.
     let one = |form: &Form| -> Result<Tensor> {
-        let x = gather(x, form)?;
+        let x = gather(op, x, form)?;
         let weights = [form.operands()?];
         let [out] = Call { weights: &weights, ..Call::new(op, &x) }.run(Lhs::Float, epilogue)?;
         Ok(out)
@@ -168,9 +169,10 @@ fn engine(op: &'static str, x: &Tensor, engine: Engine) -> Result<()> {
 }
 
 /// The columns of x in the order of the rows of a weight's codes. candle differentiates it.
-fn gather(x: &Tensor, form: &Form) -> Result<Tensor> {
+fn gather(op: &'static str, x: &Tensor, form: &Form) -> Result<Tensor> {
     match &form.planes().order {
         Some(order) if x.elem_count() > 0 => {
+            check::made(op, ("x", x), x.dims())?;
             x.contiguous()?.index_select(&order.rows, x.rank() - 1)
         }
         _ => Ok(x.clone()),
