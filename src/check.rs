@@ -281,6 +281,12 @@ pub(crate) fn made(op: &'static str, (arg, t): Arg, dims: &[usize]) -> Result<()
     }
 }
 
+/// Copies without gaps can be made of views on the CPU.
+pub(crate) fn copies(op: &'static str, args: &[Arg]) -> Result<()> {
+    let mut views = args.iter().filter(|(_, t)| t.device().is_cpu() && !t.is_contiguous());
+    views.try_for_each(|&arg| made(op, arg, arg.1.dims()))
+}
+
 const ONE_MATRIX: &str = "a weight is one matrix";
 
 /// Rows of an int4 weight that share one scale.

@@ -44,6 +44,7 @@ fn int8_product(
     int8_depth(op, ("lhs", k), zero_point)?;
     let rows = opts.lhs_scales.as_ref().map(|scales| {
         let each = scales.elem_count();
+        check::copies(op, &[("lhs_scales", scales)])?;
         match row_groups(lhs, scales) {
             Some(1) => scales.reshape((each, 1)),
             _ => Err(scales_shape(op, "lhs_scales", scales, "[.., M] or [.., M, 1] of `lhs`")),
@@ -53,7 +54,7 @@ fn int8_product(
     check_codes_out_dtype(op, opts.out_dtype)?;
     let weight = match &opts.rhs_scales {
         None => Operands::of_codes(QuantScheme::Int8 { per: Per::Tensor }, rhs)?,
-        Some(scales) => match scales_of(op, b, scales)? {
+        Some(scales) => match scales_of(op, b, ("rhs_scales", scales))? {
             (Per::Block, _) => {
                 return Err(scales_shape(op, "rhs_scales", scales, "[N] or [1, N] of `rhs`"));
             }
@@ -79,6 +80,9 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
     check::int8_weight(OP, ("lhs", lhs, k), b)?;
     check_codes_out_dtype(OP, opts.out_dtype)?;
     let each = lhs.dims()[..lhs.rank() - 1].iter().product::<usize>();
+    if let Some(scales) = &opts.lhs_scales {
+        check::copies(OP, &[("lhs_scales", scales)])?;
+    }
     let (width, rows) = match &opts.lhs_scales {
         None => (k, None),
         Some(one) if one.elem_count() == 1 => (k, Some(one.reshape((1, 1))?)),
@@ -94,7 +98,7 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
     let weight = match &opts.rhs_scales {
         None => Operands::of_codes(QuantScheme::Fp8 { per: Per::Tensor }, rhs)?,
         Some(scales) => {
-            let (per, scales) = scales_of(OP, b, scales)?;
+            let (per, scales) = scales_of(OP, b, ("rhs_scales", scales))?;
             let (scheme, dims, codes) =
                 (QuantScheme::Fp8 { per }, rhs.dims2()?.into(), rhs.clone());
             let planes =

@@ -144,6 +144,17 @@ pub fn sizes(device: &Device) {
         let ids = view(U32, &[rows, 1]);
         let fp8 = |x: &Tensor| x.kaio_matmul_fp8(&view(F8E4M3, &[1, 1]), &Fp8Options::default());
         let none = CrossEntropyOptions::default().reduction(Reduction::None);
+        let (codes, nothing) = (
+            |dtype| view(dtype, &[rows, 1]),
+            |dtype| Tensor::zeros((1, 0), dtype, device).unwrap(),
+        );
+        let (int8, floats) = (Int8Options::default(), Fp8Options::default());
+        let eight = QuantScheme::Int8 { per: Per::Channel };
+        let ends = |ends: &Tensor| {
+            let (q, opts) = (view(F16, &[1, 0, 1]), FlashAttnOptions::default());
+            let opts = opts.cu_seqlens_q(ends.clone()).cu_seqlens_k(ends.clone());
+            q.kaio_flash_attn_with(&q, &q, &opts)
+        };
         // Rows in groups that are not sorted, 32 of each.
         let gather = |x: &Tensor| {
             let words = |dims: &[usize]| view(U32, dims);
@@ -167,6 +178,17 @@ pub fn sizes(device: &Device) {
             losses(&x, F32, &cast_losses) => TooLarge, "{linear}: {}", of("hidden");
             losses(&view(BF16, &[rows, 1]), BF16, &none) => TooLarge, "{linear}: {}", of("hidden");
             view(F32, &[1, 0]).kaio_embedding(&ids) => TooLarge, "kaio_embedding: {}", of("ids");
+            ends(&view(U32, &[rows])) => TooLarge, "kaio_flash_attn_with: what is made of `cu_seqlens_q`, [{rows}] in f32 {no}";
+            codes(U8).kaio_matmul_int8_with(&nothing(U8), &int8.clone().lhs_scales(x.clone())) => TooLarge, "kaio_matmul_int8_with: {}", of("lhs_scales");
+            nothing(U8).t()?.kaio_matmul_int8_with(&codes(U8).t()?, &int8.clone().rhs_scales(x.t()?)) => TooLarge, "kaio_matmul_int8_with: what is made of `rhs_scales`, [1, {rows}] in f32 {no}";
+            codes(F8E4M3).kaio_matmul_fp8(&nothing(F8E4M3), &floats.clone().lhs_scales(x.clone())) => TooLarge, "kaio_matmul_fp8: {}", of("lhs_scales");
+            nothing(F8E4M3).t()?.kaio_matmul_fp8(&codes(F8E4M3).t()?, &floats.clone().rhs_scales(x.t()?)) => TooLarge, "kaio_matmul_fp8: what is made of `rhs_scales`, [1, {rows}] in f32 {no}";
+            QuantWeight::quantize(&x, &eight) => TooLarge, "QuantWeight::quantize: {}", of("weight");
+            QuantWeight::quantize(&view(F32, &[0, rows >> 1]), &eight) => TooLarge, "QuantWeight::quantize: the scales [1, {}] in f64 {no}", rows >> 1;
+            QuantWeight::from_int8(&codes(U8), &view(F32, &[1])) => TooLarge, "QuantWeight::from_int8: {}", of("codes");
+            QuantWeight::from_int8(&view(U8, &[0, rows]), &x.t()?) => TooLarge, "QuantWeight::from_int8: what is made of `scales`, [1, {rows}] in f32 {no}";
+            QuantWeight::from_int4(&view(U32, &[16, rows >> 4]), &view(F16, &[1, rows >> 4])) => TooLarge, "QuantWeight::from_int4: what is made of `packed`, [16, {}] in f32 {no}", rows >> 4;
+            QuantWeight::from_fp8(&codes(F8E4M3), &view(F32, &[1])) => TooLarge, "QuantWeight::from_fp8: {}", of("codes");
             view(F32, &[rows, 1, 0]).kaio_cross_entropy(&ids, &none) => TooLarge, "kaio_cross_entropy: {}", of("targets");
         }
     } else {
