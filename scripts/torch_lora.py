@@ -16,14 +16,13 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from torch_train import MODES, PRESETS as TRAINED, WARM_UP, Rotary
+from torch_train import MODES, PRESETS as TRAINED, Rotary, timed, warm_up
 
 LLAMA_1B = dataclasses.replace(TRAINED["llama-1b"], batch=8, seq=1024)
 PRESETS = {
@@ -120,15 +119,9 @@ def measure(name, mode, args):
         adam.zero_grad(set_to_none=True)
         return loss.detach()
 
-    for i in range(WARM_UP):
-        step(i)
-    torch.cuda.synchronize()
+    warm_up(step)
     torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    for i in range(args.steps):
-        last = step(i)
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / args.steps
+    seconds, last = timed(step, args.steps)
     return {
         "model": name,
         "mode": mode,

@@ -126,6 +126,24 @@ def decay_groups(model):
     return [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
 
 
+def warm_up(step):
+    """Takes the steps that choose kernels and compile, waits for the device, and gives the first one's loss."""
+    first = step(0)
+    for i in range(1, WARM_UP):
+        step(i)
+    torch.cuda.synchronize()
+    return first
+
+
+def timed(step, steps):
+    """Seconds of a step, the device waited for at the end, and the last one's loss."""
+    started = time.perf_counter()
+    for i in range(steps):
+        last = step(i)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / steps, last
+
+
 def measure(name, mode, args):
     p = PRESETS[name]
     p = dataclasses.replace(p, batch=args.batch or p.batch)
@@ -148,15 +166,8 @@ def measure(name, mode, args):
         adam.zero_grad(set_to_none=True)
         return loss.detach()
 
-    first = step(0)
-    for i in range(1, WARM_UP):
-        step(i)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for i in range(args.steps):
-        last = step(i)
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / args.steps
+    first = warm_up(step)
+    seconds, last = timed(step, args.steps)
     rate = p.batch * p.seq / seconds
     return {
         "model": name,

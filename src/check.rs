@@ -270,6 +270,23 @@ pub(crate) fn copyable(op: &'static str, elements: usize) -> Result<()> {
     })
 }
 
+/// candle's ops can make something of an argument: of this shape, in its dtype or one of up to four bytes.
+pub(crate) fn made(op: &'static str, (arg, t): Arg, dims: &[usize]) -> Result<()> {
+    let what = format_args!("what is made of `{arg}`,");
+    let dtype = if t.dtype().size_in_bytes() > 4 { t.dtype() } else { DType::F32 };
+    size(op, what, dims, dtype)?;
+    match t.device().is_cpu() {
+        true => memory(op, what, dims, dtype),
+        false => copyable(op, dims.iter().product()),
+    }
+}
+
+/// Copies without gaps can be made of views on the CPU.
+pub(crate) fn copies(op: &'static str, args: &[Arg]) -> Result<()> {
+    let mut views = args.iter().filter(|(_, t)| t.device().is_cpu() && !t.is_contiguous());
+    views.try_for_each(|&arg| made(op, arg, arg.1.dims()))
+}
+
 const ONE_MATRIX: &str = "a weight is one matrix";
 
 /// Rows of an int4 weight that share one scale.

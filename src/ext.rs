@@ -1,4 +1,6 @@
-//! The methods.
+//! The methods: what each means, and below that who computes it.
+//!
+//! They are one trait because one import brings all of them, and a trait is one item: so its manual is one file.
 
 use candle_core::{Result, Tensor};
 
@@ -10,8 +12,10 @@ use crate::{
 };
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for candle_core::Tensor {}
+    use candle_core::Tensor;
+
+    pub trait Sealed: AsRef<Tensor> {}
+    impl Sealed for Tensor {}
 }
 
 /// The ops of this crate as methods of [`candle_core::Tensor`].
@@ -60,7 +64,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(c.to_vec2::<f32>()?, [[5., 11.], [11., 25.]]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_matmul_tc(&self, rhs: &Tensor) -> Result<Tensor>;
+    fn kaio_matmul_tc(&self, rhs: &Tensor) -> Result<Tensor> {
+        op::matmul("kaio_matmul_tc", self.as_ref(), rhs, &MatmulOptions::default())
+    }
 
     /// [`kaio_matmul_tc`](Self::kaio_matmul_tc) under its other name in kaio-candle 0.2, which had a second,
     /// asynchronous kernel. All kernels load while they compute now, so that nothing differs.
@@ -73,7 +79,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(c.sum_all()?.to_scalar::<f32>()?, 9. * 16.);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_matmul_tc_async(&self, rhs: &Tensor) -> Result<Tensor>;
+    fn kaio_matmul_tc_async(&self, rhs: &Tensor) -> Result<Tensor> {
+        op::matmul("kaio_matmul_tc_async", self.as_ref(), rhs, &MatmulOptions::default())
+    }
 
     /// `act(A·B + bias)`: [`kaio_matmul_tc`](Self::kaio_matmul_tc) with an optional bias and
     /// activation and a choice of result dtype and engine.
@@ -115,7 +123,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(h.to_vec3::<f32>()?[1][4], [9., 0., 8.5, 0.]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_matmul_with(&self, rhs: &Tensor, opts: &MatmulOptions) -> Result<Tensor>;
+    fn kaio_matmul_with(&self, rhs: &Tensor, opts: &MatmulOptions) -> Result<Tensor> {
+        op::matmul("kaio_matmul_with", self.as_ref(), rhs, opts)
+    }
 
     /// Product of int8 matrices, `scale · Σ a·b`, summed exactly in i32.
     ///
@@ -150,7 +160,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert!((c.to_vec2::<f32>()?[0][0] + 4.).abs() < 0.05);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_matmul_int8(&self, rhs: &Tensor, scale: f32) -> Result<Tensor>;
+    fn kaio_matmul_int8(&self, rhs: &Tensor, scale: f32) -> Result<Tensor> {
+        op::matmul_int8(self.as_ref(), rhs, scale)
+    }
 
     /// Product with a weight in int4, eight values a `u32`, one scale for each 128 rows of a column.
     ///
@@ -190,7 +202,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(a.kaio_matmul_int4(&packed, &scales)?.dims(), [3, 8]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_matmul_int4(&self, packed: &Tensor, scales: &Tensor) -> Result<Tensor>;
+    fn kaio_matmul_int4(&self, packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
+        op::matmul_int4(self.as_ref(), packed, scales)
+    }
 
     /// Product with a quantised weight, `x·W`.
     ///
@@ -219,7 +233,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(x.kaio_matmul_quant(&w)?.dims(), [2, 3, 8]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_matmul_quant(&self, weight: &QuantWeight) -> Result<Tensor>;
+    fn kaio_matmul_quant(&self, weight: &QuantWeight) -> Result<Tensor> {
+        op::matmul_quant("kaio_matmul_quant", self.as_ref(), weight, &MatmulOptions::default())
+    }
 
     /// [`kaio_matmul_quant`](Self::kaio_matmul_quant) with [`MatmulOptions`]: `act(x·W + bias)` of f16 or bf16
     /// activations, or of ones that are rounded to eight bits inside.
@@ -244,7 +260,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(x.kaio_matmul_quant_with(&w, &opts)?.dtype(), DType::F16);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_matmul_quant_with(&self, weight: &QuantWeight, opts: &MatmulOptions) -> Result<Tensor>;
+    fn kaio_matmul_quant_with(&self, weight: &QuantWeight, opts: &MatmulOptions) -> Result<Tensor> {
+        op::matmul_quant("kaio_matmul_quant_with", self.as_ref(), weight, opts)
+    }
 
     /// Query, key and value projections of one input with quantised weights, each of its own width.
     ///
@@ -274,7 +292,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!((q.dims(), k.dims(), v.dims()), ([3, 32].as_slice(), [3, 8].as_slice(), [3, 8].as_slice()));
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_qkv_project(&self, weights: [&QuantWeight; 3]) -> Result<(Tensor, Tensor, Tensor)>;
+    fn kaio_qkv_project(&self, weights: [&QuantWeight; 3]) -> Result<(Tensor, Tensor, Tensor)> {
+        op::qkv_project(self.as_ref(), weights).map(Into::into)
+    }
 
     /// The first half of a gated feed-forward layer, `silu(x·G) · (x·U)`, with quantised weights of one width.
     ///
@@ -306,7 +326,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(x.kaio_swiglu_project(&w, &w)?.dims(), [3, 96]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_swiglu_project(&self, gate: &QuantWeight, up: &QuantWeight) -> Result<Tensor>;
+    fn kaio_swiglu_project(&self, gate: &QuantWeight, up: &QuantWeight) -> Result<Tensor> {
+        op::swiglu_project(self.as_ref(), gate, up)
+    }
 
     /// [`kaio_matmul_int8`](Self::kaio_matmul_int8) with [`Int8Options`]: scales of rows and columns, a zero point of
     /// the activations, bias, activation and dtype. Sums are exact integers; what follows is in f32.
@@ -331,7 +353,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(a.kaio_matmul_int8_with(&w, &opts)?.to_vec2::<f32>()?, [[1.], [0.]]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_matmul_int8_with(&self, rhs: &Tensor, opts: &Int8Options) -> Result<Tensor>;
+    fn kaio_matmul_int8_with(&self, rhs: &Tensor, opts: &Int8Options) -> Result<Tensor> {
+        op::matmul_int8_with(self.as_ref(), rhs, opts)
+    }
 
     /// Product of floats of eight bits (e4m3) with scales of tensors, of rows and columns, or of blocks:
     /// `act(Σ (a · scale of a) · (b · scale of b) + bias)`, summed in f32.
@@ -361,7 +385,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(a.kaio_matmul_fp8(&w, &opts)?.to_vec2::<f32>()?, [[2.]]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_matmul_fp8(&self, rhs: &Tensor, opts: &Fp8Options) -> Result<Tensor>;
+    fn kaio_matmul_fp8(&self, rhs: &Tensor, opts: &Fp8Options) -> Result<Tensor> {
+        op::matmul_fp8(self.as_ref(), rhs, opts)
+    }
 
     /// Attention `softmax(q·kᵀ/√D + mask)·v` from f16 to f32, over any batch dimensions.
     ///
@@ -397,7 +423,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!((o.dims(), o.sum_all()?.to_scalar::<f32>()?), ([2, 4, 8].as_slice(), 64.));
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_attention_tc(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor>;
+    fn kaio_attention_tc(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
+        op::attention_tc(self.as_ref(), k, v, causal)
+    }
 
     /// Flash attention `softmax(q·kᵀ/√D + mask)·v` in O(S·D) memory, with gradients.
     ///
@@ -437,7 +465,10 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(grads.get(&k).unwrap().dims(), [1, 2, 12, 16]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_flash_attn(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor>;
+    fn kaio_flash_attn(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
+        let opts = FlashAttnOptions::default().causal(causal);
+        op::flash_attn("kaio_flash_attn", self.as_ref(), k, v, &opts)
+    }
 
     /// [`kaio_flash_attn`](Self::kaio_flash_attn) with [`FlashAttnOptions`]: causal masks and sliding
     /// windows, scale, softcap, ALiBi, a bias on the scores, packed and padded batches of several
@@ -492,7 +523,9 @@ pub trait KaioTensorExt: sealed::Sealed {
         k: &Tensor,
         v: &Tensor,
         opts: &FlashAttnOptions,
-    ) -> Result<Tensor>;
+    ) -> Result<Tensor> {
+        op::flash_attn("kaio_flash_attn_with", self.as_ref(), k, v, opts)
+    }
 
     /// [`kaio_flash_attn_with`](Self::kaio_flash_attn_with), and each query's log-sum-exp
     /// `ln Σ exp(score)`, with which results over parts of the keys can be combined.
@@ -530,7 +563,9 @@ pub trait KaioTensorExt: sealed::Sealed {
         k: &Tensor,
         v: &Tensor,
         opts: &FlashAttnOptions,
-    ) -> Result<(Tensor, Tensor)>;
+    ) -> Result<(Tensor, Tensor)> {
+        op::flash_attn_with_lse("kaio_flash_attn_with_lse", self.as_ref(), k, v, opts)
+    }
 
     /// Query, key and value projections of one input with int8 weights: `scales[i] · x·weights[i]`.
     ///
@@ -564,7 +599,9 @@ pub trait KaioTensorExt: sealed::Sealed {
         &self,
         weights: [&Tensor; 3],
         scales: [f32; 3],
-    ) -> Result<(Tensor, Tensor, Tensor)>;
+    ) -> Result<(Tensor, Tensor, Tensor)> {
+        op::qkv_project_of(self.as_ref(), QkvWeights::Int8 { weights, scales })
+    }
 
     /// Query, key and value projections of one input with int4 weights in the form of
     /// [`kaio_matmul_int4`](Self::kaio_matmul_int4).
@@ -599,7 +636,9 @@ pub trait KaioTensorExt: sealed::Sealed {
         &self,
         weights: [&Tensor; 3],
         scales: [&Tensor; 3],
-    ) -> Result<(Tensor, Tensor, Tensor)>;
+    ) -> Result<(Tensor, Tensor, Tensor)> {
+        op::qkv_project_of(self.as_ref(), QkvWeights::Int4 { packed: weights, scales })
+    }
 
     /// Gated linear unit by SiLU: `self · σ(self) · up`, in one pass over memory (SwiGLU; Shazeer, "GLU
     /// Variants Improve Transformer", 2020).
@@ -633,7 +672,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert!(h.sqr()?.mean_all()?.backward()?.get(&projection).is_some());
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_swiglu(&self, up: &Tensor) -> Result<Tensor>;
+    fn kaio_swiglu(&self, up: &Tensor) -> Result<Tensor> {
+        op::glu("kaio_swiglu", Gate::Silu, self.as_ref(), up)
+    }
 
     /// Gated linear unit by GELU, `gelu(self) · up` with
     /// `gelu(x) = ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`; else as [`kaio_swiglu`](Self::kaio_swiglu).
@@ -648,7 +689,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert!(h[0] == 0. && (h[1] - 0.8412).abs() < 0.004);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor>;
+    fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor> {
+        op::glu("kaio_geglu", Gate::GeluTanh, self.as_ref(), up)
+    }
 
     /// `self + rhs`, as candle's `+`, for the parts of a model within a [`block`](crate::train::block): this sum's gradient is
     /// handed to both as it is, where candle adds it to zeros for each.
@@ -690,7 +733,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert!(loss.backward()?.get(&b).is_some());
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_add(&self, rhs: &Tensor) -> Result<Tensor>;
+    fn kaio_add(&self, rhs: &Tensor) -> Result<Tensor> {
+        op::add(self.as_ref(), rhs)
+    }
 
     /// RMSNorm over the last dimension: `self · weight / √(mean(self²) + eps)` (Zhang and Sennrich, "Root Mean Square Layer
     /// Normalization", 2019). It takes the place of `candle_nn::ops::rms_norm`, through which no gradient passes.
@@ -728,7 +773,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert!((grads.get(&weight).unwrap().to_vec1::<f32>()?[0] - 3. / rms).abs() < 1e-6);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_rms_norm(&self, weight: &Tensor, eps: f32) -> Result<Tensor>;
+    fn kaio_rms_norm(&self, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        op::rms_norm(self.as_ref(), weight, eps)
+    }
 
     /// LayerNorm over the last dimension: `(self − mean) · weight / √(variance + eps) + bias`, of the variance that divides
     /// by the width (Ba, Kiros and Hinton, "Layer Normalization", 2016). It takes the place of `candle_nn::ops::layer_norm`,
@@ -763,7 +810,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(y.to_vec2::<f32>()?, [[4., 8.], [5., 5.]]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_layer_norm(&self, weight: &Tensor, bias: Option<&Tensor>, eps: f32) -> Result<Tensor>;
+    fn kaio_layer_norm(&self, weight: &Tensor, bias: Option<&Tensor>, eps: f32) -> Result<Tensor> {
+        op::layer_norm(self.as_ref(), weight, bias, eps)
+    }
 
     /// What a layer of a transformer begins with: the [RMSNorm](Self::kaio_rms_norm) of `self + residual`, and that sum,
     /// which goes on, in one pass over memory.
@@ -803,7 +852,9 @@ pub trait KaioTensorExt: sealed::Sealed {
         residual: &Tensor,
         weight: &Tensor,
         eps: f32,
-    ) -> Result<(Tensor, Tensor)>;
+    ) -> Result<(Tensor, Tensor)> {
+        op::add_rms_norm(self.as_ref(), residual, weight, eps)
+    }
 
     /// The same with [LayerNorm](Self::kaio_layer_norm): that of `self + residual`, and the sum.
     ///
@@ -843,7 +894,9 @@ pub trait KaioTensorExt: sealed::Sealed {
         weight: &Tensor,
         bias: Option<&Tensor>,
         eps: f32,
-    ) -> Result<(Tensor, Tensor)>;
+    ) -> Result<(Tensor, Tensor)> {
+        op::add_layer_norm(self.as_ref(), residual, weight, bias, eps)
+    }
 
     /// Rotary position embedding (Su et al., "RoFormer", 2021): the pair `(a, b)` becomes `(a·cos − b·sin, b·cos + a·sin)`
     /// by the angle of its position. It takes the place of `candle_nn::rotary_emb::{rope, rope_i}`, through which no gradient
@@ -879,7 +932,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(y[0][2], 7.);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_rope(&self, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor>;
+    fn kaio_rope(&self, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
+        op::rope(self.as_ref(), cos, sin, layout)
+    }
 
     /// Softmax over the last dimension, `e^(self − max) / Σ e^(self − max)`. It takes the place of
     /// `candle_nn::ops::softmax_last_dim`, through which no gradient passes.
@@ -910,7 +965,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert!((y[0][1] - 0.75).abs() < 1e-6);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_softmax(&self) -> Result<Tensor>;
+    fn kaio_softmax(&self) -> Result<Tensor> {
+        op::softmax(self.as_ref())
+    }
 
     /// Cross-entropy of logits with the indices of classes: of a row
     /// `(1 − ε)·(lse − zₜ) + ε·mean(lse − zⱼ) + z_loss·lse²` with `lse = log Σⱼ exp zⱼ`, `ε` the label smoothing and `t` the
@@ -949,7 +1006,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert!(loss.backward()?.get(&logits).is_some());
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_cross_entropy(&self, targets: &Tensor, opts: &CrossEntropyOptions) -> Result<Tensor>;
+    fn kaio_cross_entropy(&self, targets: &Tensor, opts: &CrossEntropyOptions) -> Result<Tensor> {
+        op::cross_entropy(self.as_ref(), targets, opts)
+    }
 
     /// [`kaio_cross_entropy`](Self::kaio_cross_entropy) of the logits `self · weightᵀ`, which are never whole in memory:
     /// a chunk of rows at a time, of up to 1 GiB, rounded to the operands' dtype.
@@ -992,7 +1051,9 @@ pub trait KaioTensorExt: sealed::Sealed {
         weight: &Tensor,
         targets: &Tensor,
         opts: &CrossEntropyOptions,
-    ) -> Result<Tensor>;
+    ) -> Result<Tensor> {
+        op::linear_cross_entropy(self.as_ref(), weight, targets, opts)
+    }
 
     /// Rows of a table: `out[..] = self[ids[..]]`.
     ///
@@ -1025,158 +1086,9 @@ pub trait KaioTensorExt: sealed::Sealed {
     /// assert_eq!(grads.get(&table).unwrap().to_vec2::<f32>()?, [[1., 1.], [0., 0.], [3., 3.]]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    fn kaio_embedding(&self, ids: &Tensor) -> Result<Tensor>;
-}
-
-impl KaioTensorExt for Tensor {
-    fn kaio_matmul_tc(&self, rhs: &Tensor) -> Result<Tensor> {
-        op::matmul("kaio_matmul_tc", self, rhs, &MatmulOptions::default())
-    }
-
-    fn kaio_matmul_tc_async(&self, rhs: &Tensor) -> Result<Tensor> {
-        op::matmul("kaio_matmul_tc_async", self, rhs, &MatmulOptions::default())
-    }
-
-    fn kaio_matmul_with(&self, rhs: &Tensor, opts: &MatmulOptions) -> Result<Tensor> {
-        op::matmul("kaio_matmul_with", self, rhs, opts)
-    }
-
-    fn kaio_matmul_int8(&self, rhs: &Tensor, scale: f32) -> Result<Tensor> {
-        op::matmul_int8(self, rhs, scale)
-    }
-
-    fn kaio_matmul_int4(&self, packed: &Tensor, scales: &Tensor) -> Result<Tensor> {
-        op::matmul_int4(self, packed, scales)
-    }
-
-    fn kaio_matmul_quant(&self, weight: &QuantWeight) -> Result<Tensor> {
-        op::matmul_quant("kaio_matmul_quant", self, weight, &MatmulOptions::default())
-    }
-
-    fn kaio_matmul_quant_with(&self, weight: &QuantWeight, opts: &MatmulOptions) -> Result<Tensor> {
-        op::matmul_quant("kaio_matmul_quant_with", self, weight, opts)
-    }
-
-    fn kaio_qkv_project(&self, weights: [&QuantWeight; 3]) -> Result<(Tensor, Tensor, Tensor)> {
-        op::qkv_project(self, weights).map(Into::into)
-    }
-
-    fn kaio_swiglu_project(&self, gate: &QuantWeight, up: &QuantWeight) -> Result<Tensor> {
-        op::swiglu_project(self, gate, up)
-    }
-
-    fn kaio_matmul_int8_with(&self, rhs: &Tensor, opts: &Int8Options) -> Result<Tensor> {
-        op::matmul_int8_with(self, rhs, opts)
-    }
-
-    fn kaio_matmul_fp8(&self, rhs: &Tensor, opts: &Fp8Options) -> Result<Tensor> {
-        op::matmul_fp8(self, rhs, opts)
-    }
-
-    fn kaio_attention_tc(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
-        op::attention_tc(self, k, v, causal)
-    }
-
-    fn kaio_flash_attn(&self, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
-        let opts = FlashAttnOptions::default().causal(causal);
-        op::flash_attn("kaio_flash_attn", self, k, v, &opts)
-    }
-
-    fn kaio_flash_attn_with(
-        &self,
-        k: &Tensor,
-        v: &Tensor,
-        opts: &FlashAttnOptions,
-    ) -> Result<Tensor> {
-        op::flash_attn("kaio_flash_attn_with", self, k, v, opts)
-    }
-
-    fn kaio_flash_attn_with_lse(
-        &self,
-        k: &Tensor,
-        v: &Tensor,
-        opts: &FlashAttnOptions,
-    ) -> Result<(Tensor, Tensor)> {
-        op::flash_attn_with_lse("kaio_flash_attn_with_lse", self, k, v, opts)
-    }
-
-    fn kaio_qkv_project_int8(
-        &self,
-        weights: [&Tensor; 3],
-        scales: [f32; 3],
-    ) -> Result<(Tensor, Tensor, Tensor)> {
-        op::qkv_project_of(self, QkvWeights::Int8 { weights, scales })
-    }
-
-    fn kaio_qkv_project_int4(
-        &self,
-        weights: [&Tensor; 3],
-        scales: [&Tensor; 3],
-    ) -> Result<(Tensor, Tensor, Tensor)> {
-        op::qkv_project_of(self, QkvWeights::Int4 { packed: weights, scales })
-    }
-
-    fn kaio_swiglu(&self, up: &Tensor) -> Result<Tensor> {
-        op::glu("kaio_swiglu", Gate::Silu, self, up)
-    }
-
-    fn kaio_geglu(&self, up: &Tensor) -> Result<Tensor> {
-        op::glu("kaio_geglu", Gate::GeluTanh, self, up)
-    }
-
-    fn kaio_add(&self, rhs: &Tensor) -> Result<Tensor> {
-        op::add(self, rhs)
-    }
-
-    fn kaio_rms_norm(&self, weight: &Tensor, eps: f32) -> Result<Tensor> {
-        op::rms_norm(self, weight, eps)
-    }
-
-    fn kaio_layer_norm(&self, weight: &Tensor, bias: Option<&Tensor>, eps: f32) -> Result<Tensor> {
-        op::layer_norm(self, weight, bias, eps)
-    }
-
-    fn kaio_add_rms_norm(
-        &self,
-        residual: &Tensor,
-        weight: &Tensor,
-        eps: f32,
-    ) -> Result<(Tensor, Tensor)> {
-        op::add_rms_norm(self, residual, weight, eps)
-    }
-
-    fn kaio_add_layer_norm(
-        &self,
-        residual: &Tensor,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-        eps: f32,
-    ) -> Result<(Tensor, Tensor)> {
-        op::add_layer_norm(self, residual, weight, bias, eps)
-    }
-
-    fn kaio_rope(&self, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
-        op::rope(self, cos, sin, layout)
-    }
-
-    fn kaio_softmax(&self) -> Result<Tensor> {
-        op::softmax(self)
-    }
-
-    fn kaio_cross_entropy(&self, targets: &Tensor, opts: &CrossEntropyOptions) -> Result<Tensor> {
-        op::cross_entropy(self, targets, opts)
-    }
-
-    fn kaio_linear_cross_entropy(
-        &self,
-        weight: &Tensor,
-        targets: &Tensor,
-        opts: &CrossEntropyOptions,
-    ) -> Result<Tensor> {
-        op::linear_cross_entropy(self, weight, targets, opts)
-    }
-
     fn kaio_embedding(&self, ids: &Tensor) -> Result<Tensor> {
-        op::embedding(self, ids)
+        op::embedding(self.as_ref(), ids)
     }
 }
+
+impl KaioTensorExt for Tensor {}

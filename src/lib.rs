@@ -1,6 +1,6 @@
 //! Tensor operations with gradients for [candle](https://github.com/huggingface/candle), as methods
-//! of [`Tensor`](candle_core::Tensor): matmul of f16 and bf16, flash attention that
-//! back-propagates, int8 and int4 products, fused QKV projections; on the CPU and on NVIDIA GPUs.
+//! of [`Tensor`](candle_core::Tensor): matmul of f16 and bf16, flash attention, norms, losses, and products with
+//! quantised weights; and an optimizer. On the CPU and on NVIDIA GPUs.
 //!
 //! # Quick start
 //!
@@ -27,7 +27,7 @@
 //! |---|---|---|---|
 //! | [`kaio_matmul_tc`](KaioTensorExt::kaio_matmul_tc), [`_async`](KaioTensorExt::kaio_matmul_tc_async), [`kaio_matmul_with`](KaioTensorExt::kaio_matmul_with) | f16, bf16 | f32, f16, bf16 | yes |
 //! | [`kaio_flash_attn`](KaioTensorExt::kaio_flash_attn), [`_with`](KaioTensorExt::kaio_flash_attn_with), [`_with_lse`](KaioTensorExt::kaio_flash_attn_with_lse) | f16, bf16, f32 | the same, f32 | yes |
-//! | [`kaio_attention_tc`](KaioTensorExt::kaio_attention_tc) | f16 | f32 | no |
+//! | [`kaio_attention_tc`](KaioTensorExt::kaio_attention_tc) | f16 | f32 | yes |
 //! | [`kaio_embedding`](KaioTensorExt::kaio_embedding) | f16, bf16, f32 | the same | yes |
 //! | [`kaio_cross_entropy`](KaioTensorExt::kaio_cross_entropy) | f16, bf16, f32 | f32 | yes |
 //! | [`kaio_linear_cross_entropy`](KaioTensorExt::kaio_linear_cross_entropy) | f16, bf16, f32 by a `compute_dtype` | f32 | yes |
@@ -39,10 +39,10 @@
 //! | [`kaio_matmul_int8`](KaioTensorExt::kaio_matmul_int8) | int8 in u8 | f32 | no |
 //! | [`kaio_matmul_int8_with`](KaioTensorExt::kaio_matmul_int8_with) | int8 in u8 | f32, f16, bf16 | of the bias |
 //! | [`kaio_matmul_fp8`](KaioTensorExt::kaio_matmul_fp8) | f8e4m3 | f32, f16, bf16 | of the bias |
-//! | [`kaio_matmul_quant`](KaioTensorExt::kaio_matmul_quant), [`_with`](KaioTensorExt::kaio_matmul_quant_with) | f16, bf16 and a [`QuantWeight`](quant::QuantWeight) | the same, f32 | yes |
-//! | [`kaio_qkv_project`](KaioTensorExt::kaio_qkv_project), [`kaio_swiglu_project`](KaioTensorExt::kaio_swiglu_project) | the same | the same | yes |
-//! | [`kaio_matmul_int4`](KaioTensorExt::kaio_matmul_int4) | f16, int4 in u32 | f32 | yes |
-//! | [`kaio_qkv_project_int8`](KaioTensorExt::kaio_qkv_project_int8), [`_int4`](KaioTensorExt::kaio_qkv_project_int4) | f16, int8 or int4 | f16 | yes |
+//! | [`kaio_matmul_quant`](KaioTensorExt::kaio_matmul_quant), [`_with`](KaioTensorExt::kaio_matmul_quant_with) | f16, bf16 and a [`QuantWeight`](quant::QuantWeight) | the same, or `out_dtype` | of `x` and the bias |
+//! | [`kaio_qkv_project`](KaioTensorExt::kaio_qkv_project), [`kaio_swiglu_project`](KaioTensorExt::kaio_swiglu_project) | the same | that of `x` | of `x` |
+//! | [`kaio_matmul_int4`](KaioTensorExt::kaio_matmul_int4) | f16, int4 in u32 | f32 | of `lhs` |
+//! | [`kaio_qkv_project_int8`](KaioTensorExt::kaio_qkv_project_int8), [`_int4`](KaioTensorExt::kaio_qkv_project_int4) | f16, int8 or int4 | f16 | of `x` |
 //!
 //! Ops without a gradient refuse an input that tracks one. Some of candle-nn's do not: they leave what is
 //! upstream of them without a gradient, silently. [The recipes] say which and what to use instead, and have the
@@ -53,7 +53,7 @@
 //! # Features
 //!
 //! - none: CPU tensors. Builds everywhere.
-//! - `cuda`: CUDA tensors too, through this crate's own kernels (matmul, attention) and those of `kaio-ops`,
+//! - `cuda`: CUDA tensors too, through this crate's own kernels and, for matmul and attention, those of `kaio-ops`;
 //!   and the module `registry`, which keeps one `KaioDevice` for each GPU. It needs CUDA's compiler to build, and
 //!   a GPU of compute capability 8.0 or later to run (attention falls back to kaio-ops on older ones).
 //!   [`docs/engines.md`] lists limits, streams and environment variables.
@@ -62,8 +62,9 @@
 //!
 //! # Training
 //!
-//! [`train`] has AdamW in one launch for all variables, gradients that are clipped without the host, and a check that finds
-//! variables without a gradient.
+//! [`train`] has AdamW in one launch for all variables, gradients that are clipped without the host, a check that finds
+//! variables without a gradient, parts of a model that are computed again rather than kept, and blocks in which gradients are
+//! moved rather than added to zeros.
 //!
 //! # Kernels of your own
 //!

@@ -149,9 +149,26 @@ impl Corpus {
         (0..batch).map(window).collect()
     }
 
+    /// The mean of a loss, in nats per token, on text that is not trained on.
+    pub fn validation_loss(
+        &self,
+        batch: usize,
+        device: &Device,
+        loss: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<f64> {
+        let (mut sum, mut count) = (0.0, 0);
+        for windows in self.validation_batches(batch, device) {
+            let (tokens, targets) = windows?;
+            sum += f64::from(loss(&tokens, &targets)?.to_scalar::<f32>()?)
+                * tokens.elem_count() as f64;
+            count += tokens.elem_count();
+        }
+        Ok(sum / count as f64)
+    }
+
     /// The held-out text in windows that do not overlap, at most [`MAX_VALIDATION_WINDOWS`] of them
     /// spread over it.
-    pub fn validation_batches(
+    fn validation_batches(
         &self,
         batch: usize,
         device: &Device,

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use candle_core::{DType, Device};
 use lexopt::prelude::*;
 
+use crate::command::{at_least, device, positive};
 use crate::model::peft::Lora;
 use crate::model::{Base, Config, LINEARS};
-use crate::parse::{at_least, device, positive};
 
 const HELP: &str = "\
 Fine-tunes a Llama by low-rank matrices beside its frozen weights (LoRA), and writes them as PEFT has them.

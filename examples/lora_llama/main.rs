@@ -15,11 +15,11 @@
 //! after, and an adapter in the files of PEFT, from which it can go on.
 
 mod args;
+#[path = "../common/command.rs"]
+mod command;
 #[path = "../common/data.rs"]
 mod data;
 mod model;
-#[path = "../common/parse.rs"]
-mod parse;
 mod random;
 #[path = "../common/rng.rs"]
 mod rng;
@@ -44,13 +44,7 @@ use train::{Trainer, WARM_UP};
 const STATE: &str = "optimizer.safetensors";
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    command::exit(run())
 }
 
 fn run() -> std::result::Result<(), Box<dyn Error>> {

@@ -65,13 +65,7 @@ impl Trainer<'_> {
 
     /// The mean loss, in nats per token, on text that is not trained on.
     pub fn held_out(&self) -> Result<f64> {
-        let (mut sum, mut count) = (0.0, 0);
-        for batch in self.corpus.validation_batches(self.args.batch, &self.args.device) {
-            let (tokens, targets) = batch?;
-            let loss = self.model.loss(&tokens, &targets)?.to_scalar::<f32>()?;
-            sum += f64::from(loss) * tokens.elem_count() as f64;
-            count += tokens.elem_count();
-        }
-        Ok(sum / count as f64)
+        let (Args { batch, device, .. }, model) = (self.args, self.model.detached());
+        self.corpus.validation_loss(*batch, device, |tokens, targets| model.loss(tokens, targets))
     }
 }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use candle_core::Device;
 use lexopt::prelude::*;
 
+use crate::command::{at_least, device, positive};
 use crate::model::Config;
 use crate::ops::Arithmetic;
-use crate::parse::{at_least, device, positive};
 
 const HELP: &str = "\
 Trains a GPT or a Llama with kaio-candle: fused operations with gradients in bf16, AdamW with f32 copies of the weights.

@@ -20,12 +20,12 @@ mod benchmark;
 #[path = "../common/chart.rs"]
 mod chart;
 mod checkpoint;
+#[path = "../common/command.rs"]
+mod command;
 #[path = "../common/data.rs"]
 mod data;
 mod model;
 mod ops;
-#[path = "../common/parse.rs"]
-mod parse;
 #[path = "../common/rng.rs"]
 mod rng;
 mod sample;
@@ -39,18 +39,12 @@ use std::process::ExitCode;
 use args::Args;
 use chart::Series;
 use data::{Alphabet, Corpus};
-use model::{Config, Gpt};
+use model::Config;
 use ops::Arithmetic;
 use train::{SMOOTHING, Trained, train};
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    command::exit(run())
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
@@ -81,7 +75,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut runs = vec![(args.arithmetic, &trained)];
     runs.extend(reference.as_ref().map(|run| (Arithmetic::Reference, run)));
     for (arithmetic, run) in &runs {
-        let loss = validation_loss(&run.model, &corpus, &args)?;
+        let value = |tokens: &_, targets: &_| run.model.loss_value(tokens, targets);
+        let loss = corpus.validation_loss(args.batch, &args.device, value)?;
         println!("validation loss, {}: {loss:.3} nats a token", arithmetic.name());
     }
     if let Some(reference) = &reference {
@@ -104,18 +99,6 @@ fn run() -> Result<(), Box<dyn Error>> {
     println!("loss curve: {}", picture.display());
     println!("checkpoint: {}", args.checkpoint.display());
     Ok(())
-}
-
-/// The mean loss, in nats per token, on text that was not trained on.
-fn validation_loss(model: &Gpt, corpus: &Corpus, args: &Args) -> candle_core::Result<f64> {
-    let (mut sum, mut count) = (0.0, 0);
-    for batch in corpus.validation_batches(args.batch, &args.device) {
-        let (tokens, targets) = batch?;
-        let loss = model.loss(&tokens, &targets)?.to_scalar::<f32>()?;
-        sum += f64::from(loss) * tokens.elem_count() as f64;
-        count += tokens.elem_count();
-    }
-    Ok(sum / count as f64)
 }
 
 /// Where the smoothed curves are furthest apart, as the step's number, and by how much.

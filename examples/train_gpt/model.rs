@@ -197,6 +197,12 @@ impl Gpt {
             self.arithmetic.loss(&hidden, &self.embedding, &targets.flatten_all()?)
         })
     }
+
+    /// Its value alone, without the gradients that the loss of bf16 computes with it.
+    pub fn loss_value(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let hidden = self.hidden(tokens)?.flatten_to(1)?.detach();
+        self.arithmetic.loss(&hidden, &self.embedding.detach(), &targets.flatten_all()?)
+    }
 }
 
 /// The sum of what all blocks so far have added, of which the last part is still to add: norms do that on their way.

@@ -1,7 +1,9 @@
-//! A weight rounded to codes: the largest numbers of each group, and then its scale and codes.
+//! A weight rounded to codes: the largest numbers of each group, and then its scale and codes. In the same way floats are divided
+//! by a power of two of the largest (`divided`).
 //!
 //! All divisions and roundings are those of `quant::quantize`, so that a weight has the same codes wherever it is rounded.
 
+mod codes;
 mod divided;
 
 pub use divided::{FARTHEST, NEAREST};
@@ -10,10 +12,9 @@ use super::multiprocessor::WARP;
 use super::name::given;
 use super::params::{self, Argument, names};
 use super::plan::{Step, count, weight_limit};
-use super::quantize::{largest, rounded};
-use super::w4::NF4;
+use super::quantize::largest;
 use super::{Device, Element};
-use crate::ptx::{Factor, Kernel, Reg, Source, Target};
+use crate::ptx::{Kernel, Reg, Source, Target};
 
 /// Threads of a block.
 const THREADS: u32 = 128;
@@ -38,12 +39,6 @@ pub enum Code {
     Int8,
     /// Eight bits, e4m3.
     E4m3,
-    /// Themselves: elements in their type, divided by the power of two of the largest if f16 has not so many times that, or
-    /// few digits of it. That power is the scale.
-    Divided {
-        /// How many times.
-        farthest: u32,
-    },
 }
 
 impl Code {
@@ -54,7 +49,6 @@ impl Code {
             Self::Nf4 => "nf4",
             Self::Int8 => "int8",
             Self::E4m3 => "e4m3",
-            Self::Divided { .. } => "divided",
         }
     }
 
@@ -67,8 +61,29 @@ impl Code {
         match self {
             Self::Int4 { zeros: false } => 8,
             Self::Nf4 => 7,
-            Self::Int4 { zeros: true } | Self::Int8 | Self::E4m3 | Self::Divided { .. } => 0,
+            Self::Int4 { zeros: true } | Self::Int8 | Self::E4m3 => 0,
         }
+    }
+}
+
+/// What is made of a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Output {
+    /// The largest numbers of each group, which all others are made with.
+    Ranges,
+    /// Codes, and a scale for each group.
+    Codes(Code),
+    /// Of a weight that is one group, elements in their type, divided by the power of two of the largest if f16 has not so many
+    /// times that, or few digits of it. That power is the scale.
+    Divided {
+        /// How many times.
+        farthest: u32,
+    },
+}
+
+impl Output {
+    fn has_4bits(self) -> bool {
+        matches!(self, Self::Codes(code) if code.has_4bits())
     }
 }
 
@@ -84,8 +99,8 @@ pub struct Problem {
     pub group: [u64; 2],
     /// The type of the elements.
     pub element: Element,
-    /// The codes; none where the largest numbers are all that is wanted.
-    pub code: Option<Code>,
+    /// What is wanted.
+    pub output: Output,
 }
 
 impl Problem {
@@ -96,17 +111,14 @@ impl Problem {
 
     /// The type of the scales.
     pub fn scale(&self) -> Element {
-        match self.code {
-            Some(code) if code.has_4bits() => self.element,
-            _ => Element::F32,
-        }
+        if self.output.has_4bits() { self.element } else { Element::F32 }
     }
 
     /// Words of codes of four bits, bytes, or elements: those past the last one are not of the weight.
     pub fn written(&self) -> u64 {
-        match self.code {
-            Some(code) if code.has_4bits() => self.rows.div_ceil(ROWS.into()) * self.cols,
-            _ => (self.rows * self.cols).next_multiple_of(BYTES.into()),
+        match self.output.has_4bits() {
+            true => self.rows.div_ceil(ROWS.into()) * self.cols,
+            false => (self.rows * self.cols).next_multiple_of(BYTES.into()),
         }
     }
 
@@ -136,6 +148,13 @@ pub enum Config {
         /// Whether the GPU has an instruction that rounds to the codes.
         rounds: bool,
     },
+    /// Quotients by a power of two, and that: see [`Output::Divided`].
+    Divided {
+        /// The elements' type.
+        element: Element,
+        /// How many times the largest f16 must have.
+        farthest: u32,
+    },
 }
 
 impl Config {
@@ -147,11 +166,10 @@ impl Config {
             }
             Self::Codes { element, code, rounds } => {
                 let bits = given(!rounds, " by bits");
-                let of = match code {
-                    Code::Divided { farthest } => format!(" of {farthest}"),
-                    _ => String::new(),
-                };
-                format!("encode {}{of}, {}{bits}", code.name(), element.name())
+                format!("encode {}, {}{bits}", code.name(), element.name())
+            }
+            Self::Divided { element, farthest } => {
+                format!("encode divided of {farthest}, {}", element.name())
             }
         }
     }
@@ -161,7 +179,7 @@ impl Config {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
     ranges: Step,
-    codes: Option<Step>,
+    output: Option<Step>,
 }
 
 impl super::Plan for Plan {
@@ -169,26 +187,30 @@ impl super::Plan for Plan {
     type Name = Name;
 
     fn new(problem: &Problem, device: &Device) -> Self {
-        let Problem { rows, cols, group, element, code } = *problem;
+        let Problem { rows, cols, group, element, output } = *problem;
         let across = count(cols.div_ceil(THREADS.into()));
         let below = |rows_of_a_thread: u32| count(rows.div_ceil(rows_of_a_thread.into()));
         let ranges = Config::Ranges { element, wide: group[1] > 1 };
-        let codes = |code: Code| {
-            let rounds = code != Code::E4m3 || device.target != Target::Sm80;
-            let grid = match code.has_4bits() {
-                true => [below(ROWS), across, 1],
-                false => [count((rows * cols).div_ceil((THREADS * BYTES).into())), 1, 1],
-            };
-            Step { kernel: Config::Codes { element, code, rounds }.into(), grid }
+        let kernel = match output {
+            Output::Ranges => None,
+            Output::Codes(code) => {
+                let rounds = code != Code::E4m3 || device.target != Target::Sm80;
+                Some(Config::Codes { element, code, rounds })
+            }
+            Output::Divided { farthest } => Some(Config::Divided { element, farthest }),
+        };
+        let grid = match output.has_4bits() {
+            true => [below(ROWS), across, 1],
+            false => [count((rows * cols).div_ceil((THREADS * BYTES).into())), 1, 1],
         };
         Self {
             ranges: Step { kernel: ranges.into(), grid: [below(STRIP), across, 1] },
-            codes: code.map(codes),
+            output: kernel.map(|kernel| Step { kernel: kernel.into(), grid }),
         }
     }
 
     fn steps(&self) -> Vec<Step> {
-        [self.ranges].into_iter().chain(self.codes).collect()
+        [self.ranges].into_iter().chain(self.output).collect()
     }
 }
 
@@ -213,7 +235,7 @@ names! {
         Groups "groups",
         /// Two numbers of each group, zeros before: the bits of the largest magnitude of those below 0, and of the others.
         Ranges "ranges",
-        /// The address of the codes, a multiple of 4.
+        /// The address of the codes or quotients, a multiple of 4.
         Codes "codes",
         /// The address of the scales.
         Scales "scales",
@@ -266,16 +288,16 @@ pub fn emit(config: &Config) -> Source {
         Config::Codes { element, code, rounds } if code.has_4bits() => {
             let k = &Kernel::new("encode_words", Target::Sm80, THREADS);
             debug_assert!(rounds);
-            words(&Weight::new(k, element), code)
+            codes::words(&Weight::new(k, element), code)
         }
-        Config::Codes { element, code: Code::Divided { farthest }, .. } => {
+        Config::Divided { element, farthest } => {
             let k = &Kernel::new("encode_divided", Target::Sm80, THREADS);
             divided::emit(&Weight::new(k, element), farthest)
         }
         Config::Codes { element, code, rounds } => {
             let target = if code == Code::E4m3 && rounds { Target::Sm89 } else { Target::Sm80 };
             let k = &Kernel::new("encode_bytes", target, THREADS);
-            bytes(&Weight::new(k, element), code, rounds)
+            codes::bytes(&Weight::new(k, element), code, rounds)
         }
     }
 }
@@ -331,6 +353,11 @@ impl<'k> Weight<'k> {
             }
         }
     }
+
+    /// The largest magnitudes in a group, of numbers below 0 and of others.
+    fn range(&self, group: Reg<'k, u32>, exists: Reg<'k, bool>) -> [Reg<'k, f32>; 2] {
+        self.k.when(exists, || self.k.ld_global_nc::<f32, 2>(self.ranges.element(group, 8)))
+    }
 }
 
 /// A thread has some rows of a column.
@@ -367,127 +394,5 @@ fn ranges(element: Element, wide: bool) -> Source {
     let to = weight.ranges.element(group, 8);
     k.when(writes & below.gt(0), || k.red_max(to, below));
     k.when(writes & above.gt(0), || k.red_max(to.at(4), above));
-    k.finish()
-}
-
-/// What the codes of a group are made with.
-struct Scale<'k> {
-    scale: Reg<'k, f32>,
-    zero: Option<Reg<'k, i32>>,
-}
-
-impl<'k> Scale<'k> {
-    /// Of a group's number.
-    fn of(weight: &Weight<'k>, code: Code, group: Reg<'k, u32>, exists: Reg<'k, bool>) -> Self {
-        let k = weight.k;
-        let [below, above] =
-            k.when(exists, || k.ld_global_nc::<f32, 2>(weight.ranges.element(group, 8)));
-        let peak = above.max(below);
-        let exact = match code {
-            Code::Int4 { zeros: true } => above / 15.0 + below / 15.0,
-            Code::Int4 { zeros: false } => peak / 7.0,
-            Code::Nf4 => peak,
-            Code::Int8 => peak / 127.0,
-            Code::E4m3 => peak / 448.0,
-            Code::Divided { farthest } => {
-                return Self { scale: divided::power(peak, farthest), zero: None };
-            }
-        };
-        let up = match weight.element {
-            Element::Half(half) if code.has_4bits() => {
-                // The least number of the type from it on.
-                let near = k.cvt_rn(half, exact);
-                let more = k.select(k.widen(half, near).lt(exact), k.var(1u32), 0);
-                let [up, _] = k.unpack(half, k.pack(near, k.var(0u16)) + more);
-                up
-            }
-            _ => exact.max(f32::MIN_POSITIVE),
-        };
-        let scale = k.select(peak.eq(0.0), k.var(1f32), up);
-        let zeros = code == Code::Int4 { zeros: true };
-        let zero = zeros.then(|| (below / scale).nearest().min(15));
-        Self { scale, zero }
-    }
-
-    /// The code of an element, of four bits.
-    fn code(&self, code: Code, x: Reg<'k, f32>) -> Reg<'k, u32> {
-        let (k, x) = (x.kernel(), x / self.scale);
-        match code {
-            Code::Nf4 => NF4
-                .windows(2)
-                .map(|pair| k.select(x.gt(0.5 * (pair[0] + pair[1])), k.var(1u32), 0))
-                .reduce(|sum, one| sum + one)
-                .expect("there are sixteen values"),
-            _ => {
-                let code = match self.zero {
-                    Some(zero) => x.nearest() + zero,
-                    None => x.nearest() + 8,
-                };
-                code.max(0).min(15).cast()
-            }
-        }
-    }
-}
-
-/// A thread has a word: eight rows of a column.
-fn words(weight: &Weight, code: Code) -> Source {
-    let k = weight.k;
-    let (codes, scales) = (k.pointer(Name::Codes), k.pointer(Name::Scales));
-    let zeros = (code == Code::Int4 { zeros: true }).then(|| k.pointer(Name::Zeros));
-    let (word, col) = (k.block_x(), k.block_y() * THREADS + k.thread());
-    let (first, exists) = (word * ROWS, col.lt(weight.cols));
-    let below = first / weight.group_rows;
-    let group = below * weight.groups + col;
-    let scale = Scale::of(weight, code, group, exists);
-    let packed = (0..ROWS)
-        .map(|i| {
-            let row = first + i;
-            let there = row.lt(weight.rows);
-            let x = weight.load(weight.address(row, col), exists & there);
-            k.select(there, scale.code(code, x), code.zero()) << (4 * i)
-        })
-        .reduce(|all, one| all | one)
-        .expect("there are eight");
-    let place = word * weight.cols + col;
-    k.when(exists, || k.st_global(codes.element(place, 4), [packed]));
-    let leads = exists & (below * weight.group_rows).eq(first);
-    let to = scales.element(group, weight.element.size());
-    match weight.element {
-        Element::F32 => k.when(leads, || k.st_global(to, [scale.scale])),
-        Element::Half(half) => {
-            let exact = k.cvt_rn(half, scale.scale);
-            k.when(leads, || k.st_global(to, [exact]));
-        }
-    }
-    if let Some((zeros, zero)) = zeros.zip(scale.zero) {
-        k.when(leads, || k.st_global_u8(zeros.element(group, 1), zero.cast()));
-    }
-    k.finish()
-}
-
-/// A thread has four codes that follow each other.
-fn bytes(weight: &Weight, code: Code, rounds: bool) -> Source {
-    let k = weight.k;
-    let (codes, scales) = (k.pointer(Name::Codes), k.pointer(Name::Scales));
-    let group_cols = k.param::<u32>(Name::GroupCols);
-    let all = weight.rows * weight.cols;
-    let first = (k.block_x() * THREADS + k.thread()) * BYTES;
-    k.if_(first.lt(all), || {
-        let always = first.lt(all);
-        let quotients = [0, 1, 2, 3].map(|i| {
-            // Past the end the last one again.
-            let place = (first + i).min(all - 1);
-            let row = place / weight.cols;
-            let col = place - row * weight.cols;
-            let (below, right) = (row / weight.group_rows, col / group_cols);
-            let group = below * weight.groups + right;
-            let Scale { scale, .. } = Scale::of(weight, code, group, always);
-            let leads = (below * weight.group_rows).eq(row) & (right * group_cols).eq(col);
-            k.when(leads, || k.st_global(scales.element(group, 4), [scale]));
-            weight.load(weight.address(row, col), always) / scale
-        });
-        let code = if code == Code::Int8 { Factor::S8 } else { Factor::E4m3 };
-        k.st_global(codes.element(first, 1), [rounded(code, rounds, &quotients)]);
-    });
     k.finish()
 }

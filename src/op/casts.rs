@@ -22,7 +22,7 @@ pub(super) fn check_compute_dtype(op: &'static str, dtype: Option<DType>) -> Res
     }
 }
 
-/// What two operands are multiplied in: a dtype that was asked for, or else that of both.
+/// What two operands are multiplied in: a dtype that was asked for, to which they can be cast, or else that of both.
 pub(super) fn multiplied_in(
     op: &'static str,
     operands @ [a, b]: [check::Arg; 2],
@@ -30,7 +30,7 @@ pub(super) fn multiplied_in(
 ) -> Result<DType> {
     match check_compute_dtype(op, computed)? {
         Some(dtype) => {
-            operands.into_iter().try_for_each(|arg| check::dtype(op, arg, &CASTABLE))?;
+            operands.into_iter().try_for_each(|arg| check_castable(op, arg, dtype))?;
             Ok(dtype)
         }
         None => {
@@ -39,6 +39,15 @@ pub(super) fn multiplied_in(
             Ok(a.1.dtype())
         }
     }
+}
+
+/// An argument can be cast to a dtype, if it has another one.
+pub(super) fn check_castable(op: &'static str, arg: check::Arg, dtype: DType) -> Result<()> {
+    check::dtype(op, arg, &CASTABLE)?;
+    if arg.1.dtype() != dtype {
+        check::made(op, arg, arg.1.dims())?;
+    }
+    Ok(())
 }
 
 /// Each of two operands in the dtype in which they are multiplied, if it has another one. A matrix on the right is a weight. What they

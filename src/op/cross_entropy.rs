@@ -70,12 +70,15 @@ pub(super) fn check_targets(
     }
 }
 
-/// Targets without gaps, one after the other.
-pub(super) fn packed_targets(targets: &Tensor) -> Result<Tensor> {
-    match targets.elem_count() {
-        0 => Tensor::zeros(0, targets.dtype(), targets.device()),
-        _ => targets.flatten_all()?.contiguous(),
+/// Indices without gaps, one after the other.
+pub(super) fn packed(op: &'static str, (arg, t): check::Arg) -> Result<Tensor> {
+    if t.elem_count() == 0 {
+        return Tensor::zeros(0, t.dtype(), t.device());
     }
+    if !t.is_contiguous() {
+        check::made(op, (arg, t), t.dims())?;
+    }
+    t.flatten_all()?.contiguous()
 }
 
 /// The cross-entropy of `logits [.., V]` with `targets [..]`.
@@ -106,7 +109,7 @@ pub(crate) fn cross_entropy(
         Reduction::Mean | Reduction::Sum => Shape::from(()),
     };
     let call = CrossEntropy { op, row_loss, reduction: opts.reduction, out };
-    let [loss] = apply(call, &[&rows, &packed_targets(targets)?])?;
+    let [loss] = apply(call, &[&rows, &packed(op, ("targets", targets))?])?;
     Ok(loss)
 }
 

@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, CudaStorage, DType, Result, Shape, Tensor};
 
+use super::cross_entropy::packed;
 use super::{Computed, Differentiable, Op, View, apply, eval};
 use crate::stack::Stack;
 use crate::{check, cpu, cuda};
@@ -21,11 +22,7 @@ pub(crate) fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     if table.device().is_cpu() {
         check::memory(op, "the result", &dims, DType::F32)?;
     }
-    let packed = match ids.elem_count() {
-        0 => Tensor::zeros(0, ids.dtype(), ids.device())?,
-        _ => ids.flatten_all()?.contiguous()?,
-    };
-    let [out] = apply(Embedding { op, out: dims.into() }, &[table, &packed])?;
+    let [out] = apply(Embedding { op, out: dims.into() }, &[table, &packed(op, i)?])?;
     Ok(out)
 }
 

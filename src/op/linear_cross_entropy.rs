@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, CudaStorage, DType, Device, Layout, Result, Shape, Tensor};
 
-use super::cross_entropy::{RowLoss, check_targets, packed_targets};
+use super::cross_entropy::{RowLoss, check_targets, packed};
 use super::{Computed, Differentiable, MatmulProblem, Op, View, apply, cast, casts, eval_all};
 use crate::options::{CrossEntropyOptions, Reduction};
 use crate::stack::Stack;
@@ -57,6 +57,9 @@ pub fn linear_cross_entropy_within(
         dtypes: [hidden.dtype(), weight.dtype()],
         workspace,
     };
+    if !hidden.is_contiguous() {
+        check::made(op, x, hidden.dims())?;
+    }
     let x = hidden.reshape((targets.elem_count(), depth))?;
     let cast = casts::operands([&x, weight], dtype)?;
     let [a, b] = [(&cast[0], &x), (&cast[1], weight)];
@@ -64,7 +67,7 @@ pub fn linear_cross_entropy_within(
         [a, b].map(|(cast, t)| Some(cast.as_ref().unwrap_or(t))),
         [a, b].map(|(cast, t)| cast.as_ref().and(Some(t))),
     ];
-    let targets = packed_targets(targets)?;
+    let targets = packed(op, ("targets", targets))?;
     let inputs = multiplied.into_iter().chain([Some(&targets)]).chain(sources);
     let [loss] = apply(call, &inputs.flatten().collect::<Vec<_>>())?;
     Ok(loss)

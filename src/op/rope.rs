@@ -48,7 +48,9 @@ pub(crate) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -
     if x.device().is_cpu() {
         check::memory(NAME, "the result", of_x, DType::F32)?;
     }
-    let [out] = apply(Rope { layout, back: false }, &[x, cos, sin])?;
+    // What of the tables is not read is not copied either.
+    let [cos, sin] = [cos, sin].map(|angles| angles.narrow(angles.rank() - 2, 0, positions));
+    let [out] = apply(Rope { layout, back: false }, &[x, &cos?, &sin?])?;
     Ok(out)
 }
 

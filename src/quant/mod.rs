@@ -56,11 +56,5 @@ fn wrap(rounded: &Tensor, modulus: f64) -> Result<Tensor> {
 /// that are made of it, of up to four bytes an element.
 fn sizes(op: &'static str, arg: Arg, dims: &[usize]) -> Result<()> {
     check::tensor(op, arg)?;
-    let what = format_args!("what is made of `{}`,", arg.0);
-    check::size(op, what, dims, DType::F32)?;
-    match arg.1.device().is_cpu() {
-        true => check::memory(op, what, dims, DType::F32)?,
-        false => check::copyable(op, dims.iter().product())?,
-    }
-    Ok(())
+    Ok(check::made(op, arg, dims)?)
 }

@@ -68,6 +68,7 @@ impl Planes {
         if let Some(order) = order {
             shape(op, ("order", &order.rows), &[k])?;
         }
+        check::copies(op, &args)?;
         Ok(())
     }
 

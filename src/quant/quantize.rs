@@ -34,6 +34,9 @@ pub(super) fn quantize(op: &'static str, weight: Arg, scheme: QuantScheme) -> Re
         }
         return cuda::encode(op, weight.1, scheme);
     }
+    check::copies(op, &[weight])?;
+    // A range of each group: of two numbers.
+    check::memory(op, "the scales", &groups(scheme, dims), DType::F64)?;
     let values = host(op, weight)?;
     // Scales of checkpoints: those of groups of four bits are as many as to weigh something.
     let scale_dtype = if scheme.is_4bit() { dtype } else { DType::F32 };

@@ -86,6 +86,7 @@ impl QuantWeight {
         let k = packed.dims()[0].saturating_mul(8);
         check::int4_weight(OP, ("packed", k), args[0], args[1])?;
         check::dtype(OP, args[1], &check::FLOATS)?;
+        check::copies(OP, &args)?;
         let planes = Planes {
             scheme: QuantScheme::Int4 { group: INT4_GROUP as i32, zero_points: false },
             dims: [k, packed.dims()[1]],
@@ -119,7 +120,7 @@ impl QuantWeight {
     /// Another dtype or shape, a tracked input, a scale that is infinite or NaN.
     pub fn from_int8(codes: &Tensor, scales: &Tensor) -> Result<Self> {
         const OP: &str = "QuantWeight::from_int8";
-        let (per, scales) = scales_of(OP, ("codes", codes), scales)?;
+        let (per, scales) = scales_of(OP, ("codes", codes), ("scales", scales))?;
         Self::of_bytes(OP, QuantScheme::Int8 { per }, codes, scales)
     }
 
@@ -136,7 +137,7 @@ impl QuantWeight {
     /// Another dtype or shape, a tracked input, a scale that is infinite or NaN.
     pub fn from_fp8(codes: &Tensor, scales: &Tensor) -> Result<Self> {
         const OP: &str = "QuantWeight::from_fp8";
-        let (per, scales) = scales_of(OP, ("codes", codes), scales)?;
+        let (per, scales) = scales_of(OP, ("codes", codes), ("scales", scales))?;
         Self::of_bytes(OP, QuantScheme::Fp8 { per }, codes, scales)
     }
 
@@ -335,8 +336,11 @@ fn explain<const N: usize>(
 }
 
 /// What shares a scale of a matrix of bytes, by the shape of its scales, which become a matrix.
-pub(crate) fn scales_of(op: &'static str, codes: Arg, scales: &Tensor) -> Result<(Per, Tensor)> {
+pub(crate) fn scales_of(op: &'static str, codes: Arg, arg: Arg) -> Result<(Per, Tensor)> {
+    let (_, scales) = arg;
     check::rank(op, codes, 2..=2, "[K, N]", "a weight is one matrix")?;
+    check::tensor(op, arg)?;
+    check::copies(op, &[arg])?;
     let (_, n) = codes.1.dims2()?;
     match *scales.dims() {
         _ if scales.elem_count() == 1 => Ok((Per::Tensor, scales.reshape((1, 1))?)),

@@ -137,6 +137,16 @@ pub fn rope(device: &Device) {
         tally.case(format!("{case:?}"), || case.check(device));
     }
     tally.case("candle's", || candles(device));
+    tally.case("tables of more positions than memory holds", || {
+        let mut source = Source::new("tables", device);
+        let [x, cos, sin] = [[3, 8], [1, 4], [1, 4]].map(|dims| source.tensor(F32, &dims, Plain));
+        let (x, cos, sin) = (x?, cos?, sin?);
+        let turned = |positions: usize| {
+            let table = |t: &Tensor| t.broadcast_as((positions, 4));
+            x.kaio_rope(&table(&cos)?, &table(&sin)?, RopeLayout::Halves)
+        };
+        identical("out", &turned(1 << 40)?, &Nd::of(&turned(3)?)?)
+    });
     for dims in [&[0, 8][..], &[3, 0], &[2, 0, 4, 8], &[0, 2, 4, 8]] {
         tally.case(format!("{dims:?}"), || {
             let angles =

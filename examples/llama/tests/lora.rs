@@ -1,9 +1,10 @@
-//! The Llama of examples/lora_llama beside that of candle-transformers: models of the same files have the same logits, its
-//! gradients are the slopes of the other one's loss, and a merged adapter is the adapted model.
+//! The Llama of examples/lora_llama, and that of candle-transformers of the same files, beside the plain formulas in f64: logits,
+//! gradients, and a merged adapter.
 
 #[allow(dead_code, reason = "the example uses more of it")]
 #[path = "../../lora_llama/model/mod.rs"]
 mod model;
+mod plain;
 #[path = "../../common/rng.rs"]
 mod rng;
 
@@ -12,11 +13,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device::Cpu, IndexOp, Result, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap, loss::cross_entropy};
-use candle_transformers::models::llama::{Cache, Llama, LlamaConfig};
+use candle_nn::{VarBuilder, VarMap};
+use candle_transformers::models::llama::{self, Cache, Llama, LlamaConfig};
 use kaio_candle::train::{self, grads_complete};
 use model::peft::Lora;
 use model::{Base, Options, weights};
+use plain::Plain;
 use rng::Rng;
 use serde_json::{Value, json};
 
@@ -40,10 +42,7 @@ impl Folder {
         // A model that is loaded from an empty map fills it. Its names and shapes are what counts: a generator without a seed
         // has drawn the values.
         let map = VarMap::new();
-        Llama::load(
-            VarBuilder::from_varmap(&map, DType::F32, &Cpu),
-            &parsed(config).into_config(false),
-        )?;
+        Llama::load(VarBuilder::from_varmap(&map, DType::F32, &Cpu), &parsed(config))?;
         let map: BTreeMap<_, _> = map.data().lock().unwrap().clone().into_iter().collect();
         let mut rng = Rng::new(0, Rng::WEIGHTS);
         let tensors = map.into_iter().map(|(name, var)| {
@@ -90,8 +89,8 @@ fn config(heads: usize, kv_heads: usize, tied: bool, rope_scaling: Value) -> Val
 }
 
 /// As candle-transformers reads it.
-fn parsed(config: &Value) -> LlamaConfig {
-    serde_json::from_value(config.clone()).unwrap()
+fn parsed(config: &Value) -> llama::Config {
+    serde_json::from_value::<LlamaConfig>(config.clone()).unwrap().into_config(false)
 }
 
 fn llama3() -> Value {
@@ -101,13 +100,18 @@ fn llama3() -> Value {
     })
 }
 
-/// Of all positions: the logits of the last one are those that candle-transformers gives.
-fn theirs(folder: &Path, config: &Value, dtype: DType, tokens: &Tensor) -> Result<Tensor> {
-    let config = parsed(config).into_config(false);
+/// The weights in a model's folder.
+fn tensors(folder: &Path) -> Result<HashMap<String, Tensor>> {
     let files = weights::files(folder)?;
     let tensors = files.iter().map(|file| candle_core::safetensors::load(file, &Cpu));
-    let tensors = tensors.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
-    let llama = Llama::load(VarBuilder::from_tensors(tensors, dtype, &Cpu), &config)?;
+    Ok(tensors.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+}
+
+/// Of all positions: the logits of the last one are those that candle-transformers gives.
+fn theirs(folder: &Path, config: &Value, dtype: DType, tokens: &Tensor) -> Result<Tensor> {
+    let config = parsed(config);
+    let vb = VarBuilder::from_tensors(tensors(folder)?, dtype, &Cpu);
+    let llama = Llama::load(vb, &config)?;
     let logits = (1..=tokens.dim(1)?).map(|seq| {
         let mut cache = Cache::new(false, dtype, &config, &Cpu)?;
         llama.forward(&tokens.narrow(1, 0, seq)?, 0, &mut cache)
@@ -127,8 +131,30 @@ fn tokens(seq: usize) -> Result<[Tensor; 2]> {
     Ok([ids.i((.., ..seq))?.contiguous()?, ids.i((.., 1..))?.contiguous()?])
 }
 
-fn largest(t: &Tensor) -> Result<f32> {
-    t.abs()?.flatten_all()?.max(0)?.to_scalar()
+fn largest(t: &Tensor) -> Result<f64> {
+    t.to_dtype(DType::F64)?.abs()?.flatten_all()?.max(0)?.to_scalar()
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> Result<f64> {
+    largest(&(a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?)
+}
+
+/// How far from the exact result one may be that is computed in a dtype: twice as far as the plain formula's, and an ulp of the
+/// largest number.
+fn allowed(dtype: DType, plain: &Tensor, exact: &Tensor) -> Result<f64> {
+    let digits = match dtype {
+        DType::BF16 => 7,
+        DType::F16 => 10,
+        _ => 23,
+    };
+    Ok(2. * distance(plain, exact)? + 0.5f64.powi(digits) * largest(exact)?)
+}
+
+fn assert_within(what: &str, got: &Tensor, exact: &Tensor, allowed: f64) -> Result<()> {
+    let error = distance(got, exact)?;
+    println!("{what}: {error:.1e} away, {allowed:.1e} is allowed");
+    assert!(error <= allowed, "{what}: {error} away, {allowed} is allowed");
+    Ok(())
 }
 
 #[test]
@@ -142,15 +168,19 @@ fn logits_are_those_of_candle_transformers() -> Result<()> {
     ];
     for (name, config, sharded) in cases {
         let folder = Folder::of_model(name, &config, DType::BF16, sharded)?;
-        let exact = theirs(&folder.0, &config, DType::F32, &tokens)?;
-        let ulps = 200. * f32::EPSILON * largest(&exact)?;
+        let (parsed, weights) = (parsed(&config), tensors(&folder.0)?);
+        let plain = |dtype| {
+            let adapter = (HashMap::new(), 0.);
+            Plain { config: &parsed, weights: &weights, adapter, dtype }.logits(&tokens)
+        };
+        let exact = plain(DType::F64)?;
         for dtype in [DType::F32, DType::BF16, DType::F16] {
-            let own = largest(&(theirs(&folder.0, &config, dtype, &tokens)? - &exact)?)?;
-            let error = largest(&(ours(&folder.0, dtype, false)?.logits(&tokens)? - &exact)?)?;
-            // Sums of another order in f32; in 16 bits twice as far away as candle's at most.
-            let allowed = ulps + 2. * own;
-            println!("{name}, {dtype:?}: {error:.1e} away, {allowed:.1e} is allowed");
-            assert!(error <= allowed, "{name}, {dtype:?}: {error} away, {allowed} is allowed");
+            let allowed = allowed(dtype, &plain(dtype)?, &exact)?;
+            let what = |model| format!("{name}, {dtype:?}, {model}");
+            let logits = theirs(&folder.0, &config, dtype, &tokens)?;
+            assert_within(&what("candle-transformers"), &logits, &exact, allowed)?;
+            let logits = ours(&folder.0, dtype, false)?.logits(&tokens)?;
+            assert_within(&what("this crate"), &logits, &exact, allowed)?;
         }
     }
     Ok(())
@@ -163,17 +193,6 @@ fn adapt(model: &mut model::Llama, lora: &Lora) -> Result<HashMap<String, Var>> 
     Ok(vars.into_iter().collect())
 }
 
-/// The logits of candle-transformers' model with the adapter merged into its weights.
-fn merged(
-    (lora, folder, config): (&Lora, &Folder, &Value),
-    adapter: &HashMap<String, Tensor>,
-    tokens: &Tensor,
-) -> Result<Tensor> {
-    let merged = Folder::new("merged")?;
-    lora.merge(adapter, &folder.0, &merged.0)?;
-    theirs(&merged.0, config, DType::F32, tokens)
-}
-
 fn values(vars: &HashMap<String, Var>) -> HashMap<String, Tensor> {
     vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
 }
@@ -184,17 +203,29 @@ fn a_merged_adapter_is_the_adapted_model() -> Result<()> {
     let config = config(4, 2, false, llama3());
     let folder = Folder::of_model("adapted", &config, DType::F32, true)?;
     let all = model::LINEARS.map(str::to_owned).to_vec();
-    let plain = theirs(&folder.0, &config, DType::F32, &tokens)?;
+    let (parsed, weights) = (parsed(&config), tensors(&folder.0)?);
+    let plain = |weights: &_, adapter, dtype| {
+        Plain { config: &parsed, weights, adapter, dtype }.logits(&tokens)
+    };
+    let none = || (HashMap::new(), 0.);
     for targets in [all, vec!["q_proj".into(), "mlp.down_proj".into()]] {
         let lora = Lora::new(4, 8., targets)?;
         let mut model = ours(&folder.0, DType::F32, false)?;
         let vars = adapt(&mut model, &lora)?;
         let logits = model.logits(&tokens)?;
-        let want = merged((&lora, &folder, &config), &values(&vars), &tokens)?;
-        let allowed = 200. * f32::EPSILON * largest(&want)?;
-        let error = largest(&(&logits - &want)?)?;
-        assert!(error <= allowed, "{error} away, {allowed} is allowed");
-        assert!(largest(&(&logits - &plain)?)? > 0.1, "the adapter has an effect");
+        let adapter = || (vars.clone(), lora.scale());
+        let exact = plain(&weights, adapter(), DType::F64)?;
+        let formula = plain(&weights, adapter(), DType::F32)?;
+        let within = allowed(DType::F32, &formula, &exact)?;
+        assert_within("adapted", &logits, &exact, within)?;
+        assert!(distance(&exact, &plain(&weights, none(), DType::F64)?)? > 0.1, "it has an effect");
+
+        let merged = Folder::new("merged")?;
+        lora.merge(&values(&vars), &folder.0, &merged.0)?;
+        let sums = tensors(&merged.0)?;
+        let formula = plain(&sums, none(), DType::F32)?;
+        let within = allowed(DType::F32, &formula, &exact)?;
+        assert_within("merged", &theirs(&merged.0, &config, DType::F32, &tokens)?, &exact, within)?;
 
         // And what is written is read.
         let saved = Folder::new("adapter")?;
@@ -203,74 +234,60 @@ fn a_merged_adapter_is_the_adapted_model() -> Result<()> {
         assert_eq!(read, lora);
         let mut again = ours(&folder.0, DType::F32, false)?;
         assert_eq!(tensors.len(), again.adapt(&read, |name, _| Ok(tensors[name].clone()))?.len());
-        assert_eq!(largest(&(again.logits(&tokens)? - logits)?)?, 0.);
+        assert_eq!(distance(&again.logits(&tokens)?, &logits)?, 0.);
     }
     Ok(())
 }
 
-/// Along the gradient of a kind of matrix, in all layers, the other model's loss rises by that gradient's norm.
 #[test]
-fn gradients_are_slopes_of_the_merged_model() -> Result<()> {
-    const STEP: f64 = 0.01;
+fn a_detached_model_has_the_loss_and_no_graph() -> Result<()> {
     let [tokens, targets] = tokens(24)?;
-    let config = config(4, 2, true, llama3());
-    let folder = Folder::of_model("slopes", &config, DType::F32, false)?;
+    let folder = Folder::of_model("detached", &config(4, 2, false, llama3()), DType::BF16, false)?;
     let lora = Lora::new(4, 8., model::LINEARS.map(str::to_owned).to_vec())?;
-    let mut model = ours(&folder.0, DType::F32, false)?;
-    let vars = adapt(&mut model, &lora)?;
-    let grads = model.loss(&tokens, &targets)?.backward()?;
-    grads_complete(&vars, &grads)?;
-    let loss = |adapter: &HashMap<String, Tensor>| -> Result<f64> {
-        let logits = merged((&lora, &folder, &config), adapter, &tokens)?.flatten_to(1)?;
-        Ok(cross_entropy(&logits, &targets.flatten_all()?)?.to_scalar::<f32>()?.into())
-    };
-    for kind in model::LINEARS.iter().flat_map(|name| [(name, "lora_A"), (name, "lora_B")]) {
-        let kind = format!(".{}.{}.weight", kind.0, kind.1);
-        let of_kind: Vec<_> = vars.iter().filter(|(name, _)| name.ends_with(&kind)).collect();
-        assert_eq!(of_kind.len(), 3, "{kind}");
-        let squares = of_kind
-            .iter()
-            .map(|(_, var)| grads.get(var).unwrap().sqr()?.sum_all()?.to_scalar::<f32>());
-        let norm = f64::from(squares.sum::<Result<f32>>()?).sqrt();
-        let at = |step: f64| {
-            let mut moved = values(&vars);
-            for (name, var) in &of_kind {
-                let way = (grads.get(var).unwrap() * (step / norm))?;
-                moved.insert(name.to_string(), (var.as_tensor() + way)?.detach());
-            }
-            loss(&moved)
-        };
-        let slope = (at(STEP)? - at(-STEP)?) / (2. * STEP);
-        println!("{kind}: norm {norm:.5}, slope {slope:.5}");
-        assert!((slope - norm).abs() < 0.01 * norm, "{kind}: norm {norm}, slope {slope}");
+    for (dtype, recompute) in [(DType::F32, false), (DType::BF16, false), (DType::BF16, true)] {
+        let mut model = ours(&folder.0, dtype, recompute)?;
+        adapt(&mut model, &lora)?;
+        let [loss, value] = [&model, &model.detached()].map(|model| model.loss(&tokens, &targets));
+        let (loss, value) = (loss?, value?);
+        assert!(loss.track_op() && !value.track_op(), "{dtype:?}");
+        assert_eq!(loss.to_scalar::<f32>()?, value.to_scalar::<f32>()?, "{dtype:?}");
     }
     Ok(())
 }
 
-/// In 16 bits other operations of this crate compute. Errors are of the size of the dtype's epsilon, where a part that is missing
-/// would be as large as what there is.
 #[test]
-fn gradients_in_16_bits_are_those_in_f32() -> Result<()> {
+fn gradients_are_those_of_the_plain_formula() -> Result<()> {
     let [tokens, targets] = tokens(SEQ)?;
-    let config = config(4, 2, false, llama3());
-    let folder = Folder::of_model("bits", &config, DType::BF16, false)?;
     let lora = Lora::new(4, 8., model::LINEARS.map(str::to_owned).to_vec())?;
-    let gradients = |dtype, recompute| -> Result<BTreeMap<String, Tensor>> {
-        let mut model = ours(&folder.0, dtype, recompute)?;
-        let vars = adapt(&mut model, &lora)?;
-        let grads = train::cast_once(|| model.loss(&tokens, &targets)?.backward())?;
-        grads_complete(&vars, &grads)?;
-        Ok(vars.iter().map(|(name, var)| (name.clone(), grads.get(var).unwrap().clone())).collect())
-    };
-    let exact = gradients(DType::F32, false)?;
-    let norm = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f32>().map(f32::sqrt);
-    for (dtype, epsilon) in [(DType::BF16, 2f32.powi(-7)), (DType::F16, 2f32.powi(-10))] {
-        let [kept, again] = [gradients(dtype, false)?, gradients(dtype, true)?];
-        for (name, exact) in &exact {
-            let error = norm(&(&kept[name] - exact)?)? / norm(exact)? / epsilon;
-            println!("{name}, {dtype:?}: {error:.1} epsilons");
-            assert!(error < 12., "{name}, {dtype:?}: {error} epsilons of its norm away");
-            assert_eq!(largest(&(&again[name] - &kept[name])?)?, 0., "{name}, computed again");
+    for (name, config) in
+        [("tied", config(4, 4, true, Value::Null)), ("llama3", config(4, 2, false, llama3()))]
+    {
+        let folder = Folder::of_model(&format!("slopes-{name}"), &config, DType::BF16, false)?;
+        let (parsed, weights) = (parsed(&config), tensors(&folder.0)?);
+        let gradients = |dtype, recompute| -> Result<_> {
+            let mut model = ours(&folder.0, dtype, recompute)?;
+            let vars = adapt(&mut model, &lora)?;
+            let grads = train::cast_once(|| model.loss(&tokens, &targets)?.backward())?;
+            grads_complete(&vars, &grads)?;
+            Ok((vars, grads))
+        };
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let (vars, kept) = gradients(dtype, false)?;
+            let (again, recomputed) = gradients(dtype, true)?;
+            let plain = |dtype| {
+                let adapter = (vars.clone(), lora.scale());
+                Plain { config: &parsed, weights: &weights, adapter, dtype }
+                    .gradients(&tokens, &targets)
+            };
+            let (exact, plain) = (plain(DType::F64)?, plain(dtype)?);
+            assert_eq!(exact.len(), 3 * 2 * model::LINEARS.len());
+            for (matrix, exact) in &exact {
+                let got = kept.get(&vars[matrix]).unwrap();
+                let within = allowed(dtype, &plain[matrix], exact)?;
+                assert_within(&format!("{name}, {dtype:?}, {matrix}"), got, exact, within)?;
+                let same = distance(recomputed.get(&again[matrix]).unwrap(), got)?;
+                assert_eq!(same, 0., "{name}, {dtype:?}, {matrix}, computed again");
+            }
         }
     }
     Ok(())

@@ -84,6 +84,13 @@ impl Linear {
         self.adapter = Some(adapter);
     }
 
+    /// Makes constants of the adapter's matrices.
+    pub fn detach(&mut self) {
+        for matrix in self.adapter.iter_mut().flat_map(|Adapter { a, b, .. }| [a, b]) {
+            *matrix = matrix.detach();
+        }
+    }
+
     /// In the dtype of `x`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let frozen = match &self.weight {

@@ -25,6 +25,8 @@ pub struct Options {
     pub recompute: bool,
 }
 
+/// A clone shares the weights.
+#[derive(Clone)]
 pub struct Llama {
     config: Config,
     recompute: bool,
@@ -90,6 +92,17 @@ impl Llama {
             }
         }
         Ok(vars)
+    }
+
+    /// The same model without variables: no graph is kept of what it computes, and its loss computes no gradient.
+    pub fn detached(&self) -> Self {
+        let mut model = self.clone();
+        model
+            .layers
+            .iter_mut()
+            .flat_map(Layer::linears_mut)
+            .for_each(|(_, linear)| linear.detach());
+        model
     }
 
     /// The last layer's result, normalised, `[B, S, hidden_size]`.

@@ -11,7 +11,7 @@ use super::limit::countable;
 use super::operand::element;
 use super::plan::Plans;
 use super::quantised::tensor;
-use crate::kernel::encode::{Arguments, Code, Plan, Problem};
+use crate::kernel::encode::{Arguments, Code, Output, Plan, Problem};
 use crate::op::View;
 use crate::quant::QuantScheme;
 use crate::quant::planes::Planes;
@@ -38,7 +38,7 @@ pub(crate) fn encode(op: &'static str, weight: &Tensor, scheme: QuantScheme) -> 
         cols: n as u64,
         group: scheme.group(dims).map(|len| len as u64),
         element: element(weight.dtype()),
-        code: Some(code),
+        output: Output::Codes(code),
     };
     let groups = problem.groups().map(|count| count as usize);
     let device = storage.device();
@@ -63,13 +63,13 @@ pub(crate) fn encode(op: &'static str, weight: &Tensor, scheme: QuantScheme) -> 
     })
 }
 
-/// A matrix of floats, not empty, without gaps and divided by a power of two, and that power, f32: see [`Code::Divided`].
+/// A matrix of floats, not empty, without gaps and divided by a power of two, and that power, f32: see [`Output::Divided`].
 pub(super) fn divided(
     op: &'static str,
     (storage, layout): View<CudaStorage>,
     farthest: u32,
 ) -> Result<[CudaStorage; 2]> {
-    let problem = whole(layout.shape().dims2()?, storage.dtype(), Some(Code::Divided { farthest }));
+    let problem = whole(layout.shape().dims2()?, storage.dtype(), Output::Divided { farthest });
     let device = storage.device();
     let vector = |len: usize, dtype| uninit(device, &Shape::from(len), dtype);
     let mut results =
@@ -85,7 +85,7 @@ pub(crate) fn peak(op: &'static str, matrix: &Tensor) -> Result<f32> {
     }
     let (storage, layout) = matrix.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { unreachable!("it is on a GPU") };
-    let problem = whole(matrix.dims2()?, matrix.dtype(), None);
+    let problem = whole(matrix.dims2()?, matrix.dtype(), Output::Ranges);
     let ranges = run(op, (storage, &Stack::new(layout)), &problem, None, None)?;
     // Bits of magnitudes are in their order, and those of NaN the largest.
     let bits = tensor(ranges, 2).to_vec1::<u32>()?.into_iter().max();
@@ -93,9 +93,9 @@ pub(crate) fn peak(op: &'static str, matrix: &Tensor) -> Result<f32> {
 }
 
 /// Of a matrix that is one group.
-fn whole((rows, cols): (usize, usize), dtype: DType, code: Option<Code>) -> Problem {
+fn whole((rows, cols): (usize, usize), dtype: DType, output: Output) -> Problem {
     let [rows, cols] = [rows, cols].map(|len| len as u64);
-    Problem { rows, cols, group: [rows, cols], element: element(dtype), code }
+    Problem { rows, cols, group: [rows, cols], element: element(dtype), output }
 }
 
 /// Launches the kernels, and gives the ranges of the groups.

@@ -9,6 +9,7 @@ use super::super::driver::order::Order;
 use super::limit::{SPLIT, countable};
 use super::plan::Plans;
 use super::quantised::tensor;
+use crate::check;
 use crate::error::Error;
 use crate::kernel::strided::{Arguments, MOST_DIMS, Plan, Problem};
 
@@ -21,7 +22,10 @@ pub(crate) fn copy(op: &'static str, view: &Tensor) -> Result<Tensor> {
         Storage::Cuda(storage) if storage.dtype() == DType::F8E4M3 => {
             Ok(tensor(packed_bytes(op, storage, layout)?, view.shape()))
         }
-        _ => view.force_contiguous(),
+        _ => {
+            check::copyable(op, view.elem_count())?;
+            view.force_contiguous()
+        }
     }
 }
 

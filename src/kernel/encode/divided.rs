@@ -1,6 +1,6 @@
 //! Elements in their own type over a power of two, such that f16 can have some times as much of each.
 
-use super::{BYTES, Code, Name, Scale, THREADS, Weight};
+use super::{BYTES, Name, THREADS, Weight};
 use crate::kernel::Element;
 use crate::ptx::{Reg, Source};
 
@@ -11,7 +11,7 @@ pub const FARTHEST: f32 = 32_768.0;
 
 /// The power of two of the largest magnitude if f16 has not `farthest` times that, or few digits of it; else 1, as of what is not
 /// finite.
-pub(super) fn power<'k>(peak: Reg<'k, f32>, farthest: u32) -> Reg<'k, f32> {
+fn power<'k>(peak: Reg<'k, f32>, farthest: u32) -> Reg<'k, f32> {
     const INFINITY: u32 = 0x7f80_0000;
     let k = peak.kernel();
     let element = peak * farthest as f32;
@@ -29,8 +29,8 @@ pub(super) fn emit(weight: &Weight, farthest: u32) -> Source {
     let first = (k.block_x() * THREADS + k.thread()) * BYTES;
     k.if_(first.lt(all), || {
         let always = first.lt(all);
-        let Scale { scale, .. } =
-            Scale::of(weight, Code::Divided { farthest }, k.var(0u32), always);
+        let [below, above] = weight.range(k.var(0u32), always);
+        let scale = power(above.max(below), farthest);
         let quotients = [0, 1, 2, 3].map(|i| {
             // Past the end the last one again.
             let place = (first + i).min(all - 1);

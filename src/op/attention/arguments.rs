@@ -327,6 +327,7 @@ fn check_bias(op: &'static str, q: Arg, (arg, t): Arg, want: [usize; 4]) -> Resu
 
 /// The lengths side by side. On the CPU each must fit: on a GPU the host would have to wait for them.
 fn values(op: &'static str, (name, t): Arg, rows: usize, packed: bool) -> Result<Tensor> {
+    check::copies(op, &[(name, t)])?;
     let t = t.contiguous()?;
     if !t.device().is_cpu() {
         return Ok(t);

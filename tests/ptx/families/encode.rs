@@ -1,6 +1,6 @@
 //! The rounding of weights.
 
-use kaio_candle::kernel::encode::{Arguments, Code, Config as Encode, Plan, Problem};
+use kaio_candle::kernel::encode::{Arguments, Code, Config as Encode, Output, Plan, Problem};
 use kaio_candle::kernel::{Config, Device, Element};
 use kaio_candle::ptx::Target;
 
@@ -22,16 +22,19 @@ impl Family for Encoders {
         let mut all = vec![];
         for element in [F16, BF16, Element::F32] {
             for (rows, cols) in cross(&[1, 129, 8192], &[1, 33, 28_672]) {
-                let of = |code, group| Problem { rows, cols, group, element, code };
+                let of = |output, group| Problem { rows, cols, group, element, output };
                 for code in [INT4, ZEROS, Code::Nf4] {
-                    all.extend([32, 64, 128, rows].map(|height| of(Some(code), [height, 1])));
+                    all.extend(
+                        [32, 64, 128, rows].map(|height| of(Output::Codes(code), [height, 1])),
+                    );
                 }
                 for code in [Code::Int8, Code::E4m3] {
                     let groups = [[rows, cols], [rows, 1], [128, 128]];
-                    all.extend(groups.map(|group| of(Some(code), group)));
+                    all.extend(groups.map(|group| of(Output::Codes(code), group)));
                 }
-                let divided = [8, 448].map(|farthest| Some(Code::Divided { farthest }));
-                all.extend([None].into_iter().chain(divided).map(|code| of(code, [rows, cols])));
+                let divided = [8, 448].map(|farthest| Output::Divided { farthest });
+                let whole = [Output::Ranges].into_iter().chain(divided);
+                all.extend(whole.map(|output| of(output, [rows, cols])));
             }
         }
         all
@@ -49,7 +52,12 @@ impl Family for Encoders {
                 let Device { target, .. } = gpu.device;
                 let has = code != Code::E4m3 || target != Target::Sm80;
                 rule(!rounds || has, "an instruction that there is not")?;
-                rule(Some(code) == problem.code && element == problem.element, "another type")
+                rule(Output::Codes(code) == problem.output, "other codes")?;
+                rule(element == problem.element, "another type")
+            }
+            Encode::Divided { element, farthest } => {
+                rule(Output::Divided { farthest } == problem.output, "another output")?;
+                rule(element == problem.element, "another type")
             }
         }
     }
@@ -70,8 +78,8 @@ impl Family for Encoders {
             problem,
             input: (address(), [problem.cols, 1]),
             ranges: address(),
-            results: problem.code.map(|_| [address(), address()]),
-            zeros: (problem.code == Some(ZEROS)).then(&mut address),
+            results: (problem.output != Output::Ranges).then(|| [address(), address()]),
+            zeros: (problem.output == Output::Codes(ZEROS)).then(&mut address),
         };
         passes(plan, &arguments, kernel, used)
     }
@@ -83,7 +91,7 @@ impl Family for Encoders {
             ("encode_words", codes(F16, ZEROS, true)),
             ("encode_nf4", codes(Element::F32, Code::Nf4, true)),
             ("encode_bytes", codes(BF16, Code::E4m3, false)),
-            ("encode_divided", codes(F16, Code::Divided { farthest: 8 }, true)),
+            ("encode_divided", Encode::Divided { element: F16, farthest: 8 }.into()),
         ]
     }
 }

@@ -1,8 +1,8 @@
 //! Sizes that wrap, as broadcast views have them without memory.
 
-use candle_core::DType::{self, BF16, F16, F32, U8, U32};
+use candle_core::DType::{self, BF16, F8E4M3, F16, F32, U8, U32};
 use candle_core::{Device, Tensor, bail};
-use kaio_candle::quant::QuantWeight;
+use kaio_candle::quant::{GptqFormat, QuantWeight};
 use kaio_candle::{Error, prelude::*, quant};
 
 use crate::suites::Tally;
@@ -121,6 +121,89 @@ pub fn sizes(device: &Device) {
             view(U8, &[rows, 1]).kaio_matmul_int8(&view(U8, &[1, cols]), 1.0) => TooLarge, "{int8}: the result [{rows}, {cols}] in f32 {no}";
             tc([&[rows, 1], &[1, 1], &[1, cols]]) => TooLarge, "kaio_attention_tc: the result [{rows}, {cols}] in f32 {no}";
             quant::quantize_int8(&view(F32, &[rows, cols])) => TooLarge, "quantize_int8: what is made of `t`, [{rows}, {cols}] in f32 {no}";
+        }
+    }
+
+    // What is cast or copied before this crate's ops begin.
+    let cast = MatmulOptions::default().compute_dtype(BF16);
+    let cast_losses = CrossEntropyOptions::default().compute_dtype(BF16);
+    let losses = |x: &Tensor, weight: DType, opts: &CrossEntropyOptions| {
+        let targets = view(U32, &x.dims()[..1]);
+        x.kaio_linear_cross_entropy(&view(weight, &[2, x.dims()[1]]), &targets, opts)
+    };
+    let (with, linear) = ("kaio_matmul_with", "kaio_linear_cross_entropy");
+    if device.is_cpu() {
+        let (rows, bytes) = (3usize << 44, 3usize << 46);
+        let no = format!(
+            "needs {bytes} bytes, which cannot be allocated; check its sizes, or work in parts"
+        );
+        let of = |arg: &str| format!("what is made of `{arg}`, [{rows}, 1] in f32 {no}");
+        let (x, one) = (view(F32, &[rows, 1]), view(F32, &[1, 1]));
+        let weight = |scheme| QuantWeight::quantize(&one, &scheme);
+        let opts = cast.clone().activations(Activations::Int8);
+        let ids = view(U32, &[rows, 1]);
+        let fp8 = |x: &Tensor| x.kaio_matmul_fp8(&view(F8E4M3, &[1, 1]), &Fp8Options::default());
+        let none = CrossEntropyOptions::default().reduction(Reduction::None);
+        let (codes, nothing) = (
+            |dtype| view(dtype, &[rows, 1]),
+            |dtype| Tensor::zeros((1, 0), dtype, device).unwrap(),
+        );
+        let (int8, floats) = (Int8Options::default(), Fp8Options::default());
+        let eight = QuantScheme::Int8 { per: Per::Channel };
+        let ends = |ends: &Tensor| {
+            let (q, opts) = (view(F16, &[1, 0, 1]), FlashAttnOptions::default());
+            let opts = opts.cu_seqlens_q(ends.clone()).cu_seqlens_k(ends.clone());
+            q.kaio_flash_attn_with(&q, &q, &opts)
+        };
+        // Rows in groups that are not sorted, 32 of each.
+        let gather = |x: &Tensor| {
+            let words = |dims: &[usize]| view(U32, dims);
+            let groups = Tensor::from_iter((0..64u32).map(|row| row % 2), device)?;
+            let scales = view(F16, &[2, 8]);
+            let weight = QuantWeight::from_gptq_with(
+                &words(&[8, 8]),
+                &words(&[2, 1]),
+                &scales,
+                Some(&groups),
+                GptqFormat::V2,
+            )?;
+            x.kaio_matmul_quant(&weight)
+        };
+        refused! { tally;
+            x.kaio_matmul_with(&one, &cast) => TooLarge, "{with}: {}", of("lhs");
+            one.kaio_matmul_with(&view(F32, &[1, rows]), &cast) => TooLarge, "{with}: what is made of `rhs`, [1, {rows}] in f32 {no}";
+            x.kaio_matmul_quant_with(&weight(QuantScheme::Int8 { per: Per::Tensor })?, &opts) => TooLarge, "kaio_matmul_quant_with: {}", of("x");
+            gather(&view(F16, &[rows >> 6, 64])) => TooLarge, "kaio_matmul_quant: what is made of `x`, [{}, 64] in f32 {no}", rows >> 6;
+            fp8(&view(F8E4M3, &[rows, 1])) => TooLarge, "kaio_matmul_fp8: {}", of("lhs");
+            losses(&x, F32, &cast_losses) => TooLarge, "{linear}: {}", of("hidden");
+            losses(&view(BF16, &[rows, 1]), BF16, &none) => TooLarge, "{linear}: {}", of("hidden");
+            view(F32, &[1, 0]).kaio_embedding(&ids) => TooLarge, "kaio_embedding: {}", of("ids");
+            ends(&view(U32, &[rows])) => TooLarge, "kaio_flash_attn_with: what is made of `cu_seqlens_q`, [{rows}] in f32 {no}";
+            codes(U8).kaio_matmul_int8_with(&nothing(U8), &int8.clone().lhs_scales(x.clone())) => TooLarge, "kaio_matmul_int8_with: {}", of("lhs_scales");
+            nothing(U8).t()?.kaio_matmul_int8_with(&codes(U8).t()?, &int8.clone().rhs_scales(x.t()?)) => TooLarge, "kaio_matmul_int8_with: what is made of `rhs_scales`, [1, {rows}] in f32 {no}";
+            codes(F8E4M3).kaio_matmul_fp8(&nothing(F8E4M3), &floats.clone().lhs_scales(x.clone())) => TooLarge, "kaio_matmul_fp8: {}", of("lhs_scales");
+            nothing(F8E4M3).t()?.kaio_matmul_fp8(&codes(F8E4M3).t()?, &floats.clone().rhs_scales(x.t()?)) => TooLarge, "kaio_matmul_fp8: what is made of `rhs_scales`, [1, {rows}] in f32 {no}";
+            QuantWeight::quantize(&x, &eight) => TooLarge, "QuantWeight::quantize: {}", of("weight");
+            QuantWeight::quantize(&view(F32, &[0, rows >> 1]), &eight) => TooLarge, "QuantWeight::quantize: the scales [1, {}] in f64 {no}", rows >> 1;
+            QuantWeight::from_int8(&codes(U8), &view(F32, &[1])) => TooLarge, "QuantWeight::from_int8: {}", of("codes");
+            QuantWeight::from_int8(&view(U8, &[0, rows]), &x.t()?) => TooLarge, "QuantWeight::from_int8: what is made of `scales`, [1, {rows}] in f32 {no}";
+            QuantWeight::from_int4(&view(U32, &[16, rows >> 4]), &view(F16, &[1, rows >> 4])) => TooLarge, "QuantWeight::from_int4: what is made of `packed`, [16, {}] in f32 {no}", rows >> 4;
+            QuantWeight::from_fp8(&codes(F8E4M3), &view(F32, &[1])) => TooLarge, "QuantWeight::from_fp8: {}", of("codes");
+            view(F32, &[rows, 1, 0]).kaio_cross_entropy(&ids, &none) => TooLarge, "kaio_cross_entropy: {}", of("targets");
+        }
+    } else {
+        // More elements than candle's kernels count.
+        let rows = 1usize << 32;
+        let no = format!(
+            "this crate cannot copy or convert {rows} elements at once (at most {}); split the batch and join the results with `Tensor::cat`",
+            u32::MAX
+        );
+        let (x, one) = (view(F32, &[rows, 1]), view(F32, &[1, 1]));
+        refused! { tally;
+            x.kaio_matmul_with(&one, &cast) => Unsupported, "{with}: {no}";
+            losses(&x, F32, &cast_losses) => Unsupported, "{linear}: {no}";
+            losses(&view(BF16, &[rows, 1]), BF16, &CrossEntropyOptions::default()) => Unsupported, "{linear}: {no}";
+            view(F32, &[1, 0]).kaio_embedding(&view(U32, &[rows])) => Unsupported, "kaio_embedding: {no}";
         }
     }
     tally.finish();

@@ -1,6 +1,20 @@
-//! Values of command lines.
+//! Command lines: values of options, and how a program ends.
+
+use std::error::Error;
+use std::process::ExitCode;
 
 use candle_core::Device;
+
+/// What `main` gives, and on the terminal why a run failed.
+pub fn exit(result: Result<(), Box<dyn Error>>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// `cpu` or `cuda:N`.
 pub fn device(text: &str) -> Result<Device, String> {
