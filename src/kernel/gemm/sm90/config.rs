@@ -167,6 +167,15 @@ impl Config {
         multiplied(self.elements).expect("it was checked")
     }
 
+    /// Threads that fill stages, in turn. A stage of codes is up to five copies and their addresses: some 450 clocks of one
+    /// thread, where its products may be 256. Two blocks of a multiprocessor have two such threads anyway.
+    pub(super) fn producers(&self) -> u32 {
+        match self.weight {
+            Some(_) if self.blocks_per_sm == 1 => WARPGROUP / WARP,
+            _ => 1,
+        }
+    }
+
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
         WARPGROUP * (1 + self.consumers())

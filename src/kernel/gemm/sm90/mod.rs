@@ -121,7 +121,11 @@ pub fn emit(config: &Config) -> Source {
             if config.moves_registers() {
                 k.setmaxnreg_dec(40);
             }
-            k.if_(warp.eq(0), || k.if_(k.elect_sync(), || g.produce()));
+            let produce = || k.if_(k.elect_sync(), || g.produce(warp));
+            match config.producers() {
+                1 => k.if_(warp.eq(0), produce),
+                _ => produce(),
+            }
             k.bar_warp_sync();
             if config.split > 1 {
                 // Once for the staged parts, once for their sum.

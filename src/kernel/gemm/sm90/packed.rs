@@ -358,8 +358,8 @@ impl<'k> PackedTile<'k> {
         self.blocks.iter().for_each(|(from, _)| from.increase(before));
     }
 
-    /// Copies a stage, number `at` of the depth.
-    pub fn load(&self, stage: Reg<'k, u32>, at: Reg<'k, u32>, full: Mbarrier<'k>) {
+    /// Copies a stage, number `at` of the depth, and goes on by `step` of them.
+    pub fn load(&self, stage: Reg<'k, u32>, at: Reg<'k, u32>, step: u32, full: Mbarrier<'k>) {
         let (k, of) = (stage.kernel(), self.of);
         let to = stage * of.stage.bytes + self.to;
         if of.scheme.codes.are_bytes() {
@@ -375,7 +375,7 @@ impl<'k> PackedTile<'k> {
         for (i, &(from, inside)) in (0..).zip(&self.blocks) {
             let to = to.at((i * BLOCK_BYTES).into());
             k.when(inside, || k.bulk_load(to, from, BLOCK_BYTES, full.address(), Delivery::Once));
-            from.increase(u64::from(BLOCK_BYTES));
+            from.increase(u64::from(step * BLOCK_BYTES));
         }
         let Some(rows) = of.scheme.group else { return };
         // Past the last group `x` is zero, and any scale will do.
