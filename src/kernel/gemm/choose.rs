@@ -77,6 +77,10 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                 }
             }
         }
+        let blocks = problem.epilogue.scale == Scale::Blocks;
+        if problem.elements[0] == Factor::E4m3 && !(blocks && orient == Orient::Swapped) {
+            all.extend(Shape::new(orient, 256, 128).config(problem, device));
+        }
         // Weights of layers by up to 128 tokens take other tiles; two tiles along the smaller side were
         // 3 % behind (256×128256×4096), one tile across 7 % ahead (192×128256×4096).
         let across = |&cols: &u32| width > 128 && width <= cols.into();
@@ -120,7 +124,7 @@ impl Shape<'_> {
         let in_units = |unit: u64| widths.iter().all(|n| n.is_multiple_of(unit));
         let aligned = in_units(16 / u64::from(problem.epilogue.out.size()));
         let whole = orient == Orient::Plain && cols.is_multiple_of(64);
-        let slabs = pingpong || (weight.is_some() && cols >= 32);
+        let slabs = pingpong || rows == 256 || (weight.is_some() && cols >= 32);
         // The last of a row's slabs would add some columns twice.
         let apart = !problem.epilogue.adds || cols.is_multiple_of(32);
         let tma = aligned && split == 1 && (whole || slabs) && apart;
@@ -177,12 +181,16 @@ impl Shape<'_> {
         }
         // Parts that read nothing in common are for the few small tiles of a deep product: wider
         // tiles in eight parts were estimated at 35 µs for 64×4096×14336, and took 41.
-        if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
+        let tall = rows > 128 && weight.is_some();
+        if split > 2 && !tall && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
+            return None;
+        }
+        if tall && split > 2 && launch.tiles * split > device.multiprocessors {
             return None;
         }
         // The scales of blocks and a bias do not fit the registers beside 192 columns in two places.
         let scaled = problem.epilogue.scale == Scale::Blocks && problem.epilogue.bias.is_some();
-        if scaled && orient == Orient::Plain && cols > 128 {
+        if scaled && orient == Orient::Plain && (cols > 128 || rows == 256) {
             return None;
         }
         // Clusters of eight large blocks that fill the device do not all find room at once: 14.8 µs for 128×1024×4096,
@@ -247,7 +255,7 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
 
     // A stage: what wgmma needs, or what its bytes need to arrive.
     let cols = f64::from(config.cols);
-    let multiply = f64::from(config.consumers()) * 4.0 * (cols / 2.0).max(16.0 + cols / 4.0);
+    let multiply = f64::from(config.rows / 64) * 4.0 * (cols / 2.0).max(16.0 + cols / 4.0);
     let multiply = match config.weight {
         Some(scheme) => {
             let together = (blocks / sms).ceil().min(resident);

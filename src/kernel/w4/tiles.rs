@@ -36,12 +36,18 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
     };
     let mut all = vec![];
     for &cols in &WIDTHS[least..=most] {
-        for rows in [64, 128] {
-            for split in [1, 2, 4, 8] {
+        for rows in [64, 128, 192, 256] {
+            for split in [1, 2, 3, 4, 8] {
+                // Registers of four multiplying warpgroups, and of three.
+                let most = [u32::MAX, u32::MAX, 128, 64][rows as usize / 64 - 1];
+                if cols > most {
+                    continue;
+                }
                 // Two blocks of three warpgroups have the registers for the fragments of two stages, and few sums; but not
                 // those for groups' scales of bytes besides, and addresses of three weights.
                 let full = scheme.codes.are_bytes() && scheme.group.is_some() && rows == 128;
                 let few = cols <= 32 || (rows == 64 && cols <= 64);
+                let few = few && rows <= 128;
                 let blocks_per_sm = if few && !(full && problem.weights() > 2) { 2 } else { 1 };
                 let shape = Shape {
                     split,

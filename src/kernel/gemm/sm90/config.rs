@@ -71,8 +71,8 @@ pub struct Config {
     pub rhs: Major,
     /// What the tiles are tiles of.
     pub orient: Orient,
-    /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one or two, unless they
-    /// play ping-pong.
+    /// Rows of a tile: 64 for each multiplying warpgroup, of which there are up to four, unless they play ping-pong
+    /// or have 128 each of 256.
     pub rows: u32,
     /// Columns of a tile: a multiple of 8, of int8 beyond 32 one of 16, at most 256.
     pub cols: u32,
@@ -100,6 +100,9 @@ pub struct Config {
     /// What is done to a sum before it is stored.
     pub epilogue: Epilogue,
 }
+
+/// Rows of the tallest tile.
+const TALL: u32 = 256;
 
 /// The offsets of everything in shared memory.
 pub(super) struct SharedMap {
@@ -154,7 +157,7 @@ impl Config {
 
     /// Warpgroups that multiply.
     pub fn consumers(&self) -> u32 {
-        self.rows / SLAB
+        if self.pingpong { 2 } else { self.rows / SLAB / self.m64_tiles() }
     }
 
     /// Depth of a stage: the elements of a swizzled line.
@@ -181,9 +184,24 @@ impl Config {
         WARPGROUP * (1 + self.consumers())
     }
 
-    /// Two warpgroups that multiply need more registers than an equal share of a multiprocessor's.
-    pub(super) fn moves_registers(&self) -> bool {
-        self.consumers() == 2 && self.blocks_per_sm == 1
+    /// Registers of a thread of the producer's and of one that multiplies, where several warpgroups need more than an
+    /// equal share of a multiprocessor's: what the producer gives back is divided among them.
+    pub(super) fn moved_registers(&self) -> Option<[u32; 2]> {
+        /// How many registers a multiprocessor has, and in how many at a time a thread has them.
+        const ALL: u32 = 65_536;
+        const UNIT: u32 = 8;
+        let consumers = self.consumers();
+        if consumers == 1 || self.blocks_per_sm > 1 {
+            return None;
+        }
+        let producer = match (consumers, self.weights) {
+            (2, _) => 40,
+            (_, 1) => 32,
+            // Addresses of several weights.
+            _ => 56,
+        };
+        let share = ALL / self.threads() / UNIT * UNIT;
+        Some([producer, (share * (1 + consumers) - producer) / consumers / UNIT * UNIT])
     }
 
     /// Whether sums are those of a stage, added up in f32: tensor cores keep some 13 bits of a sum of e4m3.
@@ -193,6 +211,9 @@ impl Config {
 
     /// Whether promoted sums of two stages fit a thread's registers.
     pub(super) fn two_parts(&self) -> bool {
+        if self.m64_tiles() > 1 {
+            return false;
+        }
         let crowded = self.epilogue.scale == Scale::Blocks && self.epilogue.bias.is_some();
         let most = match self.orient {
             Orient::Plain if crowded => 64,
@@ -249,7 +270,11 @@ impl Config {
 
     /// Blocks of 64 rows of a tile that one warpgroup multiplies.
     pub(super) fn m64_tiles(&self) -> u32 {
-        if self.pingpong { self.rows / SLAB } else { 1 }
+        match (self.pingpong, self.rows, self.weight) {
+            (true, rows, _) => rows / SLAB,
+            (false, TALL, None) => 2,
+            _ => 1,
+        }
     }
 
     /// Rows and columns of what one warpgroup multiplies of a tile.
@@ -355,7 +380,18 @@ impl Config {
                 format!("{} weights", self.weights),
             ),
             self.epilogue.rule(multiplied(self.elements)),
-            (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
+            (
+                match self.rows {
+                    64 | 128 => true,
+                    192 => self.weight.is_some(),
+                    TALL => self.weight.is_some() || (self.promotes() && self.store == Store::Tma),
+                    _ => false,
+                },
+                format!(
+                    "{} rows (64, 128, of codes 192, of codes and stored sums of e4m3 256)",
+                    self.rows
+                ),
+            ),
             (
                 self.cols.is_multiple_of(8) && (8..=256).contains(&self.cols),
                 format!("{} columns (a multiple of 8 up to 256)", self.cols),
@@ -377,10 +413,7 @@ impl Config {
                 self.stages >= if self.weight.is_some() { 3 } else { 2 },
                 format!("{} stages (at least 2, of codes 3)", self.stages),
             ),
-            (
-                matches!(self.split, 1 | 2 | 4 | 8),
-                format!("a split of {} (1, 2, 4 or 8)", self.split),
-            ),
+            (matches!(self.split, 1..=4 | 8), format!("a split of {} (1 to 4, or 8)", self.split)),
             (
                 self.store != Store::Tma || (self.split == 1 && self.cols >= self.slab_cols()),
                 "a TMA store of a split or narrow tile".into(),
