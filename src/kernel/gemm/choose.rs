@@ -98,6 +98,7 @@ pub(in crate::kernel) struct Shape<'a> {
     pub rows: u32,
     pub cols: u32,
     pub split: u32,
+    pub teams: u32,
     pub blocks_per_sm: u32,
     pub pingpong: bool,
     pub weights: Option<&'a w4::Problem>,
@@ -107,12 +108,12 @@ impl Shape<'_> {
     /// One that is not split.
     pub fn new(orient: Orient, rows: u32, cols: u32) -> Self {
         let (split, blocks_per_sm, pingpong, weights) = (1, 1, false, None);
-        Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights }
+        Self { orient, rows, cols, split, teams: 1, blocks_per_sm, pingpong, weights }
     }
 
     /// All other choices, unless the shape is not possible or plainly idle.
     pub fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
-        let Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights } = self;
+        let Self { orient, rows, cols, split, teams, blocks_per_sm, pingpong, weights } = self;
         let weight = weights.map(|of| of.scheme);
         let [lhs, rhs] = orient.order([problem.lhs, problem.rhs]);
         let [height, width] = orient.order([problem.m, problem.n]);
@@ -127,7 +128,7 @@ impl Shape<'_> {
         let slabs = pingpong || rows == 256 || (weight.is_some() && cols >= 32);
         // The last of a row's slabs would add some columns twice.
         let apart = !problem.epilogue.adds || cols.is_multiple_of(32);
-        let tma = aligned && split == 1 && (whole || slabs) && apart;
+        let tma = aligned && split == 1 && teams == 1 && (whole || slabs) && apart;
         let unit = if in_units(4) { 4 } else { 1 };
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {
@@ -147,6 +148,7 @@ impl Shape<'_> {
             },
             stages: 2,
             split,
+            teams,
             pingpong,
             store_stages: 2,
             order: Order::Grid,
@@ -181,11 +183,11 @@ impl Shape<'_> {
         }
         // Parts that read nothing in common are for the few small tiles of a deep product: wider
         // tiles in eight parts were estimated at 35 µs for 64×4096×14336, and took 41.
-        let tall = rows > 128 && weight.is_some();
-        if split > 2 && !tall && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
+        // A block for each tile.
+        if teams > 1 && split == 1 && launch.tiles > device.multiprocessors {
             return None;
         }
-        if tall && split > 2 && launch.tiles * split > device.multiprocessors {
+        if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
             return None;
         }
         // The scales of blocks and a bias do not fit the registers beside 192 columns in two places.
@@ -255,13 +257,14 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
 
     // A stage: what wgmma needs, or what its bytes need to arrive.
     let cols = f64::from(config.cols);
-    let multiply = f64::from(config.rows / 64) * 4.0 * (cols / 2.0).max(16.0 + cols / 4.0);
+    let each = f64::from(config.rows / 64) * 4.0 * (cols / 2.0).max(16.0 + cols / 4.0);
+    let teams = f64::from(config.teams);
     let multiply = match config.weight {
         Some(scheme) => {
             let together = (blocks / sms).ceil().min(resident);
-            decoded(config, &scheme, multiply * together, together) / together
+            decoded(config, &scheme, each * teams * together, together) / teams / together
         }
-        None => multiply,
+        None => each,
     };
     let [lhs, rhs] = [config.lhs_bytes(), config.rhs_boxes().bytes].map(f64::from);
     // Neighbours are tiles below each other: they share the right operand, or, in the only row of
@@ -326,7 +329,7 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     3.5 + (compute.powi(5) + transfer.powi(5)).powf(0.2)
 }
 
-/// Clocks of a stage of a weight of codes, whose products take `multiply` of all blocks `together` on a
+/// Clocks of a stage of each team, of a weight of codes, whose products take `multiply` of all blocks `together` on a
 /// multiprocessor: a warpgroup decodes the next stage meanwhile. Fitted to 45 problems on an H200;
 /// of eight bits estimated: 64 to 112 instructions of a warp, where four bits take 60.
 fn decoded(config: &Config, scheme: &Scheme, multiply: f64, together: f64) -> f64 {
@@ -340,7 +343,8 @@ fn decoded(config: &Config, scheme: &Scheme, multiply: f64, together: f64) -> f6
     let decode = first + 140.0 * f64::from(config.consumers()) * together;
     // Wide tiles of other widths took longer than the wider ones.
     let odd = config.cols > 64 && !config.cols.is_multiple_of(64);
-    decode.hypot(multiply) * if odd { 1.3 } else { 1.0 }
+    let tall = if config.rows > 128 { 0.88 } else { 1.0 };
+    decode.hypot(multiply) * if odd { 1.3 } else { tall }
 }
 
 #[cfg(test)]

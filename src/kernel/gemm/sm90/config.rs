@@ -85,6 +85,9 @@ pub struct Config {
     pub stages: u32,
     /// Blocks that share the depth of a tile, as a cluster. Above 1 the store is staged.
     pub split: u32,
+    /// Teams of warpgroups of a block, each of as many as a tile has 64 rows, that take stages of codes in turn. Above 1
+    /// the store is staged.
+    pub teams: u32,
     /// Each multiplying warpgroup has tiles of its own, in turn: one stores while the other multiplies.
     pub pingpong: bool,
     /// Slabs of the result that a warpgroup can have on their way by [`Store::Tma`]: 2 or 4.
@@ -132,6 +135,7 @@ impl Config {
         let Self { rows, cols, stages, lhs_lines, rhs_lines, epilogue, .. } = self;
         let swapped = given(self.orient == Orient::Swapped, " swapped");
         let split = several(self.split, |split| format!(" split{split}"));
+        let teams = several(self.teams, |teams| format!(" {teams}teams"));
         let pingpong = given(self.pingpong, " pingpong");
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let store = match self.store {
@@ -148,7 +152,7 @@ impl Config {
         let weights = several(self.weights, |weights| format!(" {weights}weights"));
         let scales = self.weight.map_or(String::new(), |w| format!("{} ", w.scale.name()));
         format!(
-            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{weights}{split}{pingpong}{blocks} {store} \
+            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{weights}{split}{teams}{pingpong}{blocks} {store} \
              {order}, {layouts} {scales}{element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
             self.depth(),
             epilogue.name()
@@ -157,7 +161,12 @@ impl Config {
 
     /// Warpgroups that multiply.
     pub fn consumers(&self) -> u32 {
-        if self.pingpong { 2 } else { self.rows / SLAB / self.m64_tiles() }
+        if self.pingpong { 2 } else { self.team() * self.teams }
+    }
+
+    /// Those of a team.
+    pub(super) fn team(&self) -> u32 {
+        self.rows / SLAB / self.m64_tiles()
     }
 
     /// Depth of a stage: the elements of a swizzled line.
@@ -264,7 +273,7 @@ impl Config {
             (true, _) => 1,
             (false, None) => self.consumers(),
             // Of each warp: it reads codes.
-            (false, Some(_)) => self.consumers() * WARPGROUP / WARP,
+            (false, Some(_)) => self.team() * WARPGROUP / WARP,
         }
     }
 
@@ -327,7 +336,8 @@ impl Config {
         }
     }
 
-    fn staged_bytes(&self) -> u32 {
+    /// Bytes of a team's staged tile.
+    pub(super) fn staged_bytes(&self) -> u32 {
         let [lines, _] = self.orient.order([self.rows, self.cols]);
         lines * self.staged_pitch() * 4
     }
@@ -336,7 +346,7 @@ impl Config {
     fn result_bytes(&self) -> u32 {
         match self.store {
             Store::Tma => self.store_stages * self.consumers() * self.slab_bytes(),
-            Store::Staged { .. } => self.staged_bytes(),
+            Store::Staged { .. } => self.teams * self.staged_bytes(),
         }
     }
 
@@ -383,14 +393,10 @@ impl Config {
             (
                 match self.rows {
                     64 | 128 => true,
-                    192 => self.weight.is_some(),
                     TALL => self.weight.is_some() || (self.promotes() && self.store == Store::Tma),
                     _ => false,
                 },
-                format!(
-                    "{} rows (64, 128, of codes 192, of codes and stored sums of e4m3 256)",
-                    self.rows
-                ),
+                format!("{} rows (64, 128, of codes and stored sums of e4m3 256)", self.rows),
             ),
             (
                 self.cols.is_multiple_of(8) && (8..=256).contains(&self.cols),
@@ -413,7 +419,10 @@ impl Config {
                 self.stages >= if self.weight.is_some() { 3 } else { 2 },
                 format!("{} stages (at least 2, of codes 3)", self.stages),
             ),
-            (matches!(self.split, 1..=4 | 8), format!("a split of {} (1 to 4, or 8)", self.split)),
+            (
+                matches!(self.split, 1 | 2 | 4 | 8),
+                format!("a split of {} (1, 2, 4 or 8)", self.split),
+            ),
             (
                 self.store != Store::Tma || (self.split == 1 && self.cols >= self.slab_cols()),
                 "a TMA store of a split or narrow tile".into(),
@@ -423,6 +432,14 @@ impl Config {
                     || !self.epilogue.adds
                     || self.cols.is_multiple_of(self.slab_cols()),
                 format!("{} columns that slabs add twice", self.cols),
+            ),
+            (
+                self.teams == 1
+                    || (self.teams == 2
+                        && self.weight.is_some()
+                        && self.store != Store::Tma
+                        && self.order == Order::Grid),
+                format!("{} teams (1, or of codes and single staged tiles 2)", self.teams),
             ),
             (
                 self.split == 1 || self.order == Order::Grid,
