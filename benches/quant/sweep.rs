@@ -29,12 +29,16 @@ pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
     let nf4 = Scheme { codes: Codes::Nf4, group: Some(64), ..int4 };
     for (scheme, kind) in [(int4, "int4-g128"), (small, "int4-g32-zeros"), (nf4, "nf4-g64")] {
         for [n, k] in [[8192, 8192], [4096, 4096], [1024, 4096], [4096, 14336], [28672, 4096]] {
+            let name = |m| format!("{m}x{n}x{k} {kind}");
+            let wanted = |&m: &usize| filter == "all" || filter.split(',').any(|f| f == name(m));
+            let rows = [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096];
+            let rows: Vec<_> = rows.into_iter().filter(wanted).collect();
+            if rows.is_empty() {
+                continue;
+            }
             let weight = weight(gpu, scheme, [k, n])?;
-            for m in [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096] {
-                let name = format!("{m}x{n}x{k} {kind}");
-                if filter != "all" && !filter.split(',').any(|f| f == name) {
-                    continue;
-                }
+            for m in rows {
+                let name = name(m);
                 let epilogue = Epilogue::round(half);
                 let [m64, n64, k64] = [m, n, k].map(|size| size as u64);
                 let half = Half::Bf16;
@@ -54,6 +58,10 @@ pub fn run(gpu: &mut Gpu, filter: &str) -> Result<()> {
                 let largest = want.abs()?.max(D::Minus1)?.max_all()?.to_scalar::<f32>()?;
                 let mut best: Option<(f64, String)> = None;
                 for config in candidates(&problem, &H200) {
+                    let only = std::env::var("KAIO_ONLY").unwrap_or_default();
+                    if !only.split(',').any(|o| config.name().contains(o)) {
+                        continue;
+                    }
                     let mut run = || tune::w4_matmul(&x, &weight, &options, Some(config)).map(drop);
                     let got = tune::w4_matmul(&x, &weight, &options, Some(config))?;
                     let differs = (got.to_dtype(DType::F32)? - &want)?.abs()?.max_all()?;

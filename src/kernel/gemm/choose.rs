@@ -77,6 +77,10 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                 }
             }
         }
+        let blocks = problem.epilogue.scale == Scale::Blocks;
+        if problem.elements[0] == Factor::E4m3 && !(blocks && orient == Orient::Swapped) {
+            all.extend(Shape::new(orient, 256, 128).config(problem, device));
+        }
         // Weights of layers by up to 128 tokens take other tiles; two tiles along the smaller side were
         // 3 % behind (256×128256×4096), one tile across 7 % ahead (192×128256×4096).
         let across = |&cols: &u32| width > 128 && width <= cols.into();
@@ -94,6 +98,7 @@ pub(in crate::kernel) struct Shape<'a> {
     pub rows: u32,
     pub cols: u32,
     pub split: u32,
+    pub teams: u32,
     pub blocks_per_sm: u32,
     pub pingpong: bool,
     pub weights: Option<&'a w4::Problem>,
@@ -103,12 +108,12 @@ impl Shape<'_> {
     /// One that is not split.
     pub fn new(orient: Orient, rows: u32, cols: u32) -> Self {
         let (split, blocks_per_sm, pingpong, weights) = (1, 1, false, None);
-        Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights }
+        Self { orient, rows, cols, split, teams: 1, blocks_per_sm, pingpong, weights }
     }
 
     /// All other choices, unless the shape is not possible or plainly idle.
     pub fn config(self, problem: &Problem, device: &Device) -> Option<Config> {
-        let Self { orient, rows, cols, split, blocks_per_sm, pingpong, weights } = self;
+        let Self { orient, rows, cols, split, teams, blocks_per_sm, pingpong, weights } = self;
         let weight = weights.map(|of| of.scheme);
         let [lhs, rhs] = orient.order([problem.lhs, problem.rhs]);
         let [height, width] = orient.order([problem.m, problem.n]);
@@ -120,10 +125,10 @@ impl Shape<'_> {
         let in_units = |unit: u64| widths.iter().all(|n| n.is_multiple_of(unit));
         let aligned = in_units(16 / u64::from(problem.epilogue.out.size()));
         let whole = orient == Orient::Plain && cols.is_multiple_of(64);
-        let slabs = pingpong || (weight.is_some() && cols >= 32);
+        let slabs = pingpong || rows == 256 || (weight.is_some() && cols >= 32);
         // The last of a row's slabs would add some columns twice.
         let apart = !problem.epilogue.adds || cols.is_multiple_of(32);
-        let tma = aligned && split == 1 && (whole || slabs) && apart;
+        let tma = aligned && split == 1 && teams == 1 && (whole || slabs) && apart;
         let unit = if in_units(4) { 4 } else { 1 };
         let largest = (rows, cols) == (128, 256);
         let mut config = Config {
@@ -143,6 +148,7 @@ impl Shape<'_> {
             },
             stages: 2,
             split,
+            teams,
             pingpong,
             store_stages: 2,
             order: Order::Grid,
@@ -177,12 +183,16 @@ impl Shape<'_> {
         }
         // Parts that read nothing in common are for the few small tiles of a deep product: wider
         // tiles in eight parts were estimated at 35 µs for 64×4096×14336, and took 41.
+        // A block for each tile.
+        if teams > 1 && split == 1 && launch.tiles > device.multiprocessors {
+            return None;
+        }
         if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
             return None;
         }
         // The scales of blocks and a bias do not fit the registers beside 192 columns in two places.
         let scaled = problem.epilogue.scale == Scale::Blocks && problem.epilogue.bias.is_some();
-        if scaled && orient == Orient::Plain && cols > 128 {
+        if scaled && orient == Orient::Plain && (cols > 128 || rows == 256) {
             return None;
         }
         // Clusters of eight large blocks that fill the device do not all find room at once: 14.8 µs for 128×1024×4096,
@@ -247,13 +257,14 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
 
     // A stage: what wgmma needs, or what its bytes need to arrive.
     let cols = f64::from(config.cols);
-    let multiply = f64::from(config.consumers()) * 4.0 * (cols / 2.0).max(16.0 + cols / 4.0);
+    let each = f64::from(config.rows / 64) * 4.0 * (cols / 2.0).max(16.0 + cols / 4.0);
+    let teams = f64::from(config.teams);
     let multiply = match config.weight {
         Some(scheme) => {
             let together = (blocks / sms).ceil().min(resident);
-            decoded(config, &scheme, multiply * together, together) / together
+            decoded(config, &scheme, each * teams * together, together) / teams / together
         }
-        None => multiply,
+        None => each,
     };
     let [lhs, rhs] = [config.lhs_bytes(), config.rhs_boxes().bytes].map(f64::from);
     // Neighbours are tiles below each other: they share the right operand, or, in the only row of
@@ -318,7 +329,7 @@ pub fn estimate(config: &Config, problem: &Problem, device: &Device) -> f64 {
     3.5 + (compute.powi(5) + transfer.powi(5)).powf(0.2)
 }
 
-/// Clocks of a stage of a weight of codes, whose products take `multiply` of all blocks `together` on a
+/// Clocks of a stage of each team, of a weight of codes, whose products take `multiply` of all blocks `together` on a
 /// multiprocessor: a warpgroup decodes the next stage meanwhile. Fitted to 45 problems on an H200;
 /// of eight bits estimated: 64 to 112 instructions of a warp, where four bits take 60.
 fn decoded(config: &Config, scheme: &Scheme, multiply: f64, together: f64) -> f64 {
@@ -332,7 +343,8 @@ fn decoded(config: &Config, scheme: &Scheme, multiply: f64, together: f64) -> f6
     let decode = first + 140.0 * f64::from(config.consumers()) * together;
     // Wide tiles of other widths took longer than the wider ones.
     let odd = config.cols > 64 && !config.cols.is_multiple_of(64);
-    decode.hypot(multiply) * if odd { 1.3 } else { 1.0 }
+    let tall = if config.rows > 128 { 0.88 } else { 1.0 };
+    decode.hypot(multiply) * if odd { 1.3 } else { tall }
 }
 
 #[cfg(test)]

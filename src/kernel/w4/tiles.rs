@@ -34,6 +34,8 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
         Some(i) => (if i < 5 { i } else { 4 }, i),
         None => (6, WIDTHS.len() - 1),
     };
+    let shape =
+        |rows, cols| Shape { weights: Some(problem), ..Shape::new(Orient::Swapped, rows, cols) };
     let mut all = vec![];
     for &cols in &WIDTHS[least..=most] {
         for rows in [64, 128] {
@@ -43,14 +45,16 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
                 let full = scheme.codes.are_bytes() && scheme.group.is_some() && rows == 128;
                 let few = cols <= 32 || (rows == 64 && cols <= 64);
                 let blocks_per_sm = if few && !(full && problem.weights() > 2) { 2 } else { 1 };
-                let shape = Shape {
-                    split,
-                    blocks_per_sm,
-                    weights: Some(problem),
-                    ..Shape::new(Orient::Swapped, rows, cols)
-                };
-                all.extend(shape.config(&product, device));
+                let split = Shape { split, blocks_per_sm, ..shape(rows, cols) };
+                all.extend(split.config(&product, device));
             }
+        }
+        // Four warpgroups that decode have registers for so few sums. Those of bytes wait for memory, and not for each other.
+        if cols <= 64 && !scheme.codes.are_bytes() {
+            let tall = [shape(256, cols)];
+            let teams = [1, 2].map(|split| Shape { split, teams: 2, ..shape(128, cols) });
+            let both = tall.into_iter().chain(teams);
+            all.extend(both.filter_map(|shape| shape.config(&product, device)));
         }
     }
     all

@@ -440,6 +440,7 @@ const HOPPER: sm90::Config = sm90::Config {
     rhs_lines: 64,
     stages: 4,
     split: 1,
+    teams: 1,
     pingpong: false,
     store_stages: 2,
     order: sm90::Order::Grid,

@@ -233,6 +233,7 @@ impl Family for Products {
             rhs_lines: 64,
             stages: 5,
             split: 1,
+            teams: 1,
             pingpong: false,
             store_stages: 2,
             order: sm90::Order::Raster,
@@ -252,6 +253,15 @@ impl Family for Products {
             store: sm90::Store::Staged { unit: 4 },
             ..tile
         };
+        let teams = sm90::Config {
+            cols: 64,
+            stages: 12,
+            split: 2,
+            teams: 2,
+            order: sm90::Order::Grid,
+            store: sm90::Store::Staged { unit: 4 },
+            ..tile
+        };
         let several_tiles = sm90::Config { weights: 3, ..tile };
         let lines = sm90::Config { weight: Some(schemes_of_bytes()[0]), ..tile };
         let scaled = sm90::Config { weight: Some(schemes_of_bytes()[2]), stages: 4, ..small };
@@ -266,6 +276,7 @@ impl Family for Products {
             ("w8_stream_blocks", Config::W4Stream(blocks)),
             ("w4_tile", Config::MatmulSm90(tile)),
             ("w4_tile_zeros", Config::MatmulSm90(small)),
+            ("w4_tile_teams", Config::MatmulSm90(teams)),
             ("w4_tile_several", Config::MatmulSm90(several_tiles)),
             ("w8_tile", Config::MatmulSm90(lines)),
             ("w8_tile_blocks", Config::MatmulSm90(scaled)),

@@ -31,18 +31,22 @@ pub(super) struct BlockScales<'k> {
 /// The scales of a tile: those of a thread's rows or columns of the left operand, and those of the right one's blocks:
 /// one for the tile, or for each 64 of its columns.
 ///
-/// Lanes that need the same scales hold those of some stages, one each, and hand them round: four lanes that share rows load
-/// 16 bytes of each row together for four stages, and do so four stages ahead.
+/// Lanes that need the same scales hold those of some lines and stages, one each, and hand them round: each of four lanes
+/// that share two rows loads one row's of each second stage, and does so two stages ahead.
 struct TileScales<'k> {
-    lines: Vec<Held<'k>>,
-    turns_of_lines: Turns<'k>,
-    /// A lane has those of one block and stage.
-    blocks: Held<'k>,
-    count_of_blocks: u32,
-    turns_of_blocks: Turns<'k>,
+    lines: Spread<'k>,
+    blocks: Spread<'k>,
     /// The next stage of this block's share, and how many it has.
     stage: Reg<'k, u32>,
     stages: Reg<'k, u32>,
+}
+
+/// Scales of lines, or of blocks of columns, over lanes.
+struct Spread<'k> {
+    /// What a lane holds: each is of one of so many lines that follow each other.
+    held: Vec<Held<'k>>,
+    lines: u32,
+    turns: Turns<'k>,
 }
 
 /// Which lane has what.
@@ -52,12 +56,12 @@ struct Turns<'k> {
     stages: u32,
     /// The one that the lane holds of each turn.
     place: Reg<'k, u32>,
-    /// The lane that holds the first one for this lane, and lanes from a stage's to the next one's.
+    /// The lane that holds the first line of the first one for this lane, and lanes from a stage's to the next one's.
     first: Reg<'k, u32>,
     step: u32,
 }
 
-/// What a lane holds of one line, or of all blocks.
+/// What a lane holds: a scale of each turn.
 struct Held<'k> {
     now: Reg<'k, f32>,
     /// Of the turn after this one, where there are registers for it.
@@ -71,9 +75,9 @@ struct Held<'k> {
 const MOST_BLOCKS: u32 = 4;
 
 impl<'k> Turns<'k> {
-    /// Of the rows of a quad.
-    fn of_rows(lane: Reg<'k, u32>) -> Self {
-        Self { stages: 4, place: lane % 4, first: lane / 4 * 4, step: 1 }
+    /// Of `rows` rows of a quad, of which each lane has one: row `lane % rows`.
+    fn of_rows(lane: Reg<'k, u32>, rows: u32) -> Self {
+        Self { stages: 4 / rows, place: lane % 4 / rows, first: lane / 4 * 4, step: rows }
     }
 
     /// Of the columns of eight lanes.
@@ -130,26 +134,41 @@ impl<'k> Held<'k> {
     }
 }
 
+impl<'k> Spread<'k> {
+    /// How many there are for a stage.
+    fn count(&self) -> usize {
+        self.held.len() * self.lines as usize
+    }
+
+    /// Those of stage `stage` of `stages`, in the order of lines.
+    fn next(&self, stage: Reg<'k, u32>, stages: Reg<'k, u32>) -> Vec<Reg<'k, f32>> {
+        let (k, turns) = (stage.kernel(), self.turns);
+        let at = stage % turns.stages;
+        let ahead = if self.held[0].next.is_some() { turns.stages } else { 0 };
+        let there = (stage + turns.place + ahead).lt(stages);
+        self.held.iter().for_each(|held| held.turn(at.eq(0), there));
+        let first = turns.first + at * turns.step;
+        let of_line = |held: &Held<'k>, line: u32| {
+            let lane = if line == 0 { first } else { first + line };
+            k.shfl_idx(held.now.cast(), lane).cast()
+        };
+        let lines = |held| (0..self.lines).map(move |line| of_line(held, line));
+        self.held.iter().flat_map(lines).collect()
+    }
+}
+
 impl<'k> TileScales<'k> {
     /// Those of the next stage: of each block, a product of both for each line.
-    fn next(&self, k: &'k Kernel) -> Vec<Reg<'k, f32>> {
-        let at = |turns: Turns<'k>, all: &[Held<'k>]| {
-            let at = self.stage % turns.stages;
-            let ahead = if all[0].next.is_some() { turns.stages } else { 0 };
-            let there = (self.stage + turns.place + ahead).lt(self.stages);
-            all.iter().for_each(|held| held.turn(at.eq(0), there));
-            turns.first + at * turns.step
-        };
-        let of = |held: &Held<'k>, lane| k.shfl_idx(held.now.cast(), lane).cast::<f32>();
-        let lane = at(self.turns_of_lines, &self.lines);
-        let lines: Vec<_> = self.lines.iter().map(|held| of(held, lane)).collect();
-        let lane = at(self.turns_of_blocks, std::slice::from_ref(&self.blocks));
+    fn next(&self) -> Vec<Reg<'k, f32>> {
+        let lines = self.lines.next(self.stage, self.stages);
+        let blocks = self.blocks.next(self.stage, self.stages);
         self.stage.increase(1);
-        let of_block = |block| {
-            let block = of(&self.blocks, lane + block);
-            lines.iter().map(move |&line| line * block).collect::<Vec<_>>()
-        };
-        (0..self.count_of_blocks).flat_map(of_block).collect()
+        blocks.iter().flat_map(|&block| lines.iter().map(move |&line| line * block)).collect()
+    }
+
+    /// How many these are.
+    fn count(&self) -> usize {
+        self.lines.count() * self.blocks.count()
     }
 }
 
@@ -163,37 +182,40 @@ impl<'k> Gemm<'k, '_> {
     /// [`multiply`](Self::multiply), stage by stage, with scales of blocks if there are any.
     pub(super) fn promote(
         &self,
-        sums: &[Reg<'k, f32>],
+        sums: &[Vec<Reg<'k, f32>>],
         place: Cursor<'k>,
         tile: Tile<'k>,
         (thread, group, leader): (Reg<'k, u32>, Reg<'k, u32>, Reg<'k, bool>),
     ) {
         let (k, c) = (self.k, self.c);
-        let first_rows = group * SLAB_BYTES;
+        let first_rows = group * (c.m64_tiles() * SLAB_BYTES);
         let lhs = descriptor(self.base + self.smem.lhs + first_rows, c.lhs, c.rows, c.depth());
         let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
         let Share { first, count } = self.share();
         let of_tile =
             |blocks| self.tile_scales(blocks, tile, Lane::new(thread), group, [first, count]);
         let scales = self.blocks.map(of_tile);
-        // Begins a stage's products, and makes its scales meanwhile.
-        let begin = |part: &Part<'k>| {
-            place.wait();
-            let a = lhs.stage(place.stage, c.lhs_boxes().bytes);
+        // Begins a stage's products of the warpgroup's 64 rows number `m64`, and makes the stage's scales meanwhile.
+        let begin = |part: &Part<'k>, m64: u32| {
+            if m64 == 0 {
+                place.wait();
+            }
+            let a = lhs.stage(place.stage, c.lhs_boxes().bytes).rows(m64);
             let b = rhs.stage(place.stage, c.rhs_boxes().bytes);
             products(c.factor(), &[&part.sums], c.depth(), false, |step| {
                 ([LeftStep::Shared(a.operand(step))], b.operand(step))
             });
-            if let Some(scales) = &scales {
-                let next = scales.next(k);
+            if let Some(scales) = scales.as_ref().filter(|_| m64 == 0) {
+                let next = scales.next();
                 part.scales.iter().zip(next).for_each(|(to, from)| to.set(from));
             }
         };
-        let add = |part: &Part<'k>| {
-            let lines = scales.as_ref().map(|scales| scales.lines.len());
+        let add = |part: &Part<'k>, m64: u32| {
+            let lines = scales.as_ref().map(|scales| scales.lines.count());
+            let sums = &sums[m64 as usize];
             for (i, (sum, of_stage)) in sums.iter().zip(&part.sums).enumerate() {
                 let line = match c.orient {
-                    Orient::Plain => i / 2 % 2,
+                    Orient::Plain => m64 as usize * 2 + i / 2 % 2,
                     Orient::Swapped => i / 4 * 2 + i % 2,
                 };
                 sum.set(match lines {
@@ -206,21 +228,22 @@ impl<'k> Gemm<'k, '_> {
             }
         };
         let part = || Part {
-            sums: sums.iter().map(|_| k.reg()).collect(),
-            scales: {
-                let count = scales.as_ref().map_or(0, |s| s.lines.len() as u32 * s.count_of_blocks);
-                (0..count).map(|_| k.reg()).collect()
-            },
+            sums: sums[0].iter().map(|_| k.reg()).collect(),
+            scales: (0..scales.as_ref().map_or(0, TileScales::count)).map(|_| k.reg()).collect(),
         };
-        sums.iter().for_each(|sum| sum.set(0.0));
+        sums.iter().flatten().for_each(|sum| sum.set(0.0));
         if !c.two_parts() {
             let part = part();
             k.for_(0, count, 1, |_| {
-                begin(&part);
-                k.wgmma_wait(0);
-                k.when(leader, || place.done().arrive());
-                place.advance();
-                add(&part);
+                for m64 in 0..c.m64_tiles() {
+                    begin(&part, m64);
+                    k.wgmma_wait(0);
+                    if m64 + 1 == c.m64_tiles() {
+                        k.when(leader, || place.done().arrive());
+                        place.advance();
+                    }
+                    add(&part, m64);
+                }
             });
             return;
         }
@@ -228,20 +251,20 @@ impl<'k> Gemm<'k, '_> {
         // The barrier of the stage whose products were begun last.
         let before = Mbarrier::unset(k);
         let go_on = |next: &Part<'k>, last: &Part<'k>| {
-            begin(next);
+            begin(next, 0);
             let done = place.done();
             place.advance();
             k.wgmma_wait(1);
             k.when(leader, || before.arrive());
             before.set(done);
-            add(last);
+            add(last, 0);
         };
         let end = |last: &Part<'k>| {
             k.wgmma_wait(0);
             k.when(leader, || before.arrive());
-            add(last);
+            add(last, 0);
         };
-        begin(&even);
+        begin(&even, 0);
         before.set(place.done());
         place.advance();
         let others = count - 1;
@@ -269,17 +292,21 @@ impl<'k> Gemm<'k, '_> {
     ) -> TileScales<'k> {
         let (k, c) = (self.k, self.c);
         let [m, n] = self.size;
-        let tile_row = tile.row * c.rows + group * SLAB;
+        let [rows_of_group, _] = c.warpgroup_tile();
+        let tile_row = tile.row * c.rows + group * rows_of_group;
         let tile_col = tile.col * c.cols;
-        let (lines, col, turns_of_lines): (Vec<_>, _, _) = match c.orient {
+        let (lines, col, of_each, turns): (Vec<_>, _, _, _) = match c.orient {
             Orient::Plain => {
-                let row = tile_row + (warp * 16 + lane / 4);
-                (vec![row, row + 8], tile_col, Turns::of_rows(lane))
+                // A thread's rows are eight apart, and a block of 64.
+                let mine = lane % 2 * 8 + lane / 2 % c.m64_tiles() * SLAB;
+                let row = tile_row + (warp * 16 + lane / 4 + mine);
+                let rows = 2 * c.m64_tiles();
+                (vec![row], tile_col, rows, Turns::of_rows(lane, rows))
             }
             Orient::Swapped => {
                 let col = tile_col + lane % 4 * 2;
                 let pairs = (0..c.cols / 8).flat_map(|j| [0, 1].map(|i| col + (8 * j + i)));
-                (pairs.collect(), tile_row, Turns::of_columns(lane))
+                (pairs.collect(), tile_row, 1, Turns::of_columns(lane))
             }
         };
         let ahead = c.scales_ahead();
@@ -288,7 +315,7 @@ impl<'k> Gemm<'k, '_> {
             // Sums of rows that do not exist are not stored: any row will do.
             let row = tile.batch_row(c.batched, m, line.min(m - 1));
             let from = rows + (row.wide() * self.depth.wide() + first.wide()) * 4u64;
-            Held::new(from, size, turns_of_lines, stages, ahead)
+            Held::new(from, size, turns, stages, ahead)
         };
         let [_, extent] = c.orient.order([c.rows, c.cols]);
         let each = if BLOCK.is_multiple_of(extent) { extent } else { SLAB };
@@ -296,15 +323,10 @@ impl<'k> Gemm<'k, '_> {
         let column = col + (lane % MOST_BLOCKS).min(extent / each - 1) * each;
         let block = (column / BLOCK).min(blocks - 1);
         let from = cols + (first.wide() * blocks.wide() + block.wide()) * 4u64;
-        let turns_of_blocks = Turns::of_blocks(lane);
-        TileScales {
-            lines: lines.into_iter().map(held).collect(),
-            turns_of_lines,
-            blocks: Held::new(from, blocks.wide() * 4u64, turns_of_blocks, stages, true),
-            count_of_blocks: extent / each,
-            turns_of_blocks,
-            stage: k.var(0),
-            stages,
-        }
+        let lines = Spread { held: lines.into_iter().map(held).collect(), lines: of_each, turns };
+        let turns = Turns::of_blocks(lane);
+        let held = vec![Held::new(from, blocks.wide() * 4u64, turns, stages, true)];
+        let blocks = Spread { held, lines: extent / each, turns };
+        TileScales { lines, blocks, stage: k.var(0), stages }
     }
 }

@@ -71,8 +71,8 @@ pub struct Config {
     pub rhs: Major,
     /// What the tiles are tiles of.
     pub orient: Orient,
-    /// Rows of a tile: 64 for each multiplying warpgroup, of which there are one or two, unless they
-    /// play ping-pong.
+    /// Rows of a tile: 64 for each multiplying warpgroup, of which there are up to four, unless they play ping-pong
+    /// or have 128 each of 256.
     pub rows: u32,
     /// Columns of a tile: a multiple of 8, of int8 beyond 32 one of 16, at most 256.
     pub cols: u32,
@@ -85,6 +85,9 @@ pub struct Config {
     pub stages: u32,
     /// Blocks that share the depth of a tile, as a cluster. Above 1 the store is staged.
     pub split: u32,
+    /// Teams of warpgroups of a block, each of as many as a tile has 64 rows, that take stages of codes in turn. Above 1
+    /// the store is staged.
+    pub teams: u32,
     /// Each multiplying warpgroup has tiles of its own, in turn: one stores while the other multiplies.
     pub pingpong: bool,
     /// Slabs of the result that a warpgroup can have on their way by [`Store::Tma`]: 2 or 4.
@@ -100,6 +103,9 @@ pub struct Config {
     /// What is done to a sum before it is stored.
     pub epilogue: Epilogue,
 }
+
+/// Rows of the tallest tile.
+const TALL: u32 = 256;
 
 /// The offsets of everything in shared memory.
 pub(super) struct SharedMap {
@@ -129,6 +135,7 @@ impl Config {
         let Self { rows, cols, stages, lhs_lines, rhs_lines, epilogue, .. } = self;
         let swapped = given(self.orient == Orient::Swapped, " swapped");
         let split = several(self.split, |split| format!(" split{split}"));
+        let teams = several(self.teams, |teams| format!(" {teams}teams"));
         let pingpong = given(self.pingpong, " pingpong");
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let store = match self.store {
@@ -145,7 +152,7 @@ impl Config {
         let weights = several(self.weights, |weights| format!(" {weights}weights"));
         let scales = self.weight.map_or(String::new(), |w| format!("{} ", w.scale.name()));
         format!(
-            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{weights}{split}{pingpong}{blocks} {store} \
+            "sm90 {rows}x{cols} k{}x{stages}{swapped}{weight}{weights}{split}{teams}{pingpong}{blocks} {store} \
              {order}, {layouts} {scales}{element}{}{batched} boxes{lhs_lines}/{rhs_lines}",
             self.depth(),
             epilogue.name()
@@ -154,7 +161,12 @@ impl Config {
 
     /// Warpgroups that multiply.
     pub fn consumers(&self) -> u32 {
-        self.rows / SLAB
+        if self.pingpong { 2 } else { self.team() * self.teams }
+    }
+
+    /// Those of a team.
+    pub(super) fn team(&self) -> u32 {
+        self.rows / SLAB / self.m64_tiles()
     }
 
     /// Depth of a stage: the elements of a swizzled line.
@@ -167,14 +179,38 @@ impl Config {
         multiplied(self.elements).expect("it was checked")
     }
 
+    /// Threads that fill stages, in turn. A stage of codes is up to five copies and their addresses: some 450 clocks of one
+    /// thread, where its products may be 256. Two blocks of a multiprocessor have two such threads anyway.
+    pub(super) fn producers(&self) -> u32 {
+        match self.weight {
+            Some(_) if self.blocks_per_sm == 1 => WARPGROUP / WARP,
+            _ => 1,
+        }
+    }
+
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
         WARPGROUP * (1 + self.consumers())
     }
 
-    /// Two warpgroups that multiply need more registers than an equal share of a multiprocessor's.
-    pub(super) fn moves_registers(&self) -> bool {
-        self.consumers() == 2 && self.blocks_per_sm == 1
+    /// Registers of a thread of the producer's and of one that multiplies, where several warpgroups need more than an
+    /// equal share of a multiprocessor's: what the producer gives back is divided among them.
+    pub(super) fn moved_registers(&self) -> Option<[u32; 2]> {
+        /// How many registers a multiprocessor has, and in how many at a time a thread has them.
+        const ALL: u32 = 65_536;
+        const UNIT: u32 = 8;
+        let consumers = self.consumers();
+        if consumers == 1 || self.blocks_per_sm > 1 {
+            return None;
+        }
+        let producer = match (consumers, self.weights) {
+            (2, _) => 40,
+            (_, 1) => 32,
+            // Addresses of several weights.
+            _ => 56,
+        };
+        let share = ALL / self.threads() / UNIT * UNIT;
+        Some([producer, (share * (1 + consumers) - producer) / consumers / UNIT * UNIT])
     }
 
     /// Whether sums are those of a stage, added up in f32: tensor cores keep some 13 bits of a sum of e4m3.
@@ -184,6 +220,9 @@ impl Config {
 
     /// Whether promoted sums of two stages fit a thread's registers.
     pub(super) fn two_parts(&self) -> bool {
+        if self.m64_tiles() > 1 {
+            return false;
+        }
         let crowded = self.epilogue.scale == Scale::Blocks && self.epilogue.bias.is_some();
         let most = match self.orient {
             Orient::Plain if crowded => 64,
@@ -234,13 +273,17 @@ impl Config {
             (true, _) => 1,
             (false, None) => self.consumers(),
             // Of each warp: it reads codes.
-            (false, Some(_)) => self.consumers() * WARPGROUP / WARP,
+            (false, Some(_)) => self.team() * WARPGROUP / WARP,
         }
     }
 
     /// Blocks of 64 rows of a tile that one warpgroup multiplies.
     pub(super) fn m64_tiles(&self) -> u32 {
-        if self.pingpong { self.rows / SLAB } else { 1 }
+        match (self.pingpong, self.rows, self.weight) {
+            (true, rows, _) => rows / SLAB,
+            (false, TALL, None) => 2,
+            _ => 1,
+        }
     }
 
     /// Rows and columns of what one warpgroup multiplies of a tile.
@@ -293,7 +336,8 @@ impl Config {
         }
     }
 
-    fn staged_bytes(&self) -> u32 {
+    /// Bytes of a team's staged tile.
+    pub(super) fn staged_bytes(&self) -> u32 {
         let [lines, _] = self.orient.order([self.rows, self.cols]);
         lines * self.staged_pitch() * 4
     }
@@ -302,7 +346,7 @@ impl Config {
     fn result_bytes(&self) -> u32 {
         match self.store {
             Store::Tma => self.store_stages * self.consumers() * self.slab_bytes(),
-            Store::Staged { .. } => self.staged_bytes(),
+            Store::Staged { .. } => self.teams * self.staged_bytes(),
         }
     }
 
@@ -346,7 +390,14 @@ impl Config {
                 format!("{} weights", self.weights),
             ),
             self.epilogue.rule(multiplied(self.elements)),
-            (matches!(self.rows, 64 | 128), format!("{} rows (64 or 128)", self.rows)),
+            (
+                match self.rows {
+                    64 | 128 => true,
+                    TALL => self.weight.is_some() || (self.promotes() && self.store == Store::Tma),
+                    _ => false,
+                },
+                format!("{} rows (64, 128, of codes and stored sums of e4m3 256)", self.rows),
+            ),
             (
                 self.cols.is_multiple_of(8) && (8..=256).contains(&self.cols),
                 format!("{} columns (a multiple of 8 up to 256)", self.cols),
@@ -381,6 +432,14 @@ impl Config {
                     || !self.epilogue.adds
                     || self.cols.is_multiple_of(self.slab_cols()),
                 format!("{} columns that slabs add twice", self.cols),
+            ),
+            (
+                self.teams == 1
+                    || (self.teams == 2
+                        && self.weight.is_some()
+                        && self.store != Store::Tma
+                        && self.order == Order::Grid),
+                format!("{} teams (1, or of codes and single staged tiles 2)", self.teams),
             ),
             (
                 self.split == 1 || self.order == Order::Grid,

@@ -88,7 +88,7 @@ impl<'k> Gemm<'k, '_> {
         };
         let fragments = codes.iter().map(|codes| codes.map(decode)).collect();
         if let Some(blocks) = blocks {
-            blocks.stage.increase(1);
+            blocks.stage.increase(self.c.teams);
             blocks.load(of);
         }
         fragments

@@ -1,4 +1,4 @@
-//! The producer: one thread that keeps the ring of stages full.
+//! The producers: threads that keep the ring of stages full, one, or one of each warp of their warpgroup in turn.
 
 use super::config::{Boxes, Orient};
 use super::packed::PackedTile;
@@ -7,7 +7,7 @@ use crate::kernel::gemm::Major;
 use crate::kernel::gemm::share::Share;
 use crate::kernel::hopper::barriers::Mbarrier;
 use crate::kernel::hopper::load::{StageBoxes, TmaBox};
-use crate::ptx::{Delivery, Reg};
+use crate::ptx::{Delivery, Reg, Value};
 
 /// An operand, and how it gets to this block.
 #[derive(Clone, Copy)]
@@ -84,10 +84,16 @@ impl<'k> OperandTile<'k> {
 }
 
 impl<'k> Gemm<'k, '_> {
-    /// Fills stages for all tiles of this block.
-    pub(super) fn produce(&self) {
+    /// Fills the stages of all tiles of this block that are those of one of the producers.
+    pub(super) fn produce(&self, producer: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
         let place = self.smem.ring.producer(k, self.base);
+        let producers = c.producers();
+        // Stages of the tiles before.
+        let before = (producers > 1).then(|| {
+            place.skip(producer);
+            k.var(0u32)
+        });
         let [rows, cols] = c.orient.order(self.size);
         let matrix = |map| Operand {
             map,
@@ -120,21 +126,31 @@ impl<'k> Gemm<'k, '_> {
             };
             let rhs = self.operand_tile(rhs, tile.col * c.cols);
             let Share { first, count } = self.share();
+            let own = before.map(|before| (producer - before) % producers);
+            let first = own.map_or(first, |own| first + own);
             if let LeftTile::Packed(lhs) = &lhs {
                 lhs.begin(first);
             }
             let at = k.var(first * c.depth());
             let bytes = lhs.bytes() + rhs.bytes;
-            k.for_(0, count, 1, |_| {
+            k.for_(own.map_or(0.into(), Value::from), count, producers, |_| {
                 let full = place.fill(bytes);
                 match &lhs {
                     LeftTile::Matrix(lhs) => lhs.load(place.stage, at, batch, full),
-                    LeftTile::Packed(lhs) => lhs.load(place.stage, at / c.depth(), full),
+                    LeftTile::Packed(lhs) => {
+                        lhs.load(place.stage, at / c.depth(), producers, full);
+                    }
                 }
                 rhs.load(place.stage, at, batch, full);
-                place.advance();
-                at.increase(c.depth());
+                match producers {
+                    1 => place.advance(),
+                    _ => place.skip(k.var(producers)),
+                }
+                at.increase(producers * c.depth());
             });
+            if let Some(before) = before {
+                before.increase(count);
+            }
         });
     }
 

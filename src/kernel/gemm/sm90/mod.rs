@@ -115,13 +115,18 @@ pub fn emit(config: &Config) -> Source {
         inner_batch,
         base,
     };
+    let registers = config.moved_registers();
     k.if_else(
         group.eq(0),
         || {
-            if config.moves_registers() {
-                k.setmaxnreg_dec(40);
+            if let Some([producer, _]) = registers {
+                k.setmaxnreg_dec(producer);
             }
-            k.if_(warp.eq(0), || k.if_(k.elect_sync(), || g.produce()));
+            let produce = || k.if_(k.elect_sync(), || g.produce(warp));
+            match config.producers() {
+                1 => k.if_(warp.eq(0), produce),
+                _ => produce(),
+            }
             k.bar_warp_sync();
             if config.split > 1 {
                 // Once for the staged parts, once for their sum.
@@ -130,8 +135,8 @@ pub fn emit(config: &Config) -> Source {
             }
         },
         || {
-            if config.moves_registers() {
-                k.setmaxnreg_inc(232);
+            if let Some([_, consumer]) = registers {
+                k.setmaxnreg_inc(consumer);
             }
             let (thread, group) = (thread - WARPGROUP, group - 1);
             match config.factor() {
@@ -223,10 +228,11 @@ impl<'k> Gemm<'k, '_> {
             let (of, tile) = self.of_weight(tile);
             let scales = of.copy_scales(tile, thread, group);
             // Those of packed codes and of blocks are floats: see `Config::check`.
-            let floats = || accumulators[0].iter().map(|sum| sum.cast()).collect::<Vec<_>>();
+            let cast = |tile: &Vec<Reg<'k, S>>| tile.iter().map(|sum| sum.cast()).collect();
+            let floats = || accumulators.iter().map(cast).collect::<Vec<Vec<_>>>();
             match &of.lhs {
                 Left::Packed(packed) => {
-                    of.multiply_packed(packed, &floats(), place, tile, (thread, group));
+                    of.multiply_packed(packed, &floats()[0], place, tile, (thread, group));
                 }
                 Left::Matrix(_) if c.promotes() => {
                     of.promote(&floats(), place, tile, (thread, group, leader));

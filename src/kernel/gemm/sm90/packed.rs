@@ -113,7 +113,7 @@ impl<'k> Gemm<'k, '_> {
         let (k, c) = (self.k, self.c);
         let [cols, _] = c.orient.order(self.size);
         let column = tile.row * c.rows;
-        let blocks = (0..c.consumers()).map(|i| {
+        let blocks = (0..c.team()).map(|i| {
             let column = column + i * SLAB;
             if of.scheme.codes.are_bytes() {
                 return (of.weight.codes, column.lt(cols));
@@ -155,8 +155,20 @@ impl<'k> Gemm<'k, '_> {
     ) {
         let (k, c) = (self.k, self.c);
         let thread = thread % WARPGROUP;
+        let (group, team) = match c.teams {
+            1 => (group, None),
+            _ => (group % c.team(), Some(group / c.team())),
+        };
         let rhs = descriptor(self.base + self.smem.rhs, c.rhs, c.cols, c.depth());
         let Share { first, count } = self.share();
+        // A team takes each so many stages of the one tile that there is, from its own first on.
+        let (first, count) = match team {
+            None => (first, count),
+            Some(team) => {
+                place.skip(team);
+                (first + team, (count + (c.teams - 1) - team) / c.teams)
+            }
+        };
         // Each warp for itself: it has read its codes.
         let first_lane = (thread % 32).eq(0);
         let row = group * SLAB + thread / 32 * 16 + thread % 32 / 4;
@@ -200,7 +212,10 @@ impl<'k> Gemm<'k, '_> {
         let begin = |from: &[[Reg<'k, u32>; 4]], later: Reg<'k, bool>| {
             let done = place.done();
             multiply(from, later);
-            place.advance();
+            match c.teams {
+                1 => place.advance(),
+                teams => place.skip(k.var(teams)),
+            }
             done
         };
         // Waits for the products of the stage before, whose fragments and stage are free then.
@@ -218,24 +233,33 @@ impl<'k> Gemm<'k, '_> {
             decode_to(to, loaded);
         };
         let end = |from: &[[Reg<'k, u32>; 4]], later| settle(begin(from, later), later);
-        place.wait();
-        decode_to(&even, load());
-        let others = count - 1;
-        let yes = count.ge(1);
-        k.for_(0, others / 2, 1, |i| {
-            go_on(&even, &odd, i.ne(0));
-            go_on(&odd, &even, yes);
-        });
-        k.if_else(
-            (others % 2).eq(0),
-            || end(&even, others.ne(0)),
-            || {
-                go_on(&even, &odd, others.ne(1));
-                end(&odd, yes);
-            },
-        );
-        k.wgmma_wait(0);
-        k.when(first_lane, || before.arrive());
+        let multiply_all = || {
+            place.wait();
+            decode_to(&even, load());
+            let others = count - 1;
+            let yes = count.ge(1);
+            k.for_(0, others / 2, 1, |i| {
+                go_on(&even, &odd, i.ne(0));
+                go_on(&odd, &even, yes);
+            });
+            k.if_else(
+                (others % 2).eq(0),
+                || end(&even, others.ne(0)),
+                || {
+                    go_on(&even, &odd, others.ne(1));
+                    end(&odd, yes);
+                },
+            );
+            k.wgmma_wait(0);
+            k.when(first_lane, || before.arrive());
+        };
+        match team {
+            None => multiply_all(),
+            // There may be fewer stages than teams.
+            Some(_) => {
+                k.if_else(count.eq(0), || sums.iter().for_each(|sum| sum.set(0.0)), multiply_all)
+            }
+        }
         if let Some(scales) = scales {
             sums.iter().enumerate().for_each(|(i, sum)| sum.scale(scales[i / 2 % 2]));
         }
@@ -358,8 +382,8 @@ impl<'k> PackedTile<'k> {
         self.blocks.iter().for_each(|(from, _)| from.increase(before));
     }
 
-    /// Copies a stage, number `at` of the depth.
-    pub fn load(&self, stage: Reg<'k, u32>, at: Reg<'k, u32>, full: Mbarrier<'k>) {
+    /// Copies a stage, number `at` of the depth, and goes on by `step` of them.
+    pub fn load(&self, stage: Reg<'k, u32>, at: Reg<'k, u32>, step: u32, full: Mbarrier<'k>) {
         let (k, of) = (stage.kernel(), self.of);
         let to = stage * of.stage.bytes + self.to;
         if of.scheme.codes.are_bytes() {
@@ -375,7 +399,7 @@ impl<'k> PackedTile<'k> {
         for (i, &(from, inside)) in (0..).zip(&self.blocks) {
             let to = to.at((i * BLOCK_BYTES).into());
             k.when(inside, || k.bulk_load(to, from, BLOCK_BYTES, full.address(), Delivery::Once));
-            from.increase(u64::from(BLOCK_BYTES));
+            from.increase(u64::from(step * BLOCK_BYTES));
         }
         let Some(rows) = of.scheme.group else { return };
         // Past the last group `x` is zero, and any scale will do.

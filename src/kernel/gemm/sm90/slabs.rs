@@ -30,7 +30,7 @@ impl<'k> Gemm<'k, '_> {
         let c = self.c;
         let first_col = tile.col * c.cols;
         let first_row = match c.pingpong {
-            false => tile.row * c.rows + group * SLAB,
+            false => tile.row * c.rows + group * c.warpgroup_tile()[0],
             true => tile.row * c.rows,
         };
         [first_row, first_col]

@@ -12,11 +12,16 @@ impl<'k> Gemm<'k, '_> {
     /// Writes this warpgroup's sums, of 32 bits, over the stages, in the order of `C`.
     pub(super) fn stage<S: Sum>(&self, sums: &[Reg<'k, S>], thread: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
+        let team = WARPGROUP * c.team();
+        let staged = self.base + self.smem.result;
+        let (thread, staged) = match c.teams {
+            1 => (thread, staged),
+            _ => (thread % team, staged + thread / team * c.staged_bytes()),
+        };
         let (lane, warp) = (thread % 32, thread / 32);
         let row = warp * 16 + lane / 4;
         let col = lane % 4 * 2;
         let pitch = c.staged_pitch();
-        let staged = self.base + self.smem.result;
         // All of the block's wgmma have read the stages, or its threads the tile before this one.
         self.smem.meeting.only().sync(k);
         match c.orient {
@@ -51,9 +56,14 @@ impl<'k> Gemm<'k, '_> {
         let (k, c) = (self.k, self.c);
         let [(row, lines), (col, width)] = c.orient.order([(tile.row, c.rows), (tile.col, c.cols)]);
         let first = (row * lines, col * width);
+        let teams = (0..c.teams).map(|team| self.base + self.smem.result + team * c.staged_bytes());
+        let teams: Vec<_> = teams.collect();
         let parts: Vec<_> = match c.split {
-            1 => vec![self.base + self.smem.result],
-            split => (0..split).map(|rank| k.mapa(self.base + self.smem.result, rank)).collect(),
+            1 => teams,
+            split => {
+                let of_rank = |rank| teams.iter().map(move |&part| k.mapa(part, rank));
+                (0..split).flat_map(of_rank).collect()
+            }
         };
         let threads = WARPGROUP * c.consumers();
         let mine = match c.split {
@@ -73,7 +83,7 @@ impl<'k> Gemm<'k, '_> {
         // Four at a time, so that their loads are under way together; in a loop, so that no more are:
         // ptxas would compute the addresses of all of them first, and spill. The last ones follow.
         // Two at a time where two blocks of three warpgroups share the registers.
-        let together = if c.consumers() * c.blocks_per_sm == 4 { 2 } else { 4 };
+        let together = if c.consumers() * c.blocks_per_sm >= 4 { 2 } else { 4 };
         let turns = units / stride / together;
         let whole = if turns > 1 { together * turns } else { 0 };
         let some = |first: Reg<'k, u32>, rounds: std::ops::Range<u32>| {
