@@ -169,6 +169,7 @@ impl Family for Products {
             scheme,
             tokens: 8,
             several: false,
+            cols: 64,
             warps: 8,
             slots: 4,
             split: 2,

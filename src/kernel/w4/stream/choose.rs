@@ -2,7 +2,7 @@
 
 use super::{Config, Launch};
 use crate::kernel::Device;
-use crate::kernel::w4::{Codes, Problem};
+use crate::kernel::w4::{BLOCK, Codes, Problem};
 use crate::ptx::Target;
 
 /// Rows of `x` that a block takes, at most.
@@ -20,7 +20,7 @@ const LATENCY: f64 = 960.0;
 /// As many times if a code is looked up, or has a zero point.
 const INVOLVED: f64 = 1.65;
 /// Of a round of blocks, and more for each warp.
-const BLOCK: f64 = 1300.0;
+const ROUND: f64 = 1300.0;
 const WARP: f64 = 40.0;
 /// Of a round of clusters, and more for each warp of them on a multiprocessor.
 const CLUSTER: f64 = 1150.0;
@@ -45,8 +45,7 @@ pub fn time(problem: &Problem, device: &Device) -> f64 {
 
 /// Those worth an estimate, the simplest first.
 pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
-    // Of more tokens a warp has so many sums that half as many warps have the registers for them.
-    let resident = if count_of_tokens(problem.m) > 8 { 8 } else { 16 };
+    let bytes = problem.scheme.codes.are_bytes();
     let splits: &[u32] = match device.target {
         Target::Sm90a => &[1, 2, 4, 8],
         Target::Sm80 | Target::Sm89 => &[1, 2, 4, 8, 16, 32],
@@ -57,16 +56,19 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
         if u64::from(split) > problem.k.div_ceil(128) {
             continue;
         }
-        for warps in [16, 8, 4] {
+        let widths: &[u32] = if bytes { &[BLOCK] } else { &[BLOCK, BLOCK / 2] };
+        for (&cols, warps) in widths.iter().flat_map(|cols| [16, 8, 4].map(|warps| (cols, warps))) {
+            // Of more sums of a warp, half as many warps have the registers for them.
+            let resident = if count_of_tokens(problem.m) * cols > 8 * BLOCK { 8 } else { 16 };
             if warps > resident {
                 continue;
             }
             // Of 16 rows and bytes, smaller blocks took 0.86 to 0.99 of the time (H200, 8192² and 4096², 16 to 128 rows).
-            if problem.scheme.codes.are_bytes() && resident == 8 && warps == 8 {
+            if bytes && resident == 8 && warps == 8 {
                 continue;
             }
             let blocks_per_sm = resident / warps;
-            let config = Config { warps, split, blocks_per_sm, ..small(problem, device) };
+            let config = Config { cols, warps, split, blocks_per_sm, ..small(problem, device) };
             let slots = config.max_slots(device.shared_per_block).min(8);
             let config = Config { slots, ..config };
             all.extend(config.check(device.shared_per_block).is_ok().then_some(config));
@@ -87,6 +89,7 @@ fn small(problem: &Problem, device: &Device) -> Config {
         half: problem.half,
         scheme: problem.scheme,
         tokens: count_of_tokens(problem.m),
+        cols: BLOCK,
         several: problem.m > MOST,
         warps: 4,
         slots: 2,
@@ -123,13 +126,13 @@ fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
     let slot = f64::from(c.slot().bytes);
     // Blocks of the same columns find them in L2.
     let columns = problem.widths().iter().sum::<u64>();
-    let bytes = columns as f64 * problem.k as f64 * slot / (64.0 * 64.0);
+    let bytes = columns as f64 * problem.k as f64 * slot / (64.0 * f64::from(c.cols));
     let under_way =
         blocks.min(sms * resident) * f64::from(c.warps * c.slots) * slot / sms / IN_FLIGHT;
     let all = bytes / (sms * MEMORY * under_way.min(1.0).sqrt());
     let one = bytes / blocks * busiest / FILL;
 
-    let between = rounds * (BLOCK + WARP * warps);
+    let between = rounds * (ROUND + WARP * warps);
     let sums = match (c.split, c.target) {
         (1, _) => 0.0,
         (_, Target::Sm90a) => rounds * (CLUSTER + SHARE * warps * resident * split),

@@ -27,6 +27,8 @@ pub struct Config {
     pub tokens: u32,
     /// Whether there are more, in blocks of so many.
     pub several: bool,
+    /// Columns of `W` of a block: those of a block of codes, or half of them.
+    pub cols: u32,
     /// Warps of a block, which share its rows of `W`.
     pub warps: u32,
     /// Slots of each warp's ring, an even number.
@@ -55,12 +57,13 @@ pub(super) struct Slot {
 }
 
 impl Config {
-    /// `w4stream int4 zeros g128 8+tokens warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`: the scheme,
-    /// tokens, warps and slots of each, split, blocks of a multiprocessor, elements of a store, weights; types of scales, of
-    /// `x` and of the result, bias, activation.
+    /// `w4stream int4 zeros g128 8+tokens 32cols warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`: the
+    /// scheme, tokens, columns unless 64, warps and slots of each, split, blocks of a multiprocessor, elements of a store,
+    /// weights; types of scales, of `x` and of the result, bias, activation.
     pub fn name(&self) -> String {
         let Self { tokens, warps, slots, unit, .. } = self;
         let more = given(self.several, "+");
+        let cols = given(self.cols < BLOCK, " 32cols");
         let split = several(self.split, |split| format!(" split{split}"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let weights = match self.gated {
@@ -74,7 +77,7 @@ impl Config {
             Target::Sm90a => "",
         };
         format!(
-            "w4stream {scheme} {tokens}{more}tokens warps{warps}x{slots}{split}{blocks} unit{unit}{weights}{target}, \
+            "w4stream {scheme} {tokens}{more}tokens{cols} warps{warps}x{slots}{split}{blocks} unit{unit}{weights}{target}, \
              {scale} {half}{epilogue}"
         )
     }
@@ -108,11 +111,16 @@ impl Config {
         }
     }
 
+    /// Bytes of a block's columns of a block of codes of four bits.
+    pub(super) fn code_bytes(&self) -> u32 {
+        BLOCK_BYTES / (BLOCK / self.cols)
+    }
+
     pub(super) fn slot(&self) -> Slot {
-        let x = if self.scheme.codes.are_bytes() { BLOCK * BLOCK } else { BLOCK_BYTES };
+        let x = if self.scheme.codes.are_bytes() { BLOCK * BLOCK } else { self.code_bytes() };
         let scales = x + self.tokens * LINE;
-        let zeros = scales + self.scale_rows() * BLOCK * self.scheme.scale.size();
-        let zero_bytes = if self.scheme.zeros { self.scale_rows() * BLOCK } else { 0 };
+        let zeros = scales + self.scale_rows() * self.cols * self.scheme.scale.size();
+        let zero_bytes = if self.scheme.zeros { self.scale_rows() * self.cols } else { 0 };
         Slot { x, scales, zeros, bytes: (zeros + zero_bytes).next_multiple_of(LINE) }
     }
 
@@ -123,7 +131,7 @@ impl Config {
 
     /// Floats from a token's sums to the next one's, such that what a warp stores lies in different banks.
     pub(super) fn sums_pitch(&self) -> u32 {
-        BLOCK + 4
+        self.cols + 4
     }
 
     /// Bytes of the sums of one warp.
@@ -159,6 +167,11 @@ impl Config {
             (
                 self.tokens.is_power_of_two() && self.tokens <= 16,
                 format!("{} tokens (a power of two up to 16)", self.tokens),
+            ),
+            // Codes of eight bits lie column after column, and a scale may be of a block's columns.
+            (
+                self.cols == BLOCK || self.cols == BLOCK / 2 && !self.scheme.codes.are_bytes(),
+                format!("{} columns (64, or 32 of codes of four bits)", self.cols),
             ),
             (matches!(self.warps, 4 | 8 | 16), format!("{} warps (4, 8 or 16)", self.warps)),
             (

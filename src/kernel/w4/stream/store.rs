@@ -5,7 +5,6 @@ use super::copies::Operands;
 use super::{Sums, by_tile};
 use crate::kernel::gemm::result::TileOfResult;
 use crate::kernel::gemm::terms::{Terms, add};
-use crate::kernel::w4::BLOCK;
 use crate::ptx::{Kernel, Reg};
 
 /// The only group of a lane's columns.
@@ -16,16 +15,17 @@ pub struct ColumnGroups<'k> {
 
 /// Loads them: columns past the last one have anyone's.
 pub fn column_groups<'k>(
+    c: &Config,
     operands: Operands<'k>,
     lane: Reg<'k, u32>,
     column: Reg<'k, u32>,
 ) -> ColumnGroups<'k> {
-    let first = column * BLOCK + lane / 4;
+    let first = column * c.cols + lane / 4;
     let weight = operands.weight;
     let of = |col| (first + col).min(weight.n - 1);
-    let scales = by_tile(|col| weight.column_scale(of(col)));
+    let scales = by_tile(c.cols, |col| weight.column_scale(of(col)));
     let zeros = weight.zeros.and_then(|_| {
-        let zeros = by_tile(|col| weight.column_zero(of(col)));
+        let zeros = by_tile(c.cols, |col| weight.column_zero(of(col)));
         zeros.into_iter().map(|[a, b]| Some([a?, b?])).collect()
     });
     ColumnGroups { scales, zeros }
@@ -54,7 +54,7 @@ pub struct Tile<'k, 'c> {
     pub part: Reg<'k, u32>,
     /// Its first token.
     pub token: Reg<'k, u32>,
-    /// Which 64 columns.
+    /// Which of the blocks' columns.
     pub column: Reg<'k, u32>,
 }
 
@@ -73,7 +73,7 @@ impl<'k> Tile<'k, '_> {
             out: operands.weight.out,
             rows: operands.m,
             cols: operands.weight.n,
-            first: (self.token, self.column * BLOCK),
+            first: (self.token, self.column * c.cols),
             batch: if partial { self.part } else { zero },
         };
         // Of each weight's warps.
@@ -149,7 +149,7 @@ impl<'k> Tile<'k, '_> {
         each: impl Fn(Reg<'k, u32>, Reg<'k, u32>, Reg<'k, u32>, Option<Reg<'k, bool>>),
     ) {
         let c = self.c;
-        let of_token = BLOCK / c.unit;
+        let of_token = c.cols / c.unit;
         let units = c.tokens * of_token;
         for first in (0..units).step_by(all as usize) {
             let unit = mine + first;
