@@ -67,8 +67,11 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             if bytes && resident == 8 && warps == 8 {
                 continue;
             }
-            let blocks_per_sm = resident / warps;
-            let config = Config { cols, warps, split, blocks_per_sm, ..small(problem, device) };
+            let config = Config { cols, warps, split, ..small(problem, device) };
+            // Where each multiprocessor has one, it has all of the memory.
+            let blocks = Launch::new(&config, problem).grid[0];
+            let blocks_per_sm = (resident / warps).min(blocks.div_ceil(device.multiprocessors));
+            let config = Config { blocks_per_sm, ..config };
             let slots = config.max_slots(device.shared_per_block).min(8);
             let config = Config { slots, ..config };
             all.extend(config.check(device.shared_per_block).is_ok().then_some(config));

@@ -1,5 +1,6 @@
 //! The choices, and what follows from them.
 
+use super::mail::Mail;
 use crate::kernel::Element;
 use crate::kernel::gemm::Epilogue;
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
@@ -82,6 +83,11 @@ impl Config {
         )
     }
 
+    /// Whether `x` has one row.
+    pub(super) fn one_token(&self) -> bool {
+        self.tokens == 1 && !self.several
+    }
+
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
         WARP * self.warps
@@ -139,18 +145,32 @@ impl Config {
         self.tokens * self.sums_pitch() * Element::F32.size()
     }
 
-    /// Bytes of shared memory: the rings, over which the sums lie in the end, and the decoder's.
+    /// Bytes of shared memory: the rings, over which the sums lie in the end, what a cluster's blocks send each other, and
+    /// the decoder's.
     pub fn shared_bytes(&self) -> u32 {
-        let sums = (self.warps + self.sums_of_column()) * self.sums_bytes();
-        self.ring_bytes().max(sums).next_multiple_of(LINE)
-            + Decoder::shared_bytes(self.scheme.codes)
+        self.mailbox() + self.mailbox_bytes() + Decoder::shared_bytes(self.scheme.codes)
+    }
+
+    /// Where the mailbox is.
+    pub(super) fn mailbox(&self) -> u32 {
+        self.ring_bytes().max(self.warps * self.sums_bytes()).next_multiple_of(LINE)
+    }
+
+    fn mailbox_bytes(&self) -> u32 {
+        let mail = Mail::new(self);
+        if self.clustered() { mail.bytes().next_multiple_of(LINE) } else { 0 }
     }
 
     /// The most slots that fit a device whose blocks can have `limit` bytes of shared memory.
     pub fn max_slots(&self, limit: u32) -> u32 {
-        let table = Decoder::shared_bytes(self.scheme.codes);
-        let share = shared_of_each(limit, self.blocks_per_sm).saturating_sub(table);
+        let others = self.mailbox_bytes() + Decoder::shared_bytes(self.scheme.codes);
+        let share = shared_of_each(limit, self.blocks_per_sm).saturating_sub(others);
         share / (self.warps * self.slot().bytes) / 2 * 2
+    }
+
+    /// Units of a tile of the result.
+    pub(super) fn units(&self) -> u32 {
+        self.tokens * self.cols / self.unit
     }
 
     /// Whether a cluster adds the sums of a split.

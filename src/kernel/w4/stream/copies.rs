@@ -36,6 +36,7 @@ impl<'k> Operands<'k> {
         let depth = k.param(Name::K);
         let all = Weight::params(k, c.scheme, c.weights, codes, |out| k.pointer(out));
         let (x, x_line, m) = (k.pointer(Name::Lhs), k.param(Name::LhsLine), k.param(Name::M));
+        let m = if c.one_token() { k.var(1) } else { m };
         (Self { x, x_line, m, k: depth, weight: all[0] }, all)
     }
 
@@ -108,7 +109,7 @@ impl<'k> Copies<'k> {
         let x_lines = config.tokens.div_ceil(together);
         let row = first * (PAIR * BLOCK) + chunk * (CHUNK / 2);
         let x = (0..x_lines).map(|i| {
-            if config.tokens == 1 && !config.several {
+            if config.one_token() {
                 // Of one row the other lanes copy nothing.
                 return operands.x + row.wide() * 2u64;
             }

@@ -20,6 +20,7 @@ mod config;
 mod copies;
 mod launch;
 mod lines;
+mod mail;
 mod store;
 
 pub use choose::{MOST, candidates, choose, time};
@@ -39,6 +40,7 @@ use crate::ptx::{Kernel, Mma, Reg, Source, Target};
 use config::{LINE, Slot, TOKENS};
 use copies::{Copies, Operands, PAIR};
 use lines::PairScales;
+use mail::Mailbox;
 use store::Tile;
 
 /// Rows of `W` of an `mma`, columns of `W`, and such steps of a block.
@@ -103,8 +105,9 @@ pub fn emit(config: &Config) -> Source {
         pairs: (share.count + (config.together() - 1) - place) / config.together(),
     };
     let decoder = s.begin(base);
+    let mailbox = config.clustered().then(|| Mailbox::open(config, base, thread, part));
     let sums = s.run(&decoder, operands, column);
-    let tile = Tile { k, c: config, base, warp, lane, thread, part, token, column };
+    let tile = Tile { k, c: config, base, warp, lane, thread, part, mailbox, token, column };
     tile.store(&sums, operands, terms);
     k.finish()
 }
