@@ -121,6 +121,11 @@ impl Kernel {
         self.store("global", to.into(), values);
     }
 
+    /// `prefetch.global.L2`: the line at an address.
+    pub fn prefetch_l2<'k>(&'k self, at: impl Into<Address<'k, u64>>) {
+        self.emit(format_args!("prefetch.global.L2 {}", at.into()));
+    }
+
     /// `ld.shared`
     pub fn ld_shared<'k, T: Scalar, const N: usize>(
         &'k self,
@@ -145,6 +150,23 @@ impl Kernel {
     ) -> [Reg<'k, T>; N] {
         self.needs(7, 8);
         self.load("shared::cluster", from.into())
+    }
+
+    /// `st.async`: to an address of [`mapa`](Self::mapa), where the bytes count at `barrier`, which is of the same block.
+    pub fn st_async<'k, T: Scalar, const N: usize>(
+        &'k self,
+        to: impl Into<Address<'k, u32>>,
+        values: [Reg<'k, T>; N],
+        barrier: impl Into<Address<'k, u32>>,
+    ) {
+        self.needs(8, 1);
+        let (to, barrier) = (to.into(), barrier.into());
+        self.emit(format_args!(
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{}.{} {to}, {}, {barrier}",
+            vector(N),
+            T::BITS,
+            list(&values)
+        ));
     }
 
     /// `mapa`: the shared memory of block `rank` of the cluster that corresponds to ours.

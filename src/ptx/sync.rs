@@ -30,6 +30,19 @@ impl Kernel {
         self.emit(format_args!("barrier.cluster.wait.acquire.aligned"));
     }
 
+    /// `barrier.cluster.arrive.relaxed`: the thread is here, and goes on. Of its stores others see no more than what
+    /// [`fence_mbarrier_init`](Self::fence_mbarrier_init) shows.
+    pub fn arrive_cluster(&self) {
+        self.needs(8, 0);
+        self.emit(format_args!("barrier.cluster.arrive.relaxed.aligned"));
+    }
+
+    /// `barrier.cluster.wait`: until all threads of the cluster have arrived.
+    pub fn wait_cluster(&self) {
+        self.needs(7, 8);
+        self.emit(format_args!("barrier.cluster.wait.acquire.aligned"));
+    }
+
     /// `fence.proxy.async`: TMA and wgmma see this thread's earlier stores to shared memory.
     pub fn fence_proxy_async(&self) {
         self.needs(8, 0);

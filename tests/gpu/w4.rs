@@ -202,6 +202,7 @@ fn w4_stream_shapes() -> Result<()> {
                 scheme,
                 tokens,
                 several: j % 4 == 3,
+                cols: [64, 32][(i + j / 3) % 2],
                 warps,
                 slots: [2, 4, 6][j % 3],
                 split,

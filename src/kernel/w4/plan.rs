@@ -246,9 +246,9 @@ impl Problem {
         self.widths().iter().filter(|&&n| n > 0).count() as u32
     }
 
-    /// Columns of blocks of all results.
-    pub(super) fn columns(&self) -> u32 {
+    /// Blocks of `cols` columns of all results.
+    pub(super) fn columns(&self, cols: u32) -> u32 {
         let results = if self.gated { 1 } else { MOST_WEIGHTS };
-        count(self.widths()[..results].iter().map(|n| n.div_ceil(super::BLOCK.into())).sum())
+        count(self.widths()[..results].iter().map(|n| n.div_ceil(cols.into())).sum())
     }
 }

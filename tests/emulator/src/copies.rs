@@ -144,20 +144,22 @@ fn add_box(transfer: &Transfer, shared: &Shared, memory: &Memory) {
     }
 }
 
-/// What goes from the GPU's memory to shared memory, and counts at a barrier.
+/// What goes to shared memory, and counts at a barrier.
 #[derive(Clone)]
 pub enum Load {
     /// A box.
     Box(Transfer),
     /// Bytes that follow each other.
     Bytes { to: u32, from: u64, bytes: u32 },
+    /// A register of a thread of the cluster.
+    Value { to: u32, value: u64, bytes: u32 },
 }
 
 impl Load {
     fn bytes(&self) -> u32 {
         match self {
             Self::Box(transfer) => transfer.map.bytes(),
-            Self::Bytes { bytes, .. } => *bytes,
+            Self::Bytes { bytes, .. } | Self::Value { bytes, .. } => *bytes,
         }
     }
 
@@ -165,7 +167,7 @@ impl Load {
     pub fn poison(&self, shared: &mut Shared) {
         match self {
             Self::Box(transfer) => transfer.poison(shared),
-            &Self::Bytes { to, bytes, .. } => {
+            &Self::Bytes { to, bytes, .. } | &Self::Value { to, bytes, .. } => {
                 shared.slice_mut(to, bytes as usize).fill(u8::MAX);
             }
         }
@@ -178,6 +180,7 @@ impl Load {
                 let bytes = bytes as usize;
                 shared.slice_mut(to, bytes).copy_from_slice(memory.slice(from, bytes));
             }
+            &Self::Value { to, value, bytes } => shared.set(to, bytes as usize, value),
         }
     }
 }

@@ -269,6 +269,7 @@ impl Warp {
             }
             Op::Load(space, bytes) => self.load(cluster, i, space, bytes, lanes),
             Op::Store(space, bytes) => self.store(cluster, i, space, bytes, lanes),
+            Op::StoreCounted(bytes) => self.store_counted(cluster, i, bytes, lanes),
             Op::Shuffle(how) => {
                 together();
                 let block = &cluster.blocks[self.block];
@@ -561,6 +562,22 @@ impl Warp {
                     cluster.blocks[block].shared.set(at, bytes, value);
                 }
             }
+        }
+    }
+
+    /// `st.async`: what is stored comes when the barrier is waited for.
+    fn store_counted(&self, cluster: &mut Cluster, i: &Instruction, bytes: usize, on: Lanes) {
+        let block = &cluster.blocks[self.block];
+        for (lane, from, at) in self.places(block, i, (&i.args[0], &i.args[1]), bytes, on) {
+            let block = &cluster.blocks[self.block];
+            let value = self.get(block, from, lane);
+            let (whose, barrier) = self.shared(self.address(block, &i.args[2], lane));
+            let (block, to) = self.shared(at);
+            assert_eq!(block, whose, "{}: a barrier of another block", i.text);
+            let load = Load::Value { to, value, bytes: bytes as u32 };
+            let block = &mut cluster.blocks[block];
+            load.poison(&mut block.shared);
+            block.counted.get_mut(&barrier).expect("an mbarrier").loads.push(load);
         }
     }
 

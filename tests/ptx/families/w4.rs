@@ -169,6 +169,7 @@ impl Family for Products {
             scheme,
             tokens: 8,
             several: false,
+            cols: 64,
             warps: 8,
             slots: 4,
             split: 2,
@@ -192,6 +193,7 @@ impl Family for Products {
             epilogue: Epilogue { bias: Some(BF16), ..Epilogue::round(Element::F32) },
             ..plain
         };
+        let narrow = stream::Config { cols: 32, tokens: 1, split: 1, ..plain };
         let table = stream::Config {
             scheme: Scheme { codes: Codes::Nf4, group: Some(64), ..scheme },
             tokens: 1,
@@ -267,6 +269,7 @@ impl Family for Products {
         let scaled = sm90::Config { weight: Some(schemes_of_bytes()[2]), stages: 4, ..small };
         vec![
             ("w4_stream", Config::W4Stream(plain)),
+            ("w4_stream_narrow", Config::W4Stream(narrow)),
             ("w4_stream_gated", Config::W4Stream(gated)),
             ("w4_stream_several", Config::W4Stream(several)),
             ("w4_stream_zeros", Config::W4Stream(zeros)),

@@ -1,5 +1,6 @@
 //! The choices, and what follows from them.
 
+use super::mail::Mail;
 use crate::kernel::Element;
 use crate::kernel::gemm::Epilogue;
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
@@ -27,6 +28,8 @@ pub struct Config {
     pub tokens: u32,
     /// Whether there are more, in blocks of so many.
     pub several: bool,
+    /// Columns of `W` of a block: those of a block of codes, or half of them.
+    pub cols: u32,
     /// Warps of a block, which share its rows of `W`.
     pub warps: u32,
     /// Slots of each warp's ring, an even number.
@@ -55,12 +58,13 @@ pub(super) struct Slot {
 }
 
 impl Config {
-    /// `w4stream int4 zeros g128 8+tokens warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`: the scheme,
-    /// tokens, warps and slots of each, split, blocks of a multiprocessor, elements of a store, weights; types of scales, of
-    /// `x` and of the result, bias, activation.
+    /// `w4stream int4 zeros g128 8+tokens 32cols warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`: the
+    /// scheme, tokens, columns unless 64, warps and slots of each, split, blocks of a multiprocessor, elements of a store,
+    /// weights; types of scales, of `x` and of the result, bias, activation.
     pub fn name(&self) -> String {
         let Self { tokens, warps, slots, unit, .. } = self;
         let more = given(self.several, "+");
+        let cols = given(self.cols < BLOCK, " 32cols");
         let split = several(self.split, |split| format!(" split{split}"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let weights = match self.gated {
@@ -74,9 +78,14 @@ impl Config {
             Target::Sm90a => "",
         };
         format!(
-            "w4stream {scheme} {tokens}{more}tokens warps{warps}x{slots}{split}{blocks} unit{unit}{weights}{target}, \
+            "w4stream {scheme} {tokens}{more}tokens{cols} warps{warps}x{slots}{split}{blocks} unit{unit}{weights}{target}, \
              {scale} {half}{epilogue}"
         )
+    }
+
+    /// Whether `x` has one row.
+    pub(super) fn one_token(&self) -> bool {
+        self.tokens == 1 && !self.several
     }
 
     /// Threads of a block.
@@ -108,11 +117,16 @@ impl Config {
         }
     }
 
+    /// Bytes of a block's columns of a block of codes of four bits.
+    pub(super) fn code_bytes(&self) -> u32 {
+        BLOCK_BYTES / (BLOCK / self.cols)
+    }
+
     pub(super) fn slot(&self) -> Slot {
-        let x = if self.scheme.codes.are_bytes() { BLOCK * BLOCK } else { BLOCK_BYTES };
+        let x = if self.scheme.codes.are_bytes() { BLOCK * BLOCK } else { self.code_bytes() };
         let scales = x + self.tokens * LINE;
-        let zeros = scales + self.scale_rows() * BLOCK * self.scheme.scale.size();
-        let zero_bytes = if self.scheme.zeros { self.scale_rows() * BLOCK } else { 0 };
+        let zeros = scales + self.scale_rows() * self.cols * self.scheme.scale.size();
+        let zero_bytes = if self.scheme.zeros { self.scale_rows() * self.cols } else { 0 };
         Slot { x, scales, zeros, bytes: (zeros + zero_bytes).next_multiple_of(LINE) }
     }
 
@@ -123,7 +137,7 @@ impl Config {
 
     /// Floats from a token's sums to the next one's, such that what a warp stores lies in different banks.
     pub(super) fn sums_pitch(&self) -> u32 {
-        BLOCK + 4
+        self.cols + 4
     }
 
     /// Bytes of the sums of one warp.
@@ -131,18 +145,32 @@ impl Config {
         self.tokens * self.sums_pitch() * Element::F32.size()
     }
 
-    /// Bytes of shared memory: the rings, over which the sums lie in the end, and the decoder's.
+    /// Bytes of shared memory: the rings, over which the sums lie in the end, what a cluster's blocks send each other, and
+    /// the decoder's.
     pub fn shared_bytes(&self) -> u32 {
-        let sums = (self.warps + self.sums_of_column()) * self.sums_bytes();
-        self.ring_bytes().max(sums).next_multiple_of(LINE)
-            + Decoder::shared_bytes(self.scheme.codes)
+        self.mailbox() + self.mailbox_bytes() + Decoder::shared_bytes(self.scheme.codes)
+    }
+
+    /// Where the mailbox is.
+    pub(super) fn mailbox(&self) -> u32 {
+        self.ring_bytes().max(self.warps * self.sums_bytes()).next_multiple_of(LINE)
+    }
+
+    fn mailbox_bytes(&self) -> u32 {
+        let mail = Mail::new(self);
+        if self.clustered() { mail.bytes().next_multiple_of(LINE) } else { 0 }
     }
 
     /// The most slots that fit a device whose blocks can have `limit` bytes of shared memory.
     pub fn max_slots(&self, limit: u32) -> u32 {
-        let table = Decoder::shared_bytes(self.scheme.codes);
-        let share = shared_of_each(limit, self.blocks_per_sm).saturating_sub(table);
+        let others = self.mailbox_bytes() + Decoder::shared_bytes(self.scheme.codes);
+        let share = shared_of_each(limit, self.blocks_per_sm).saturating_sub(others);
         share / (self.warps * self.slot().bytes) / 2 * 2
+    }
+
+    /// Units of a tile of the result.
+    pub(super) fn units(&self) -> u32 {
+        self.tokens * self.cols / self.unit
     }
 
     /// Whether a cluster adds the sums of a split.
@@ -159,6 +187,11 @@ impl Config {
             (
                 self.tokens.is_power_of_two() && self.tokens <= 16,
                 format!("{} tokens (a power of two up to 16)", self.tokens),
+            ),
+            // Codes of eight bits lie column after column, and a scale may be of a block's columns.
+            (
+                self.cols == BLOCK || self.cols == BLOCK / 2 && !self.scheme.codes.are_bytes(),
+                format!("{} columns (64, or 32 of codes of four bits)", self.cols),
             ),
             (matches!(self.warps, 4 | 8 | 16), format!("{} warps (4, 8 or 16)", self.warps)),
             (

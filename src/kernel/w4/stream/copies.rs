@@ -27,13 +27,16 @@ pub struct Operands<'k> {
 impl<'k> Operands<'k> {
     /// Declares the parameters: those of all weights.
     pub fn params(k: &'k Kernel, c: &Config) -> (Self, Vec<Weight<'k>>) {
-        let (x, x_line) = (k.pointer(Name::Lhs), k.param(Name::LhsLine));
-        let (m, depth) = (k.param(Name::M), k.param(Name::K));
         let codes = |names: &WeightNames| {
             let bytes = c.scheme.codes.are_bytes();
             (k.pointer(names.codes), bytes.then(|| k.param(names.codes_line)))
         };
+        // First what the first copies ask for: a line of the constants' cache, 48 bytes of which are parameters, comes
+        // from memory while a warp waits.
+        let depth = k.param(Name::K);
         let all = Weight::params(k, c.scheme, c.weights, codes, |out| k.pointer(out));
+        let (x, x_line, m) = (k.pointer(Name::Lhs), k.param(Name::LhsLine), k.param(Name::M));
+        let m = if c.one_token() { k.var(1) } else { m };
         (Self { x, x_line, m, k: depth, weight: all[0] }, all)
     }
 
@@ -58,6 +61,8 @@ pub struct Copies<'k> {
     pair: Reg<'k, u32>,
     step: u32,
     codes: Reg<'k, u64>,
+    /// Bytes of each block that are the warp's.
+    code_bytes: u32,
     /// Codes that are bytes.
     lines: Option<LineCopies<'k>>,
     /// Rows of `x`: of each some lanes have a chunk.
@@ -95,13 +100,19 @@ impl<'k> Copies<'k> {
         first: Reg<'k, u32>,
     ) -> Self {
         let (k, slot) = (lane.kernel(), config.slot());
-        let block = column.mul_wide(operands.blocks()) + (first * PAIR).wide();
-        let codes = operands.weight.codes + block * u64::from(BLOCK_BYTES) + (lane * CHUNK).wide();
+        let of_block = BLOCK / config.cols;
+        let block = (column / of_block).mul_wide(operands.blocks()) + (first * PAIR).wide();
+        let within = column % of_block * config.code_bytes() + lane * CHUNK;
+        let codes = operands.weight.codes + block * u64::from(BLOCK_BYTES) + within.wide();
         let (line, chunk) = SwizzledTile::first_copy(lane);
         let together = SwizzledTile::lines_together(WARP);
         let x_lines = config.tokens.div_ceil(together);
         let row = first * (PAIR * BLOCK) + chunk * (CHUNK / 2);
         let x = (0..x_lines).map(|i| {
+            if config.one_token() {
+                // Of one row the other lanes copy nothing.
+                return operands.x + row.wide() * 2u64;
+            }
             // Sums of rows that do not exist are not stored: any row will do.
             let line = (token + line + i * together).min(operands.m - 1);
             operands.x + (line.wide() * operands.x_line + row.wide()) * 2u64
@@ -109,11 +120,11 @@ impl<'k> Copies<'k> {
         let x = x.collect();
         let along = operands.weight.codes_line;
         let lines = along.map(|line| LineCopies::new(&operands, line, lane, column, first));
-        let groups = config.scheme.group.filter(|_| lines.is_none()).map_or(vec![], |group| {
+        let groups = config.scheme.group.filter(|_| lines.is_none()).map_or(vec![], |_| {
             let scales = (operands.weight.scales, slot.scales);
             let zeros = operands.weight.zeros.map(|zeros| (zeros, slot.zeros));
             let copies =
-                |(lines, to)| GroupCopies::new(&operands, lines, to, group, lane, column, first);
+                |(lines, to)| GroupCopies::new(config, &operands, lines, to, [lane, column], first);
             [Some(scales), zeros].into_iter().flatten().map(copies).collect()
         });
         Self {
@@ -124,6 +135,7 @@ impl<'k> Copies<'k> {
             pair: k.var(first),
             step: config.together(),
             codes: k.var(codes),
+            code_bytes: config.code_bytes(),
             lines,
             x,
             x_place: SwizzledTile::place(line, chunk),
@@ -165,7 +177,7 @@ impl<'k> Copies<'k> {
         let k = self.k;
         let to = slot + self.lane * CHUNK;
         let all = k.select(number.lt(self.operands.blocks()), k.var(CHUNK), 0);
-        for part in (0..BLOCK_BYTES).step_by((WARP * CHUNK) as usize) {
+        for part in (0..self.code_bytes).step_by((WARP * CHUNK) as usize) {
             let from = self.codes.at((block * BLOCK_BYTES + part).into());
             // Of a pair the first block is there.
             match block {
@@ -194,20 +206,20 @@ impl<'k> Copies<'k> {
 
 impl<'k> GroupCopies<'k> {
     fn new(
+        config: &Config,
         operands: &Operands<'k>,
         lines: Rows<'k>,
         to: u32,
-        group: u32,
-        lane: Reg<'k, u32>,
-        column: Reg<'k, u32>,
+        [lane, column]: [Reg<'k, u32>; 2],
         first: Reg<'k, u32>,
     ) -> Self {
         let k = lane.kernel();
+        let group = config.scheme.group.expect("there are groups");
         let rows = BLOCK.div_ceil(group);
         let rows_of_pair = PAIR * BLOCK / group;
-        let chunks = BLOCK * lines.size / CHUNK;
+        let chunks = config.cols * lines.size / CHUNK;
         let row = lane / chunks;
-        let col = column * BLOCK + lane % chunks * (CHUNK / lines.size);
+        let col = column * config.cols + lane % chunks * (CHUNK / lines.size);
         let line = lines.line * u64::from(lines.size);
         let pointer = (first * rows_of_pair + row).wide() * line;
         let pointer = lines.address + pointer + (col * lines.size).wide();

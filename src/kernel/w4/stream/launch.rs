@@ -19,7 +19,8 @@ impl Launch {
     pub fn new(config: &Config, problem: &Problem) -> Self {
         let tokens =
             if config.several { count(problem.m.div_ceil(config.tokens.into())) } else { 1 };
-        let blocks = problem.columns().saturating_mul(tokens).saturating_mul(config.split);
+        let blocks =
+            problem.columns(config.cols).saturating_mul(tokens).saturating_mul(config.split);
         Self { grid: [blocks, 1, 1], size: [count(problem.m), count(problem.n)] }
     }
 

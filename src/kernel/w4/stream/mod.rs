@@ -1,6 +1,6 @@
 //! `x·W` for a few rows of `x`: as fast as the codes come from memory.
 //!
-//! A block has 64 columns of `W`, and its warps take pairs of blocks of codes along K in turn, each for itself: a
+//! A block has 64 columns of `W`, or 32, and its warps take pairs of blocks of codes along K in turn, each for itself: a
 //! warp has a ring of slots that it fills with `cp.async`, its products are `mma.sync` with the codes as the left
 //! operand and the rows of `x` along N, and it waits for no other warp before its sums are added to theirs.
 //!
@@ -20,6 +20,7 @@ mod config;
 mod copies;
 mod launch;
 mod lines;
+mod mail;
 mod store;
 
 pub use choose::{MOST, candidates, choose, time};
@@ -39,13 +40,14 @@ use crate::ptx::{Kernel, Mma, Reg, Source, Target};
 use config::{LINE, Slot, TOKENS};
 use copies::{Copies, Operands, PAIR};
 use lines::PairScales;
+use mail::Mailbox;
 use store::Tile;
 
 /// Rows of `W` of an `mma`, columns of `W`, and such steps of a block.
 const STEP: u32 = 16;
 const STEPS: u32 = BLOCK / STEP;
 
-/// The kernel of a configuration that [`Config::check`] accepts. The grid has a block for each 64 columns, each block of
+/// The kernel of a configuration that [`Config::check`] accepts. The grid has a block for its columns, each block of
 /// tokens and each part of the split in x; those of a column follow each other, and those of a weight the ones of the
 /// weight before.
 ///
@@ -85,7 +87,7 @@ pub fn emit(config: &Config) -> Source {
             (column, place) = (line, warp % config.together());
         }
         _ => {
-            (operands.weight, column) = Weight::of_line(&weights, line, BLOCK);
+            (operands.weight, column) = Weight::of_line(&weights, line, config.cols);
             place = warp;
         }
     }
@@ -103,8 +105,9 @@ pub fn emit(config: &Config) -> Source {
         pairs: (share.count + (config.together() - 1) - place) / config.together(),
     };
     let decoder = s.begin(base);
+    let mailbox = config.clustered().then(|| Mailbox::open(config, base, thread, part));
     let sums = s.run(&decoder, operands, column);
-    let tile = Tile { k, c: config, base, warp, lane, thread, part, token, column };
+    let tile = Tile { k, c: config, base, warp, lane, thread, part, mailbox, token, column };
     tile.store(&sums, operands, terms);
     k.finish()
 }
@@ -161,11 +164,11 @@ impl<'k> Stream<'k, '_> {
         let (k, c) = (self.k, self.c);
         let zeros = || -> Sums<'k> {
             let quads = || (0..c.token_tiles()).map(|_| [0f32; 4].map(|x| k.var(x))).collect();
-            (0..BLOCK / STEP).map(|_| quads()).collect()
+            (0..c.cols / STEP).map(|_| quads()).collect()
         };
         let totals = zeros();
         let whole =
-            c.scheme.group.is_none().then(|| store::column_groups(operands, self.lane, column));
+            c.scheme.group.is_none().then(|| store::column_groups(c, operands, self.lane, column));
         let of_pairs = match c.scheme.group {
             Some(_) if c.scheme.codes.are_bytes() => {
                 Some(PairScales::new(c, &operands, column, self.first))
@@ -181,7 +184,7 @@ impl<'k> Stream<'k, '_> {
             let mut group = None;
             let of_pair = of_pairs.as_ref().map(|scales| {
                 let scale = scales.of(pair);
-                by_tile(|_| scale)
+                by_tile(c.cols, |_| scale)
             });
             for block in 0..PAIR {
                 k.cp_async_wait(c.slots - 1);
@@ -242,7 +245,7 @@ impl<'k> Stream<'k, '_> {
             true => lines::load(k, stage, self.lane),
             false => {
                 let words = stage + self.lane * CHUNK;
-                let tiles = 0..BLOCK / STEP;
+                let tiles = 0..c.cols / STEP;
                 tiles.map(|tile| k.ld_shared(words.at((tile * WARP * CHUNK).into()))).collect()
             }
         };
@@ -274,8 +277,8 @@ impl<'k> Stream<'k, '_> {
         let size = c.scheme.scale.size();
         let scales = (0..rows).map(|row| {
             let at = stage + column * size;
-            by_tile(|col| {
-                let at = at.at((slot.scales + (row * BLOCK + col) * size).into());
+            by_tile(c.cols, |col| {
+                let at = at.at((slot.scales + (row * c.cols + col) * size).into());
                 match c.scheme.scale {
                     Element::F32 => k.ld_shared::<f32, 1>(at)[0],
                     Element::Half(half) => k.widen(half, k.ld_shared::<u16, 1>(at)[0]),
@@ -285,7 +288,7 @@ impl<'k> Stream<'k, '_> {
         let scales = scales.collect();
         let zeros = (0..if c.scheme.zeros { rows } else { 0 }).map(|row| {
             let at = stage + column;
-            by_tile(|col| k.ld_shared_u8(at.at((slot.zeros + row * BLOCK + col).into())))
+            by_tile(c.cols, |col| k.ld_shared_u8(at.at((slot.zeros + row * c.cols + col).into())))
         });
         let zeros = zeros.collect();
         Loaded { words, x, scales, zeros }
@@ -321,9 +324,9 @@ impl<'k> Stream<'k, '_> {
     }
 }
 
-/// Both of a lane's columns of each 16, given what is so many columns after its first.
-fn by_tile<T>(of: impl Fn(u32) -> T) -> Vec<[T; 2]> {
-    (0..BLOCK / STEP).map(|tile| [0, STEP / 2].map(|more| of(tile * STEP + more))).collect()
+/// Both of a lane's columns of each 16 of `cols`, given what is so many columns after its first.
+fn by_tile<T>(cols: u32, of: impl Fn(u32) -> T) -> Vec<[T; 2]> {
+    (0..cols / STEP).map(|tile| [0, STEP / 2].map(|more| of(tile * STEP + more))).collect()
 }
 
 /// Adds the sums of a group, times its scales, which are those of rows of the sums.

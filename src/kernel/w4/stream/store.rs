@@ -2,10 +2,10 @@
 
 use super::config::Config;
 use super::copies::Operands;
+use super::mail::Mailbox;
 use super::{Sums, by_tile};
 use crate::kernel::gemm::result::TileOfResult;
 use crate::kernel::gemm::terms::{Terms, add};
-use crate::kernel::w4::BLOCK;
 use crate::ptx::{Kernel, Reg};
 
 /// The only group of a lane's columns.
@@ -16,16 +16,17 @@ pub struct ColumnGroups<'k> {
 
 /// Loads them: columns past the last one have anyone's.
 pub fn column_groups<'k>(
+    c: &Config,
     operands: Operands<'k>,
     lane: Reg<'k, u32>,
     column: Reg<'k, u32>,
 ) -> ColumnGroups<'k> {
-    let first = column * BLOCK + lane / 4;
+    let first = column * c.cols + lane / 4;
     let weight = operands.weight;
     let of = |col| (first + col).min(weight.n - 1);
-    let scales = by_tile(|col| weight.column_scale(of(col)));
+    let scales = by_tile(c.cols, |col| weight.column_scale(of(col)));
     let zeros = weight.zeros.and_then(|_| {
-        let zeros = by_tile(|col| weight.column_zero(of(col)));
+        let zeros = by_tile(c.cols, |col| weight.column_zero(of(col)));
         zeros.into_iter().map(|[a, b]| Some([a?, b?])).collect()
     });
     ColumnGroups { scales, zeros }
@@ -50,12 +51,26 @@ pub struct Tile<'k, 'c> {
     pub warp: Reg<'k, u32>,
     pub lane: Reg<'k, u32>,
     pub thread: Reg<'k, u32>,
-    /// Which part of the split.
+    /// Which part of the split, unless a cluster adds them.
     pub part: Reg<'k, u32>,
+    pub mailbox: Option<Mailbox<'k>>,
     /// Its first token.
     pub token: Reg<'k, u32>,
-    /// Which 64 columns.
+    /// Which of the blocks' columns.
     pub column: Reg<'k, u32>,
+}
+
+/// As many elements of a row of the tile as are stored at once.
+#[derive(Clone, Copy)]
+struct Unit<'k> {
+    /// Which of the tile's.
+    number: Reg<'k, u32>,
+    /// The bytes before them in staged sums.
+    at: Reg<'k, u32>,
+    token: Reg<'k, u32>,
+    col: Reg<'k, u32>,
+    /// Whether there are any for the thread, if that is a question.
+    inside: Option<Reg<'k, bool>>,
 }
 
 impl<'k> Tile<'k, '_> {
@@ -73,51 +88,32 @@ impl<'k> Tile<'k, '_> {
             out: operands.weight.out,
             rows: operands.m,
             cols: operands.weight.n,
-            first: (self.token, self.column * BLOCK),
+            first: (self.token, self.column * c.cols),
             batch: if partial { self.part } else { zero },
         };
         // Of each weight's warps.
         let warps: Vec<_> = (0..c.warps).map(|warp| warp * c.sums_bytes()).collect();
         let sides: Vec<_> = warps.chunks(c.together() as usize).collect();
-        let store = |sums: &[Vec<_>], token, col, inside| match sums {
+        let whole = |at| sides.iter().map(|warps| self.whole(warps, at)).collect::<Vec<_>>();
+        let store = |sums: &[Vec<_>], Unit { token, col, inside, .. }| match sums {
             [gate, by] => result.store_times(gate, by, token, col, inside),
             sums => result.store(&sums[0], token, col, inside),
         };
-        if !c.clustered() {
-            return self.units(self.thread, c.threads(), |at, token, col, inside| {
-                let sums: Vec<_> = sides.iter().map(|warps| self.whole(warps, at)).collect();
-                store(&sums, token, col, inside);
-            });
-        }
-        let whole = self.base + c.warps * c.sums_bytes();
-        let wholes = || (0..).map(|side: u32| whole + side * c.sums_bytes());
-        self.units(self.thread, c.threads(), |at, _, _, inside| {
-            for (warps, whole) in sides.iter().zip(wholes()) {
-                let sums = self.whole(warps, at);
-                let store = || match *sums {
-                    [a, b, c, d] => k.st_shared(whole + at, [a, b, c, d]),
-                    _ => k.st_shared(whole + at, [sums[0]]),
-                };
-                match inside {
-                    Some(inside) => k.if_(inside, store),
-                    None => store(),
-                }
+        let all = (zero, c.units());
+        let Some(mailbox) = self.mailbox else {
+            return self.units(all, |unit| store(&whole(unit.at), unit));
+        };
+        // Everyone is ready for it.
+        k.wait_cluster();
+        self.units(all, |unit| {
+            let send = || mailbox.send(unit.number, &whole(unit.at));
+            match unit.inside {
+                Some(inside) => k.if_(inside, send),
+                None => send(),
             }
         });
-        k.sync_cluster();
-        let parts = |whole| (0..c.split).map(|rank| k.mapa(whole, rank)).collect::<Vec<_>>();
-        let parts: Vec<_> = wholes().take(sides.len()).map(parts).collect();
-        let mine = self.part * c.threads() + self.thread;
-        self.units(mine, c.threads() * c.split, |at, token, col, inside| {
-            let load = |part: &Reg<'k, u32>| match c.unit {
-                4 => k.ld_cluster::<f32, 4>(*part + at).to_vec(),
-                _ => k.ld_cluster::<f32, 1>(*part + at).to_vec(),
-            };
-            let sum = |parts: &Vec<_>| add(parts.iter().map(load)).expect("there is a part");
-            store(&parts.iter().map(sum).collect::<Vec<_>>(), token, col, inside);
-        });
-        // Nobody leaves while others read its memory.
-        k.sync_cluster();
+        mailbox.wait();
+        self.units(mailbox.share(), |unit| store(&mailbox.sums(unit.number), unit));
     }
 
     /// Writes the warp's sums, token after token.
@@ -140,23 +136,18 @@ impl<'k> Tile<'k, '_> {
         }
     }
 
-    /// Calls `each` for the units of the tile that thread `mine` of `all` has: the bytes before it in staged sums,
-    /// its token and column, and whether there is one for the thread.
-    fn units(
-        &self,
-        mine: Reg<'k, u32>,
-        all: u32,
-        each: impl Fn(Reg<'k, u32>, Reg<'k, u32>, Reg<'k, u32>, Option<Reg<'k, bool>>),
-    ) {
+    /// Calls `each` for those of `count` units from `first` on that are the thread's.
+    fn units(&self, (first, count): (Reg<'k, u32>, u32), each: impl Fn(Unit<'k>)) {
         let c = self.c;
-        let of_token = BLOCK / c.unit;
-        let units = c.tokens * of_token;
-        for first in (0..units).step_by(all as usize) {
-            let unit = mine + first;
-            let inside = (first + all > units).then(|| unit.lt(units));
-            let unit = if inside.is_some() { unit.min(units - 1) } else { unit };
-            let (token, col) = (unit / of_token, unit % of_token * c.unit);
-            each((token * c.sums_pitch() + col) * 4, token, col, inside);
+        let of_token = c.cols / c.unit;
+        for before in (0..count).step_by(c.threads() as usize) {
+            let unit = self.thread + before;
+            let inside = (before + c.threads() > count).then(|| unit.lt(count));
+            let unit = if inside.is_some() { unit.min(count - 1) } else { unit };
+            let number = first + unit;
+            let (token, col) = (number / of_token, number % of_token * c.unit);
+            let at = (token * c.sums_pitch() + col) * 4;
+            each(Unit { number, at, token, col, inside });
         }
     }
 
