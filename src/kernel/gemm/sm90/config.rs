@@ -384,7 +384,8 @@ impl Config {
                 match self.rows {
                     64 | 128 => true,
                     192 => self.weight.is_some(),
-                    TALL => self.weight.is_some() || (self.promotes() && self.store == Store::Tma),
+                    TALL if self.weight.is_some() => true,
+                    TALL => self.promotes() && self.store == Store::Tma && self.cols <= 128,
                     _ => false,
                 },
                 format!(
