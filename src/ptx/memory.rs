@@ -56,6 +56,16 @@ impl Kernel {
         self.load("global.nc", from.into())
     }
 
+    /// `ld.global.nc` to a register that has a value: within [`when`](Self::when) it keeps that value where the predicate
+    /// does not hold, and nobody waits for the load before it is used.
+    pub fn ld_global_nc_to<'k, T: Scalar>(
+        &'k self,
+        to: Reg<'k, T>,
+        from: impl Into<Address<'k, u64>>,
+    ) {
+        self.emit(format_args!("ld.global.nc.{} {to}, {}", T::BITS, from.into()));
+    }
+
     /// `ld.global.nc.u8`: one byte, of 0 to 255.
     pub fn ld_global_nc_u8<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {
         let (d, from) = (self.reg(), from.into());

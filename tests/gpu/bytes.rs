@@ -131,7 +131,7 @@ fn bytes_promoted() -> Result<()> {
         tally.inapplicable("this GPU has no kernels that promote sums");
         return Ok(());
     }
-    for (seed, [m, n, k]) in (1..).zip([[16, 256, 4096], [65, 100, 1100], [130, 264, 300]]) {
+    for (seed, [m, n, k]) in (1..).zip([[16, 256, 4096], [65, 100, 1100], [330, 264, 300]]) {
         let epilogue =
             Epilogue { scale: Scale::Lines, ..Epilogue::round(Element::Half(Half::Bf16)) };
         let mut shapes = HashSet::new();
@@ -197,7 +197,7 @@ fn bytes_blocks() {
         tally.case(format!("{m}×{n}×{k}"), || with_blocks(seed, [m, n, k], None, &device));
     }
     // Depths of several turns of the lanes that hold scales, whole and not.
-    for (seed, [m, n, k]) in (7..).zip([[20, 300, 2300], [100, 264, 1024], [40, 200, 4200]]) {
+    for (seed, [m, n, k]) in (7..).zip([[20, 300, 2300], [300, 264, 1024], [40, 200, 4200]]) {
         let epilogue =
             Epilogue { scale: Scale::Blocks, ..Epilogue::round(Element::Half(Half::Bf16)) };
         let mut shapes = HashSet::new();

@@ -190,7 +190,7 @@ impl Shape<'_> {
         if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
             return None;
         }
-        // The scales of blocks and a bias do not fit the registers beside 192 columns in two places.
+        // The scales of blocks and a bias do not fit the registers beside 192 columns in two places, nor beside twice 128.
         let scaled = problem.epilogue.scale == Scale::Blocks && problem.epilogue.bias.is_some();
         if scaled && orient == Orient::Plain && (cols > 128 || rows == 256) {
             return None;

@@ -19,7 +19,7 @@ use crate::kernel::hopper::ring::Cursor;
 use crate::kernel::hopper::{Lane, SLAB};
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::raster::Tile;
-use crate::ptx::{Kernel, Reg};
+use crate::ptx::Reg;
 
 /// The parameters: f32 `[rows, depth]` of the left operand and `[depth, blocks of columns]` of the right one.
 #[derive(Clone, Copy)]
@@ -119,8 +119,7 @@ impl<'k> Held<'k> {
 
     fn load(&self, to: Reg<'k, f32>, there: Reg<'k, bool>) {
         let k = to.kernel();
-        let [scale] = k.when(there, || k.ld_global_nc::<f32, 1>(self.from));
-        k.when(there, || to.set(scale));
+        k.when(there, || k.ld_global_nc_to(to, self.from));
     }
 
     /// A turn begins where `begins` holds, and the one to load is there where `there` does, too.

@@ -393,7 +393,8 @@ impl Config {
             (
                 match self.rows {
                     64 | 128 => true,
-                    TALL => self.weight.is_some() || (self.promotes() && self.store == Store::Tma),
+                    TALL if self.weight.is_some() => true,
+                    TALL => self.promotes() && self.store == Store::Tma && self.cols <= 128,
                     _ => false,
                 },
                 format!("{} rows (64, 128, of codes and stored sums of e4m3 256)", self.rows),
