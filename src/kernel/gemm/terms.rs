@@ -163,24 +163,6 @@ impl<'k> Vectors<'k> {
         }
     }
 
-    /// Asks for those of `count` lines, so that they are in L2 when they are loaded; a thread of `threads` for some. `line`
-    /// gives a line's place in the vectors, and whether it has one.
-    pub fn prefetch(
-        &self,
-        count: u32,
-        (thread, threads): (Reg<'k, u32>, u32),
-        line: impl Fn(Reg<'k, u32>) -> (Reg<'k, u32>, Reg<'k, bool>),
-    ) {
-        let k = thread.kernel();
-        for Vector { what, address, step } in self.all() {
-            for start in (0..count).step_by(threads as usize) {
-                let (place, valid) = line(thread + start);
-                let place = step.map_or(place, |step| place * step);
-                k.when(valid, || k.prefetch_l2(address.element(place, what.size())));
-            }
-        }
-    }
-
     /// Begins to copy those of `count` lines to shared memory, one vector after the other from `to` on; a thread
     /// of `threads` takes some. `line` gives a line's place in the vectors, and whether it has one. Where
     /// elements have 16 bits there is an even number of lines.

@@ -227,9 +227,6 @@ impl<'k> Gemm<'k, '_> {
         self.tiles(turn.map(|_| group), |tile| {
             let (of, tile) = self.of_weight(tile);
             let scales = of.copy_scales(tile, thread, group);
-            if c.store != Store::Tma {
-                of.prefetch_lines(tile, thread);
-            }
             // Those of packed codes and of blocks are floats: see `Config::check`.
             let cast = |tile: &Vec<Reg<'k, S>>| tile.iter().map(|sum| sum.cast()).collect();
             let floats = || accumulators.iter().map(cast).collect::<Vec<Vec<_>>>();

@@ -3,7 +3,7 @@
 use super::Gemm;
 use super::config::Orient;
 use crate::kernel::gemm::result::TileOfResult;
-use crate::kernel::gemm::terms::{Lines, Sum, add};
+use crate::kernel::gemm::terms::{Sum, add};
 use crate::kernel::hopper::WARPGROUP;
 use crate::kernel::raster::Tile;
 use crate::ptx::Reg;
@@ -48,24 +48,6 @@ impl<'k> Gemm<'k, '_> {
         match c.split {
             1 => self.smem.meeting.only().sync(k),
             _ => k.sync_cluster(),
-        }
-    }
-
-    /// Asks for what a tile's rows and columns have of their own: it is near when the sums are there.
-    pub(super) fn prefetch_lines(&self, tile: Tile<'k>, thread: Reg<'k, u32>) {
-        let c = self.c;
-        let [rows, cols] = self.size;
-        let sides = [(tile.row, c.rows), (tile.col, c.cols)];
-        let both = c.orient.order([Lines::Rows, Lines::Columns]);
-        for (lines, (tile_line, count)) in both.into_iter().zip(sides) {
-            let threads = (thread, WARPGROUP * c.consumers());
-            self.terms.vectors(lines).prefetch(count, threads, |line| {
-                let line = tile_line * count + line;
-                match lines {
-                    Lines::Rows => (tile.batch_row(c.batched, rows, line), line.lt(rows)),
-                    Lines::Columns => (line, line.lt(cols)),
-                }
-            });
         }
     }
 
