@@ -1,5 +1,6 @@
 //! Which configuration a problem gets: an estimate of its cycles.
 
+use super::config::LINE;
 use super::{Config, Launch};
 use crate::kernel::Device;
 use crate::kernel::w4::{BLOCK, Codes, Problem};
@@ -8,24 +9,66 @@ use crate::ptx::Target;
 /// Rows of `x` that a block takes, at most.
 pub const MOST: u64 = 16;
 
-// Fitted to all candidates of 60 problems on an H200, whose multiprocessors are taken for 1.7 GHz: the choices took 0.5 %
-// longer than the fastest ones. Bytes in a clock: from memory if all multiprocessors read, and what one alone can take.
-const MEMORY: f64 = 24.0;
-const FILL: f64 = 40.0;
-/// Bytes on their way to a multiprocessor that saturate memory.
-const IN_FLIGHT: f64 = 53_600.0;
-/// Clocks of a pair of sixteen warps, and of one alone.
-const PAIR: f64 = 2200.0;
-const LATENCY: f64 = 960.0;
-/// As many times if a code is looked up, or has a zero point.
-const INVOLVED: f64 = 1.65;
-/// Of a round of blocks, and more for each warp.
-const ROUND: f64 = 1300.0;
-const WARP: f64 = 40.0;
-/// Of a round of clusters, and more for each warp of them on a multiprocessor.
-const CLUSTER: f64 = 1150.0;
-const SHARE: f64 = 15.0;
-/// Of one more kernel.
+/// What estimates take for granted, in clocks unless it says otherwise.
+struct Fit {
+    /// Bytes in a clock: from memory if all multiprocessors read, and what one alone can take.
+    memory: f64,
+    fill: f64,
+    /// Bytes on their way to a multiprocessor that saturate memory.
+    in_flight: f64,
+    /// How much a byte of `x`, which others find in L2, counts beside one of the weight.
+    shared: f64,
+    /// Of a pair of sixteen warps, and of one alone.
+    pair: f64,
+    latency: f64,
+    /// As many times for half of the columns.
+    half: [f64; 2],
+    /// As many times if a code is looked up, or has a zero point.
+    involved: f64,
+    /// Of a round of blocks, and more for each warp.
+    first: f64,
+    warp: f64,
+    /// What each further round takes of that.
+    further: f64,
+    /// Of a round of clusters, and more for each warp of them on a multiprocessor.
+    cluster: f64,
+    share: f64,
+}
+
+/// Of int4 on Hopper: fitted to all candidates of 25 problems on an H200 (2026-11-30), whose multiprocessors are taken for 1.7 GHz:
+/// the choices took 0.6 % longer than the fastest ones.
+const INTEGERS: Fit = Fit {
+    memory: 25.6,
+    fill: 20.9,
+    in_flight: 48_000.0,
+    shared: 0.13,
+    pair: 2310.0,
+    latency: 940.0,
+    half: [0.46, 0.56],
+    involved: 1.6,
+    first: 4140.0,
+    warp: 56.0,
+    further: 0.11,
+    cluster: 790.0,
+    share: 14.0,
+};
+/// The same of bytes, of nf4, and of other GPUs: fitted to 60 problems on that one.
+const OTHERS: Fit = Fit {
+    memory: 24.0,
+    fill: 40.0,
+    in_flight: 53_600.0,
+    shared: 1.0,
+    pair: 2200.0,
+    latency: 960.0,
+    half: [0.5, 0.6],
+    involved: 1.65,
+    first: 1300.0,
+    warp: 40.0,
+    further: 1.0,
+    cluster: 1150.0,
+    share: 15.0,
+};
+/// Clocks of one more kernel.
 const LAUNCH: f64 = 4000.0;
 
 /// The configuration with the least estimated time.
@@ -67,11 +110,9 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             if bytes && resident == 8 && warps == 8 {
                 continue;
             }
-            let config = Config { cols, warps, split, ..small(problem, device) };
-            // Where each multiprocessor has one, it has all of the memory.
-            let blocks = Launch::new(&config, problem).grid[0];
-            let blocks_per_sm = (resident / warps).min(blocks.div_ceil(device.multiprocessors));
-            let config = Config { blocks_per_sm, ..config };
+            // Also where each multiprocessor has one block: more slots than fit then took 0.99 to 1.05 of the time.
+            let blocks_per_sm = resident / warps;
+            let config = Config { cols, warps, split, blocks_per_sm, ..small(problem, device) };
             let slots = config.max_slots(device.shared_per_block).min(8);
             let config = Config { slots, ..config };
             all.extend(config.check(device.shared_per_block).is_ok().then_some(config));
@@ -120,25 +161,33 @@ fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
     let rounds = (blocks / (sms * resident)).ceil();
     let busiest = (blocks / sms).ceil();
 
+    let fit = match (c.scheme.codes, c.target) {
+        (Codes::Int4, Target::Sm90a) => &INTEGERS,
+        _ => &OTHERS,
+    };
+    let [half_pair, half_latency] = if c.cols < BLOCK { fit.half } else { [1.0; 2] };
+
     // The warps of a multiprocessor share its units.
     let together = busiest.min(resident) * warps;
     let involved = c.scheme.zeros || c.scheme.codes == Codes::Nf4;
-    let pair = if involved { INVOLVED * PAIR } else { PAIR };
-    let compute = rounds * of_warp * (pair * together / 16.0).max(LATENCY);
+    let involved = if involved { fit.involved } else { 1.0 };
+    let pair = fit.pair * half_pair * involved;
+    let compute = rounds * of_warp * (pair * together / 16.0).max(fit.latency * half_latency);
 
     let slot = f64::from(c.slot().bytes);
     // Blocks of the same columns find them in L2.
     let columns = problem.widths().iter().sum::<u64>();
-    let bytes = columns as f64 * problem.k as f64 * slot / (64.0 * f64::from(c.cols));
+    let counted = slot - (1.0 - fit.shared) * f64::from(c.tokens * LINE);
+    let bytes = columns as f64 * problem.k as f64 * counted / f64::from(BLOCK * c.cols);
     let under_way =
-        blocks.min(sms * resident) * f64::from(c.warps * c.slots) * slot / sms / IN_FLIGHT;
-    let all = bytes / (sms * MEMORY * under_way.min(1.0).sqrt());
-    let one = bytes / blocks * busiest / FILL;
+        blocks.min(sms * resident) * f64::from(c.warps * c.slots) * slot / sms / fit.in_flight;
+    let all = bytes / (sms * fit.memory * under_way.min(1.0).sqrt());
+    let one = bytes / blocks * busiest / fit.fill;
 
-    let between = rounds * (ROUND + WARP * warps);
+    let between = (1.0 + fit.further * (rounds - 1.0)) * (fit.first + fit.warp * warps);
     let sums = match (c.split, c.target) {
         (1, _) => 0.0,
-        (_, Target::Sm90a) => rounds * (CLUSTER + SHARE * warps * resident * split),
+        (_, Target::Sm90a) => rounds * (fit.cluster + fit.share * warps * resident * split),
         (_, Target::Sm80 | Target::Sm89) => LAUNCH,
     };
     // The larger of both, or a little more where they are close.
@@ -171,14 +220,24 @@ mod tests {
     fn large_weights_fill_the_device_without_a_split() {
         let c = choose(&problem(1, 8192, 8192, Codes::Int4, Some(128)), &H200);
         assert_eq!((c.tokens, c.split, c.warps * c.blocks_per_sm), (1, 1, 16));
-        let c = choose(&problem(16, 28_672, 4096, Codes::Int4, Some(128)), &H200);
+        let c = choose(&problem(16, 8192, 8192, Codes::Int4, Some(128)), &H200);
         assert_eq!((c.tokens, c.split, c.warps * c.blocks_per_sm), (16, 1, 8));
+    }
+
+    #[test]
+    fn half_as_wide_blocks_fill_the_device_without_a_split() {
+        for m in [1, 4, 8, 16] {
+            let c = choose(&problem(m, 4096, 4096, Codes::Int4, Some(128)), &H200);
+            assert_eq!((c.cols, c.split, c.warps * c.blocks_per_sm), (32, 1, 16));
+        }
+        let bytes = choose(&problem(1, 4096, 4096, Codes::Int8, None), &H200);
+        assert_eq!(bytes.cols, BLOCK);
     }
 
     #[test]
     fn a_few_columns_are_split() {
         for device in [H200, A100] {
-            let c = choose(&problem(1, 1024, 8192, Codes::Int4, Some(128)), &device);
+            let c = choose(&problem(1, 512, 28_672, Codes::Int4, Some(128)), &device);
             assert!(c.split > 1, "{}", c.name());
         }
     }
