@@ -56,8 +56,8 @@ impl<'k> Gemm<'k, '_> {
         let (k, c) = (self.k, self.c);
         let [(row, lines), (col, width)] = c.orient.order([(tile.row, c.rows), (tile.col, c.cols)]);
         let first = (row * lines, col * width);
-        let teams = (0..c.teams).map(|team| self.base + self.smem.result + team * c.staged_bytes());
-        let teams: Vec<_> = teams.collect();
+        let team = |team| self.base + (self.smem.result + team * c.staged_bytes());
+        let teams: Vec<_> = (0..c.teams).map(team).collect();
         let parts: Vec<_> = match c.split {
             1 => teams,
             split => {
