@@ -131,11 +131,6 @@ impl Kernel {
         self.store("global", to.into(), values);
     }
 
-    /// `prefetch.global.L2`: the line at an address.
-    pub fn prefetch_l2<'k>(&'k self, at: impl Into<Address<'k, u64>>) {
-        self.emit(format_args!("prefetch.global.L2 {}", at.into()));
-    }
-
     /// `ld.shared`
     pub fn ld_shared<'k, T: Scalar, const N: usize>(
         &'k self,

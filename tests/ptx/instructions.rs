@@ -270,7 +270,6 @@ fn hopper() -> Source {
             k.mbarrier_arrive(empty);
             let other = k.mapa(base, 1);
             k.mbarrier_arrive_cluster(other.at(8));
-            k.prefetch_l2(out.at(256));
             keep(k, out, &k.ld_cluster::<u32, 4>(other.at(1024)));
             k.st_async(other.at(1040), [k.var(1f32); 4], other.at(8));
         },

@@ -172,7 +172,9 @@ impl Op {
             ["ld", "global", .., kind] => Self::Load(Space::Global, size(kind)),
             ["ld", "shared" | "shared::cluster", .., kind] => Self::Load(Space::Shared, size(kind)),
             ["st", "global", .., kind] => Self::Store(Space::Global, size(kind)),
-            ["st", "async", "weak", "shared::cluster", _, .., kind] => Self::StoreCounted(size(kind)),
+            ["st", "async", "weak", "shared::cluster", _, .., kind] => {
+                Self::StoreCounted(size(kind))
+            }
             ["st", "shared", .., kind] => Self::Store(Space::Shared, size(kind)),
             ["shfl", "sync", "idx", _] => Self::Shuffle(Shuffle::From),
             ["shfl", "sync", "bfly", _] => Self::Shuffle(Shuffle::Xor),
