@@ -12,6 +12,7 @@ implementations differ by on one seed, and seeds of one implementation. It fails
 batches, too. No packages are needed.
 """
 
+import argparse
 import csv
 import itertools
 import math
@@ -90,11 +91,14 @@ def seeds(groups):
 
 
 def main():
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    if sys.argv[1] == "--seeds":
-        return seeds(sys.argv[2:])
-    pairs(sys.argv[1:])
+    description, _, more = __doc__.partition(":\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", action="store_true", help="each argument has all runs of one seed")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="losses; with --seeds FILE,FILE,...")
+    args = parser.parse_args()
+    (seeds if args.seeds else pairs)(args.files)
 
 
 if __name__ == "__main__":
