@@ -385,11 +385,15 @@ impl Config {
                     64 | 128 => true,
                     192 => self.weight.is_some(),
                     TALL if self.weight.is_some() => true,
-                    TALL => self.promotes() && self.store == Store::Tma && self.cols <= 128,
+                    TALL => {
+                        let scaled = self.promotes() && self.epilogue.scale == Scale::Blocks;
+                        let few = self.orient == Orient::Plain && self.cols <= 128;
+                        scaled && few && self.store == Store::Tma
+                    }
                     _ => false,
                 },
                 format!(
-                    "{} rows (64, 128, of codes 192, of codes and stored sums of e4m3 256)",
+                    "{} rows (64, 128, of codes 192 or 256, of up to 128 columns with scales of blocks 256)",
                     self.rows
                 ),
             ),
