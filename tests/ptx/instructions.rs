@@ -137,9 +137,8 @@ fn memory() -> Source {
     let two = k.ld_global::<u32, 2>(input.at(16));
     let four = k.ld_global_nc::<u32, 4>(input);
     let [half] = k.ld_global_nc::<u16, 1>(input.at(-2));
+    k.when(one.gt(3), || k.ld_global_nc_to(one, input.at(8)));
     let byte = k.ld_global_nc_u8(input.at(3));
-    let kept = k.var(7u32);
-    k.ld_global_nc_to(kept, input.at(8));
     keep(k, out, &[k.ld_shared_u8(slot.at(5)), k.ld_shared_u16(slot.at(6))]);
     k.st_shared(slot, four);
     k.st_shared(slot.at(4), [one]);

@@ -394,10 +394,14 @@ impl Config {
                 match self.rows {
                     64 | 128 => true,
                     TALL if self.weight.is_some() => true,
-                    TALL => self.promotes() && self.store == Store::Tma && self.cols <= 128,
+                    TALL => {
+                        let scaled = self.promotes() && self.epilogue.scale == Scale::Blocks;
+                        let few = self.orient == Orient::Plain && self.cols <= 128;
+                        scaled && few && self.store == Store::Tma
+                    }
                     _ => false,
                 },
-                format!("{} rows (64, 128, of codes and stored sums of e4m3 256)", self.rows),
+                format!("{} rows (64, 128, of codes or with scales of blocks 256)", self.rows),
             ),
             (
                 self.cols.is_multiple_of(8) && (8..=256).contains(&self.cols),
