@@ -1,6 +1,7 @@
 //! The producers: threads that keep the ring of stages full, one, or one of each warp of their warpgroup in turn.
 
-use super::config::{Boxes, Orient};
+use super::boxes::Boxes;
+use super::config::Orient;
 use super::packed::PackedTile;
 use super::{Gemm, Left};
 use crate::kernel::gemm::Major;

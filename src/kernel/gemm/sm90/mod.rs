@@ -6,6 +6,7 @@
 //! the tokens.
 
 mod blocks;
+mod boxes;
 mod config;
 mod launch;
 mod lines;
@@ -14,7 +15,8 @@ mod packed;
 mod slabs;
 mod store;
 
-pub use config::{Boxes, Config, Order, Orient, Store};
+pub use boxes::Boxes;
+pub use config::{Config, Order, Orient, Store};
 pub use launch::Launch;
 
 use super::share::Share;
