@@ -35,9 +35,10 @@ struct Fit {
     share: f64,
 }
 
-/// Of int4 and up to as many rows as a block takes: fitted to all candidates of 25 problems of groups of 128 on an H200 (2026-11-30), whose multiprocessors are
-/// taken for 1.7 GHz: the choices took 0.6 % longer than the fastest ones. Others are taken for such: with what their codes and
-/// scales take besides, 16×8192² with zero points was given blocks in which it took 17.2 µs instead of 16.1.
+/// Of int4 and up to as many rows as a block takes: fitted to all candidates of 25 problems of groups of 128 on an H200
+/// (2026-11-30), whose multiprocessors are taken for 1.7 GHz: the choices took 0.6 % longer than the fastest ones. Other groups
+/// are taken for such: with what their codes and scales take besides, 16×8192² with zero points was given blocks in which it took
+/// 17.2 µs instead of 16.1.
 const INTEGERS: Fit = Fit {
     memory: 25.6,
     fill: 20.9,
