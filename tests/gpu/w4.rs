@@ -4,6 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use kaio_candle::kernel::Element;
 use kaio_candle::kernel::gemm::Epilogue;
+use kaio_candle::kernel::gemm::sm90::{self, Order, Store};
 use kaio_candle::kernel::w4::{self, Codes, Scheme, stream, tiles};
 use kaio_candle::prelude::*;
 use kaio_candle::ptx::{Half, Target};
@@ -269,6 +270,55 @@ fn w4_tile_shapes() -> Result<()> {
         }
     }
     assert!(shapes.len() > 30, "{} shapes", shapes.len());
+    Ok(())
+}
+
+/// Rings of few stages, and of numbers that producers and teams do not divide: many rounds of them.
+#[test]
+fn w4_rings() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    if std::env::var("KAIO_ARCH").as_deref() == Ok("sm_80") {
+        return Ok(());
+    }
+    let device = kaio_candle::kernel::Device {
+        target: Target::Sm90a,
+        multiprocessors: 132,
+        shared_per_block: 232_448,
+    };
+    let (half, [k, n]) = (Half::Bf16, [64 * 23, 264]);
+    let element = Element::Half(half);
+    let mut count = [0; 3];
+    for scheme in [INT4, Scheme { codes: Codes::Nf4, group: Some(64), ..INT4 }] {
+        let case = Case::new(&gpu, scheme, [k, n])?;
+        for m in [40, 130] {
+            let x = case.x(&gpu, m, dtype(element))?;
+            let options = MatmulOptions::default().out_dtype(dtype(element));
+            let epilogue = Epilogue::round(element);
+            let [m, n, k] = [m, n, k].map(|size| size as u64);
+            let problem =
+                w4::Problem { m, n, others: [0; 2], gated: false, k, half, scheme, epilogue };
+            for config in tiles::candidates(&problem, &device) {
+                let orders = match config.store {
+                    Store::Tma => &[Order::Grid, Order::Raster][..],
+                    Store::Staged { .. } => &[Order::Grid],
+                };
+                for (stages, &order) in
+                    [3, 5, 6, 8].into_iter().flat_map(|s| orders.iter().map(move |o| (s, o)))
+                {
+                    let config = sm90::Config { stages, order, ..config };
+                    if config.check(device.shared_per_block).is_err() {
+                        continue;
+                    }
+                    let got = tune::w4_matmul(&x, &case.weight, &options, Some(config.into()))?;
+                    case.check(&config.name(), &x, &got, |_, x| x)?;
+                    count[0] += 1;
+                    count[1] += u32::from(config.teams > 1);
+                    count[2] += u32::from(stages == 3 && config.blocks_per_sm == 1);
+                }
+            }
+        }
+    }
+    assert!(count.into_iter().all(|count| count > 3), "{count:?} rings");
     Ok(())
 }
 

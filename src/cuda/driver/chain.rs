@@ -206,6 +206,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        let _mode = raw::Relaxed::begin();
         // A failure leaves something behind, which is all that could be said of it.
         if self.context.bind_to_thread().is_ok() {
             // SAFETY: nobody uses them any more; the driver waits with what still runs.

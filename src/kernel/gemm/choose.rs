@@ -185,12 +185,12 @@ impl Shape<'_> {
         if pingpong && crowded {
             return None;
         }
-        // Parts that read nothing in common are for the few small tiles of a deep product: wider
-        // tiles in eight parts were estimated at 35 µs for 64×4096×14336, and took 41.
-        // A block for each tile.
+        // Teams have a block for each tile.
         if teams > 1 && split == 1 && launch.tiles > device.multiprocessors {
             return None;
         }
+        // Parts that read nothing in common are for the few small tiles of a deep product: wider
+        // tiles in eight parts were estimated at 35 µs for 64×4096×14336, and took 41.
         if split > 2 && (cols > 64 || launch.tiles > device.multiprocessors / 8) {
             return None;
         }
@@ -222,6 +222,8 @@ impl Shape<'_> {
             config.store_stages = if largest && launch.tile_rows >= 8 { 4 } else { 2 };
         }
         config.stages = config.max_stages(device.shared_per_block).min(16);
+        // A stage is always the same team's.
+        config.stages -= config.stages % teams;
         (config.stages >= 3 && config.check(device.shared_per_block).is_ok()).then_some(config)
     }
 }

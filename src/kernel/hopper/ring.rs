@@ -118,7 +118,12 @@ impl<'k> Cursor<'k> {
         self.ring.empty.at(self.barriers())
     }
 
-    /// Leaves out `stages` stages, which another consumer takes.
+    /// Leaves out `stages` stages, which others take.
+    ///
+    /// A wait sees a phase's parity, so that whoever waits must know that the round before the one waited for is over. Who fills
+    /// each `stages`-th stage knows that what was in its last one is read; that all before it are as well, if they are read in order;
+    /// and so the stage of two rounds before, if a round has at least as many stages. Of readers who read each `stages`-th in turn,
+    /// each knows only of its own: a round has to have whole turns.
     pub fn skip(&self, stages: Reg<'k, u32>) {
         let at = self.stage + stages;
         let rounds = at / self.ring.stages;

@@ -181,10 +181,12 @@ impl Config {
     }
 
     /// Threads that fill stages, in turn. A stage of codes is up to five copies and their addresses: some 450 clocks of one
-    /// thread, where its products may be 256. Two blocks of a multiprocessor have two such threads anyway.
+    /// thread, where its products may be 256. Two blocks of a multiprocessor have two such threads anyway; and of a ring with fewer
+    /// stages one could be a round ahead (`Cursor::skip`).
     pub(super) fn producers(&self) -> u32 {
+        const ALL: u32 = WARPGROUP / WARP;
         match self.weight {
-            Some(_) if self.blocks_per_sm == 1 => WARPGROUP / WARP,
+            Some(_) if self.blocks_per_sm == 1 && self.stages >= ALL => ALL,
             _ => 1,
         }
     }
@@ -420,10 +422,10 @@ impl Config {
                 self.rhs == Major::Outer || self.cols.is_multiple_of(self.rhs_lines),
                 format!("boxes of {} lines for {} columns", self.rhs_lines, self.cols),
             ),
-            // Of codes the next stage is loaded before the one before last is free.
+            // Of codes a team loads its next stage before the one before last is free.
             (
-                self.stages >= if self.weight.is_some() { 3 } else { 2 },
-                format!("{} stages (at least 2, of codes 3)", self.stages),
+                self.stages >= if self.weight.is_some() { 3 * self.teams } else { 2 },
+                format!("{} stages (at least 2, of codes 3 for each team)", self.stages),
             ),
             (
                 matches!(self.split, 1 | 2 | 4 | 8),
@@ -446,6 +448,11 @@ impl Config {
                         && self.store != Store::Tma
                         && self.order == Order::Grid),
                 format!("{} teams (1, or of codes and single staged tiles 2)", self.teams),
+            ),
+            // What one team has read would say nothing of a stage's round before: see `Cursor::skip`.
+            (
+                self.stages.is_multiple_of(self.teams),
+                format!("{} stages for {} teams", self.stages, self.teams),
             ),
             (
                 self.split == 1 || self.order == Order::Grid,

@@ -1,4 +1,4 @@
-//! Products on Hopper: a warpgroup lets TMA fill a ring of stages, one or two
+//! Products on Hopper: a warpgroup lets TMA fill a ring of stages, one to four
 //! others multiply with wgmma.
 //!
 //! The kernel computes `rows × cols` of tiles. It does so for `C`, or, where M is small, for
@@ -215,7 +215,7 @@ impl<'k> Gemm<'k, '_> {
         Share::new(self.depth, self.c.split, || self.k.cluster_rank())
     }
 
-    /// A warpgroup multiplies 64 rows of each tile, or all rows of each second one, and stores them.
+    /// A warpgroup multiplies 64 rows of each tile, 128 of the tallest, or all rows of each second one, and stores them.
     fn consume<S: Sum>(&self, thread: Reg<'k, u32>, group: Reg<'k, u32>) {
         let (k, c) = (self.k, self.c);
         let place = self.smem.ring.consumer(k, self.base);

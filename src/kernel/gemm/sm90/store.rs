@@ -82,7 +82,7 @@ impl<'k> Gemm<'k, '_> {
         };
         // Four at a time, so that their loads are under way together; in a loop, so that no more are:
         // ptxas would compute the addresses of all of them first, and spill. The last ones follow.
-        // Two at a time where two blocks of three warpgroups share the registers.
+        // Two at a time where four warpgroups that multiply share the registers.
         let together = if c.consumers() * c.blocks_per_sm >= 4 { 2 } else { 4 };
         let turns = units / stride / together;
         let whole = if turns > 1 { together * turns } else { 0 };

@@ -91,7 +91,7 @@ struct GroupCopies<'k> {
 
 impl<'k> Copies<'k> {
     /// Of a warp whose first pair is `first`, for the rows of `x` from `token` on and the columns from
-    /// `64 · column` on.
+    /// `cols · column` on.
     pub fn new(
         config: &Config,
         operands: Operands<'k>,
