@@ -112,6 +112,13 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             if bytes && resident == 8 && warps == 8 {
                 continue;
             }
+            // Scales of four groups for each pair of blocks leave no registers for a way to the other blocks of a cluster, and
+            // addresses of several weights.
+            let clustered = split > 1 && device.target == Target::Sm90a;
+            let four = problem.scheme.group == Some(32);
+            if four && clustered && problem.weights() > 1 && cols == BLOCK {
+                continue;
+            }
             // Also where each multiprocessor has one block: more slots than fit then took 0.99 to 1.05 of the time.
             let blocks_per_sm = resident / warps;
             let config = Config { cols, warps, split, blocks_per_sm, ..small(problem, device) };
