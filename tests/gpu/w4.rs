@@ -2,10 +2,10 @@
 //! is chosen and by configurations that nobody chose.
 
 use candle_core::{DType, Device, Result, Tensor};
-use kaio_candle::kernel::Element;
 use kaio_candle::kernel::gemm::Epilogue;
 use kaio_candle::kernel::gemm::sm90::{self, Order, Store};
 use kaio_candle::kernel::w4::{self, Codes, Scheme, stream, tiles};
+use kaio_candle::kernel::{self, Element};
 use kaio_candle::prelude::*;
 use kaio_candle::ptx::{Half, Target};
 use kaio_candle::quant::{Per, QuantScheme, QuantWeight};
@@ -16,6 +16,10 @@ use super::suites::{NF4, Nd, Source, close, identical, product, ulp};
 
 const INT4: Scheme =
     Scheme { codes: Codes::Int4, zeros: false, scale: Element::Half(Half::F16), group: Some(128) };
+
+/// An H200.
+const HOPPER: kernel::Device =
+    kernel::Device { target: Target::Sm90a, multiprocessors: 132, shared_per_block: 232_448 };
 
 /// With and without zero points, nf4; all groups; all types of scales.
 fn schemes() -> Vec<Scheme> {
@@ -238,11 +242,6 @@ fn w4_tile_shapes() -> Result<()> {
     if std::env::var("KAIO_ARCH").as_deref() == Ok("sm_80") {
         return Ok(());
     }
-    let device = kaio_candle::kernel::Device {
-        target: Target::Sm90a,
-        multiprocessors: 132,
-        shared_per_block: 232_448,
-    };
     let mut shapes = std::collections::HashSet::new();
     for (i, scheme) in schemes().into_iter().enumerate() {
         for (j, m) in [18, 33, 64, 100, 200, 300].into_iter().enumerate() {
@@ -256,7 +255,7 @@ fn w4_tile_shapes() -> Result<()> {
             let [m, n, k] = [m, n, k].map(|size| size as u64);
             let problem =
                 w4::Problem { m, n, others: [0; 2], gated: false, k, half, scheme, epilogue };
-            for (number, config) in tiles::candidates(&problem, &device).into_iter().enumerate() {
+            for (number, config) in tiles::candidates(&problem, &HOPPER).into_iter().enumerate() {
                 // A third of them for each case, other ones each time.
                 if (number + i + j) % 3 != 0 {
                     continue;
@@ -280,11 +279,6 @@ fn w4_rings() -> Result<()> {
     if std::env::var("KAIO_ARCH").as_deref() == Ok("sm_80") {
         return Ok(());
     }
-    let device = kaio_candle::kernel::Device {
-        target: Target::Sm90a,
-        multiprocessors: 132,
-        shared_per_block: 232_448,
-    };
     let (half, [k, n]) = (Half::Bf16, [64 * 23, 264]);
     let element = Element::Half(half);
     let mut count = [0; 3];
@@ -297,7 +291,7 @@ fn w4_rings() -> Result<()> {
             let [m, n, k] = [m, n, k].map(|size| size as u64);
             let problem =
                 w4::Problem { m, n, others: [0; 2], gated: false, k, half, scheme, epilogue };
-            for config in tiles::candidates(&problem, &device) {
+            for config in tiles::candidates(&problem, &HOPPER) {
                 let orders = match config.store {
                     Store::Tma => &[Order::Grid, Order::Raster][..],
                     Store::Staged { .. } => &[Order::Grid],
@@ -306,7 +300,7 @@ fn w4_rings() -> Result<()> {
                     [3, 5, 6, 8].into_iter().flat_map(|s| orders.iter().map(move |o| (s, o)))
                 {
                     let config = sm90::Config { stages, order, ..config };
-                    if config.check(device.shared_per_block).is_err() {
+                    if config.check(HOPPER.shared_per_block).is_err() {
                         continue;
                     }
                     let got = tune::w4_matmul(&x, &case.weight, &options, Some(config.into()))?;

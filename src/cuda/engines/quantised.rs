@@ -74,6 +74,23 @@ pub(crate) fn dequantize(
     })
 }
 
+/// The product of a weight, or of it transposed, if the result or the depth is empty.
+#[cfg(feature = "cuda")]
+fn of_nothing(
+    op: &'static str,
+    x: View<CudaStorage>,
+    weight: &CudaWeight,
+    transposed: bool,
+    epilogue: Epilogue,
+    bias: Option<View<CudaStorage>>,
+) -> Result<Option<CudaStorage>> {
+    let layout = Layout::contiguous(&weight.facts.dims[..]);
+    let layout = if transposed { layout.transpose(0, 1)? } else { layout };
+    let problem = MatmulProblem::new(op, x.1, &layout)?;
+    let nothing = problem.out.elem_count() == 0 || problem.lhs.cols == 0;
+    nothing.then(|| empty::matmul(op, &problem, epilogue, x.0, bias)).transpose()
+}
+
 /// `act(x·W + bias)`, or `x·Wᵀ`, of f16 or bf16 activations.
 pub(crate) fn matmul_quant(
     op: &'static str,
@@ -84,11 +101,8 @@ pub(crate) fn matmul_quant(
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     on_gpu!({
-        let weight_is = Layout::contiguous(&weight.facts.dims[..]);
-        let weight_is = if transposed { weight_is.transpose(0, 1)? } else { weight_is };
-        let problem = MatmulProblem::new(op, x.1, &weight_is)?;
-        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
-            return empty::matmul(op, &problem, epilogue, x.0, bias);
+        if let Some(out) = of_nothing(op, x, weight, transposed, epilogue, bias)? {
+            return Ok(out);
         }
         native::matmul_quant(op, x, weight, transposed, epilogue, bias)
     })
@@ -142,9 +156,8 @@ pub(crate) fn matmul_int8(
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     on_gpu!({
-        let problem = MatmulProblem::new(op, x.1, &Layout::contiguous(&weight.facts.dims[..]))?;
-        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
-            return empty::matmul(op, &problem, epilogue, x.0, bias);
+        if let Some(out) = of_nothing(op, x, weight, false, epilogue, bias)? {
+            return Ok(out);
         }
         native::matmul_int8(op, x, scales, factors, weight, epilogue, bias)
     })
@@ -161,9 +174,8 @@ pub(crate) fn matmul_fp8(
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     on_gpu!({
-        let problem = MatmulProblem::new(op, x.1, &Layout::contiguous(&weight.facts.dims[..]))?;
-        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
-            return empty::matmul(op, &problem, epilogue, x.0, bias);
+        if let Some(out) = of_nothing(op, x, weight, false, epilogue, bias)? {
+            return Ok(out);
         }
         match native::matmul_fp8(op, x, scales, width, weight, epilogue, bias)? {
             Some(out) => Ok(out),
@@ -182,9 +194,8 @@ pub(crate) fn matmul_rounded(
     bias: Option<View<CudaStorage>>,
 ) -> Result<CudaStorage> {
     on_gpu!({
-        let problem = MatmulProblem::new(op, x.1, &Layout::contiguous(&weight.facts.dims[..]))?;
-        if problem.out.elem_count() == 0 || problem.lhs.cols == 0 {
-            return empty::matmul(op, &problem, epilogue, x.0, bias);
+        if let Some(out) = of_nothing(op, x, weight, false, epilogue, bias)? {
+            return Ok(out);
         }
         match native::matmul_rounded(op, x, rounding, weight, epilogue, bias)? {
             Some(out) => Ok(out),
