@@ -188,7 +188,7 @@ fn w4_stream_shapes() -> Result<()> {
         Ok("sm_80" | "sm_89") => Target::Sm80,
         _ => Target::Sm90a,
     };
-    let mut count = 0;
+    let (mut count, mut whole) = (0, 0);
     for (i, scheme) in schemes().into_iter().enumerate() {
         for (j, (warps, split)) in
             [(4, 1), (8, 1), (16, 1), (4, 2), (8, 4), (4, 8)].into_iter().enumerate()
@@ -197,17 +197,20 @@ fn w4_stream_shapes() -> Result<()> {
             if k / 128 < split as usize {
                 continue;
             }
-            let case = Case::new(&gpu, scheme, [k, [72, 65][j % 2]])?;
+            let n = [72, 65, 128][(i / 3 + j) % 3];
+            let case = Case::new(&gpu, scheme, [k, n])?;
             let tokens = [1, 2, 4, 8, 16][(i + 2 * j) % 5];
             let m = (tokens as usize * if j % 4 == 3 { 9 } else { 3 }).div_ceil(4);
             let half = [Half::F16, Half::Bf16][(i + j) % 2];
+            let cols = [64, 32][(i + j / 3) % 2];
             let config = stream::Config {
                 target,
                 half,
                 scheme,
                 tokens,
                 several: j % 4 == 3,
-                cols: [64, 32][(i + j / 3) % 2],
+                cols,
+                cut: k % 128 > 0 || n % cols as usize > 0,
                 warps,
                 slots: [2, 4, 6][j % 3],
                 split,
@@ -229,9 +232,10 @@ fn w4_stream_shapes() -> Result<()> {
             let again = tune::w4_matmul(&x, &case.weight, &options, Some(config.into()))?;
             identical(&config.name(), &again, &Nd::of(&got)?)?;
             count += 1;
+            whole += u32::from(!config.cut);
         }
     }
-    assert!(count > 50, "{count} shapes");
+    assert!(count > 50 && whole > 5, "{count} shapes, {whole} of whole blocks");
     Ok(())
 }
 

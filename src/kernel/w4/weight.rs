@@ -65,16 +65,15 @@ impl<'k> Weight<'k> {
     ) -> Vec<Self> {
         let whole = scheme.codes.are_bytes() && scheme.group.is_none();
         let params = |names: &WeightNames| {
-            let n = k.param(names.n);
             let (codes, codes_line) = codes(names);
             Self {
                 scheme,
-                n,
                 codes,
                 codes_line,
                 scales: Rows::params(k, names.scales, scheme.scale.size()),
                 scale_step: whole.then(|| k.param(names.scale_step)),
                 zeros: scheme.zeros.then(|| Rows::params(k, names.zeros, 1)),
+                n: k.param(names.n),
                 out: out(names.out),
             }
         };

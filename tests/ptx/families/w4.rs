@@ -102,6 +102,8 @@ impl Family for Products {
                 let room = config.several || problem.m <= config.tokens.into();
                 rule(room, "more tokens than there is room for")?;
                 rule(problem.n.is_multiple_of(config.unit.into()), "units of a row")?;
+                let cuts = stream::Config::cuts(problem, config.cols);
+                rule(config.cut || !cuts, "less than is copied")?;
                 let facts = (config.scheme, config.half) == (problem.scheme, problem.half);
                 rule(facts, "another problem's facts")
             }
@@ -170,6 +172,7 @@ impl Family for Products {
             tokens: 8,
             several: false,
             cols: 64,
+            cut: true,
             warps: 8,
             slots: 4,
             split: 2,
@@ -193,7 +196,7 @@ impl Family for Products {
             epilogue: Epilogue { bias: Some(BF16), ..Epilogue::round(Element::F32) },
             ..plain
         };
-        let narrow = stream::Config { cols: 32, tokens: 1, split: 1, ..plain };
+        let narrow = stream::Config { cols: 32, cut: false, tokens: 1, split: 1, ..plain };
         let table = stream::Config {
             scheme: Scheme { codes: Codes::Nf4, group: Some(64), ..scheme },
             tokens: 1,

@@ -121,7 +121,9 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             }
             // Also where each multiprocessor has one block: more slots than fit then took 0.99 to 1.05 of the time.
             let blocks_per_sm = resident / warps;
-            let config = Config { cols, warps, split, blocks_per_sm, ..small(problem, device) };
+            let cut = Config::cuts(problem, cols);
+            let config =
+                Config { cols, cut, warps, split, blocks_per_sm, ..small(problem, device) };
             let slots = config.max_slots(device.shared_per_block).min(8);
             let config = Config { slots, ..config };
             all.extend(config.check(device.shared_per_block).is_ok().then_some(config));
@@ -143,6 +145,7 @@ fn small(problem: &Problem, device: &Device) -> Config {
         scheme: problem.scheme,
         tokens: count_of_tokens(problem.m),
         cols: BLOCK,
+        cut: Config::cuts(problem, BLOCK),
         several: problem.m > MOST,
         warps: 4,
         slots: 2,

@@ -1,12 +1,13 @@
 //! The choices, and what follows from them.
 
+use super::copies::PAIR;
 use super::mail::Mail;
 use crate::kernel::Element;
 use crate::kernel::gemm::Epilogue;
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
 use crate::kernel::w4::nibbles::Decoder;
-use crate::kernel::w4::{BLOCK, BLOCK_BYTES, MOST_WEIGHTS, Scheme};
+use crate::kernel::w4::{BLOCK, BLOCK_BYTES, MOST_WEIGHTS, Problem, Scheme};
 use crate::ptx::{Half, Target};
 
 /// Bytes of a row of `x` in a slot: as many elements as a block of codes has rows.
@@ -34,6 +35,9 @@ pub struct Config {
     pub warps: u32,
     /// Slots of each warp's ring, an even number.
     pub slots: u32,
+    /// Whether the last rows of `W` may be fewer than a warp takes at once, or its last columns fewer than a block has. Else
+    /// nobody asks: copies of a number of bytes that is not known before take some ten instructions more each.
+    pub cut: bool,
     /// Blocks that share the rows of a column of blocks.
     pub split: u32,
     /// Blocks of a multiprocessor.
@@ -58,13 +62,14 @@ pub(super) struct Slot {
 }
 
 impl Config {
-    /// `w4stream int4 zeros g128 8+tokens 32cols warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`: the
-    /// scheme, tokens, columns unless 64, warps and slots of each, split, blocks of a multiprocessor, elements of a store,
-    /// weights; types of scales, of `x` and of the result, bias, activation.
+    /// `w4stream int4 zeros g128 8+tokens 32cols cut warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`:
+    /// the scheme, tokens, columns unless 64, whether the last ones may be fewer, warps and slots of each, split, blocks of a
+    /// multiprocessor, elements of a store, weights; types of scales, of `x` and of the result, bias, activation.
     pub fn name(&self) -> String {
         let Self { tokens, warps, slots, unit, .. } = self;
         let more = given(self.several, "+");
         let cols = given(self.cols < BLOCK, " 32cols");
+        let cut = given(self.cut, " cut");
         let split = several(self.split, |split| format!(" split{split}"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let weights = match self.gated {
@@ -78,7 +83,7 @@ impl Config {
             Target::Sm90a => "",
         };
         format!(
-            "w4stream {scheme} {tokens}{more}tokens{cols} warps{warps}x{slots}{split}{blocks} unit{unit}{weights}{target}, \
+            "w4stream {scheme} {tokens}{more}tokens{cols}{cut} warps{warps}x{slots}{split}{blocks} unit{unit}{weights}{target}, \
              {scale} {half}{epilogue}"
         )
     }
@@ -86,6 +91,13 @@ impl Config {
     /// Whether `x` has one row.
     pub(super) fn one_token(&self) -> bool {
         self.tokens == 1 && !self.several
+    }
+
+    /// Whether a problem's last blocks of so many columns, or its last rows, may be [cut off](Self::cut). Those of several
+    /// weights are taken for it: beside their addresses, ptxas would have too many of copies ready, and spill.
+    pub fn cuts(problem: &Problem, cols: u32) -> bool {
+        let rows = problem.k.is_multiple_of((PAIR * BLOCK).into());
+        problem.weights() > 1 || !rows || !problem.n.is_multiple_of(cols.into())
     }
 
     /// Threads of a block.

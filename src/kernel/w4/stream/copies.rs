@@ -9,7 +9,7 @@ use crate::kernel::multiprocessor::WARP;
 use crate::kernel::w4::params::WeightNames;
 use crate::kernel::w4::weight::{Rows, Weight};
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES};
-use crate::ptx::{Kernel, Reg};
+use crate::ptx::{Kernel, Reg, Value};
 
 /// Blocks of codes that a warp takes together: the rows of a group may be those of two.
 pub const PAIR: u32 = 2;
@@ -31,11 +31,11 @@ impl<'k> Operands<'k> {
             let bytes = c.scheme.codes.are_bytes();
             (k.pointer(names.codes), bytes.then(|| k.param(names.codes_line)))
         };
-        // First what the first copies ask for: a line of the constants' cache, 48 bytes of which are parameters, comes
-        // from memory while a warp waits.
-        let depth = k.param(Name::K);
+        // First what the first copies ask for, of four bits with groups just as much as the first line of the constants' cache
+        // has of parameters, 48 bytes: a warp waits for each line.
+        let (depth, m) = (k.param(Name::K), k.param(Name::M));
+        let (x, x_line) = (k.pointer(Name::Lhs), k.param(Name::LhsLine));
         let all = Weight::params(k, c.scheme, c.weights, codes, |out| k.pointer(out));
-        let (x, x_line, m) = (k.pointer(Name::Lhs), k.param(Name::LhsLine), k.param(Name::M));
         let m = if c.one_token() { k.var(1) } else { m };
         (Self { x, x_line, m, k: depth, weight: all[0] }, all)
     }
@@ -54,6 +54,7 @@ impl<'k> Operands<'k> {
 /// A lane's copies, pair of blocks after pair.
 pub struct Copies<'k> {
     k: &'k Kernel,
+    cut: bool,
     slot: Slot,
     operands: Operands<'k>,
     lane: Reg<'k, u32>,
@@ -86,7 +87,13 @@ struct GroupCopies<'k> {
     all: Reg<'k, u32>,
     rows_of_pair: u32,
     mine: Reg<'k, bool>,
-    bytes: Reg<'k, u32>,
+    /// Bytes of a lane's columns, if not always a chunk.
+    bytes: Option<Reg<'k, u32>>,
+}
+
+/// Bytes of a chunk: all of them where nothing is [cut off](Config::cut).
+pub fn of_chunk<'k>(there: Option<Reg<'k, u32>>) -> Value<'k, u32> {
+    there.map_or(CHUNK.into(), Value::from)
 }
 
 impl<'k> Copies<'k> {
@@ -119,7 +126,7 @@ impl<'k> Copies<'k> {
         });
         let x = x.collect();
         let along = operands.weight.codes_line;
-        let lines = along.map(|line| LineCopies::new(&operands, line, lane, column, first));
+        let lines = along.map(|line| LineCopies::new(config, &operands, line, lane, column, first));
         let groups = config.scheme.group.filter(|_| lines.is_none()).map_or(vec![], |_| {
             let scales = (operands.weight.scales, slot.scales);
             let zeros = operands.weight.zeros.map(|zeros| (zeros, slot.zeros));
@@ -129,6 +136,7 @@ impl<'k> Copies<'k> {
         });
         Self {
             k,
+            cut: config.cut,
             slot,
             operands,
             lane,
@@ -153,9 +161,11 @@ impl<'k> Copies<'k> {
             Some(lines) => lines.copy(block, number, slot),
             None => self.copy_packed(block, number, slot),
         }
-        let at = number * BLOCK + self.x_chunk;
-        let left = self.operands.k.max(at) - at;
-        let bytes = left.min(CHUNK / 2) * 2;
+        let bytes = of_chunk(self.cut.then(|| {
+            let at = number * BLOCK + self.x_chunk;
+            let left = self.operands.k.max(at) - at;
+            left.min(CHUNK / 2) * 2
+        }));
         // Four lines further, half of the eight permutations of a line further.
         let places = [slot + self.x_place, slot + (self.x_place ^ (LINE / 2))];
         for (i, from) in (0..).zip(&self.x) {
@@ -176,14 +186,14 @@ impl<'k> Copies<'k> {
     fn copy_packed(&self, block: u32, number: Reg<'k, u32>, slot: Reg<'k, u32>) {
         let k = self.k;
         let to = slot + self.lane * CHUNK;
-        let all = k.select(number.lt(self.operands.blocks()), k.var(CHUNK), 0);
+        // Of a pair the first block is there.
+        let bytes = of_chunk(
+            (self.cut && block > 0)
+                .then(|| k.select(number.lt(self.operands.blocks()), k.var(CHUNK), 0)),
+        );
         for part in (0..self.code_bytes).step_by((WARP * CHUNK) as usize) {
             let from = self.codes.at((block * BLOCK_BYTES + part).into());
-            // Of a pair the first block is there.
-            match block {
-                0 => k.cp_async(to.at(part.into()), from, CHUNK),
-                _ => k.cp_async(to.at(part.into()), from, all),
-            }
+            k.cp_async(to.at(part.into()), from, bytes);
         }
     }
 
@@ -223,7 +233,10 @@ impl<'k> GroupCopies<'k> {
         let line = lines.line * u64::from(lines.size);
         let pointer = (first * rows_of_pair + row).wide() * line;
         let pointer = lines.address + pointer + (col * lines.size).wide();
-        let left = operands.weight.n.max(col) - col;
+        let bytes = config.cut.then(|| {
+            let left = operands.weight.n.max(col) - col;
+            left.min(CHUNK / lines.size) * lines.size
+        });
         Self {
             pointer: k.var(pointer),
             line,
@@ -233,7 +246,7 @@ impl<'k> GroupCopies<'k> {
             all: operands.k.div_ceil(group),
             rows_of_pair,
             mine: lane.lt(rows * chunks),
-            bytes: left.min(CHUNK / lines.size) * lines.size,
+            bytes,
         }
     }
 
@@ -243,8 +256,10 @@ impl<'k> GroupCopies<'k> {
             return;
         }
         let k = slot.kernel();
-        let row = pair * self.rows_of_pair + self.row + block * self.rows;
-        let bytes = k.select(row.lt(self.all), self.bytes, 0);
+        let bytes = of_chunk(self.bytes.map(|bytes| {
+            let row = pair * self.rows_of_pair + self.row + block * self.rows;
+            k.select(row.lt(self.all), bytes, 0)
+        }));
         let from = match block {
             0 => self.pointer,
             _ => self.pointer + self.line * u64::from(block * self.rows),

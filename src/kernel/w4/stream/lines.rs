@@ -13,7 +13,7 @@
 
 use super::STEPS;
 use super::config::Config;
-use super::copies::{Operands, PAIR};
+use super::copies::{Operands, PAIR, of_chunk};
 use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::w4::BLOCK;
@@ -28,6 +28,7 @@ const COPIES: u32 = BLOCK / COLUMNS;
 
 /// A lane's copies.
 pub struct LineCopies<'k> {
+    cut: bool,
     /// Of its first column, for the next pair of blocks.
     from: Reg<'k, u64>,
     /// Bytes from one of its columns to the next.
@@ -42,6 +43,7 @@ pub struct LineCopies<'k> {
 
 impl<'k> LineCopies<'k> {
     pub fn new(
+        config: &Config,
         operands: &Operands<'k>,
         line: Reg<'k, u64>,
         lane: Reg<'k, u32>,
@@ -54,6 +56,7 @@ impl<'k> LineCopies<'k> {
         let from =
             operands.weight.codes + column.wide() * line + (first * (PAIR * BLOCK) + row).wide();
         Self {
+            cut: config.cut,
             from: k.var(from),
             apart: line * u64::from(COLUMNS),
             columns: operands.weight.n.max(column) - column,
@@ -66,14 +69,16 @@ impl<'k> LineCopies<'k> {
     /// zeros.
     pub fn copy(&self, block: u32, number: Reg<'k, u32>, slot: Reg<'k, u32>) {
         let k = slot.kernel();
-        let row = number * BLOCK + self.row;
-        let bytes = (self.rows.max(row) - row).min(CHUNK);
+        let bytes = self.cut.then(|| {
+            let row = number * BLOCK + self.row;
+            (self.rows.max(row) - row).min(CHUNK)
+        });
         let to = slot + k.lane() * CHUNK;
         let from = k.var(self.from);
         for copy in 0..COPIES {
-            let there = k.select(self.columns.gt(copy * COLUMNS), bytes, 0);
+            let there = |bytes| k.select(self.columns.gt(copy * COLUMNS), bytes, 0);
             let to = to.at((copy * WARP * CHUNK).into());
-            k.cp_async(to, from.at((block * BLOCK).into()), there);
+            k.cp_async(to, from.at((block * BLOCK).into()), of_chunk(bytes.map(there)));
             from.increase(self.apart);
         }
     }
