@@ -38,7 +38,8 @@ struct Fit {
 /// Of int4 and up to as many rows as a block takes: fitted to all candidates of 25 problems of groups of 128 on an H200
 /// (2026-11-30), whose multiprocessors are taken for 1.7 GHz: the choices took 0.6 % longer than the fastest ones. Other groups
 /// are taken for such: with what their codes and scales take besides, 16×8192² with zero points was given blocks in which it took
-/// 17.2 µs instead of 16.1.
+/// 17.2 µs instead of 16.1. Since copies are of whole chunks, which smaller blocks gain more from, `half` is less: so that one row
+/// of 8192² is given the blocks in which it took 13.3 µs instead of 13.7, and 1024×4096 those that were ahead for 4 and 8 rows.
 const INTEGERS: Fit = Fit {
     memory: 25.6,
     fill: 20.9,
@@ -46,7 +47,7 @@ const INTEGERS: Fit = Fit {
     shared: 0.13,
     pair: 2310.0,
     latency: 940.0,
-    half: [0.46, 0.56],
+    half: [0.40, 0.50],
     involved: 1.0,
     first: 4140.0,
     warp: 56.0,
