@@ -68,22 +68,23 @@ struct Lane(usize, ThreadId);
 
 static CHAINS: PerGpu<(usize, Kernels), Chain> = PerGpu::new();
 
-/// Whether so many launches, which take the GPU less time than the host or do not, are worth a graph.
-pub fn pays(launches: usize, short: bool) -> bool {
-    let fewest = if short { 2 } else { 3 };
-    (fewest..=MOST).contains(&launches) && allowed()
-}
-
-/// Submits kernels to the device's stream in their order, if there is a graph of them. What the launch of
-/// one of them would refuse is an error here as well.
+/// Submits kernels, which take the GPU less time than the host if they are `short`, to the device's stream in their order, if a
+/// graph of them is worth it and to be had; else gives `false`. What the launch of one of them would refuse is an error here as
+/// well.
 ///
 /// # Safety
 ///
 /// That of [`Function::launch`](super::function::Function::launch), for each.
-pub unsafe fn submit(op: &'static str, device: &CudaDevice, launches: &[Launch]) -> Result<bool> {
+pub unsafe fn submit(
+    op: &'static str,
+    device: &CudaDevice,
+    launches: &[Launch],
+    short: bool,
+) -> Result<bool> {
+    let fewest = if short { 2 } else { 3 };
     let [first, .., last] = launches else { return Ok(false) };
     let nothing = launches.iter().any(|launch| launch.grid.contains(&0));
-    if launches.len() > MOST || nothing {
+    if !(fewest..=MOST).contains(&launches.len()) || nothing || !allowed() {
         return Ok(false);
     }
     let driver = |e: DriverError| Error::Driver { op, message: e.to_string() };

@@ -42,11 +42,9 @@ impl Launches {
     ///
     /// That of [`Function::launch`], for each.
     pub unsafe fn submit(&self, op: &'static str, device: &CudaDevice) -> Result<()> {
-        if chain::pays(self.all.len(), self.short) {
-            // SAFETY: the caller's promise.
-            if unsafe { chain::submit(op, device, &self.all)? } {
-                return Ok(());
-            }
+        // SAFETY: the caller's promise.
+        if unsafe { chain::submit(op, device, &self.all, self.short)? } {
+            return Ok(());
         }
         for Launch { function, grid, args } in &self.all {
             // SAFETY: the caller's promise.

@@ -5,7 +5,7 @@
 //! those the choice is 1.6 % slower than the fastest kernel on average, of which 1.0 % is that not all
 //! shapes are candidates. docs/notebook.md has what was learnt.
 
-use super::sm90::{Config, Launch, Order, Orient, Store};
+use super::sm90::{Config, Launch, Order, Orient, Store, TALL};
 use super::{BLOCK, Major, Problem, Scale};
 use crate::kernel::Device;
 use crate::kernel::w4::{self, Codes, Scheme};
@@ -20,9 +20,6 @@ const WIDE: [u32; 7] = [64, 96, 128, 160, 192, 224, 256];
 /// Columns of tiles of 128 rows that a warpgroup has to itself: for large products, and for a tile that
 /// has the whole of the smaller side.
 const OWN: [u32; 6] = [128, 144, 160, 168, 176, 192];
-
-/// Rows of the tallest tile: of it a warpgroup has 128.
-const TALL: u32 = 256;
 
 /// What estimates take for the clock, 1.7 GHz.
 pub(in crate::kernel) const CLOCKS_PER_US: f64 = 1700.0;

@@ -3,7 +3,7 @@
 use super::Problem;
 use crate::kernel::Device;
 use crate::kernel::gemm::choose::{CLOCKS_PER_US, Shape, estimate};
-use crate::kernel::gemm::sm90::{Config, Orient};
+use crate::kernel::gemm::sm90::{Config, Orient, TALL};
 
 /// Columns of a tile, which are rows of `x`.
 const WIDTHS: [u32; 10] = [16, 24, 32, 48, 64, 96, 128, 160, 192, 256];
@@ -51,7 +51,7 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
         }
         // Four warpgroups that decode have registers for so few sums. Those of bytes wait for memory, and not for each other.
         if cols <= 64 && !scheme.codes.are_bytes() {
-            let tall = [shape(256, cols)];
+            let tall = [shape(TALL, cols)];
             let teams = [1, 2].map(|split| Shape { split, teams: 2, ..shape(128, cols) });
             let both = tall.into_iter().chain(teams);
             all.extend(both.filter_map(|shape| shape.config(&product, device)));

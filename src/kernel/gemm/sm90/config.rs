@@ -105,8 +105,8 @@ pub struct Config {
     pub epilogue: Epilogue,
 }
 
-/// Rows of the tallest tile.
-const TALL: u32 = 256;
+/// Rows of the tallest tile: of it a warpgroup has 128, of codes of weights 64.
+pub(in crate::kernel) const TALL: u32 = 256;
 
 /// The offsets of everything in shared memory.
 pub(super) struct SharedMap {

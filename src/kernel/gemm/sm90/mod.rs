@@ -16,6 +16,7 @@ mod slabs;
 mod store;
 
 pub use boxes::Boxes;
+pub(in crate::kernel) use config::TALL;
 pub use config::{Config, Order, Orient, Store};
 pub use launch::Launch;
 
