@@ -183,6 +183,16 @@ pub(crate) fn dim(
     })
 }
 
+/// The argument's shape is none of those that the op takes.
+pub(crate) fn another_shape(
+    op: &'static str,
+    (name, t): Arg,
+    want: impl Into<String>,
+    fix: &'static str,
+) -> Error {
+    Error::Value { op, name, got: format!("of shape {:?}", t.dims()), want: want.into(), fix }
+}
+
 /// No argument tracks a gradient: neither a `Var` nor anything computed from one.
 pub(crate) fn untracked(op: &'static str, args: &[Arg]) -> Result<()> {
     match args.iter().find(|(_, t)| t.track_op()) {

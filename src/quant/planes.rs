@@ -89,23 +89,15 @@ impl Planes {
     /// Their elements are what kernels and the formula rely on: finite scales, zero points up to 16. On a GPU the largest are
     /// found there, and what is bad is read for the message alone. Says how large the scales are.
     pub fn check_values(self, op: &'static str) -> Result<Self> {
-        let bad = |name, got, want: &str, fix| -> candle_core::Error {
-            Error::Value { op, name, got, want: want.into(), fix }.into()
-        };
-        let largest = peak(op, &self.scales)?;
-        if !largest.is_finite() {
-            let scales = host(&self.scales, DType::F32)?.to_vec1::<f32>()?;
-            let i = scales.iter().position(|x| !x.is_finite()).unwrap_or(0);
-            let got = format!("{} at element {i}", scales[i]);
-            return Err(bad("scales", got, "finite numbers", "check the file that it comes from"));
-        }
+        let largest = largest_scale(op, ("scales", &self.scales))?;
         if let Some(zeros) = &self.zeros {
             const MOST: u8 = 16;
             if peak(op, &cast(zeros, DType::F32)?)? > MOST.into() {
                 let zeros = host(zeros, DType::U8)?.to_vec1::<u8>()?;
                 let i = zeros.iter().position(|&zero| zero > MOST).unwrap_or(0);
-                let got = format!("{} at element {i}", zeros[i]);
-                return Err(bad("zeros", got, "0 to 16", "unpack words of zero points first"));
+                let (got, want) = (format!("{} at element {i}", zeros[i]), "0 to 16".into());
+                let fix = "unpack words of zero points first";
+                return Err(Error::Value { op, name: "zeros", got, want, fix }.into());
             }
         }
         Ok(Self { far: is_far(self.scheme, largest), ..self })
@@ -274,18 +266,24 @@ pub(crate) fn groups(scheme: QuantScheme, dims: [usize; 2]) -> [usize; 2] {
     })
 }
 
-fn shape(op: &'static str, (arg, t): check::Arg, want: &[usize]) -> Result<()> {
-    if t.dims() == want {
+fn shape(op: &'static str, arg: check::Arg, want: &[usize]) -> Result<()> {
+    if arg.1.dims() == want {
         return Ok(());
     }
-    Err(Error::Value {
-        op,
-        name: arg,
-        got: format!("of shape {:?}", t.dims()),
-        want: format!("{want:?}"),
-        fix: "see the layouts of `QuantWeight`",
+    let fix = "see the layouts of `QuantWeight`";
+    Err(check::another_shape(op, arg, format!("{want:?}"), fix).into())
+}
+
+/// The largest magnitude of a matrix of scales, if all are finite.
+pub(super) fn largest_scale(op: &'static str, (name, scales): check::Arg) -> Result<f32> {
+    let largest = peak(op, scales)?;
+    if largest.is_finite() {
+        return Ok(largest);
     }
-    .into())
+    let all = host(scales, DType::F32)?.to_vec1::<f32>()?;
+    let i = all.iter().position(|x| !x.is_finite()).unwrap_or(0);
+    let (got, want) = (format!("{} at element {i}", all[i]), "finite numbers".into());
+    Err(Error::Value { op, name, got, want, fix: "check the file that it comes from" }.into())
 }
 
 /// The largest magnitude of a matrix of floats; infinite or NaN if any is.

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::planes::{Form, Planes, alone};
 use super::quantize::quantize;
-use super::scheme::{Per, QuantScheme};
+use super::scheme::{BLOCK, Per, QuantScheme};
 use crate::check::{self, Arg, INT4_GROUP};
 use crate::{MatmulOptions, cuda, op};
 
@@ -120,7 +120,7 @@ impl QuantWeight {
     /// Another dtype or shape, a tracked input, a scale that is infinite or NaN.
     pub fn from_int8(codes: &Tensor, scales: &Tensor) -> Result<Self> {
         const OP: &str = "QuantWeight::from_int8";
-        let (per, scales) = scales_of(OP, ("codes", codes), ("scales", scales))?;
+        let (per, scales) = scales_of(OP, ("codes", codes), ("scales", scales), false)?;
         Self::of_bytes(OP, QuantScheme::Int8 { per }, codes, scales)
     }
 
@@ -137,7 +137,7 @@ impl QuantWeight {
     /// Another dtype or shape, a tracked input, a scale that is infinite or NaN.
     pub fn from_fp8(codes: &Tensor, scales: &Tensor) -> Result<Self> {
         const OP: &str = "QuantWeight::from_fp8";
-        let (per, scales) = scales_of(OP, ("codes", codes), ("scales", scales))?;
+        let (per, scales) = scales_of(OP, ("codes", codes), ("scales", scales), true)?;
         Self::of_bytes(OP, QuantScheme::Fp8 { per }, codes, scales)
     }
 
@@ -223,8 +223,8 @@ impl QuantWeight {
     }
 
     /// Says which kernels [`kaio_matmul_quant_with`](crate::KaioTensorExt::kaio_matmul_quant_with) takes for `m` rows of
-    /// activations of a dtype, for bug reports and the curious. It multiplies zeros to see. `KAIO_LOG=1` prints those of all
-    /// products of a process.
+    /// activations of a dtype, for bug reports and the curious. On a GPU it multiplies zeros to see. `KAIO_LOG=1` prints those of
+    /// all products of a process.
     ///
     /// # Errors
     ///
@@ -241,7 +241,7 @@ impl QuantWeight {
     /// ```
     pub fn explain(&self, m: usize, dtype: DType, opts: &MatmulOptions) -> Result<String> {
         const OP: &str = "QuantWeight::explain";
-        explain([self], m, dtype, |x| op::matmul_quant(OP, x, self, opts).map(drop))
+        explain(OP, [self], m, dtype, |x| op::matmul_quant(OP, x, self, opts).map(drop))
     }
 
     /// The same of [`kaio_qkv_project`](crate::KaioTensorExt::kaio_qkv_project): one kernel for all three weights, or those of a
@@ -261,7 +261,8 @@ impl QuantWeight {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn explain_qkv(weights: [&Self; 3], m: usize, dtype: DType) -> Result<String> {
-        explain(weights, m, dtype, |x| op::qkv_project(x, weights).map(drop))
+        const OP: &str = "QuantWeight::explain_qkv";
+        explain(OP, weights, m, dtype, |x| op::qkv_project(x, weights).map(drop))
     }
 
     /// The same of [`kaio_swiglu_project`](crate::KaioTensorExt::kaio_swiglu_project).
@@ -270,7 +271,8 @@ impl QuantWeight {
     ///
     /// Those of the gated linear unit.
     pub fn explain_swiglu(gate: &Self, up: &Self, m: usize, dtype: DType) -> Result<String> {
-        explain([gate, up], m, dtype, |x| op::swiglu_project(x, gate, up).map(drop))
+        const OP: &str = "QuantWeight::explain_swiglu";
+        explain(OP, [gate, up], m, dtype, |x| op::swiglu_project(x, gate, up).map(drop))
     }
 
     /// As it is held now.
@@ -307,13 +309,17 @@ impl QuantWeight {
 
 /// What work with `m` rows of zeros and some weights, on the device of the first, takes.
 fn explain<const N: usize>(
+    op: &'static str,
     weights: [&QuantWeight; N],
     m: usize,
     dtype: DType,
     work: impl Fn(&Tensor) -> Result<()>,
 ) -> Result<String> {
     let (device, (k, _)) = (weights[0].device(), weights[0].dims2());
-    let multiply = || work(&Tensor::zeros((m, k), dtype, device)?);
+    check::size(op, "`m` rows of activations", &[m, k], dtype)?;
+    // A CPU has one way for all rows, which one of them goes as well.
+    let rows = if device.is_cpu() { m.min(1) } else { m };
+    let multiply = || work(&Tensor::zeros((rows, k), dtype, device)?);
     let how = match device {
         Device::Cpu => {
             multiply()?;
@@ -335,17 +341,30 @@ fn explain<const N: usize>(
     Ok(format!("{} [{m}, {k}] x {all}: {how}", dtype.as_str()))
 }
 
-/// What shares a scale of a matrix of bytes, by the shape of its scales, which become a matrix.
-pub(crate) fn scales_of(op: &'static str, codes: Arg, arg: Arg) -> Result<(Per, Tensor)> {
-    let (_, scales) = arg;
+/// What shares a scale of a matrix of bytes, by the shape of its scales, which become a matrix. Not all codes can have those of
+/// blocks.
+pub(crate) fn scales_of(
+    op: &'static str,
+    codes @ (of, matrix): Arg,
+    arg @ (_, scales): Arg,
+    blocks: bool,
+) -> Result<(Per, Tensor)> {
     check::rank(op, codes, 2..=2, "[K, N]", "a weight is one matrix")?;
     check::tensor(op, arg)?;
     check::copies(op, &[arg])?;
-    let (_, n) = codes.1.dims2()?;
+    let (k, n) = matrix.dims2()?;
     match *scales.dims() {
         _ if scales.elem_count() == 1 => Ok((Per::Tensor, scales.reshape((1, 1))?)),
         [len] | [1, len] if len == n => Ok((Per::Channel, scales.reshape((1, n))?)),
-        _ => Ok((Per::Block, scales.clone())),
+        [rows, cols] if blocks && [rows, cols] == [k, n].map(|len| len.div_ceil(BLOCK)) => {
+            Ok((Per::Block, scales.clone()))
+        }
+        _ => {
+            let each =
+                if blocks { "[N], [1, N] or [K/128, N/128] rounded up" } else { "[N] or [1, N]" };
+            let want = format!("one element, {each}, of `{of}` {:?}", matrix.dims());
+            Err(check::another_shape(op, arg, want, "reshape it").into())
+        }
     }
 }
 

@@ -47,19 +47,17 @@ fn int8_product(
         check::copies(op, &[("lhs_scales", scales)])?;
         match row_groups(lhs, scales) {
             Some(1) => scales.reshape((each, 1)),
-            _ => Err(scales_shape(op, "lhs_scales", scales, "[.., M] or [.., M, 1] of `lhs`")),
+            _ => Err(lhs_scales(op, scales, "[.., M] or [.., M, 1] of `lhs`")),
         }
     });
     let rows = rows.transpose()?;
     check_codes_out_dtype(op, opts.out_dtype)?;
     let weight = match &opts.rhs_scales {
         None => Operands::of_codes(QuantScheme::Int8 { per: Per::Tensor }, rhs)?,
-        Some(scales) => match scales_of(op, b, ("rhs_scales", scales))? {
-            (Per::Block, _) => {
-                return Err(scales_shape(op, "rhs_scales", scales, "[N] or [1, N] of `rhs`"));
-            }
-            (per, cols) => Form::Plain(int8_planes(rhs, cols, per)?).operands()?,
-        },
+        Some(scales) => {
+            let (per, cols) = scales_of(op, b, ("rhs_scales", scales), false)?;
+            Form::Plain(int8_planes(rhs, cols, per)?).operands()?
+        }
     };
     let call = Call {
         scales: rows.as_ref(),
@@ -91,14 +89,14 @@ pub(crate) fn matmul_fp8(lhs: &Tensor, rhs: &Tensor, opts: &Fp8Options) -> Resul
             Some(groups) => (BLOCK, Some(scales.reshape((each, groups))?)),
             None => {
                 let want = "one element, [.., M], [.., M, 1] or [.., M, K/128 rounded up] of `lhs`";
-                return Err(scales_shape(OP, "lhs_scales", scales, want));
+                return Err(lhs_scales(OP, scales, want));
             }
         },
     };
     let weight = match &opts.rhs_scales {
         None => Operands::of_codes(QuantScheme::Fp8 { per: Per::Tensor }, rhs)?,
         Some(scales) => {
-            let (per, scales) = scales_of(OP, b, ("rhs_scales", scales))?;
+            let (per, scales) = scales_of(OP, b, ("rhs_scales", scales), true)?;
             let (scheme, dims, codes) =
                 (QuantScheme::Fp8 { per }, rhs.dims2()?.into(), rhs.clone());
             let planes =
@@ -147,19 +145,13 @@ fn row_groups(x: &Tensor, scales: &Tensor) -> Option<usize> {
     }
 }
 
+fn lhs_scales(op: &'static str, scales: &Tensor, want: &str) -> candle_core::Error {
+    check::another_shape(op, ("lhs_scales", scales), want, "reshape it").into()
+}
+
 /// The dtype that a product of codes is asked for is one of floats.
 fn check_codes_out_dtype(op: &'static str, dtype: Option<DType>) -> Result<()> {
     check_out_dtype(op, "out_dtype", dtype.unwrap_or(DType::F32), "leave it out for f32")
-}
-
-fn scales_shape(
-    op: &'static str,
-    name: &'static str,
-    scales: &Tensor,
-    want: &'static str,
-) -> candle_core::Error {
-    let got = format!("of shape {:?}", scales.dims());
-    Error::Value { op, name, got, want: want.into(), fix: "reshape it" }.into()
 }
 
 /// Codes of one dtype, floats as scales, and perhaps a bias.

@@ -101,6 +101,7 @@ impl QuantWeight {
         let g_idx = g_idx.filter(|g_idx| g_idx.iter().any(|&group| group != -1));
         let by = g_idx.as_deref().map(|g_idx| ("weight_g_idx", g_idx));
         let groups = Groups::new(OP, k, ("weight_scale", count), by)?;
+        super::scales(OP, args[1])?;
         let words = Words { tensor: weight_packed, packing: Packing::Turned };
         let scales = &weight_scale.t()?;
         Int4 { op: OP, dims: [k, n], words, scales, zeros, groups }.weight()

@@ -18,6 +18,7 @@ use rayon::prelude::*;
 use crate::check::{self, Arg};
 use crate::error::Error;
 use crate::op::cast;
+use crate::quant::planes::largest_scale;
 
 /// What all loaders ask of their tensors: one device, sizes that memory can have, and no gradient.
 fn tensors(op: &'static str, args: &[Arg]) -> Result<()> {
@@ -42,6 +43,12 @@ fn dtype(op: &'static str, (arg, t): Arg, want: &[DType]) -> Result<()> {
 fn words(op: &'static str, arg: Arg, want: &'static str, fix: &'static str) -> Result<()> {
     dtype(op, arg, &[DType::I32, DType::U32])?;
     Ok(check::rank(op, arg, 2..=2, want, fix)?)
+}
+
+/// Scales that a weight can have, by the name and in the order that the file has: a weight's own are called and lie otherwise.
+fn scales(op: &'static str, arg: Arg) -> Result<()> {
+    check::dtype(op, arg, &check::FLOATS)?;
+    largest_scale(op, arg).map(drop)
 }
 
 /// All words, row by row.

@@ -69,6 +69,17 @@ impl QuantWeight {
         let why = format!("one for {block} of the {n} × {k} of `quant_state`");
         check::dim(OP, "absmax", ("elements", count), (n * per_row, why), FIX)?;
         let absmax = match nested {
+            None if absmax.dtype() == DType::U8 && state.nested.is_some() => {
+                return Err(Error::Value {
+                    op: OP,
+                    name: "nested",
+                    got: "missing".into(),
+                    want: "the scales of `absmax`, which `quant_state` says is quantised itself"
+                        .into(),
+                    fix: "take `weight.nested_absmax` and `weight.nested_quant_map` as well",
+                }
+                .into());
+            }
             None => {
                 super::dtype(OP, args[1], &[DType::F32])?;
                 absmax.clone()
@@ -76,7 +87,9 @@ impl QuantWeight {
             // Bytes: a sixty-fourth of the codes at most, which are two in a byte.
             Some(nested) => Tensor::from_vec(state.absmax(absmax, nested)?, count, &Device::Cpu)?,
         };
-        let scales = absmax.reshape((n, per_row))?.t()?;
+        let scales = absmax.reshape((n, per_row))?;
+        super::scales(OP, ("absmax", &scales))?;
+        let scales = scales.t()?;
         let words = Words { tensor: weight, packing: Packing::Bytes };
         let scheme = QuantScheme::Nf4 { block: groups.group as usize };
         int4::weight(OP, scheme, [k, n], &words, &scales, None, &groups)

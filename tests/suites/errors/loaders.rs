@@ -11,6 +11,15 @@ const LAYER: &str = "take all tensors from the same layer";
 const READ: &str = "read it with `candle_core::safetensors`, which keeps the file's dtypes (a `VarBuilder` does not)";
 const ANEW: &str = "dequantise the weight with the package that made it, and quantise it anew";
 
+/// Floats with NaN for one element.
+fn with_nan(t: &Tensor, element: usize) -> Tensor {
+    let mut all = vec![0f32; t.elem_count()];
+    all[element] = f32::NAN;
+    let with = Tensor::from_vec(all, t.shape(), &Device::Cpu);
+    let with = with.and_then(|with| with.to_dtype(t.dtype())?.to_device(t.device()));
+    with.expect("a tensor")
+}
+
 pub fn gptq(device: &Device) {
     let on = On(device);
     let mut tally = Tally::new("errors of GPTQ's tensors", device);
@@ -92,6 +101,8 @@ pub fn compressed_tensors(device: &Device) {
         load(&w, &s, &shape(&[24]), &z) => Value, "QuantWeight::from_compressed_tensors: `weight_shape` is [24], wanted {wrong}; {BITS4}";
         load(&w, &s, &right, &on.u32([24, 2])) => Dimension, "QuantWeight::from_compressed_tensors: `weight_zero_point` has rows = 24, wanted 3, N/8 for the N = 24 of `weight_packed`; {BITS4}";
         load(&w, &s, &right, &on.u32([3, 1])) => Dimension, "QuantWeight::from_compressed_tensors: `weight_zero_point` has groups = 1, wanted 2, those of `weight_scale`; {BITS4}";
+        load(&w, &on.u32([24, 2]), &right, &z) => DType, "QuantWeight::from_compressed_tensors: `weight_scale` is u32, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
+        load(&w, &with_nan(&s, 3), &right, &z) => Value, "QuantWeight::from_compressed_tensors: `weight_scale` is NaN at element 3, wanted finite numbers; check the file that it comes from";
         by(64) => Dimension, "QuantWeight::from_compressed_tensors: `weight_g_idx` has K = 64, wanted 128, the K of `weight_shape`; {BITS4}";
         by(128) => Value, "QuantWeight::from_compressed_tensors: `weight_g_idx` is 2 at row 2, wanted a row of `weight_scale`, of which there are 2; {LAYER}";
     }
@@ -133,7 +144,9 @@ pub fn nf4(device: &Device) {
         nested(with, &on.f32([12]), 1, &map) => DType, "QuantWeight::from_nf4: `absmax` is f32, wanted u8; {READ}";
         nested(with, &codes, 2, &map) => Dimension, "QuantWeight::from_nf4: `nested_absmax` has elements = 2, wanted 1, one for 256 of `absmax`; {ONE}";
         nested(with, &codes, 1, &on.f32([255])) => Dimension, "QuantWeight::from_nf4: `nested_quant_map` has elements = 255, wanted 256, one for each code of `absmax`; {ONE}";
-        nested(with, &codes, 1, &infinite) => Value, "QuantWeight::from_nf4: `scales` is NaN at element 0, wanted finite numbers; check the file that it comes from";
+        load(&w, &codes, &json("[6, 128]", 64, with)) => Value, "QuantWeight::from_nf4: `nested` is missing, wanted the scales of `absmax`, which `quant_state` says is quantised itself; take `weight.nested_absmax` and `weight.nested_quant_map` as well";
+        load(&w, &with_nan(&absmax, 3), &state) => Value, "QuantWeight::from_nf4: `absmax` is NaN at element 3, wanted finite numbers; check the file that it comes from";
+        nested(with, &codes, 1, &infinite) => Value, "QuantWeight::from_nf4: `absmax` is NaN at element 0, wanted finite numbers; check the file that it comes from";
     }
     tally.finish();
 }
@@ -162,7 +175,7 @@ pub fn checkpoints(device: &Device) {
         layer(&[state.clone(), weight.clone(), absmax.clone(), ("weight.nested_absmax", on.f32([1]))]) => Value, "QuantWeight::from_checkpoint: `prefix` is {more}, wanted also `up.weight.nested_quant_map`; {names}";
         layer(&[state.clone(), weight.clone(), absmax.clone(), ("weight.quant_map", on.f32([2]))]) => Value, "QuantWeight::from_checkpoint: `prefix` is a layer whose `up.weight.quant_map` is [0.0, 0.0], wanted the values of nf4; {names}";
         layer(&[weight.clone(), ("weight.quant_state.bitsandbytes__fp4", on.u8([9]))]) => Unsupported, "QuantWeight::from_checkpoint: this crate cannot multiply with bitsandbytes' fp4 (`up.weight.quant_state.bitsandbytes__fp4`); quantise the weight to nf4";
-        layer(&[("weight", e4m3), ("weight_scale_inv", on.f32([2, 2]))]) => Value, "QuantWeight::from_fp8: `scales` is of shape [2, 2], wanted [1, 1]; see the layouts of `QuantWeight`";
+        layer(&[("weight", e4m3), ("weight_scale_inv", on.f32([2, 2]))]) => Value, "QuantWeight::from_fp8: `scales` is of shape [2, 2], wanted one element, [N], [1, N] or [K/128, N/128] rounded up, of `codes` [4, 4]; reshape it";
     }
     tally.finish();
 }

@@ -32,6 +32,9 @@ pub fn weights(device: &Device) {
         x.kaio_matmul_with(&on.bf16([128, 6]), &opts().activations(Activations::Int8)) => Value, "kaio_matmul_with: `activations` is Activations::Int8, wanted Activations::Float, with a weight that is not quantised; see `kaio_matmul_quant_with`";
         x.kaio_qkv_project([w, w, &quantized(nf4, 64, 6)]) => Dimension, "kaio_qkv_project: `weights[2]` has K = 64, wanted 128, the K of `x` [4, 128]; a weight is [K, N]; quantise it transposed";
         x.kaio_swiglu_project(w, narrow) => Dimension, "kaio_swiglu_project: `up` has N = 5, wanted 6, the N of `gate` (128, 6); gate and up have the same width";
+        w.explain(usize::MAX, DType::BF16, &opts()) => TooLarge, "QuantWeight::explain: `m` rows of activations [18446744073709551615, 128] in bf16 would be over 281474976710655 bytes, more than any memory; check its sizes, or work in parts";
+        QuantWeight::explain_qkv([w, w, w], 1 << 60, DType::F16) => TooLarge, "QuantWeight::explain_qkv: `m` rows of activations [1152921504606846976, 128] in f16 would be over 281474976710655 bytes, more than any memory; check its sizes, or work in parts";
+        w.explain(4, DType::F32, &opts()) => DType, "QuantWeight::explain: `x` is f32, wanted f16 or bf16; cast it with `.to_dtype(DType::BF16)?`, which keeps the range of f32, or `.to_dtype(DType::F16)?`, which keeps three more bits but ends at 65504";
         w.dequantize(DType::U8) => Value, "QuantWeight::dequantize: `dtype` is u8, wanted f32, f16 or bf16; cast what it gives";
     }
     let (words, scales) = (&on.u32([16, 6]), &on.f16([1, 6]));
@@ -42,7 +45,9 @@ pub fn weights(device: &Device) {
         QuantWeight::from_int4(&on.u32([8, 6]), scales) => Dimension, "QuantWeight::from_int4: `packed` has K = 64, wanted a multiple of 128, the rows that share a scale; pad it with zeros, and the weight too before it is quantised";
         QuantWeight::from_int4(words, undefined) => Value, "QuantWeight::from_int4: `scales` is NaN at element 0, wanted finite numbers; check the file that it comes from";
         QuantWeight::from_int8(&on.u8([8]), scales) => Rank, "QuantWeight::from_int8: `codes` has shape [8] (rank 1), wanted [K, N]; a weight is one matrix";
-        QuantWeight::from_int8(&on.u8([128, 6]), &on.f32([2, 6])) => Value, "QuantWeight::from_int8: `per` is Per::Block, wanted Per::Tensor or Per::Channel; take `QuantScheme::Fp8` for scales of blocks";
+        QuantWeight::from_int8(&on.u8([128, 6]), &on.f32([2, 6])) => Value, "QuantWeight::from_int8: `scales` is of shape [2, 6], wanted one element, [N] or [1, N], of `codes` [128, 6]; reshape it";
+        QuantWeight::from_int8(&on.u8([128, 128]), &on.f32([128, 1])) => Value, "QuantWeight::from_int8: `scales` is of shape [128, 1], wanted one element, [N] or [1, N], of `codes` [128, 128]; reshape it";
+        QuantWeight::quantize(&on.f32([8, 6]), &QuantScheme::Int8 { per: Per::Block }) => Value, "QuantWeight::quantize: `per` is Per::Block, wanted Per::Tensor or Per::Channel; take `QuantScheme::Fp8` for scales of blocks";
         QuantWeight::quantize(&on.f32([8]), &nf4) => Rank, "QuantWeight::quantize: `weight` has shape [8] (rank 1), wanted [K, N]; quantise one matrix at a time";
         QuantWeight::quantize(&on.f32([8, 6]), &QuantScheme::Nf4 { block: 16 }) => Value, "QuantWeight::quantize: `block` is 16, wanted 32, 64 or 128; 64 is what bitsandbytes has";
         QuantWeight::quantize(&on.f32([8, 6]), &QuantScheme::Int4 { group: 16, zero_points: true }) => Value, "QuantWeight::quantize: `group` is 16, wanted 32, 64, 128, or -1 for a whole column; 128 is what most checkpoints have";
@@ -62,7 +67,7 @@ pub fn weights(device: &Device) {
         int8(opts().scale(f32::NAN)) => Value, "{op}: `scale` is NaN, wanted a finite number; check how it was computed";
         int8(opts().lhs_scales(on.f32([6]))) => Value, "{op}: `lhs_scales` is of shape [6], wanted [.., M] or [.., M, 1] of `lhs`; reshape it";
         int8(opts().lhs_scales(on.f16([2, 3]))) => DType, "{op}: `lhs_scales` is f16, wanted f32; cast it with `.to_dtype(DType::F32)?`";
-        int8(opts().rhs_scales(on.f32([2, 3]))) => Value, "{op}: `rhs_scales` is of shape [2, 3], wanted [N] or [1, N] of `rhs`; reshape it";
+        int8(opts().rhs_scales(on.f32([2, 3]))) => Value, "{op}: `rhs_scales` is of shape [2, 3], wanted one element, [N] or [1, N], of `rhs` [8, 6]; reshape it";
         int8(opts().bias(on.bf16([6]))) => DType, "{op}: `bias` is bf16, wanted f32; cast it with `.to_dtype(DType::F32)?`";
         int8(opts().out_dtype(DType::I64)) => Value, "{op}: `out_dtype` is i64, wanted f32, f16 or bf16; leave it out for f32";
     }
@@ -74,6 +79,7 @@ pub fn weights(device: &Device) {
     let (a, b) = (&e4m3(&[2, 3, 200]), &e4m3(&[200, 6]));
     let fp8 = |opts: Fp8Options| a.kaio_matmul_fp8(b, &opts);
     let (opts, op) = (Fp8Options::default, "kaio_matmul_fp8");
+    let blocks = "[N], [1, N] or [K/128, N/128] rounded up";
     let shape = "`lhs_scales` is of shape [2, 3, 3], wanted one element, [.., M], [.., M, 1] or [.., M, K/128 rounded up] of `lhs`; reshape it";
     refused! { tally;
         x.kaio_matmul_fp8(b, &opts()) => DType, "{op}: `lhs` is bf16, wanted f8e4m3; cast it with `.to_dtype(DType::F8E4M3)?`";
@@ -81,10 +87,10 @@ pub fn weights(device: &Device) {
         fp8(opts().lhs_scales(on.f32([2, 3, 3]))) => Value, "{op}: {shape}";
         QuantWeight::from_fp8(&on.f32([200, 6]), &on.f32([1, 6])) => DType, "QuantWeight::from_fp8: `codes` is f32, wanted f8e4m3; cast it with `.to_dtype(DType::F8E4M3)?`";
         QuantWeight::from_fp8(a, &on.f32([1, 6])) => Rank, "QuantWeight::from_fp8: `codes` has shape [2, 3, 200] (rank 3), wanted [K, N]; a weight is one matrix";
-        QuantWeight::from_fp8(b, &on.f32([3, 1])) => Value, "QuantWeight::from_fp8: `scales` is of shape [3, 1], wanted [2, 1]; see the layouts of `QuantWeight`";
+        QuantWeight::from_fp8(b, &on.f32([3, 1])) => Value, "QuantWeight::from_fp8: `scales` is of shape [3, 1], wanted one element, {blocks}, of `codes` [200, 6]; reshape it";
         QuantWeight::from_fp8(b, &on.u8([1, 6])) => DType, "QuantWeight::from_fp8: `scales` is u8, wanted f16, bf16 or f32; cast it with `.to_dtype(DType::F32)?`";
         QuantWeight::from_fp8(b, undefined) => Value, "QuantWeight::from_fp8: `scales` is NaN at element 0, wanted finite numbers; check the file that it comes from";
-        fp8(opts().rhs_scales(on.f32([3, 1]))) => Value, "{op}: `scales` is of shape [3, 1], wanted [2, 1]; see the layouts of `QuantWeight`";
+        fp8(opts().rhs_scales(on.f32([3, 1]))) => Value, "{op}: `rhs_scales` is of shape [3, 1], wanted one element, {blocks}, of `rhs` [200, 6]; reshape it";
     }
     tally.finish();
 }
