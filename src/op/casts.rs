@@ -3,10 +3,11 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use candle_core::{DType, Layout, Result, Storage, Tensor};
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaStorage, DType, Layout, Result, Storage, Tensor};
 
-use super::cast;
 use super::matmul::CASTABLE;
+use super::{Computed, Differentiable, Op, View, apply, cast};
 use crate::check;
 use crate::error::Error;
 
@@ -61,6 +62,65 @@ pub(super) fn operands([a, b]: [&Tensor; 2], dtype: DType) -> Result<[Option<Ten
 /// The input that has the gradient of operand `i`: `cast` says which were cast, and what from follows so many inputs.
 pub(super) fn leaf(i: usize, cast: [bool; 2], inputs: usize) -> usize {
     if cast[i] { inputs + usize::from(i == 1 && cast[0]) } else { i }
+}
+
+/// A tensor in another dtype, in the graph. candle casts no tensor without elements on a GPU, and what depends on one has a
+/// gradient nevertheless.
+pub(super) fn inside(op: &'static str, t: &Tensor, dtype: DType) -> Result<Tensor> {
+    if t.elem_count() > 0 || !t.track_op() {
+        return cast(t, dtype);
+    }
+    let [nothing] = apply(Nothing { name: op, dtype }, &[t])?;
+    Ok(nothing)
+}
+
+/// A cast of a tensor without elements.
+struct Nothing {
+    name: &'static str,
+    dtype: DType,
+}
+
+impl Nothing {
+    fn of<S>(&self, (storage, layout): View<S>) -> Result<Vec<Computed<S>>>
+    where
+        S: BackendStorage<Device: BackendDevice<Storage = S>>,
+    {
+        let shape = layout.shape();
+        Ok(vec![(storage.device().zeros_impl(shape, self.dtype)?, shape.clone())])
+    }
+}
+
+impl Op for Nothing {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu(&self, inputs: &[View<CpuStorage>]) -> Result<Vec<Computed<CpuStorage>>> {
+        self.of(inputs[0])
+    }
+
+    fn cuda(&self, inputs: &[View<CudaStorage>]) -> Result<Vec<Computed<CudaStorage>>> {
+        self.of(inputs[0])
+    }
+}
+
+impl Differentiable for Nothing {
+    fn reads(&self, _: usize, _: &[&Tensor]) -> bool {
+        false
+    }
+
+    fn reads_result(&self, _: usize) -> bool {
+        false
+    }
+
+    fn grad(
+        &self,
+        inputs: &[&Tensor],
+        _: &[Tensor],
+        _: &[Option<Tensor>],
+    ) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(inputs[0].zeros_like()?)])
+    }
 }
 
 /// A tensor in another dtype, outside of the graph. One whose columns are contiguous keeps them so.

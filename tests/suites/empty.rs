@@ -75,6 +75,17 @@ pub fn products(device: &Device) {
     for ((m, k), (n, batch)) in pairs(pairs([0, 3], [0, 128]), pairs([0, 5, 80], BATCHES)) {
         let of = |dims: [usize; 2]| [batch, &dims].concat();
         let (rows, out) = (of([m, k]), of([m, n]));
+        let cast = Row {
+            inputs: vec![(F32, rows.clone()), (U8, vec![k, n])],
+            outputs: vec![out.clone()],
+            call: |t| {
+                let weight = QuantWeight::from_int8(&t[1], &Tensor::new(&[1f32], t[1].device())?)?;
+                let opts = MatmulOptions::default().compute_dtype(DType::BF16);
+                Ok(vec![t[0].kaio_matmul_quant_with(&weight, &opts)?])
+            },
+            tracked: 1,
+        };
+        run(&mut tally, device, "kaio_matmul_quant_with", cast);
         let mut check = |name, inputs: &[(DType, Vec<usize>)], outputs, call| {
             // Products of floats alone have gradients.
             let differentiable = inputs.iter().all(|(dtype, _)| dtype.is_float()) && outputs == 1;

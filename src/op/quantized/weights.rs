@@ -5,10 +5,10 @@ use candle_core::{DType, Result, Tensor};
 use super::{Call, check_bias, check_result, check_x, int8_depth, operands};
 use crate::check::{self, Arg};
 use crate::error::Error;
-use crate::op::casts::{check_castable, check_compute_dtype};
+use crate::op::casts::{self, check_castable, check_compute_dtype};
 use crate::op::matmul::check_out_dtype;
 use crate::op::project::{Gated, Lhs, Rounding};
-use crate::op::{Epilogue, cast, eval, glu};
+use crate::op::{Epilogue, eval, glu};
 use crate::options::Gate;
 use crate::quant::planes::Form;
 use crate::quant::scheme::BLOCK;
@@ -26,12 +26,11 @@ pub(crate) fn matmul_quant(
 ) -> Result<Tensor> {
     let bias = opts.bias.as_ref();
     let out_dtype = opts.out_dtype.unwrap_or(x.dtype());
-    // candle differentiates the cast.
     let x = &match check_compute_dtype(op, opts.compute_dtype)? {
         Some(dtype) if x.dtype() != dtype => {
             check::tensor(op, ("x", x))?;
             check_castable(op, ("x", x), dtype)?;
-            cast(x, dtype)?
+            casts::inside(op, x, dtype)?
         }
         _ => x.clone(),
     };
