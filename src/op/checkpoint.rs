@@ -30,8 +30,7 @@ pub(crate) fn checkpoint(f: impl Function, inputs: &[&Tensor]) -> Result<Vec<Ten
     let outputs: Vec<_> = run.outputs.iter().map(Output::of).collect();
     run.on_one_device(&inputs)?;
     // Those that nothing tracks are constants, as they are without a checkpoint.
-    let stored =
-        run.outputs.iter().filter(|t| t.track_op()).map(copy).collect::<Result<Vec<_>>>()?;
+    let stored = run.tracked().map(copy).collect::<Result<Vec<_>>>()?;
     let constants: Vec<_> =
         run.outputs.iter().map(|t| (!is_tracked(t)).then(|| t.detach())).collect();
     // An input on which nothing depends has no gradient, as without a checkpoint.
