@@ -26,7 +26,8 @@ impl<F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static> Function f
 /// `f(inputs)`, of which the graph keeps the inputs and the results.
 pub(crate) fn checkpoint(f: impl Function, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let inputs: Vec<_> = inputs.iter().copied().cloned().collect();
-    let run = Run::new(&f, &inputs)?;
+    let copied: Vec<_> = inputs.iter().map(|t| t.track_op() && !t.dtype().is_int()).collect();
+    let run = Run::new(&f, &inputs, &copied)?;
     let outputs: Vec<_> = run.outputs.iter().map(Output::of).collect();
     run.on_one_device(&inputs)?;
     // Those that nothing tracks are constants, as they are without a checkpoint.
@@ -40,7 +41,7 @@ pub(crate) fn checkpoint(f: impl Function, inputs: &[&Tensor]) -> Result<Vec<Ten
             *t = t.detach();
         }
     }
-    let op = Checkpoint { f, inputs: kept.len(), outputs };
+    let op = Checkpoint { f, copied, outputs };
     kept.extend(run.captured.iter().cloned());
     // What the function computed on its way goes before anything is added to the graph.
     drop(run);
@@ -55,7 +56,7 @@ pub(crate) fn checkpoint(f: impl Function, inputs: &[&Tensor]) -> Result<Vec<Ten
 
 /// A function that has run on copies of its inputs that are leaves of a graph of its own.
 struct Run {
-    /// Those copies, or the input itself if it tracks no gradient.
+    /// Those copies, and the other inputs themselves.
     leaves: Vec<Tensor>,
     /// The leaves on which a result depends.
     reached: HashSet<TensorId>,
@@ -65,12 +66,12 @@ struct Run {
 }
 
 impl Run {
-    fn new(f: &impl Function, inputs: &[Tensor]) -> Result<Self> {
-        let leaf = |t: &Tensor| match t.track_op() && !t.dtype().is_int() {
+    fn new(f: &impl Function, inputs: &[Tensor], copied: &[bool]) -> Result<Self> {
+        let leaf = |(t, &copied): (&Tensor, &bool)| match copied {
             true => Var::from_tensor(&t.detach()).map(Var::into_inner),
             false => Ok(t.clone()),
         };
-        let leaves = inputs.iter().map(leaf).collect::<Result<Vec<_>>>()?;
+        let leaves = inputs.iter().zip(copied).map(leaf).collect::<Result<Vec<_>>>()?;
         // Its graph is looked at, and not kept.
         let outputs = tape::paused(|| f(&leaves))?;
         let own: HashSet<_> = leaves.iter().map(Tensor::id).collect();
@@ -134,7 +135,9 @@ impl Output {
 /// Inputs: those of the function, and the leaves that it captured. Results: those that track a gradient.
 struct Checkpoint<F> {
     f: F,
-    inputs: usize,
+    /// Which of the function's inputs are copied for it. They are so again when it runs again, also those on which nothing
+    /// depended: it sees what it saw.
+    copied: Vec<bool>,
     outputs: Vec<Output>,
 }
 
@@ -164,9 +167,9 @@ impl<F: Function> Differentiable for Checkpoint<F> {
         _: &[Tensor],
         grads: &[Option<Tensor>],
     ) -> Result<Vec<Option<Tensor>>> {
-        let (own, captured) = inputs.split_at(self.inputs);
+        let (own, captured) = inputs.split_at(self.copied.len());
         let own: Vec<_> = own.iter().copied().cloned().collect();
-        let run = Run::new(&self.f, &own)?;
+        let run = Run::new(&self.f, &own, &self.copied)?;
         self.same(&run, captured)?;
         let seeds =
             run.tracked().zip(grads).filter_map(|(t, grad)| Some((t.clone(), grad.clone()?)));

@@ -155,6 +155,7 @@ type Case = fn(&mut Source) -> Result<()>;
 const CASES: &[(&str, Case)] = &[
     ("inputs and results", inputs_and_results),
     ("constants", constants),
+    ("inputs without a gradient", inputs_without_a_gradient),
     ("captured graph", captured_graph),
     ("runs", runs),
     ("nothing is kept", nothing_is_kept),
@@ -222,6 +223,29 @@ fn constants(source: &mut Source) -> Result<()> {
     match (got.get(&var), want.get(&var)) {
         (Some(got), Some(want)) => same("gradient", got, want),
         (got, _) => bail!("the gradient is {got:?}"),
+    }
+}
+
+/// An input that is read through its signs alone, by a checkpoint within, of whose results another has a gradient; and as what is
+/// contiguous, which it is not.
+fn inputs_without_a_gradient(source: &mut Source) -> Result<()> {
+    let mut var = || Var::from_tensor(&source.tensor(DType::F32, &[3, 4], Plain)?);
+    let (x, weight) = (var()?, var()?);
+    let captured = weight.as_tensor().clone();
+    let signed = move |x: &[Tensor]| {
+        let signs = x[0].flatten_all()?.reshape((3, 4))?.sign()?;
+        let inner = |x: &[Tensor]| Ok([x[0].clone(), x[1].sqr()?]);
+        if !x[0].is_contiguous() {
+            bail!("an input that is not contiguous");
+        }
+        train::checkpoint(inner, &[&signs, &captured])
+    };
+    let [signs, squares] = train::checkpoint(signed, &[&x.t()?])?;
+    let got = (&signs * &squares)?.sum_all()?.backward()?;
+    let want = (signs.detach() * weight.sqr()?)?.sum_all()?.backward()?;
+    match (got.get(&weight), want.get(&weight), got.get(&x)) {
+        (Some(got), Some(want), None) => same("gradient", got, want),
+        (got, _, of_x) => bail!("the gradients are {got:?} and {of_x:?}"),
     }
 }
 
