@@ -25,7 +25,7 @@ pub(super) fn full(like: &CudaStorage, len: usize, value: f32) -> Result<CudaSto
 }
 
 /// The result and log-sum-exp of a problem without elements in its result, or without keys. Its gradients
-/// need nothing.
+/// need nothing of the forward pass.
 pub(super) fn flash_attn(
     p: &AttentionProblem,
     wants: AttentionWants,
@@ -40,7 +40,7 @@ pub(super) fn flash_attn(
     let lse = match wants.lse {
         false => None,
         // Without columns of v the scores are still there: any matrix stands in for it.
-        true if rows > 0 && p.seq_k() > 0 && p.packed != Some(0) => {
+        true if p.has_scores() => {
             let out = p.q.packed();
             let scores = AttentionProblem { v: p.k.clone(), out, ..p.clone() };
             attend(&scores, &AttentionInputs { q, k, v: k, extras: extras.clone() })?.lse

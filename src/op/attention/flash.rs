@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CudaStorage, Layout, Result, Shape, Tensor};
 
-use super::super::{Computed, Differentiable, Op, View};
+use super::super::{Computed, Differentiable, Op, View, eval_all};
 use super::backward::{Attends, Upstream, gradients};
 use super::call::{Call, heads_first, heads_first_back};
 use super::problem::{AttentionGrads, AttentionInputs, AttentionProblem, AttentionWants};
@@ -92,6 +92,10 @@ impl Differentiable for FlashAttention {
     ) -> Result<Vec<Option<Tensor>>> {
         let bias = self.call.inputs(inputs).extras.bias.filter(|bias| bias.track_op());
         let problem = self.call.problem(inputs.iter().map(|t| t.layout()));
+        let lse_grad = grads.get(1).and_then(Option::as_ref);
+        if problem.value_dim() == 0 && problem.has_scores() && lse_grad.is_some() {
+            return self.grad_without_values(inputs, lse_grad);
+        }
         if problem.is_empty() {
             let zeros = inputs[..3].iter().copied().chain(bias).map(Tensor::zeros_like);
             return zeros.map(|zeros| zeros.map(Some)).collect();
@@ -101,10 +105,28 @@ impl Differentiable for FlashAttention {
             Some(grad) => grad.clone(),
             None => out.zeros_like()?,
         };
-        let lse_grad = grads.get(1).and_then(Option::as_ref);
         let upstream = Upstream { out, grad: &grad, lse_grad, stats: [a, b] };
         let shapes = [0, 1, 2].map(|i| inputs[i].shape());
         let AttentionGrads { q, k, v, bias } = gradients(self, inputs, upstream, shapes, bias)?;
         Ok(vec![Some(q), Some(k), Some(v), bias])
+    }
+}
+
+impl FlashAttention {
+    /// Through the log-sum-exp of values without columns: a column of zeros stands in for these.
+    fn grad_without_values(
+        &self,
+        inputs: &[&Tensor],
+        lse_grad: Option<&Tensor>,
+    ) -> Result<Vec<Option<Tensor>>> {
+        let v = inputs[2];
+        let dims = [&v.dims()[..v.rank() - 1], &[1]].concat();
+        let column = Tensor::zeros(dims, v.dtype(), v.device())?;
+        let mut inputs = inputs.to_vec();
+        inputs[2] = &column;
+        let results = eval_all(self, &inputs)?;
+        let mut grads = self.grad(&inputs, &results, &[None, lse_grad.cloned()])?;
+        grads[2] = Some(v.zeros_like()?);
+        Ok(grads)
     }
 }

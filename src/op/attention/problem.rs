@@ -75,9 +75,14 @@ impl AttentionProblem {
         self.v.cols
     }
 
-    /// Whether there is nothing to compute: the result has no elements, or no key is visible.
+    /// Whether there is nothing to compute for the result: it has no elements, or no key is visible.
     pub fn is_empty(&self) -> bool {
-        self.out.elements() == 0 || self.seq_k() == 0 || self.packed == Some(0)
+        self.value_dim() == 0 || !self.has_scores()
+    }
+
+    /// Whether any query has a key: then there are scores, and their log-sum-exp, also of values without columns.
+    pub fn has_scores(&self) -> bool {
+        self.q.elements() > 0 && self.seq_k() > 0 && self.packed != Some(0)
     }
 }
 

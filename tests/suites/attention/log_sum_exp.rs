@@ -73,6 +73,12 @@ pub fn log_sum_exp_gradients(device: &Device) {
             tally.case(format!("alone {alone}, {problem:?}"), || both(&problem, alone, device));
         }
     }
+    // Values without columns have scores all the same.
+    for bias in [None, bias()] {
+        let options = Options { softcap: Some(0.8), bias, ..Options::causal() };
+        let problem = Problem { options, ..Problem::new(F32, (&[2, 4], 2, [20, 30, 16, 0])) };
+        tally.case(format!("no columns, {problem:?}"), || both(&problem, true, device));
+    }
     tally.finish();
 }
 
