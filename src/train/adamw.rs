@@ -187,7 +187,8 @@ impl AdamW {
         self.config.lr * self.config.schedule.factor(self.steps)
     }
 
-    /// Sets the learning rate or, with a schedule, its peak.
+    /// Sets the learning rate or, with a schedule, its peak: a finite number of at least 0, without which the next
+    /// [`step`](Self::step) is an error.
     pub fn set_learning_rate(&mut self, lr: f64) {
         self.config.lr = lr;
     }
@@ -227,9 +228,11 @@ impl AdamW {
     ///
     /// [`Error::MissingGradients`] names the variables without a gradient, unless
     /// [`skip_missing`](AdamWConfig::skip_missing) leaves them as they are; [`Error::DType`], [`Error::Dimension`] and
-    /// [`Error::Device`] for gradients that are not their variables'. Nothing has changed then.
+    /// [`Error::Device`] for gradients that are not their variables'; [`Error::Value`] for a learning rate that was set
+    /// out of range. Nothing has changed then.
     pub fn step(&mut self, grads: &GradStore) -> Result<()> {
         const OP: &str = "AdamW::step";
+        options::at_least_0(OP, "lr", self.config.lr)?;
         let mut grads = self.gather(OP, grads)?;
         let mut scale = 1.0;
         if self.pending > 0 {

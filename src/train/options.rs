@@ -128,6 +128,7 @@ impl AdamWConfig {
         for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             number(op, name, beta, (0.0..1.0).contains(&beta), "at least 0 and less than 1")?;
         }
+        at_least_0(op, "floor", self.schedule.floor)?;
         self.clip_norm.map_or(Ok(()), |max_norm| norm(op, "clip_norm", max_norm))
     }
 }

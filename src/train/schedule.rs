@@ -21,7 +21,7 @@ pub struct Schedule {
     descent: Descent,
     steps: u64,
     warm_up: u64,
-    floor: f64,
+    pub(super) floor: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -63,7 +63,7 @@ impl Schedule {
         self
     }
 
-    /// Where the descent ends, as a part of the peak; 0 if not set.
+    /// Where the descent ends, as a part of the peak: a finite number of at least 0, which is 0 if not set.
     pub fn floor(mut self, part: f64) -> Self {
         self.floor = part;
         self

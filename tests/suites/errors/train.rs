@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, bail};
 use kaio_candle::Error;
-use kaio_candle::train::{AdamW, AdamWConfig, clip_grad_norm, grads_complete};
+use kaio_candle::train::{AdamW, AdamWConfig, Schedule, clip_grad_norm, grads_complete};
 
 use super::On;
 use crate::suites::Tally;
@@ -28,6 +28,8 @@ pub fn train(device: &Device) {
         new(config().betas(0.9, 1.0)) => Value, "AdamW::new: `beta2` is 1, wanted at least 0 and less than 1; {fix}";
         new(config().clip_norm(0.0)) => Value,
             "AdamW::new: `clip_norm` is 0, wanted a finite number greater than 0; {fix}";
+        new(config().schedule(Schedule::cosine(9).floor(f64::NAN))) => Value,
+            "AdamW::new: `floor` is NaN, wanted a finite number of at least 0; {fix}";
         AdamW::named(twice, config()) => Value,
             "AdamW::new: `vars` is `w` a second time, wanted each once; a variable that layers share is listed once";
         AdamW::named(shared, config()) => Value,
@@ -70,6 +72,13 @@ pub fn train(device: &Device) {
             false => bail!("{adamw:?}, {values:?}"),
         }
     });
+
+    let rate = adamw.learning_rate();
+    adamw.set_learning_rate(f64::NAN);
+    refused! { tally;
+        adamw.step(&of_a) => Value, "AdamW::step: `lr` is NaN, wanted a finite number of at least 0; {fix}";
+    }
+    adamw.set_learning_rate(rate);
 
     let state = adamw.state().expect("a state");
     let without = |name: &str| {
