@@ -169,7 +169,8 @@ impl<F: Function> Differentiable for Checkpoint<F> {
     ) -> Result<Vec<Option<Tensor>>> {
         let (own, captured) = inputs.split_at(self.copied.len());
         let own: Vec<_> = own.iter().copied().cloned().collect();
-        let run = Run::new(&self.f, &own, &self.copied)?;
+        // A backward pass that the function makes is not the one that is going on.
+        let run = within(|| Run::new(&self.f, &own, &self.copied))?;
         self.same(&run, captured)?;
         let seeds =
             run.tracked().zip(grads).filter_map(|(t, grad)| Some((t.clone(), grad.clone()?)));

@@ -20,7 +20,7 @@
 //!
 //! Within a [`block`](super::block) a node goes on a tape instead.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
@@ -100,6 +100,25 @@ pub(crate) fn seed(outputs: Vec<(Tensor, Tensor)>) -> Result<Tensor> {
 thread_local! {
     /// How many backward passes of this thread are within each other.
     static DEPTH: Cell<usize> = const { Cell::new(0) };
+    /// How many failed, of those within as many others.
+    static FAILED: RefCell<Vec<u64>> = const { RefCell::new(vec![]) };
+}
+
+/// How many passes failed that were within as many others as the one that is going on.
+fn failed() -> u64 {
+    FAILED.with_borrow(|failed| failed.get(DEPTH.get()).copied().unwrap_or(0))
+}
+
+/// Counts the pass that is going on if it failed: what it left on its way is not for the next one.
+pub(super) fn counted<T>(result: Result<T>) -> Result<T> {
+    if result.is_err() {
+        FAILED.with_borrow_mut(|failed| {
+            let depth = DEPTH.get();
+            failed.resize(failed.len().max(depth + 1), 0);
+            failed[depth] += 1;
+        });
+    }
+    result
 }
 
 /// Runs a backward pass within a gradient, whose passes through nodes are others than those of the pass around it.
@@ -321,6 +340,8 @@ fn pass_id() -> PassId {
 
 #[derive(Default)]
 struct Pass {
+    /// How many had failed.
+    after: u64,
     of_results: Vec<Option<Tensor>>,
     of_inputs: Vec<Option<Tensor>>,
 }
@@ -334,9 +355,9 @@ impl Passes {
     fn leave_result(&self, i: usize, count: usize, grad: Tensor) {
         let mut all = self.all();
         let pass = all.entry(pass_id()).or_default();
-        if pass.of_results.get(i).is_none_or(Option::is_some) {
+        if pass.after != failed() || pass.of_results.get(i).is_none_or(Option::is_some) {
             // The first of this pass. What is there is of one that failed on its way to the op.
-            pass.of_results = vec![None; count];
+            *pass = Pass { after: failed(), of_results: vec![None; count], of_inputs: vec![] };
         }
         pass.of_results[i] = Some(grad);
     }
@@ -348,7 +369,7 @@ impl Passes {
     }
 
     fn leave_gradients(&self, grads: Vec<Option<Tensor>>) {
-        let pass = Pass { of_results: vec![], of_inputs: grads };
+        let pass = Pass { after: failed(), of_results: vec![], of_inputs: grads };
         self.all().insert(pass_id(), pass);
     }
 
@@ -417,7 +438,7 @@ impl<B: Backward> Link<B> {
     }
 
     fn grads<const N: usize>(&self, grad: &Tensor) -> Result<[Option<Tensor>; N]> {
-        let grads = (self.backward)(grad)?;
+        let grads = counted((self.backward)(grad))?;
         grads.try_into().map_err(|_| candle_core::Error::msg("a gradient for each argument"))
     }
 }

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var};
 
-use super::node::{Link, Step, insert, is_outermost, seed, unread, within};
+use super::node::{Link, Step, counted, insert, is_outermost, seed, unread, within};
 use super::tensor;
 use crate::error::Error;
 use shared::Shared;
@@ -46,7 +46,7 @@ thread_local! {
 }
 
 /// Runs `f`, whose backward passes free what tapes kept as soon as it has been used.
-pub(crate) fn last<T>(f: impl FnOnce() -> T) -> T {
+pub(crate) fn last<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     struct Out(bool);
     impl Drop for Out {
         fn drop(&mut self) {
@@ -54,7 +54,7 @@ pub(crate) fn last<T>(f: impl FnOnce() -> T) -> T {
         }
     }
     let _out = Out(LAST.replace(true));
-    f()
+    counted(f())
 }
 
 /// Whether this thread records.

@@ -159,6 +159,7 @@ const CASES: &[(&str, Case)] = &[
     ("captured graph", captured_graph),
     ("runs", runs),
     ("nothing is kept", nothing_is_kept),
+    ("a pass that failed", a_pass_that_failed),
     ("refusals", refusals),
 ];
 
@@ -308,6 +309,31 @@ fn nothing_is_kept(source: &mut Source) -> Result<()> {
         5 => Ok(()),
         nodes => bail!("{nodes} nodes"),
     }
+}
+
+/// What it left at an op of several results is not in the next pass, which comes from another result alone.
+fn a_pass_that_failed(source: &mut Source) -> Result<()> {
+    let var = Var::from_tensor(&source.tensor(DType::F32, &[2, 5, 8], Plain)?)?;
+    let (out, lse) = var.kaio_flash_attn_with_lse(&var, &var, &FlashAttnOptions::default())?;
+    let want = lse.sum_all()?.backward()?;
+    let first = AtomicUsize::new(0);
+    let again = one(
+        move |x| match first.fetch_add(1, Relaxed) {
+            0 => x.sqr(),
+            _ => bail!("no memory"),
+        },
+        &lse,
+    )?;
+    for loss in [(&out.sum_all()? + again.sum_all()?)?, (again.sum_all()? + out.sum_all()?)?] {
+        if loss.backward().is_ok() {
+            bail!("a function failed, and its pass did not");
+        }
+        match (lse.sum_all()?.backward()?.get(&var), want.get(&var)) {
+            (Some(got), Some(want)) => same("gradient", got, want)?,
+            (got, _) => bail!("the gradient is {got:?}"),
+        }
+    }
+    Ok(())
 }
 
 fn refusals(source: &mut Source) -> Result<()> {
