@@ -101,7 +101,7 @@ impl Launch {
 /// their keys and values.
 ///
 /// Two rounds of `columns` tiles of each: what the first one gives a block more than others the second one takes back, and what
-/// it reads of keys and values is still in L2 for the second one. With four rounds, at S = 512, a quarter of it was not, while
+/// it reads of keys and values is still in L2 for the second one. With four rounds, at S = 512, a third of it was not, while
 /// results of others passed through.
 fn two_rounds(columns: u64, blocks: u64, group: u64) -> u64 {
     let of_group = columns.saturating_mul(group).max(1);
