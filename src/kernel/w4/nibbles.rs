@@ -9,6 +9,14 @@
 //!  bf16    128 + q      · 1  − (128 + zero)         has too few bits: word >> 4, >> 8, >> 12
 //! ```
 //!
+//! Without an exponent, bits of a bf16 are that number, too, and the exponent's last one continues them: below 2⁻¹²⁵ all floats
+//! are equally far apart. The largest power of two takes `q · 2⁻¹²⁹` to a quarter of `q`, so sums that are multiplied with 4 in
+//! the end need no more shifts than those of f16:
+//!
+//! ```text
+//!  bf16    128 + q  · 1/4  − (128 + zero) / 4       q · 2⁻¹²⁹  · 2¹²⁷  − zero / 4           then those of word >> 8
+//! ```
+//!
 //! nf4: a table in shared memory has the pairs of all values, in each lane's bank a copy.
 
 use super::Codes;
@@ -55,8 +63,13 @@ pub struct Decoder<'k> {
 
 #[derive(Clone, Copy)]
 enum How<'k> {
-    Integers { one: Reg<'k, u32>, sixteenth: Reg<'k, u32> },
-    Table { mine: Reg<'k, u32> },
+    /// What floats of the lower four bits of a byte are multiplied with, and those of the upper ones.
+    Integers([Reg<'k, u32>; 2]),
+    /// The same, to quarters.
+    Quarters([Reg<'k, u32>; 2]),
+    Table {
+        mine: Reg<'k, u32>,
+    },
     Bytes(Bytes<'k>),
 }
 
@@ -79,10 +92,10 @@ impl<'k> Decoder<'k> {
     /// For a thread of a block of `threads`, all of which come here and meet if there is a table: it is at `table`.
     pub fn new(k: &'k Kernel, half: Half, codes: Codes, table: Reg<'k, u32>, threads: u32) -> Self {
         let how = match codes {
-            Codes::Int4 => How::Integers {
-                one: k.var(pair(half, 0x3c00, 0x3f80)),
-                sixteenth: k.var(pair(half, 0x2c00, 0x3f80)),
-            },
+            Codes::Int4 => How::Integers([
+                k.var(pair(half, 0x3c00, 0x3f80)),
+                k.var(pair(half, 0x2c00, 0x3f80)),
+            ]),
             Codes::Nf4 => {
                 fill(k, half, table, threads);
                 How::Table { mine: table + k.lane() * 4 }
@@ -92,12 +105,32 @@ impl<'k> Decoder<'k> {
         Self { k, half, how }
     }
 
+    /// The same, for products whose sums are multiplied with [`of_sums`](Self::of_sums).
+    pub fn for_sums(self) -> Self {
+        let (k, half) = (self.k, self.half);
+        let how = match (self.how, half) {
+            (How::Integers(_), Half::Bf16) => {
+                How::Quarters([k.var(0x3e80_3e80), k.var(0x7f00_7f00)])
+            }
+            (how, _) => how,
+        };
+        Self { how, ..self }
+    }
+
+    /// What sums of products are to be multiplied with, unless it is 1.
+    pub fn of_sums(&self) -> Option<f32> {
+        matches!(self.how, How::Quarters(_)).then_some(4.0)
+    }
+
     /// Of codes without zero points.
     pub fn symmetric(&self) -> Offset<'k> {
         let k = self.k;
-        match self.half {
-            Half::F16 => Offset { low: k.var(0xe408_e408), high: k.var(0xd480_d480) },
-            Half::Bf16 => {
+        match (self.half, self.how) {
+            (Half::F16, _) => Offset { low: k.var(0xe408_e408), high: k.var(0xd480_d480) },
+            (Half::Bf16, How::Quarters(_)) => {
+                Offset { low: k.var(0xc208_c208), high: k.var(0xc000_c000) }
+            }
+            (Half::Bf16, _) => {
                 let both = k.var(0xc308_c308);
                 Offset { low: both, high: both }
             }
@@ -106,13 +139,19 @@ impl<'k> Decoder<'k> {
 
     /// Of a zero point from 0 to 16.
     pub fn zero(&self, zero: Reg<'k, u32>) -> Offset<'k> {
-        match self.half {
-            Half::F16 => Offset {
-                low: zero * 0x0001_0001 + 0xe400_e400,
-                high: zero * 0x0010_0010 + 0xd400_d400,
-            },
-            Half::Bf16 => {
-                let both = zero * 0x0001_0001 + 0xc300_c300;
+        let both = zero * 0x0001_0001;
+        match (self.half, self.how) {
+            (Half::F16, _) => {
+                Offset { low: both + 0xe400_e400, high: zero * 0x0010_0010 + 0xd400_d400 }
+            }
+            (Half::Bf16, How::Quarters(_)) => {
+                let (k, low) = (self.k, both + 0xc200_c200);
+                // Without the quarter of 128.
+                let high = k.fma_x2(self.half, low, k.var(0x3f80_3f80), k.var(0x4200_4200));
+                Offset { low, high }
+            }
+            (Half::Bf16, _) => {
+                let both = both + 0xc300_c300;
                 Offset { low: both, high: both }
             }
         }
@@ -120,31 +159,29 @@ impl<'k> Decoder<'k> {
 
     /// The left operand of 16 rows of `K`, given the offsets of both of the lane's columns of `W`.
     pub fn fragment(&self, word: Reg<'k, u32>, offsets: [Offset<'k>; 2]) -> [Reg<'k, u32>; 4] {
-        match self.how {
-            How::Integers { one, sixteenth } => {
-                let [first, second] = offsets;
-                let k = self.k;
-                let low = |word, offset: Offset<'k>| {
-                    k.fma_x2(self.half, self.exponent(word, 0x000f_000f), one, offset.low)
+        let (k, half, [first, second]) = (self.k, self.half, offsets);
+        let low = |word, by, offset: Offset<'k>| {
+            k.fma_x2(half, self.exponent(word, 0x000f_000f), by, offset.low)
+        };
+        let next = || word >> 8;
+        match (self.how, half) {
+            (How::Integers([by, _]), Half::Bf16) => [
+                low(word, by, first),
+                low(word >> 4, by, second),
+                low(next(), by, first),
+                low(word >> 12, by, second),
+            ],
+            (How::Integers([by, high]), Half::F16) | (How::Quarters([by, high]), _) => {
+                let bits = |word| match half {
+                    Half::F16 => self.exponent(word, 0x00f0_00f0),
+                    Half::Bf16 => word & 0x00f0_00f0,
                 };
-                let high = |word, offset: Offset<'k>| {
-                    k.fma_x2(self.half, self.exponent(word, 0x00f0_00f0), sixteenth, offset.high)
-                };
-                match self.half {
-                    Half::F16 => {
-                        let next = word >> 8;
-                        [low(word, first), high(word, second), low(next, first), high(next, second)]
-                    }
-                    Half::Bf16 => [
-                        low(word, first),
-                        low(word >> 4, second),
-                        low(word >> 8, first),
-                        low(word >> 12, second),
-                    ],
-                }
+                let high = |word, offset: Offset<'k>| k.fma_x2(half, bits(word), high, offset.high);
+                let next = next();
+                [low(word, by, first), high(word, second), low(next, by, first), high(next, second)]
             }
-            How::Table { mine } => self.look_up(word, mine),
-            How::Bytes(_) => unreachable!("bytes have no nibbles"),
+            (How::Table { mine }, _) => self.look_up(word, mine),
+            (How::Bytes(_), _) => unreachable!("bytes have no nibbles"),
         }
     }
 
@@ -152,7 +189,7 @@ impl<'k> Decoder<'k> {
     pub fn bytes(&self) -> Option<&Bytes<'k>> {
         match &self.how {
             How::Bytes(bytes) => Some(bytes),
-            How::Integers { .. } | How::Table { .. } => None,
+            How::Integers(_) | How::Quarters(_) | How::Table { .. } => None,
         }
     }
 

@@ -103,16 +103,21 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             continue;
         }
         let widths: &[u32] = if bytes { &[BLOCK] } else { &[BLOCK, BLOCK / 2] };
-        for (&cols, warps) in widths.iter().flat_map(|cols| [16, 8, 4].map(|warps| (cols, warps))) {
-            // Of more sums of a warp, half as many warps have the registers for them.
-            let resident = if count_of_tokens(problem.m) * cols > 8 * BLOCK { 8 } else { 16 };
-            if warps > resident {
-                continue;
-            }
-            // Of 16 rows and bytes, smaller blocks took 0.86 to 0.99 of the time (H200, 8192² and 4096², 16 to 128 rows).
-            if bytes && resident == 8 && warps == 8 {
-                continue;
-            }
+        let tokens = count_of_tokens(problem.m);
+        let shapes = widths.iter().flat_map(|&cols| {
+            // The more sums a warp has, the fewer warps have the registers for them.
+            let blocks: &[[u32; 2]] = match (tokens, cols) {
+                // Of 16 rows and bytes, smaller blocks took 0.86 to 0.99 of the time (H200, 8192² and 4096², 16 to 128 rows).
+                (9.., BLOCK) if bytes => &[[4, 2]],
+                (9.., BLOCK) => &[[8, 1], [4, 2]],
+                (..=8, ..BLOCK) if split == 1 && problem.weights() == 1 => {
+                    &[[16, 1], [8, 2], [4, 4], [4, 7]]
+                }
+                _ => &[[16, 1], [8, 2], [4, 4]],
+            };
+            blocks.iter().map(move |&block| (cols, block))
+        });
+        for (cols, [warps, blocks_per_sm]) in shapes {
             // Scales of four groups for each pair of blocks leave no registers for a way to the other blocks of a cluster, and
             // addresses of several weights.
             let clustered = split > 1 && device.target == Target::Sm90a;
@@ -120,12 +125,18 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             if four && clustered && problem.weights() > 1 && cols == BLOCK {
                 continue;
             }
-            // Also where each multiprocessor has one block: more slots than fit then took 0.99 to 1.05 of the time.
-            let blocks_per_sm = resident / warps;
             let cut = Config::cuts(problem, cols);
             let config =
                 Config { cols, cut, warps, split, blocks_per_sm, ..small(problem, device) };
-            let slots = config.max_slots(device.shared_per_block).min(8);
+            // More copies before the first products take longer than what they save: 16 rows of 8192² in bf16 took 13.7 µs with
+            // four slots, 13.9 with two, 14.5 with six; 1 to 8 rows of 28672×4096, in seven small blocks on each multiprocessor,
+            // 18.5 to 19.3 with two, and 19.7 to 20.5 with four to eight.
+            let most = match blocks_per_sm {
+                5.. => 2,
+                _ if tokens > 8 && !bytes => 4,
+                _ => 8,
+            };
+            let slots = config.max_slots(device.shared_per_block).min(most);
             let config = Config { slots, ..config };
             all.extend(config.check(device.shared_per_block).is_ok().then_some(config));
         }
@@ -237,6 +248,16 @@ mod tests {
         assert_eq!((c.tokens, c.split, c.warps * c.blocks_per_sm), (1, 1, 16));
         let c = choose(&problem(16, 8192, 8192, Codes::Int4, Some(128)), &H200);
         assert_eq!((c.tokens, c.split, c.warps * c.blocks_per_sm), (16, 1, 8));
+    }
+
+    #[test]
+    fn many_columns_are_one_round_of_small_blocks() {
+        for m in [1, 4, 8] {
+            let problem = problem(m, 28_672, 4096, Codes::Int4, Some(128));
+            let c = choose(&problem, &H200);
+            assert_eq!((c.cols, c.warps, c.slots), (32, 4, 2));
+            assert!(Launch::new(&c, &problem).grid[0] <= H200.multiprocessors * c.blocks_per_sm);
+        }
     }
 
     #[test]

@@ -156,7 +156,7 @@ impl<'k> Stream<'k, '_> {
         }
         let codes = c.scheme.codes;
         let table = base + (c.shared_bytes() - Decoder::shared_bytes(codes));
-        Decoder::new(k, c.half, codes, table, c.threads())
+        Decoder::new(k, c.half, codes, table, c.threads()).for_sums()
     }
 
     /// The sums over all of the warp's pairs, scaled.
@@ -233,6 +233,9 @@ impl<'k> Stream<'k, '_> {
         k.cp_async_wait(0);
         if let Some(groups) = whole {
             groups.scale(&totals);
+        }
+        if let Some(by) = decoder.of_sums() {
+            totals.iter().flatten().flatten().for_each(|total| total.scale(by));
         }
         totals
     }
