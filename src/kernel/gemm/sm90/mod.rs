@@ -12,6 +12,7 @@ mod launch;
 mod lines;
 mod load;
 mod packed;
+mod shared;
 mod slabs;
 mod store;
 
@@ -33,8 +34,8 @@ use crate::kernel::w4::params::WeightNames;
 use crate::kernel::w4::weight::Weight;
 use crate::ptx::{Factor, Kernel, Reg, Source, Target};
 use blocks::BlockScales;
-use config::SharedMap;
 use packed::Packed;
+use shared::SharedMap;
 
 /// The kernel of a configuration that [`Config::check`] accepts.
 ///
