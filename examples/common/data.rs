@@ -36,7 +36,12 @@ impl Alphabet {
                 path.display(),
                 tokenizer.get_vocab_size(true)
             ),
-            Ok(tokenizer) => Ok(Self::Words(Box::new(tokenizer))),
+            Ok(mut tokenizer) => {
+                // A file may say how many tokens a call gives.
+                tokenizer.with_padding(None);
+                tokenizer.with_truncation(None).map_err(candle_core::Error::wrap)?;
+                Ok(Self::Words(Box::new(tokenizer)))
+            }
             Err(error) => bail!("cannot read the tokenizer {}: {error}", path.display()),
         }
     }

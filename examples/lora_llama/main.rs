@@ -55,7 +55,14 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
     let adapter_folder = args.out.join("adapter");
     fs::create_dir_all(&adapter_folder)
         .map_err(|e| format!("cannot make the folder {}: {e}", adapter_folder.display()))?;
-    if let (Some(to), Some(from)) = (&args.merge, &args.model) {
+    let base = args.out.join("base");
+    let from = match &args.preset {
+        _ if args.model.is_some() => args.model.as_ref(),
+        Preset::Small => Some(&base),
+        Preset::Random(_) => None,
+    };
+    if let (Some(to), Some(from)) = (&args.merge, from) {
+        fs::create_dir_all(from)?;
         peft::other_folder(from, to)?;
     }
     // What can be wrong is read first, and the weights last.
@@ -66,9 +73,8 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
         (Some(folder), _) => Some(folder.clone()),
         (None, Preset::Random(_)) => None,
         (None, Preset::Small) => {
-            let folder = args.out.join("base");
-            random::pretrain(&folder, &args)?;
-            Some(folder)
+            random::pretrain(&base, &args)?;
+            Some(base)
         }
     };
     let mut model = load(folder.as_deref(), config, &args)?;
@@ -99,8 +105,8 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
         println!("at most {:.2} GiB", bytes as f64 / f64::from(1 << 30));
     }
 
-    let base = folder.as_deref().unwrap_or(Path::new("random")).display().to_string();
-    lora.save(&adapter_folder, &base, &vars)?;
+    let name = folder.as_deref().unwrap_or(Path::new("random")).display().to_string();
+    lora.save(&adapter_folder, &name, &vars)?;
     weights::save(&optimizer.state()?, &adapter_folder.join(STATE))?;
     println!("adapter: {}", adapter_folder.display());
     if let (Some(to), Some(from)) = (&args.merge, &folder) {
@@ -145,6 +151,9 @@ fn corpus(folder: Option<&Path>, config: &Config, args: &Args) -> Result<Corpus>
                 "there is no tokenizer.json in {}, and this is no model of bytes",
                 folder.display()
             )
+        }
+        (Alphabet::Numbers, None) if args.text.is_some() => {
+            bail!("this preset has no tokenizer: it is for timing, without --text")
         }
         (Alphabet::Bytes, _) if args.text.is_none() => {
             Corpus::of_this_crate(&["rs"], config.vocab_size, args.seq)

@@ -99,7 +99,7 @@ pub fn pretrain(folder: &Path, args: &Args) -> Result<()> {
     trainer.run(&mut optimizer, args.pretrain)?;
 
     fs::create_dir_all(folder)?;
-    fs::write(folder.join("config.json"), config.to_json())?;
+    fs::write(folder.join("config.json"), config.to_json(args.dtype))?;
     let tensors = vars.into_iter().map(|(name, var)| (name, var.as_detached_tensor()));
     weights::save(&tensors.collect(), &folder.join("model.safetensors"))
 }

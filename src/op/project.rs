@@ -329,7 +329,10 @@ pub(crate) fn dequantize(op: &'static str, weight: &QuantWeight, dtype: DType) -
     let Operands { facts, tensors } = form.operands()?;
     let [rows] = eval(&Dequantize { name: op, facts, dtype }, &tensors.iter().collect::<Vec<_>>())?;
     match &form.planes().order {
-        Some(order) if rows.elem_count() > 0 => rows.index_select(&order.inverse, 0),
+        Some(order) if rows.elem_count() > 0 => {
+            check::made(op, ("weight", &rows), rows.dims())?;
+            rows.index_select(&order.inverse, 0)
+        }
         _ => Ok(rows),
     }
 }

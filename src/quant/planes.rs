@@ -192,7 +192,12 @@ impl Form {
                 let planes = planes.to_device(device)?;
                 let [_, cols] = groups(planes.scheme, planes.dims);
                 let scales = planes.scales.narrow(1, 0, cols)?.contiguous()?;
-                Ok(Planes { codes: planes.across()?.contiguous()?, scales, ..planes })
+                let across = planes.across()?;
+                let codes = match device.is_cpu() {
+                    true => across.contiguous()?,
+                    false => cuda::copy(op, &across)?,
+                };
+                Ok(Planes { codes, scales, ..planes })
             }
         }
     }

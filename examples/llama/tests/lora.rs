@@ -328,6 +328,7 @@ fn what_is_another_model_is_refused() {
     for (name, value, message) in [
         ("use_dora", json!(true), "`use_dora` is true, and adapters here have none"),
         ("rank_pattern", json!({ "q_proj": 8 }), "`rank_pattern` is {\"q_proj\":8}"),
+        ("init_lora_weights", json!("pissa"), "`init_lora_weights` is \"pissa\""),
         ("bias", json!("all"), "`bias` is \"all\", and adapters here have none"),
         ("target_modules", json!(["lm_head"]), "there is no `lm_head` to adapt"),
         ("target_modules", json!(".*_proj"), "`target_modules` is \".*_proj\", and not a list"),

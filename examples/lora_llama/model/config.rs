@@ -3,7 +3,7 @@
 
 use std::f64::consts::TAU;
 
-use candle_core::{Device, Error, Result, Tensor, bail};
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use serde_json::{Value, json};
 
 /// The fields have the names of the file.
@@ -135,7 +135,13 @@ impl Config {
         Ok(config)
     }
 
-    pub fn to_json(&self) -> String {
+    /// As a model of Hugging Face's has it, whose weights are of this dtype.
+    pub fn to_json(&self, dtype: DType) -> String {
+        let dtype = match dtype {
+            DType::F16 => "float16",
+            DType::F32 => "float32",
+            _ => "bfloat16",
+        };
         let scaling = self.rope_scaling.as_ref().map(|scaling| {
             json!({
                 "rope_type": "llama3",
@@ -149,7 +155,7 @@ impl Config {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
-            "torch_dtype": "bfloat16",
+            "torch_dtype": dtype,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,

@@ -89,6 +89,13 @@ impl Lora {
                 bail!("`{name}` is {}, and adapters here have {want}", config[name])
             }
         }
+        // PiSSA, OLoRA, LoftQ and others take from the weights what A and B begin with.
+        let init = &config["init_lora_weights"];
+        if init.as_str().is_some_and(|init| !["gaussian", "orthogonal", "eva"].contains(&init)) {
+            bail!(
+                "`init_lora_weights` is {init}: such an adapter belongs to other weights than the model's"
+            )
+        }
         let (Some(rank), Some(alpha)) = (config["r"].as_u64(), config["lora_alpha"].as_f64())
         else {
             bail!("`r` or `lora_alpha` is missing, or not a number")

@@ -33,7 +33,8 @@ impl QuantWeight {
     /// | `g_idx` | `[K]` | i32, u32 or i64 |
     ///
     /// A group is 32 or 64 rows, a multiple of 128, or all. Without `g_idx` groups follow each other. With one that
-    /// takes rows in another order (`desc_act`), the weight keeps that order, and products gather x's columns by it.
+    /// takes rows in another order (`desc_act`), the weight keeps that order, and products gather x's columns by it. One of
+    /// zeros, where there are several groups, is none.
     /// Where all zero points are 8 (`sym`) the weight has none.
     ///
     /// Which [`GptqFormat`] the zero points have, no tensor says. If all are stored as 7 it is v1, if as 8 v2;
@@ -109,6 +110,8 @@ fn load(
     let why = format!("N/8 for the N = {n} of `qweight`");
     check::dim(op, "qzeros", ("columns", zero_columns), (n.div_ceil(CODES), why), FIX)?;
 
+    // Of several groups, one that nobody filled in: ExLlama and others take it for none, too.
+    let g_idx = g_idx.filter(|g_idx| count <= 1 || g_idx.iter().any(|&group| group != 0));
     let by = g_idx.as_deref().map(|g_idx| ("g_idx", g_idx));
     let groups = Groups::new(op, k, ("scales", count), by)?;
     let size = groups.size;
@@ -218,5 +221,20 @@ mod tests {
     #[test]
     fn nibbles_are_added() {
         assert_eq!([0, 1, 0x1234_5678, u32::MAX].map(nibbles), [0, 1, 36, 120]);
+    }
+
+    #[test]
+    fn a_g_idx_of_zeros_is_none() -> Result<()> {
+        let at = &candle_core::Device::Cpu;
+        let qweight = Tensor::arange(0u32, 8 * 8, at)?.reshape((8, 8))?;
+        let qzeros = Tensor::full(0x7777_7777_u32, (2, 1), at)?;
+        let scales = Tensor::rand(0.5f32, 1., (2, 8), at)?;
+        let load = |g_idx: Option<&Tensor>| {
+            let weight = QuantWeight::from_gptq(&qweight, &qzeros, &scales, g_idx)?;
+            weight.dequantize(candle_core::DType::F32)?.to_vec2::<f32>()
+        };
+        let zeros = Tensor::zeros(64, candle_core::DType::U32, at)?;
+        assert_eq!(load(Some(&zeros))?, load(None)?);
+        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! nf4 as bitsandbytes writes it.
 
 use candle_core::{DType, Device, Result, Tensor};
+use half::{bf16, f16};
 use serde_json::{Map, Value};
 
 use super::groups::Groups;
@@ -17,7 +18,7 @@ impl QuantWeight {
     ///
     /// | argument | in a file | shape | dtype |
     /// |---|---|---|---|
-    /// | `weight` | `weight` | any, of N·K/2 bytes; row by row of `[N, K]`, the first of two in the higher four bits | u8 |
+    /// | `weight` | `weight` | any, of N·K/2 bytes; row by row of `[N, K]`, the first of two in the higher four bits | u8; f16, bf16 or f32 as whose bytes they were stored (`bnb_4bit_quant_storage`) |
     /// | `absmax` | `weight.absmax` | one for each block of K | f32; with `nested` u8 |
     /// | `quant_state` | `weight.quant_state.bitsandbytes__nf4` | `[..]`, JSON | u8 |
     /// | `nested` | `weight.nested_absmax`, `weight.nested_quant_map` | one for each block of `absmax`, `[256]` | f32 |
@@ -55,10 +56,15 @@ impl QuantWeight {
             args.extend([("nested_absmax", absmax), ("nested_quant_map", map)]);
         }
         super::tensors(OP, &args)?;
-        super::dtype(OP, args[0], &[DType::U8])?;
+        super::dtype(OP, args[0], &[DType::U8, DType::F16, DType::BF16, DType::F32])?;
         super::dtype(OP, args[2], &[DType::U8])?;
         let state = State::of(&super::host(quant_state)?.to_vec1()?)?;
         let State { dims: [n, k], block, .. } = state;
+        if weight.elem_count() * weight.dtype().size_in_bytes() != n * k / 2 {
+            // Floats that are more are bytes that were cast.
+            super::dtype(OP, args[0], &[DType::U8])?;
+        }
+        let weight = &bytes(weight)?;
 
         const FIX: &str = "take all tensors from one layer";
         let why = format!("two of the {n} × {k} of `quant_state` in each");
@@ -94,6 +100,19 @@ impl QuantWeight {
         let scheme = QuantScheme::Nf4 { block: groups.group as usize };
         int4::weight(OP, scheme, [k, n], &words, &scales, None, &groups)
     }
+}
+
+/// The bytes of codes that lie in a tensor of floats.
+fn bytes(weight: &Tensor) -> Result<Tensor> {
+    let floats = || super::host(weight);
+    let bytes: Vec<u8> = match weight.dtype() {
+        DType::F16 => floats()?.to_vec1::<f16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DType::BF16 => floats()?.to_vec1::<bf16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DType::F32 => floats()?.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        _ => return Ok(weight.clone()),
+    };
+    let count = bytes.len();
+    Tensor::from_vec(bytes, count, weight.device())
 }
 
 /// Words of bytes, four in each.
@@ -204,6 +223,31 @@ mod tests {
     #[test]
     fn words_are_put_in_order() {
         assert_eq!(in_order(0x6745_2301), 0x7654_3210);
+    }
+
+    #[test]
+    fn codes_in_the_bytes_of_floats_are_read() -> Result<()> {
+        let at = &Device::Cpu;
+        // All bytes, those of NaN among them.
+        let codes: Vec<u8> = (0..2 * 64 / 2 * 4).map(|i| (i * 37 + i / 64) as u8).collect();
+        let pairs = codes.as_chunks().0;
+        let stored = [
+            Tensor::from_iter(pairs.iter().map(|&x| f16::from_le_bytes(x)), at)?,
+            Tensor::from_iter(pairs.iter().map(|&x| bf16::from_le_bytes(x)), at)?,
+            Tensor::from_iter(codes.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x)), at)?,
+        ];
+        let absmax = Tensor::rand(0.5f32, 1., 8, at)?;
+        let state = br#"{"quant_type": "nf4", "blocksize": 64, "shape": [8, 64]}"#;
+        let state = Tensor::new(state.as_slice(), at)?;
+        let load = |weight: &Tensor| {
+            let weight = QuantWeight::from_nf4(weight, &absmax, &state, None)?;
+            weight.dequantize(DType::F32)?.to_vec2::<f32>()
+        };
+        let want = load(&Tensor::new(codes.as_slice(), at)?)?;
+        for stored in stored {
+            assert_eq!(load(&stored)?, want, "{:?}", stored.dtype());
+        }
+        Ok(())
     }
 
     fn state(json: &str) -> Result<State> {
