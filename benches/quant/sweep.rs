@@ -100,7 +100,8 @@ fn weight(gpu: &Gpu, scheme: Scheme, size @ [k, n]: [usize; 2]) -> candle_core::
     let groups = scheme.groups(k as u64) as usize;
     let random = |most: f32| Tensor::rand(0f32, most, (groups, n), &gpu.device);
     let scales = (random(0.01)? + 0.005)?.to_dtype(DType::BF16)?;
-    let zeros = scheme.zeros.then(|| random(16.0)?.to_dtype(DType::U8)).transpose()?;
+    let zeros = || tune::w4_pack_zeros(&random(16.0)?.to_dtype(DType::U8)?);
+    let zeros = scheme.zeros.then(zeros).transpose()?;
     let codes = tune::w4_pack(&words, size, &scheme)?;
     Ok(W4 { scheme, size, codes, scales, zeros })
 }

@@ -110,7 +110,8 @@ pub fn of_attention() -> Result<()> {
     Ok(())
 }
 
-/// A prepared weight takes its codes and scales, and nothing is left of what it was made of.
+/// A prepared weight takes its codes, scales and zero points, and nothing is left of what it was made of: the codes and zero
+/// points of the file, in another order.
 ///
 /// In a process of its own, whose memory nobody else takes.
 pub fn of_weights() -> Result<()> {
@@ -138,9 +139,12 @@ pub fn of_weights() -> Result<()> {
         let own = weight.bytes() as u64;
         assert!(taken.kept <= own + constant, "{scheme:?}: {} are kept, {own} its own", taken.kept);
         assert_eq!(own, host.bytes() as u64, "{scheme:?}");
-        let codes =
-            (if matches!(scheme, QuantScheme::Int8 { .. }) { k * n } else { k * n / 2 }) as u64;
-        let allowed = own + codes + constant;
+        let codes = if matches!(scheme, QuantScheme::Int8 { .. }) { k * n } else { k * n / 2 };
+        let zeros = match scheme {
+            QuantScheme::Int4 { group, zero_points: true } => k / group as usize * n,
+            _ => 0,
+        };
+        let allowed = own + (codes + zeros) as u64 + constant;
         assert!(taken.most <= allowed, "{scheme:?}: {} at most, {own} its own", taken.most);
         // A view of a large matrix does not keep it.
         if let QuantScheme::Int8 { .. } = scheme {

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use kaio_candle::kernel::gemm::Epilogue;
 use kaio_candle::kernel::gemm::sm90::{self, Order, Store};
-use kaio_candle::kernel::w4::{self, Codes, Scheme, stream, tiles};
+use kaio_candle::kernel::w4::{self, Codes, Scheme, Table, stream, tiles};
 use kaio_candle::kernel::{self, Element};
 use kaio_candle::prelude::*;
 use kaio_candle::ptx::{Half, Target};
@@ -87,7 +87,7 @@ impl Case {
             size,
             codes: tune::w4_pack(&words, size, &scheme)?,
             scales: scales.to_device(device)?,
-            zeros: scheme.zeros.then_some(zeros),
+            zeros: scheme.zeros.then(|| tune::w4_pack_zeros(&zeros)).transpose()?,
         };
         Ok(Self { weight, plain, elements })
     }
@@ -132,7 +132,7 @@ fn w4_codes_come_back() -> Result<()> {
     for size in SIZES {
         for scheme in [INT4, Scheme { codes: Codes::Nf4, ..INT4 }] {
             let case = Case::new(&gpu, scheme, size)?;
-            let back = tune::w4_unpack(&case.weight.codes, size)?;
+            let back = tune::w4_unpack(&case.weight.codes, size, &scheme)?;
             let back = back.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<u32>()?;
             assert_eq!(back, case.plain, "{size:?}");
         }
@@ -213,6 +213,7 @@ fn w4_stream_shapes() -> Result<()> {
                 cut: k % 128 > 0 || n % cols as usize > 0,
                 warps,
                 slots: [2, 4, 6][j % 3],
+                table: [Table::Narrow, Table::Wide][(i + j) % 2],
                 split,
                 blocks_per_sm: 1,
                 unit: if case.weight.size[1] % 4 == 0 { 4 } else { 1 },
@@ -396,7 +397,13 @@ fn w4_weights_of_users() -> Result<()> {
             }
             let blocks = k.div_ceil(64) * n.div_ceil(64) * 2048;
             let others = host.bytes() - k.div_ceil(8) * 4 * n;
-            assert_eq!(weight.bytes(), blocks + others, "{scheme:?}");
+            // Rows of zero points are of whole 16 columns.
+            let more = match scheme {
+                QuantScheme::Int4 { group: -1, zero_points: true } => 1,
+                QuantScheme::Int4 { group, zero_points: true } => k.div_ceil(group as usize),
+                _ => 0,
+            } * (n.next_multiple_of(16) - n);
+            assert_eq!(weight.bytes(), blocks + others + more, "{scheme:?}");
             let back = weight.to_device(&Device::Cpu)?.dequantize(DType::F32)?;
             let want = Nd::of(&host.dequantize(DType::F32)?)?;
             identical(&format!("{scheme:?}"), &back, &want)?;

@@ -73,7 +73,7 @@ fn pack(op: &'static str, planes: &Planes, signed: bool) -> Result<Form> {
     let [k, n] = planes.dims;
     let codes = tensor(codes, w4::packed_words(k, n));
     let scales = in_lines(op, &planes.scales)?;
-    let zeros = planes.zeros.as_ref().map(|zeros| in_lines(op, zeros)).transpose()?;
+    let zeros = planes.zeros.as_ref().map(pack_zeros).transpose()?;
     Ok(Form::Packed(Planes { codes, scales, zeros, ..planes.clone() }))
 }
 
@@ -90,15 +90,39 @@ fn in_lines(op: &'static str, groups: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// Columns of zero points that lie in an order of their own: the first half of them and the other one in turn.
+const TOGETHER: usize = 16;
+
+/// Zero points in the order of [the packed form](crate::kernel::w4), rows of whole such columns.
+pub(super) fn pack_zeros(zeros: &Tensor) -> Result<Tensor> {
+    let (rows, cols) = zeros.dims2()?;
+    let padded = cols.next_multiple_of(TOGETHER);
+    zeros
+        .pad_with_zeros(1, 0, padded - cols)?
+        .reshape((rows, padded / TOGETHER, 2, TOGETHER / 2))?
+        .transpose(2, 3)?
+        .contiguous()?
+        .reshape((rows, padded))
+}
+
+/// The `cols` columns of packed ones.
+fn unpack_zeros(zeros: &Tensor, cols: usize) -> Result<Tensor> {
+    let (rows, padded) = zeros.dims2()?;
+    let halves = zeros.reshape((rows, padded / TOGETHER, TOGETHER / 2, 2))?.transpose(2, 3)?;
+    halves.reshape((rows, padded))?.narrow(1, 0, cols)?.contiguous()
+}
+
 /// Packed codes in the plain form.
 pub(crate) fn unpack(op: &'static str, planes: &Planes) -> Result<Planes> {
     let (storage, _) = planes.codes.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { unreachable!("packed codes are on a GPU") };
     let [k, n] = planes.dims;
-    let codes = tensor(w4::unpack(op, storage, planes.dims)?, (k.div_ceil(8), n));
+    let scheme = w4_scheme(planes.scheme, planes.scales.dtype());
+    let codes = w4::unpack(op, storage, planes.dims, scheme.codes)?;
+    let codes = tensor(codes, (k.div_ceil(8), n));
     // Without what is between the lines.
     let scales = planes.scales.contiguous()?;
-    let zeros = planes.zeros.as_ref().map(Tensor::contiguous).transpose()?;
+    let zeros = planes.zeros.as_ref().map(|zeros| unpack_zeros(zeros, n)).transpose()?;
     Ok(Planes { codes, scales, zeros, ..planes.clone() })
 }
 

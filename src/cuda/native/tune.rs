@@ -7,7 +7,7 @@ use super::along_k::activations;
 use super::bytes::{CodeScales, Vector, codes_call};
 use super::matmul::Call;
 use super::plan::Compiled;
-use super::quantised::tensor;
+use super::quantised::{pack_zeros, tensor};
 use super::{attention, quantize, w4};
 use crate::kernel::attention as flash;
 use crate::kernel::gemm::{self, Problem};
@@ -124,7 +124,7 @@ pub fn flash_attn(
 }
 
 /// A weight as [`w4_matmul`] takes it: on one GPU, packed codes, u32, from [`w4_pack`], or bytes `[N, K]` whose rows begin
-/// at multiples of 16 bytes; and a row of scales and of zero points for each group.
+/// at multiples of 16 bytes; and for each group a row of scales and one of zero points, from [`w4_pack_zeros`].
 #[derive(Clone, Debug)]
 pub struct W4 {
     /// How it is quantised.
@@ -147,11 +147,16 @@ pub fn w4_pack(plain: &Tensor, size: [usize; 2], scheme: &Scheme) -> Result<Tens
     Ok(tensor(codes, w4::packed_words(size[0], size[1])))
 }
 
+/// Packed zero points of plain ones, `[groups, n]`.
+pub fn w4_pack_zeros(plain: &Tensor) -> Result<Tensor> {
+    pack_zeros(plain)
+}
+
 /// Plain codes of packed ones.
-pub fn w4_unpack(codes: &Tensor, size @ [k, n]: [usize; 2]) -> Result<Tensor> {
-    let (storage, _) = codes.storage_and_layout();
+pub fn w4_unpack(packed: &Tensor, size @ [k, n]: [usize; 2], scheme: &Scheme) -> Result<Tensor> {
+    let (storage, _) = packed.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { bail!("not on a GPU") };
-    Ok(tensor(w4::unpack("tune", storage, size)?, (k.div_ceil(8), n)))
+    Ok(tensor(w4::unpack("tune", storage, size, scheme.codes)?, (k.div_ceil(8), n)))
 }
 
 /// Calls `with` for the storages of a weight.

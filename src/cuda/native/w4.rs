@@ -65,7 +65,7 @@ pub(crate) fn pack(
     scheme: &Scheme,
     signed: bool,
 ) -> Result<CudaStorage> {
-    let config = layout::Config::Pack { zero: scheme.zero_code(), signed };
+    let config = layout::Config::Pack { codes: scheme.codes, zero: scheme.zero_code(), signed };
     let (first, strides) = (stack.matrix_offset(0), [stack.row_stride, stack.col_stride]);
     convert(op, config, [k, n], storage, &[], (packed_words(k, n), DType::U32), |call| {
         layout::Arguments {
@@ -82,11 +82,13 @@ pub(crate) fn pack(
 /// Plain codes, u32 `[⌈k/8⌉, n]`, of packed ones.
 pub(crate) fn unpack(
     op: &'static str,
-    codes: &CudaStorage,
+    storage: &CudaStorage,
     [k, n]: [usize; 2],
+    codes: Codes,
 ) -> Result<CudaStorage> {
     let words = (k.div_ceil(8) * n, DType::U32);
-    convert(op, layout::Config::Unpack, [k, n], codes, &[], words, |call| layout::Arguments {
+    let config = layout::Config::Unpack { codes };
+    convert(op, config, [k, n], storage, &[], words, |call| layout::Arguments {
         problem: call.problem,
         plain: Some((call.result, [n as u64, 1])),
         codes: call.input.address(),

@@ -16,6 +16,11 @@
 //!  row        r        r       r + 8    r + 8    r + 1     r + 1     r + 9     r + 9      r = 16 · word + 2 · (lane % 4)
 //! ```
 //!
+//! Of nf4, whose values are looked up in pairs, those of a register are a byte: `a0 low, a0 high, a1 low, a1 high, ...`
+//!
+//! A lane needs the zero points of columns `g` and `g + 8`, so these follow each other: a row of them has of each 16 columns
+//! first 0 and 8, then 1 and 9, and so on.
+//!
 //! Past the weight's rows and columns is the code of zero. The same bytes serve all products. What comes from a
 //! file or goes there is the plain form: words of eight rows of a column, the first row in the lowest nibble.
 //! [`layout`] has the way from one to the other, and to elements.
@@ -29,7 +34,7 @@ pub mod stream;
 pub mod tiles;
 pub(super) mod weight;
 
-pub use nibbles::NF4;
+pub use nibbles::{NF4, Table};
 pub use params::{Arguments, Weight};
 pub use plan::{Plan, Problem, candidates, together};
 
@@ -61,6 +66,24 @@ impl Codes {
     pub fn are_bytes(self) -> bool {
         matches!(self, Self::Int8 | Self::E4m3)
     }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Int4 => "int4",
+            Self::Nf4 => "nf4",
+            Self::Int8 => "int8",
+            Self::E4m3 => "e4m3",
+        }
+    }
+
+    /// The bits of a word at which those of both elements of register `a0`, `a1`, `a2` or `a3` begin.
+    fn bits(self, register: u32) -> [u32; 2] {
+        match self {
+            Self::Int4 => [4 * register, 16 + 4 * register],
+            Self::Nf4 => [8 * register, 8 * register + 4],
+            Self::Int8 | Self::E4m3 => unreachable!("bytes are not packed"),
+        }
+    }
 }
 
 /// How a weight is quantised.
@@ -80,12 +103,7 @@ pub struct Scheme {
 impl Scheme {
     /// `int4 zeros g128`
     pub(super) fn name(&self) -> String {
-        let codes = match self.codes {
-            Codes::Int4 => "int4",
-            Codes::Nf4 => "nf4",
-            Codes::Int8 => "int8",
-            Codes::E4m3 => "e4m3",
-        };
+        let codes = self.codes.name();
         let zeros = given(self.zeros, " zeros");
         let group = self.group.map_or("column".into(), |rows| format!("g{rows}"));
         format!("{codes}{zeros} {group}")

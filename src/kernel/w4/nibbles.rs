@@ -44,6 +44,14 @@ pub const NF4: [f32; 16] = [
     1.0,
 ];
 
+/// A zero point: a byte of a register.
+#[derive(Clone, Copy)]
+pub struct Zero<'k> {
+    pub bytes: Reg<'k, u32>,
+    /// Which one, the lowest being 0.
+    pub byte: u32,
+}
+
 /// What is added to the floats that nibbles became.
 #[derive(Clone, Copy)]
 pub struct Offset<'k> {
@@ -67,38 +75,40 @@ enum How<'k> {
     Integers([Reg<'k, u32>; 2]),
     /// The same, to quarters.
     Quarters([Reg<'k, u32>; 2]),
+    /// Where it begins, and a line has what is the lane's.
     Table {
-        mine: Reg<'k, u32>,
+        table: Table,
+        begin: Reg<'k, u32>,
+        lane: Reg<'k, u32>,
     },
     Bytes(Bytes<'k>),
 }
 
 impl<'k> Decoder<'k> {
-    /// Pairs of values.
-    const PAIRS: u32 = 256;
-    /// From a pair to the next in the table.
-    const LINE: u32 = 4 * WARP;
-    /// Bytes of the values alone, in f32, from which the table is made.
-    const VALUES: u32 = 4 * NF4.len() as u32;
-
     /// Bytes of shared memory that it needs.
-    pub const fn shared_bytes(codes: Codes) -> u32 {
+    pub const fn shared_bytes(codes: Codes, table: Table) -> u32 {
         match codes {
             Codes::Int4 | Codes::Int8 | Codes::E4m3 => 0,
-            Codes::Nf4 => Self::PAIRS * Self::LINE + Self::VALUES,
+            Codes::Nf4 => table.bytes(),
         }
     }
 
-    /// For a thread of a block of `threads`, all of which come here and meet if there is a table: it is at `table`.
-    pub fn new(k: &'k Kernel, half: Half, codes: Codes, table: Reg<'k, u32>, threads: u32) -> Self {
+    /// For a thread of a block of `threads`, all of which come here and meet if there is a table, `begin`ning there.
+    pub fn new(
+        k: &'k Kernel,
+        half: Half,
+        codes: Codes,
+        (table, begin): (Table, Reg<'k, u32>),
+        threads: u32,
+    ) -> Self {
         let how = match codes {
             Codes::Int4 => How::Integers([
                 k.var(pair(half, 0x3c00, 0x3f80)),
                 k.var(pair(half, 0x2c00, 0x3f80)),
             ]),
             Codes::Nf4 => {
-                fill(k, half, table, threads);
-                How::Table { mine: table + k.lane() * 4 }
+                table.fill(k, half, begin, threads);
+                How::Table { table, begin, lane: k.lane() * 4 }
             }
             Codes::Int8 | Codes::E4m3 => How::Bytes(Bytes::new(k, half, codes)),
         };
@@ -138,20 +148,24 @@ impl<'k> Decoder<'k> {
     }
 
     /// Of a zero point from 0 to 16.
-    pub fn zero(&self, zero: Reg<'k, u32>) -> Offset<'k> {
-        let both = zero * 0x0001_0001;
-        match (self.half, self.how) {
+    pub fn zero(&self, zero: Zero<'k>) -> Offset<'k> {
+        let (k, half) = (self.k, self.half);
+        // Below an exponent's upper byte it is added to a power of two whose last bit is 1.
+        let below = |exponent: u32| k.prmt(zero.bytes, exponent, 0x4040 | zero.byte * 0x0101);
+        let high =
+            |low, less: u32| k.fma_x2(half, low, k.var(pair(half, 0x3c00, 0x3f80)), k.var(less));
+        match (half, self.how) {
             (Half::F16, _) => {
-                Offset { low: both + 0xe400_e400, high: zero * 0x0010_0010 + 0xd400_d400 }
+                let low = below(0xe4);
+                Offset { low, high: high(low, 0x6380_6380) }
             }
             (Half::Bf16, How::Quarters(_)) => {
-                let (k, low) = (self.k, both + 0xc200_c200);
+                let low = below(0xc2);
                 // Without the quarter of 128.
-                let high = k.fma_x2(self.half, low, k.var(0x3f80_3f80), k.var(0x4200_4200));
-                Offset { low, high }
+                Offset { low, high: high(low, 0x4200_4200) }
             }
             (Half::Bf16, _) => {
-                let both = both + 0xc300_c300;
+                let both = below(0xc3);
                 Offset { low: both, high: both }
             }
         }
@@ -180,7 +194,9 @@ impl<'k> Decoder<'k> {
                 let next = next();
                 [low(word, by, first), high(word, second), low(next, by, first), high(next, second)]
             }
-            (How::Table { mine }, _) => self.look_up(word, mine),
+            (How::Table { table, begin, lane }, _) => {
+                [0, 1, 2, 3].map(|byte| table.pair(word, byte, begin, lane))
+            }
             (How::Bytes(_), _) => unreachable!("bytes have no nibbles"),
         }
     }
@@ -197,17 +213,71 @@ impl<'k> Decoder<'k> {
     fn exponent(&self, word: Reg<'k, u32>, mask: u32) -> Reg<'k, u32> {
         self.k.lop3(Logic3::AND_OR, word, mask, pair(self.half, 0x6400, 0x4300))
     }
+}
 
-    fn look_up(&self, word: Reg<'k, u32>, mine: Reg<'k, u32>) -> [Reg<'k, u32>; 4] {
-        let k = self.k;
-        // Bytes of nibbles 0 and 4, 2 and 6; of 1 and 5, 3 and 7.
-        let even = k.lop3(Logic3::SELECT, word, word >> 12, 0x0f0f);
-        let odd = k.lop3(Logic3::SELECT, word >> 4, word >> 16, 0x0f0f);
-        let pair = |bytes: Reg<'k, u32>, number: u32| {
-            let pair = k.prmt(bytes, 0, 0x4440 | number);
-            k.ld_shared::<u32, 1>(pair * Self::LINE + mine)[0]
+/// Of nf4: a line for each pair of codes, which is a byte, and there a copy of both values for each lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Table {
+    /// Lines follow each other: 32 KiB.
+    Narrow,
+    /// They are 256 bytes apart, so that a byte of a word is one of an address: one instruction makes that.
+    Wide,
+}
+
+impl Table {
+    /// Pairs of values.
+    const PAIRS: u32 = 256;
+    /// Bytes of the values alone, in f32, from which the table is made.
+    const VALUES: u32 = 4 * NF4.len() as u32;
+
+    /// Bytes from line to line.
+    const fn pitch(self) -> u32 {
+        match self {
+            Self::Narrow => 4 * WARP,
+            Self::Wide => 256,
+        }
+    }
+
+    const fn bytes(self) -> u32 {
+        Self::PAIRS * self.pitch() + Self::VALUES
+    }
+
+    /// The pair that byte `byte` of a word stands for.
+    fn pair<'k>(
+        self,
+        word: Reg<'k, u32>,
+        byte: u32,
+        begin: Reg<'k, u32>,
+        lane: Reg<'k, u32>,
+    ) -> Reg<'k, u32> {
+        let k = word.kernel();
+        let place = match self {
+            Self::Narrow => k.prmt(word, 0, 0x4440 | byte) * self.pitch() + lane,
+            // Above it are zeros, which `lane` has there.
+            Self::Wide => k.prmt(word, lane, 0x5504 | byte << 4),
         };
-        [pair(even, 0), pair(odd, 0), pair(even, 1), pair(odd, 1)]
+        k.ld_shared::<u32, 1>(place + begin)[0]
+    }
+
+    /// Writes the table: a block's threads do it together.
+    fn fill(self, k: &Kernel, half: Half, table: Reg<u32>, threads: u32) {
+        let values = table + Self::PAIRS * self.pitch();
+        let thread = k.thread();
+        k.if_(thread.lt(NF4.len() as u32), || {
+            k.st_shared(values + thread * 4, [nf4_value(k, thread)]);
+        });
+        k.sync_block();
+        // Four banks at once.
+        let quads = WARP / 4;
+        k.for_(thread / quads, Self::PAIRS, threads / quads, |number| {
+            let [low, high] = [number % 16, number / 16].map(|code| {
+                let [value] = k.ld_shared::<f32, 1>(values + code * 4);
+                value
+            });
+            let both = k.cvt_rn_x2(half, low, high);
+            k.st_shared(table + number * self.pitch() + thread % quads * 16, [both; 4]);
+        });
+        k.sync_block();
     }
 }
 
@@ -227,25 +297,4 @@ pub fn nf4_value<'k>(k: &'k Kernel, code: Reg<'k, u32>) -> Reg<'k, f32> {
         k.when(code.eq(code_of), || value.set(of));
     }
     value
-}
-
-/// Writes the table: a block's threads do it together.
-fn fill(k: &Kernel, half: Half, table: Reg<u32>, threads: u32) {
-    let values = table + Decoder::PAIRS * Decoder::LINE;
-    let thread = k.thread();
-    k.if_(thread.lt(NF4.len() as u32), || {
-        k.st_shared(values + thread * 4, [nf4_value(k, thread)]);
-    });
-    k.sync_block();
-    // Four banks at once.
-    let quads = WARP / 4;
-    k.for_(thread / quads, Decoder::PAIRS, threads / quads, |number| {
-        let [low, high] = [number % 16, number / 16].map(|code| {
-            let [value] = k.ld_shared::<f32, 1>(values + code * 4);
-            value
-        });
-        let both = k.cvt_rn_x2(half, low, high);
-        k.st_shared(table + number * Decoder::LINE + thread % quads * 16, [both; 4]);
-    });
-    k.sync_block();
 }

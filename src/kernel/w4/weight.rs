@@ -1,6 +1,7 @@
 //! What a kernel is given of a weight, or of each of several.
 
 use super::Scheme;
+use super::nibbles::Zero;
 use super::params::{WEIGHTS, WeightNames};
 use crate::kernel::Element;
 use crate::kernel::gemm::Name;
@@ -119,8 +120,9 @@ impl<'k> Weight<'k> {
     }
 
     /// Its zero point, if columns have any.
-    pub fn column_zero(&self, column: Reg<'k, u32>) -> Option<Reg<'k, u32>> {
-        self.zeros.map(|zeros| column.kernel().ld_global_nc_u8(zeros.address + column.wide()))
+    pub fn column_zero(&self, column: Reg<'k, u32>) -> Option<Zero<'k>> {
+        let at = self.zeros?.address + zero_place(column).wide();
+        Some(Zero { bytes: column.kernel().ld_global_nc_u8(at), byte: 0 })
     }
 
     /// A scale from memory.
@@ -131,4 +133,9 @@ impl<'k> Weight<'k> {
             Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
         }
     }
+}
+
+/// Where a row of zero points has that of a column: see [the packed form](super).
+pub fn zero_place<'k>(column: Reg<'k, u32>) -> Reg<'k, u32> {
+    column / 16 * 16 + column % 8 * 2 + column % 16 / 8
 }

@@ -175,6 +175,7 @@ impl Family for Products {
             cut: true,
             warps: 8,
             slots: 4,
+            table: w4::Table::Narrow,
             split: 2,
             blocks_per_sm: 2,
             unit: 4,
@@ -201,6 +202,7 @@ impl Family for Products {
             scheme: Scheme { codes: Codes::Nf4, group: Some(64), ..scheme },
             tokens: 1,
             warps: 16,
+            table: w4::Table::Wide,
             blocks_per_sm: 1,
             ..plain
         };
@@ -297,9 +299,12 @@ impl Family for Layouts {
     type Plan = layout::Plan;
 
     fn problems(_: Extent) -> Vec<layout::Problem> {
-        let mut configs = vec![layout::Config::Unpack];
-        configs.extend([0, 7, 8].map(|zero| layout::Config::Pack { zero, signed: false }));
-        configs.push(layout::Config::Pack { zero: 8, signed: true });
+        let unpack = |codes| layout::Config::Unpack { codes };
+        let mut configs = [Codes::Int4, Codes::Nf4].map(unpack).to_vec();
+        let pack = |(codes, zero, signed)| layout::Config::Pack { codes, zero, signed };
+        let int4 =
+            [(0, false), (8, false), (8, true)].map(|(zero, signed)| (Codes::Int4, zero, signed));
+        configs.extend(int4.into_iter().chain([(Codes::Nf4, 7, false)]).map(pack));
         for scale in [F16, BF16, Element::F32] {
             for scheme in schemes(scale) {
                 for out in [F16, BF16, Element::F32] {
@@ -347,9 +352,10 @@ impl Family for Layouts {
     fn goldens() -> Vec<(&'static str, Config)> {
         let scheme = Scheme { codes: Codes::Int4, zeros: true, scale: F16, group: Some(32) };
         let elements = layout::Config::Elements { scheme, out: BF16, transposed: false };
+        let pack = layout::Config::Pack { codes: Codes::Int4, zero: 8, signed: true };
         vec![
-            ("w4_pack", Config::W4Layout(layout::Config::Pack { zero: 8, signed: true })),
-            ("w4_unpack", Config::W4Layout(layout::Config::Unpack)),
+            ("w4_pack", Config::W4Layout(pack)),
+            ("w4_unpack", Config::W4Layout(layout::Config::Unpack { codes: Codes::Nf4 })),
             ("w4_elements", Config::W4Layout(elements)),
         ]
     }

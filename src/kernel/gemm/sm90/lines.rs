@@ -53,7 +53,7 @@ impl<'k> Gemm<'k, '_> {
         let blocks = TileBlocks {
             column: (column / SCALED).min(last_block),
             stage: k.var(first),
-            last: (of.k - 1) / BLOCK,
+            last: (of.depth - 1) / BLOCK,
             scale: k.reg(),
         };
         blocks.load(of);

@@ -2,7 +2,7 @@
 
 use super::boxes::Boxes;
 use super::config::{Config, Order, Orient, Store};
-use super::packed::PackedStage;
+use super::packed::{PackedStage, TABLE};
 use crate::kernel::Arena;
 use crate::kernel::hopper::barriers::{Named, NamedBarriers};
 use crate::kernel::hopper::pingpong::Pingpong;
@@ -56,7 +56,7 @@ impl Config {
 
     /// Bytes of the decoder's table.
     fn table_bytes(&self) -> u32 {
-        self.weight.map_or(0, |scheme| Decoder::shared_bytes(scheme.codes))
+        self.weight.map_or(0, |scheme| Decoder::shared_bytes(scheme.codes, TABLE))
     }
 
     /// Bytes of what lines of a warpgroup's tile have, in shared memory, where TMA stores it: else the threads

@@ -4,6 +4,7 @@
 use super::{Name, THREADS};
 use crate::kernel::Element;
 use crate::kernel::w4::nibbles::{NF4, nf4_value};
+use crate::kernel::w4::weight::zero_place;
 use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Codes, Scheme};
 use crate::ptx::{Kernel, Reg, Source, Target};
 
@@ -45,8 +46,8 @@ pub fn emit(scheme: &Scheme, out: Element, transposed: bool) -> Source {
     let of_group = |step: u32| {
         let group = group_of(step).wide();
         columns.map(|column| {
-            let column = (nb * BLOCK + column).min(cols - 1).wide();
-            let at = scales + (group * scale_line + column) * u64::from(scheme.scale.size());
+            let column = (nb * BLOCK + column).min(cols - 1);
+            let at = scales + (group * scale_line + column.wide()) * u64::from(scheme.scale.size());
             let scale = match scheme.scale {
                 Element::F32 => k.ld_global_nc::<f32, 1>(at)[0],
                 Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
@@ -56,7 +57,7 @@ pub fn emit(scheme: &Scheme, out: Element, transposed: bool) -> Source {
                 (Codes::Int8 | Codes::E4m3, _) => unreachable!("bytes are not packed"),
                 (Codes::Int4, None) => Some(k.var(EXACT | 8)),
                 (Codes::Int4, Some((zeros, line))) => {
-                    let at = zeros + (group * line + column);
+                    let at = zeros + (group * line + zero_place(column).wide());
                     Some(k.ld_global_nc_u8(at) | EXACT)
                 }
             };
@@ -72,8 +73,8 @@ pub fn emit(scheme: &Scheme, out: Element, transposed: bool) -> Source {
         for pair in 0..4u32 {
             let (right, below) = (pair % 2, pair / 2 * 8);
             let (scale, zero) = groups[right as usize];
-            let values = [4 * pair, 16 + 4 * pair].map(|bits| {
-                let code = word.bfe(bits, 4);
+            let values = scheme.codes.bits(pair).map(|bit| {
+                let code = word.bfe(bit, 4);
                 let value = match zero {
                     Some(zero) => (code | EXACT).cast::<f32>() - zero,
                     None => k.ld_shared::<f32, 1>(table + code * 4)[0],

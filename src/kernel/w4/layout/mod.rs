@@ -8,7 +8,7 @@ mod words;
 
 pub use params::{Arguments, Name};
 
-use super::{BLOCK, Scheme};
+use super::{BLOCK, Codes, Scheme};
 use crate::kernel::name::given;
 use crate::kernel::plan::{self, count};
 use crate::kernel::{Device, Element, Step};
@@ -24,13 +24,18 @@ const MOST_COLUMNS: u64 = 65_535;
 pub enum Config {
     /// Packed codes of plain ones; past the end is this code.
     Pack {
+        /// What they are codes of.
+        codes: Codes,
         /// The code of zero.
         zero: u32,
         /// Whether plain codes are two's complement: packed ones are 8 more.
         signed: bool,
     },
     /// Plain codes of packed ones, row-major.
-    Unpack,
+    Unpack {
+        /// What they are codes of.
+        codes: Codes,
+    },
     /// Elements of packed codes.
     Elements {
         /// How the weight is quantised.
@@ -46,10 +51,10 @@ impl Config {
     /// `w4layout elements int4 zeros g128, f16→bf16 nk`
     pub fn name(&self) -> String {
         match self {
-            Self::Pack { zero, signed } => {
-                format!("w4layout pack{}, zero{zero}", given(*signed, " signed"))
+            Self::Pack { codes, zero, signed } => {
+                format!("w4layout pack {}{}, zero{zero}", codes.name(), given(*signed, " signed"))
             }
-            Self::Unpack => "w4layout unpack, plain".into(),
+            Self::Unpack { codes } => format!("w4layout unpack {}, plain", codes.name()),
             Self::Elements { scheme, out, transposed } => {
                 let order = if *transposed { "nk" } else { "kn" };
                 let (scale, out, scheme) = (scheme.scale.name(), out.name(), scheme.name());
@@ -62,8 +67,8 @@ impl Config {
 /// The kernel. Its parameters are those of [`Name`]; the grid has a block for each of the codes', along K in x.
 pub fn emit(config: &Config) -> Source {
     match *config {
-        Config::Pack { zero, signed } => words::pack(zero, signed),
-        Config::Unpack => words::unpack(),
+        Config::Pack { codes, zero, signed } => words::pack(codes, zero, signed),
+        Config::Unpack { codes } => words::unpack(codes),
         Config::Elements { scheme, out, transposed } => elements::emit(&scheme, out, transposed),
     }
 }

@@ -1,7 +1,7 @@
-//! Plain codes to packed ones, and back: a byte of two rows of a column stays one of a word and of its upper half.
+//! Plain codes to packed ones, and back: a byte of two rows of a column becomes both elements of a register.
 
 use super::{Name, THREADS};
-use crate::kernel::w4::{BLOCK, BLOCK_BYTES};
+use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Codes};
 use crate::ptx::{Kernel, Reg, Source, Target};
 
 /// Rows of a plain word.
@@ -28,7 +28,7 @@ impl<'k> Place<'k> {
 const TOPMOST: u32 = 0x8888_8888;
 
 /// A thread has the 16 bytes that a thread of a product will have.
-pub fn pack(zero: u32, signed: bool) -> Source {
+pub fn pack(of: Codes, zero: u32, signed: bool) -> Source {
     let k = &Kernel::new("w4_pack", Target::Sm80, THREADS);
     let (plain, codes) = (k.pointer(Name::Plain), k.pointer(Name::Codes));
     let (row_stride, col_stride) = (k.param::<u64>(Name::PlainRow), k.param::<u64>(Name::PlainCol));
@@ -49,18 +49,20 @@ pub fn pack(zero: u32, signed: bool) -> Source {
                 let [codes] = k.ld_global_nc::<u32, 1>(plain + at * 4u64);
                 word.set(if signed { codes ^ TOPMOST } else { codes });
             });
-            let byte = word >> shift;
-            (byte & 0xf) | ((byte & 0xf0) << 12)
+            word >> shift
         });
-        let [a, b, c, d] = bytes;
-        a | (b << 4) | (c << 8) | (d << 12)
+        let placed = (0..).zip(bytes).map(|(register, byte)| {
+            let [low, high] = of.bits(register);
+            ((byte & 0xf) << low) | ((byte & 0xf0) << (high - 4))
+        });
+        placed.reduce(|all, byte| all | byte).expect("there are four")
     });
     k.st_global(place.codes.element(thread, 16), packed);
     k.finish()
 }
 
 /// A thread has four words of a column.
-pub fn unpack() -> Source {
+pub fn unpack(of: Codes) -> Source {
     let k = &Kernel::new("w4_unpack", Target::Sm80, THREADS);
     let (codes, plain) = (k.pointer(Name::Codes), k.pointer(Name::Plain));
     let (rows, cols) = (k.param::<u32>(Name::K), k.param::<u32>(Name::N));
@@ -74,13 +76,15 @@ pub fn unpack() -> Source {
         let word = thread / BLOCK + step * (THREADS / BLOCK);
         // Its 16 rows, and whether it has the second eight of them.
         let (group, below) = (word / 2, word % 2);
-        let shift = right % 16 / 8 * 4 + below * 8;
+        let [[low, high], [next, _]] = [0, 1].map(|register| of.bits(register));
+        let shift = (right % 16 / 8 + below * 2) * next;
         let at = first.element(group, 4);
         let plain_word = (0..4u32)
             .map(|lane| {
                 let [packed] = k.ld_global_nc::<u32, 1>(at.at((16 * lane).into()));
                 let nibbles = packed >> shift;
-                ((nibbles & 0xf) | ((nibbles >> 12) & 0xf0)) << (8 * lane)
+                let second = nibbles >> (high - low - 4);
+                ((nibbles & 0xf) | (second & 0xf0)) << (8 * lane)
             })
             .reduce(|all, byte| all | byte)
             .expect("there are four");

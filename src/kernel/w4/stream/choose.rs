@@ -2,8 +2,9 @@
 
 use super::config::LINE;
 use super::{Config, Launch};
-use crate::kernel::Device;
+use crate::kernel::w4::nibbles::Table;
 use crate::kernel::w4::{BLOCK, Codes, Problem, Scheme};
+use crate::kernel::{Device, Element};
 use crate::ptx::Target;
 
 /// Rows of `x` that a block takes, at most.
@@ -55,7 +56,24 @@ const INTEGERS: Fit = Fit {
     cluster: 790.0,
     share: 14.0,
 };
-/// The same of bytes, of nf4, and of more rows: fitted to 60 problems on that one.
+/// The same of nf4: fitted to all candidates of 20 problems of groups of 64 on an H200 (2026-12-01): the choices took 1.1 % longer
+/// than the fastest ones, at most 7.5 %.
+const LOOKED_UP: Fit = Fit {
+    memory: 24.2,
+    fill: 18.8,
+    in_flight: 54_800.0,
+    shared: 0.35,
+    pair: 1474.0,
+    latency: 681.0,
+    half: [0.693, 0.797],
+    involved: 1.0,
+    first: 7880.0,
+    warp: 53.8,
+    further: 0.134,
+    cluster: 591.0,
+    share: 13.5,
+};
+/// The same of bytes, and of more rows: fitted to 60 problems on that one.
 const OTHERS: Fit = Fit {
     memory: 24.0,
     fill: 40.0,
@@ -118,16 +136,24 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             blocks.iter().map(move |&block| (cols, block))
         });
         for (cols, [warps, blocks_per_sm]) in shapes {
-            // Scales of four groups for each pair of blocks leave no registers for a way to the other blocks of a cluster, and
-            // addresses of several weights.
+            // Scales of four groups for each pair of blocks leave no registers for two of a way to the other blocks of a
+            // cluster, addresses of several weights, and those of a table; nor in f32 for a split and a table.
             let clustered = split > 1 && device.target == Target::Sm90a;
-            let four = problem.scheme.group == Some(32);
-            if four && clustered && problem.weights() > 1 && cols == BLOCK {
+            let Scheme { codes, scale, group, .. } = problem.scheme;
+            let (several, table) = (problem.weights() > 1, codes == Codes::Nf4);
+            let four = group == Some(32) && cols == BLOCK;
+            let float = scale == Element::F32 && split > 1;
+            if four && (several && (clustered || table) || table && float) {
                 continue;
             }
             let cut = Config::cuts(problem, cols);
             let config =
                 Config { cols, cut, warps, split, blocks_per_sm, ..small(problem, device) };
+            // 16 rows of 8192² by nf4 took 14.8 µs with a wide table and 15.7 with a narrow one, 1 row in two blocks of a
+            // multiprocessor 13.0 with two slots beside a wide one, 13.4 to 13.6 with two or four beside a narrow one.
+            let wide = Config { table: Table::Wide, ..config };
+            let fits = wide.max_slots(device.shared_per_block) > 0;
+            let config = if table && fits { wide } else { config };
             // More copies before the first products take longer than what they save: 16 rows of 8192² in bf16 took 13.7 µs with
             // four slots, 13.9 with two, 14.5 with six; 1 to 8 rows of 28672×4096, in seven small blocks on each multiprocessor,
             // 18.5 to 19.3 with two, and 19.7 to 20.5 with four to eight.
@@ -161,6 +187,7 @@ fn small(problem: &Problem, device: &Device) -> Config {
         several: problem.m > MOST,
         warps: 4,
         slots: 2,
+        table: Table::Narrow,
         split: 1,
         blocks_per_sm: 1,
         unit: if problem.widths().iter().all(|n| n.is_multiple_of(4)) { 4 } else { 1 },
@@ -189,6 +216,7 @@ fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
         Codes::Int4 if problem.m <= MOST => {
             (&INTEGERS, Scheme { zeros: false, group: Some(128), ..c.scheme })
         }
+        Codes::Nf4 if problem.m <= MOST => (&LOOKED_UP, Scheme { group: Some(64), ..c.scheme }),
         _ => (&OTHERS, c.scheme),
     };
     let c = &Config { scheme, ..*c };
@@ -224,7 +252,6 @@ fn estimate(c: &Config, problem: &Problem, device: &Device) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::Element;
     use crate::kernel::gemm::Epilogue;
     use crate::ptx::Half;
 
@@ -246,8 +273,21 @@ mod tests {
     fn large_weights_fill_the_device_without_a_split() {
         let c = choose(&problem(1, 8192, 8192, Codes::Int4, Some(128)), &H200);
         assert_eq!((c.tokens, c.split, c.warps * c.blocks_per_sm), (1, 1, 16));
-        let c = choose(&problem(16, 8192, 8192, Codes::Int4, Some(128)), &H200);
-        assert_eq!((c.tokens, c.split, c.warps * c.blocks_per_sm), (16, 1, 8));
+        for codes in [Codes::Int4, Codes::Nf4] {
+            let c = choose(&problem(16, 8192, 8192, codes, Some(128)), &H200);
+            assert_eq!((c.tokens, c.split, c.warps * c.blocks_per_sm), (16, 1, 8));
+        }
+    }
+
+    #[test]
+    fn wide_tables_leave_room_for_two_slots() {
+        for m in [1, 4] {
+            let c = choose(&problem(m, 8192, 8192, Codes::Nf4, Some(64)), &H200);
+            let of = (c.table, c.warps, c.slots, c.blocks_per_sm);
+            assert_eq!(of, (Table::Wide, 8, 2, 2));
+        }
+        let c = choose(&problem(8, 8192, 8192, Codes::Nf4, Some(64)), &H200);
+        assert_eq!((c.table, c.warps, c.blocks_per_sm), (Table::Narrow, 8, 2));
     }
 
     #[test]

@@ -6,8 +6,8 @@ use crate::kernel::Element;
 use crate::kernel::gemm::Epilogue;
 use crate::kernel::multiprocessor::{WARP, shared_of_each};
 use crate::kernel::name::{given, several};
-use crate::kernel::w4::nibbles::Decoder;
-use crate::kernel::w4::{BLOCK, BLOCK_BYTES, MOST_WEIGHTS, Problem, Scheme};
+use crate::kernel::w4::nibbles::{Decoder, Table};
+use crate::kernel::w4::{BLOCK, BLOCK_BYTES, Codes, MOST_WEIGHTS, Problem, Scheme};
 use crate::ptx::{Half, Target};
 
 /// Bytes of a row of `x` in a slot: as many elements as a block of codes has rows.
@@ -38,6 +38,8 @@ pub struct Config {
     /// Whether the last rows of `W` may be fewer than a warp takes at once, or its last columns fewer than a block has. Else
     /// nobody asks: copies of a number of bytes that is not known before take some ten instructions more each.
     pub cut: bool,
+    /// That of nf4.
+    pub table: Table,
     /// Blocks that share the rows of a column of blocks.
     pub split: u32,
     /// Blocks of a multiprocessor.
@@ -63,13 +65,17 @@ pub(super) struct Slot {
 
 impl Config {
     /// `w4stream int4 zeros g128 8+tokens 32cols cut warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`:
-    /// the scheme, tokens, columns unless 64, whether the last ones may be fewer, warps and slots of each, split, blocks of a
+    /// the scheme, tokens, columns unless 64, whether the last ones may be fewer, a narrow table, warps and slots of each, split, blocks of a
     /// multiprocessor, elements of a store, weights; types of scales, of `x` and of the result, bias, activation.
     pub fn name(&self) -> String {
         let Self { tokens, warps, slots, unit, .. } = self;
         let more = given(self.several, "+");
         let cols = given(self.cols < BLOCK, " 32cols");
         let cut = given(self.cut, " cut");
+        let table = match (self.scheme.codes, self.table) {
+            (Codes::Nf4, Table::Narrow) => " narrow",
+            _ => "",
+        };
         let split = several(self.split, |split| format!(" split{split}"));
         let blocks = several(self.blocks_per_sm, |blocks| format!(" {blocks}/sm"));
         let weights = match self.gated {
@@ -83,7 +89,7 @@ impl Config {
             Target::Sm90a => "",
         };
         format!(
-            "w4stream {scheme} {tokens}{more}tokens{cols}{cut} warps{warps}x{slots}{split}{blocks} unit{unit}{weights}{target}, \
+            "w4stream {scheme} {tokens}{more}tokens{cols}{cut}{table} warps{warps}x{slots}{split}{blocks} unit{unit}{weights}{target}, \
              {scale} {half}{epilogue}"
         )
     }
@@ -160,7 +166,7 @@ impl Config {
     /// Bytes of shared memory: the rings, over which the sums lie in the end, what a cluster's blocks send each other, and
     /// the decoder's.
     pub fn shared_bytes(&self) -> u32 {
-        self.mailbox() + self.mailbox_bytes() + Decoder::shared_bytes(self.scheme.codes)
+        self.mailbox() + self.mailbox_bytes() + Decoder::shared_bytes(self.scheme.codes, self.table)
     }
 
     /// Where the mailbox is.
@@ -175,7 +181,7 @@ impl Config {
 
     /// The most slots that fit a device whose blocks can have `limit` bytes of shared memory.
     pub fn max_slots(&self, limit: u32) -> u32 {
-        let others = self.mailbox_bytes() + Decoder::shared_bytes(self.scheme.codes);
+        let others = self.mailbox_bytes() + Decoder::shared_bytes(self.scheme.codes, self.table);
         let share = shared_of_each(limit, self.blocks_per_sm).saturating_sub(others);
         share / (self.warps * self.slot().bytes) / 2 * 2
     }

@@ -233,10 +233,8 @@ impl<'k> GroupCopies<'k> {
         let line = lines.line * u64::from(lines.size);
         let pointer = (first * rows_of_pair + row).wide() * line;
         let pointer = lines.address + pointer + (col * lines.size).wide();
-        let bytes = config.cut.then(|| {
-            let left = operands.weight.n.max(col) - col;
-            left.min(CHUNK / lines.size) * lines.size
-        });
+        // A row ends with a whole chunk.
+        let bytes = config.cut.then(|| k.select(operands.weight.n.gt(col), k.var(CHUNK), 0));
         Self {
             pointer: k.var(pointer),
             line,

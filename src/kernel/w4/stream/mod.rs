@@ -18,6 +18,7 @@
 mod choose;
 mod config;
 mod copies;
+mod groups;
 mod launch;
 mod lines;
 mod mail;
@@ -27,18 +28,18 @@ pub use choose::{MOST, candidates, choose, time};
 pub use config::Config;
 pub use launch::Launch;
 
-use crate::kernel::Element;
 use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::ampere::tile::SwizzledTile;
 use crate::kernel::gemm::share::Share;
 use crate::kernel::gemm::terms::Terms;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::w4::BLOCK;
-use crate::kernel::w4::nibbles::{Decoder, Offset};
+use crate::kernel::w4::nibbles::{Decoder, Offset, Zero};
 use crate::kernel::w4::weight::Weight;
 use crate::ptx::{Kernel, Mma, Reg, Source, Target};
 use config::{LINE, Slot, TOKENS};
 use copies::{Copies, Operands, PAIR};
+use groups::Group;
 use lines::PairScales;
 use mail::Mailbox;
 use store::Tile;
@@ -136,9 +137,7 @@ struct Loaded<'k> {
     words: Vec<[Reg<'k, u32>; STEPS as usize]>,
     /// For each eight tokens, the right operands of all steps.
     x: Vec<Vec<[Reg<'k, u32>; 2]>>,
-    /// For each row of groups and each 16 columns, those of both of the lane's.
-    scales: Vec<Vec<[Reg<'k, f32>; 2]>>,
-    zeros: Vec<Vec<[Reg<'k, u32>; 2]>>,
+    groups: Vec<Group<'k>>,
 }
 
 impl<'k> Stream<'k, '_> {
@@ -155,8 +154,8 @@ impl<'k> Stream<'k, '_> {
             k.cp_async_commit();
         }
         let codes = c.scheme.codes;
-        let table = base + (c.shared_bytes() - Decoder::shared_bytes(codes));
-        Decoder::new(k, c.half, codes, table, c.threads()).for_sums()
+        let begin = base + (c.shared_bytes() - Decoder::shared_bytes(codes, c.table));
+        Decoder::new(k, c.half, codes, (c.table, begin), c.threads()).for_sums()
     }
 
     /// The sums over all of the warp's pairs, scaled.
@@ -182,10 +181,7 @@ impl<'k> Stream<'k, '_> {
         k.for_(0, self.pairs, 1, |pair| {
             // A group of two blocks has its scales from the first one on.
             let mut group = None;
-            let of_pair = of_pairs.as_ref().map(|scales| {
-                let scale = scales.of(pair);
-                by_tile(c.cols, |_| scale)
-            });
+            let of_pair = of_pairs.as_ref().map(|scales| scales.of(pair));
             for block in 0..PAIR {
                 k.cp_async_wait(c.slots - 1);
                 k.bar_warp_sync();
@@ -209,19 +205,18 @@ impl<'k> Stream<'k, '_> {
                             // The second block of a pair that shares a group adds to the same sums.
                             let first = rows <= BLOCK || block == 0;
                             if first {
-                                let scales = match &of_pair {
-                                    Some(scales) => scales.clone(),
-                                    None => loaded.scales[number as usize].clone(),
+                                let of = match &of_pair {
+                                    Some(scale) => Group::of_all(*scale),
+                                    None => loaded.groups[number as usize].clone(),
                                 };
-                                let points = loaded.zeros.get(number as usize).cloned();
-                                group = Some((zeros(), scales, points));
+                                group = Some((zeros(), of));
                             }
-                            let (sums, scales, points) = group.as_ref().expect("it begins");
-                            let (steps, points) =
-                                (number * steps..(number + 1) * steps, points.as_ref());
+                            let (sums, of) = group.as_ref().expect("it begins");
+                            let steps = number * steps..(number + 1) * steps;
+                            let points = of.zeros.as_ref();
                             self.multiply(decoder, sums, &loaded, steps, symmetric, points);
                             if rows <= BLOCK || block == PAIR - 1 {
-                                add_scaled(&totals, sums, scales);
+                                of.add_scaled(&totals, sums);
                             }
                         }
                     }
@@ -276,25 +271,8 @@ impl<'k> Stream<'k, '_> {
             Some(rows) if rows > BLOCK && block > 0 => 0,
             _ => c.scale_rows(),
         };
-        let column = self.lane / 4;
-        let size = c.scheme.scale.size();
-        let scales = (0..rows).map(|row| {
-            let at = stage + column * size;
-            by_tile(c.cols, |col| {
-                let at = at.at((slot.scales + (row * c.cols + col) * size).into());
-                match c.scheme.scale {
-                    Element::F32 => k.ld_shared::<f32, 1>(at)[0],
-                    Element::Half(half) => k.widen(half, k.ld_shared::<u16, 1>(at)[0]),
-                }
-            })
-        });
-        let scales = scales.collect();
-        let zeros = (0..if c.scheme.zeros { rows } else { 0 }).map(|row| {
-            let at = stage + column;
-            by_tile(c.cols, |col| k.ld_shared_u8(at.at((slot.zeros + row * c.cols + col).into())))
-        });
-        let zeros = zeros.collect();
-        Loaded { words, x, scales, zeros }
+        let groups = Group::load(k, c, stage, self.lane, rows);
+        Loaded { words, x, groups }
     }
 
     /// Adds the products of some steps. Without zero points, codes have `symmetric` ones.
@@ -305,7 +283,7 @@ impl<'k> Stream<'k, '_> {
         loaded: &Loaded<'k>,
         steps: std::ops::Range<u32>,
         symmetric: Offset<'k>,
-        zeros: Option<&Vec<[Reg<'k, u32>; 2]>>,
+        zeros: Option<&Vec<[Zero<'k>; 2]>>,
     ) {
         let of_tile = loaded.words.len() / sums.len();
         for (tile, (words, sums)) in loaded.words.chunks(of_tile).zip(sums).enumerate() {
@@ -330,15 +308,4 @@ impl<'k> Stream<'k, '_> {
 /// Both of a lane's columns of each 16 of `cols`, given what is so many columns after its first.
 fn by_tile<T>(cols: u32, of: impl Fn(u32) -> T) -> Vec<[T; 2]> {
     (0..cols / STEP).map(|tile| [0, STEP / 2].map(|more| of(tile * STEP + more))).collect()
-}
-
-/// Adds the sums of a group, times its scales, which are those of rows of the sums.
-fn add_scaled<'k>(totals: &Sums<'k>, sums: &Sums<'k>, scales: &[[Reg<'k, f32>; 2]]) {
-    for ((totals, sums), scales) in totals.iter().zip(sums).zip(scales) {
-        for (total, sum) in totals.iter().zip(sums) {
-            for (i, (total, sum)) in total.iter().zip(sum).enumerate() {
-                total.set(sum.fma(scales[i / 2], *total));
-            }
-        }
-    }
 }

@@ -6,12 +6,13 @@ use super::mail::Mailbox;
 use super::{Sums, by_tile};
 use crate::kernel::gemm::result::TileOfResult;
 use crate::kernel::gemm::terms::{Terms, add};
+use crate::kernel::w4::nibbles::Zero;
 use crate::ptx::{Kernel, Reg};
 
 /// The only group of a lane's columns.
 pub struct ColumnGroups<'k> {
     scales: Vec<[Reg<'k, f32>; 2]>,
-    pub zeros: Option<Vec<[Reg<'k, u32>; 2]>>,
+    pub zeros: Option<Vec<[Zero<'k>; 2]>>,
 }
 
 /// Loads them: columns past the last one have anyone's.
