@@ -151,7 +151,7 @@ impl<'k> Decoder<'k> {
     pub fn zero(&self, zero: Zero<'k>) -> Offset<'k> {
         let (k, half) = (self.k, self.half);
         // Below an exponent's upper byte it is added to a power of two whose last bit is 1.
-        let below = |exponent: u32| k.prmt(zero.bytes, exponent, 0x4040 | zero.byte * 0x0101);
+        let below = |exponent: u32| k.prmt(zero.bytes, exponent, 0x4040 | (zero.byte * 0x0101));
         let high =
             |low, less: u32| k.fma_x2(half, low, k.var(pair(half, 0x3c00, 0x3f80)), k.var(less));
         match (half, self.how) {
@@ -254,7 +254,7 @@ impl Table {
         let place = match self {
             Self::Narrow => k.prmt(word, 0, 0x4440 | byte) * self.pitch() + lane,
             // Above it are zeros, which `lane` has there.
-            Self::Wide => k.prmt(word, lane, 0x5504 | byte << 4),
+            Self::Wide => k.prmt(word, lane, 0x5504 | (byte << 4)),
         };
         k.ld_shared::<u32, 1>(place + begin)[0]
     }
