@@ -66,6 +66,13 @@ impl Kernel {
         self.emit(format_args!("ld.global.nc.{} {to}, {}", T::BITS, from.into()));
     }
 
+    /// `ld.global.u8`: one byte, of 0 to 255.
+    pub fn ld_global_u8<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {
+        let (d, from) = (self.reg(), from.into());
+        self.emit(format_args!("ld.global.u8 {d}, {from}"));
+        d
+    }
+
     /// `ld.global.nc.u8`: one byte, of 0 to 255.
     pub fn ld_global_nc_u8<'k>(&'k self, from: impl Into<Address<'k, u64>>) -> Reg<'k, u32> {
         let (d, from) = (self.reg(), from.into());

@@ -20,7 +20,7 @@ pub(crate) struct Planes {
     pub codes: Tensor,
     /// `[⌈k/gk⌉, ⌈n/gn⌉]` of the scheme's groups, f16, bf16 or f32.
     pub scales: Tensor,
-    /// u8 like the scales, 0 to 16.
+    /// u8 like the scales, 0 to 16; [`Form::Packed`] has them in an order of its own.
     pub zeros: Option<Tensor>,
     /// Where the rows of the codes are those of the weight in another order.
     pub order: Option<Order>,
@@ -143,9 +143,9 @@ pub(crate) enum Form {
     /// On a CPU, of the layout of [`quantize_int4`](super::quantize_int4), whose nibbles are two's complement; strides are
     /// any.
     Signed(Planes),
-    /// On a GPU, with codes as its kernels read them. Of four bits: words in the order of [`crate::kernel::w4`]. Of eight:
-    /// `[n, k]`, each row with as many elements more as make a multiple of 16 bytes, and f32 scales, one for each column where
-    /// the scheme has one for all.
+    /// On a GPU, with codes as its kernels read them. Of four bits: words, and rows of zero points, in the order of
+    /// [`crate::kernel::w4`]. Of eight: `[n, k]`, each row with as many elements more as make a multiple of 16 bytes, and f32
+    /// scales, one for each column where the scheme has one for all.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // Made on a GPU alone.
     Packed(Planes),
 }

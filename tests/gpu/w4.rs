@@ -358,7 +358,12 @@ fn w4_views() -> Result<()> {
         let x = case.x(&gpu, m, DType::F16)?;
         let weight = W4 {
             scales: wide(&case.weight.scales, before, after)?,
-            zeros: case.weight.zeros.as_ref().map(|t| wide(t, 2 * before, after)).transpose()?,
+            zeros: case
+                .weight
+                .zeros
+                .as_ref()
+                .map(|t| wide(t, 2 * before, 2 * after))
+                .transpose()?,
             ..case.weight.clone()
         };
         let view = wide(&x, before, after)?;

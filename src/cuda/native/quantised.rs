@@ -49,10 +49,12 @@ pub(crate) fn repack(op: &'static str, planes: &Planes) -> Result<Option<Form>> 
         true => pack(op, planes, false)?,
         false => along_k::repack(op, planes)?,
     };
-    let stream = device.cuda_stream();
-    if stream.cu_stream() as usize == PER_THREAD {
-        // The weight is everyone's, but this stream another one in each thread.
-        stream.synchronize().map_err(|e| failed(op, e))?;
+    for (_, tensor) in planes.tensors() {
+        let stream = tensor.device().as_cuda_device()?.cuda_stream();
+        if stream.cu_stream() as usize == PER_THREAD {
+            // The weight is everyone's, but this stream another one in each thread.
+            stream.synchronize().map_err(|e| failed(op, e))?;
+        }
     }
     Ok(Some(form))
 }
@@ -77,7 +79,7 @@ fn pack(op: &'static str, planes: &Planes, signed: bool) -> Result<Form> {
     Ok(Form::Packed(Planes { codes, scales, zeros, ..planes.clone() }))
 }
 
-/// Scales or zero points whose rows begin where the kernels want them, so that no product has to make such ones.
+/// Scales whose rows begin where the kernels want them, so that no product has to make such ones.
 fn in_lines(op: &'static str, groups: &Tensor) -> Result<Tensor> {
     let (rows, cols) = groups.dims2()?;
     let (storage, layout) = groups.storage_and_layout();
@@ -90,16 +92,16 @@ fn in_lines(op: &'static str, groups: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Columns of zero points that lie in an order of their own: the first half of them and the other one in turn.
-const TOGETHER: usize = 16;
+/// Columns whose zero points lie in an order of their own.
+const ZEROS: usize = w4::INTERLEAVED as usize;
 
 /// Zero points in the order of [the packed form](crate::kernel::w4), rows of whole such columns.
 pub(super) fn pack_zeros(zeros: &Tensor) -> Result<Tensor> {
     let (rows, cols) = zeros.dims2()?;
-    let padded = cols.next_multiple_of(TOGETHER);
+    let padded = cols.next_multiple_of(ZEROS);
     zeros
         .pad_with_zeros(1, 0, padded - cols)?
-        .reshape((rows, padded / TOGETHER, 2, TOGETHER / 2))?
+        .reshape((rows, padded / ZEROS, 2, ZEROS / 2))?
         .transpose(2, 3)?
         .contiguous()?
         .reshape((rows, padded))
@@ -108,8 +110,8 @@ pub(super) fn pack_zeros(zeros: &Tensor) -> Result<Tensor> {
 /// The `cols` columns of packed ones.
 fn unpack_zeros(zeros: &Tensor, cols: usize) -> Result<Tensor> {
     let (rows, padded) = zeros.dims2()?;
-    let halves = zeros.reshape((rows, padded / TOGETHER, TOGETHER / 2, 2))?.transpose(2, 3)?;
-    halves.reshape((rows, padded))?.narrow(1, 0, cols)?.contiguous()
+    let halves = zeros.reshape((rows, padded / ZEROS, ZEROS / 2, 2))?.transpose(2, 3)?;
+    halves.reshape((rows, padded))?.narrow(1, 0, cols)?.force_contiguous()
 }
 
 /// Packed codes in the plain form.

@@ -7,7 +7,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape};
 
 use super::super::Operand;
 use super::super::driver::gpu::Gpu;
-use super::super::driver::memory::{Memory, uninit};
+use super::super::driver::memory::{Memory, elements, uninit};
 use super::super::driver::order::Order;
 use super::super::fit::{Fitted, Want, fit};
 use super::bytes::CodeScales;
@@ -16,8 +16,8 @@ use super::matmul::CallScales;
 use super::operand::{element, row};
 use super::plan::{Compiled, Plans};
 use crate::kernel::gemm::Scale;
-pub(super) use crate::kernel::w4::Codes;
 use crate::kernel::w4::{self, BLOCK_BYTES, Plan, Problem, Scheme, layout};
+pub(super) use crate::kernel::w4::{Codes, INTERLEAVED};
 use crate::kernel::{Element, gemm};
 use crate::op::{Epilogue, View};
 use crate::stack::Stack;
@@ -158,20 +158,20 @@ fn convert(
     Ok(result)
 }
 
-/// All rows of an operand as those of one matrix, which begin at multiples of 16 bytes.
+/// All rows of an operand as those of one matrix, which begin at multiples of 16 bytes. Copies are of so many: those of the last
+/// row end in its memory as well.
 pub(super) fn lines<'a>(
     op: &'static str,
     (storage, stack): (&'a CudaStorage, &Stack),
 ) -> Result<Fitted<'a>> {
     let unit = LINE / storage.dtype().size_in_bytes();
     let fits = |folded: &Stack| {
+        let first = folded.matrix_offset(0);
+        let last = first + folded.rows.saturating_sub(1) * folded.row_stride;
         (folded.cols <= 1 || folded.col_stride == 1)
-            // Copies are of 16 bytes: the last one of a row ends where the next row begins, if there is one.
-            && match folded.rows {
-                0 | 1 => folded.cols.is_multiple_of(unit),
-                _ => folded.row_stride.is_multiple_of(unit),
-            }
-            && folded.matrix_offset(0).is_multiple_of(unit)
+            && first.is_multiple_of(unit)
+            && (folded.rows <= 1 || folded.row_stride.is_multiple_of(unit))
+            && last + folded.cols.next_multiple_of(unit) <= elements(storage)
     };
     match stack.fold_rows().filter(fits) {
         Some(folded) => Ok(Fitted::view(storage, folded)),

@@ -79,7 +79,7 @@ names! {
         ScaleLine "scale_line",
         /// Of bytes with a scale for each column 1, or 0 if there is one for all.
         ScaleStep "scale_step",
-        /// Its zero points, likewise.
+        /// Its zero points, likewise, in the order of [the packed form](crate::kernel::w4).
         Zeros "zeros",
         /// From row to row.
         ZeroLine "zero_line",

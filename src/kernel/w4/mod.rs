@@ -19,7 +19,7 @@
 //! Of nf4, whose values are looked up in pairs, those of a register are a byte: `a0 low, a0 high, a1 low, a1 high, ...`
 //!
 //! A lane needs the zero points of columns `g` and `g + 8`, so these follow each other: a row of them has of each 16 columns
-//! first 0 and 8, then 1 and 9, and so on.
+//! first 0 and 8, then 1 and 9, and so on, and is as long as whole 16 columns.
 //!
 //! Past the weight's rows and columns is the code of zero. The same bytes serve all products. What comes from a
 //! file or goes there is the plain form: words of eight rows of a column, the first row in the lowest nibble.
@@ -45,6 +45,8 @@ use super::name::given;
 pub const BLOCK: u32 = 64;
 /// Weights that one kernel multiplies with, at most: those of queries, keys and values.
 pub const MOST_WEIGHTS: usize = 3;
+/// Columns of which a row of zero points has the first half and the other one in turn.
+pub const INTERLEAVED: u32 = 16;
 /// Bytes of a block.
 pub const BLOCK_BYTES: u32 = BLOCK * BLOCK / 2;
 

@@ -220,7 +220,7 @@ impl<'k> Decoder<'k> {
 pub enum Table {
     /// Lines follow each other: 32 KiB.
     Narrow,
-    /// They are 256 bytes apart, so that a byte of a word is one of an address: one instruction makes that.
+    /// They are 256 bytes apart, so that a byte of a word is one of an address: one instruction makes that. 64 KiB.
     Wide,
 }
 

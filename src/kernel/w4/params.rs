@@ -59,7 +59,7 @@ pub struct Weight {
     pub scales: (u64, u64),
     /// Whether each column has its own, of codes of eight bits that have no groups.
     pub scale_each: bool,
-    /// The zero points', likewise.
+    /// The zero points', likewise, in the order of [the packed form](super).
     pub zeros: Option<(u64, u64)>,
     /// The address of the result.
     pub out: u64,

@@ -1,8 +1,8 @@
 //! What a kernel is given of a weight, or of each of several.
 
-use super::Scheme;
 use super::nibbles::Zero;
 use super::params::{WEIGHTS, WeightNames};
+use super::{INTERLEAVED, Scheme};
 use crate::kernel::Element;
 use crate::kernel::gemm::Name;
 use crate::ptx::{Kernel, Reg};
@@ -49,7 +49,7 @@ impl<'k> Rows<'k> {
         }
     }
 
-    /// Where column `column` of a group is.
+    /// Where column `column` of a group is: of zero points, one at which 16 begin.
     pub fn at(&self, group: Reg<'k, u32>, column: Reg<'k, u32>) -> Reg<'k, u64> {
         self.address + (group.wide() * self.line + column.wide()) * u64::from(self.size)
     }
@@ -116,26 +116,27 @@ impl<'k> Weight<'k> {
     /// The scale of the only group of a column.
     pub fn column_scale(&self, column: Reg<'k, u32>) -> Reg<'k, f32> {
         let number = self.scale_step.map_or(column, |step| column * step);
-        self.load_scale(self.scales.address.element(number, self.scales.size))
+        self.scale(self.scales.address.element(number, self.scales.size))
     }
 
-    /// Its zero point, if columns have any.
+    /// Its zero point, if columns have any: see [`scale`](Self::scale).
     pub fn column_zero(&self, column: Reg<'k, u32>) -> Option<Zero<'k>> {
         let at = self.zeros?.address + zero_place(column).wide();
-        Some(Zero { bytes: column.kernel().ld_global_nc_u8(at), byte: 0 })
+        Some(Zero { bytes: column.kernel().ld_global_u8(at), byte: 0 })
     }
 
-    /// A scale from memory.
-    pub fn load_scale(&self, at: Reg<'k, u64>) -> Reg<'k, f32> {
+    /// A scale from memory, before what follows a barrier: ptxas moves loads of what nothing writes.
+    pub fn scale(&self, at: Reg<'k, u64>) -> Reg<'k, f32> {
         let k = at.kernel();
         match self.scheme.scale {
-            Element::F32 => k.ld_global_nc::<f32, 1>(at)[0],
-            Element::Half(half) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
+            Element::F32 => k.ld_global::<f32, 1>(at)[0],
+            Element::Half(half) => k.widen(half, k.ld_global::<u16, 1>(at)[0]),
         }
     }
 }
 
 /// Where a row of zero points has that of a column: see [the packed form](super).
 pub fn zero_place<'k>(column: Reg<'k, u32>) -> Reg<'k, u32> {
-    column / 16 * 16 + column % 8 * 2 + column % 16 / 8
+    let half = INTERLEAVED / 2;
+    column / INTERLEAVED * INTERLEAVED + column % half * 2 + column % INTERLEAVED / half
 }

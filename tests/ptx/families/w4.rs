@@ -339,7 +339,7 @@ impl Family for Layouts {
         match problem.config {
             layout::Config::Elements { scheme, .. } => {
                 scales = Some((address(), problem.n));
-                zeros = scheme.zeros.then(|| (address(), problem.n));
+                zeros = scheme.zeros.then(|| (address(), problem.n.next_multiple_of(16)));
                 out = Some((address(), problem.n));
             }
             _ => plain = Some((address(), [problem.n, 1])),

@@ -98,6 +98,6 @@ impl<'k> Gemm<'k, '_> {
 impl<'k> TileBlocks<'k> {
     fn load(&self, of: &Packed<'k>) {
         let group = self.stage.min(self.last) / (SCALED / BLOCK);
-        self.scale.set(of.weight.load_scale(of.weight.scales.at(group, self.column)));
+        self.scale.set(of.weight.scale(of.weight.scales.at(group, self.column)));
     }
 }

@@ -279,7 +279,7 @@ impl<'k> Gemm<'k, '_> {
         let Packed { scheme, stage: layout, .. } = *of;
         let words = k.ld_shared::<u32, 4>(stage + group * BLOCK_BYTES + thread * 16);
         let size = scheme.scale.size();
-        // The zero points of both of the lane's columns, of 16, follow each other.
+        // Those of both of the lane's columns follow each other, at the `zero_place` of the first.
         let both = stage + (row + row % 8);
         let of_group = |group: u32| {
             let place = group * c.rows;

@@ -45,7 +45,7 @@ pub struct Arguments {
     pub codes: u64,
     /// Address and elements from row to row.
     pub scales: Option<(u64, u64)>,
-    /// Likewise.
+    /// Likewise, in the order of [the packed form](crate::kernel::w4).
     pub zeros: Option<(u64, u64)>,
     /// The address of elements, and how many there are from row to row.
     pub out: Option<(u64, u64)>,

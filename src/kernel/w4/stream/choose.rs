@@ -136,8 +136,8 @@ pub fn candidates(problem: &Problem, device: &Device) -> Vec<Config> {
             blocks.iter().map(move |&block| (cols, block))
         });
         for (cols, [warps, blocks_per_sm]) in shapes {
-            // Scales of four groups for each pair of blocks leave no registers for two of a way to the other blocks of a
-            // cluster, addresses of several weights, and those of a table; nor in f32 for a split and a table.
+            // Scales of four groups for each pair of blocks leave no registers for addresses of several weights beside a way
+            // to the other blocks of a cluster or a table, nor in f32 for a split and a table.
             let clustered = split > 1 && device.target == Target::Sm90a;
             let Scheme { codes, scale, group, .. } = problem.scheme;
             let (several, table) = (problem.weights() > 1, codes == Codes::Nf4);

@@ -64,9 +64,9 @@ pub(super) struct Slot {
 }
 
 impl Config {
-    /// `w4stream int4 zeros g128 8+tokens 32cols cut warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`:
-    /// the scheme, tokens, columns unless 64, whether the last ones may be fewer, a narrow table, warps and slots of each, split, blocks of a
-    /// multiprocessor, elements of a store, weights; types of scales, of `x` and of the result, bias, activation.
+    /// `w4stream nf4 g128 8+tokens 32cols cut narrow warps8x6 split2 2/sm unit4 3weights portable, f16 bf16→f32 +bf16 relu`:
+    /// the scheme, tokens, columns unless 64, whether the last ones may be fewer, a narrow table, warps and slots of each, split,
+    /// blocks of a multiprocessor, elements of a store, weights; types of scales, of `x` and of the result, bias, activation.
     pub fn name(&self) -> String {
         let Self { tokens, warps, slots, unit, .. } = self;
         let more = given(self.several, "+");

@@ -1,6 +1,7 @@
 //! The scales and zero points of groups of rows: of a lane's columns, two of each 16.
 
 use super::config::Config;
+use super::copies::Operands;
 use super::{STEP, Sums, by_tile};
 use crate::kernel::Element;
 use crate::kernel::ampere::swizzle::CHUNK;
@@ -16,7 +17,7 @@ pub struct Group<'k> {
 
 #[derive(Clone)]
 enum Scales<'k> {
-    /// One for all columns.
+    /// The same for all columns.
     All(Reg<'k, f32>),
     Floats(Vec<[Reg<'k, f32>; 2]>),
     /// Both in a register.
@@ -24,6 +25,22 @@ enum Scales<'k> {
 }
 
 impl<'k> Group<'k> {
+    /// The only one of columns: of those past the last one anyone's.
+    pub fn of_columns(
+        c: &Config,
+        operands: Operands<'k>,
+        lane: Reg<'k, u32>,
+        column: Reg<'k, u32>,
+    ) -> Self {
+        let first = column * c.cols + lane / 4;
+        let weight = operands.weight;
+        let of = |col| (first + col).min(weight.n - 1);
+        let scales = Scales::Floats(by_tile(c.cols, |col| weight.column_scale(of(col))));
+        let zeros = by_tile(c.cols, |col| weight.column_zero(of(col)));
+        let zeros = zeros.into_iter().map(|[a, b]| Some([a?, b?])).collect();
+        Self { scales, zeros }
+    }
+
     /// Of one scale.
     pub fn of_all(scale: Reg<'k, f32>) -> Self {
         Self { scales: Scales::All(scale), zeros: None }
@@ -76,18 +93,28 @@ impl<'k> Group<'k> {
     /// Adds the sums of the group, times its scales, to totals.
     pub fn add_scaled(&self, totals: &Sums<'k>, sums: &Sums<'k>) {
         for (tile, (totals, sums)) in totals.iter().zip(sums).enumerate() {
-            let scales = match &self.scales {
-                Scales::All(scale) => [*scale; 2],
-                Scales::Floats(scales) => scales[tile],
-                Scales::Halves(half, pairs) => {
-                    let pair = pairs[tile];
-                    pair.kernel().unpack(*half, pair)
-                }
-            };
-            for (total, sum) in totals.iter().zip(sums) {
-                for (i, (total, sum)) in total.iter().zip(sum).enumerate() {
-                    total.set(sum.fma(scales[i / 2], *total));
-                }
+            let scales = self.of_tile(tile);
+            let all = totals.iter().flatten().zip(sums.iter().flatten()).enumerate();
+            all.for_each(|(i, (total, sum))| total.set(sum.fma(scales[i / 2 % 2], *total)));
+        }
+    }
+
+    /// Multiplies sums with the scales.
+    pub fn scale(&self, sums: &Sums<'k>) {
+        for (tile, sums) in sums.iter().enumerate() {
+            let scales = self.of_tile(tile);
+            sums.iter().flatten().enumerate().for_each(|(i, sum)| sum.scale(scales[i / 2 % 2]));
+        }
+    }
+
+    /// The scales of both of the lane's columns of 16.
+    fn of_tile(&self, tile: usize) -> [Reg<'k, f32>; 2] {
+        match &self.scales {
+            Scales::All(scale) => [*scale; 2],
+            Scales::Floats(scales) => scales[tile],
+            Scales::Halves(half, pairs) => {
+                let pair = pairs[tile];
+                pair.kernel().unpack(*half, pair)
             }
         }
     }

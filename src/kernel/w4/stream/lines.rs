@@ -138,25 +138,29 @@ impl<'k> PairScales<'k> {
         first: Reg<'k, u32>,
     ) -> Self {
         let k = column.kernel();
-        Self {
+        let scales = Self {
             weight: operands.weight,
             column: column / Self::COLUMNS,
             first,
             step: c.together(),
             last: operands.pairs() - 1,
             held: k.var(0u32),
-        }
+        };
+        scales.load(k.var(0));
+        scales
+    }
+
+    /// Those from the warp's pair `pair` on, before what follows a barrier.
+    fn load(&self, pair: Reg<'k, u32>) {
+        let group = (self.first + (pair + pair.kernel().lane()) * self.step).min(self.last);
+        self.held.set(self.weight.scale(self.weight.scales.at(group, self.column)).cast());
     }
 
     /// That of the warp's pair `pair`: all of its lanes ask for each in turn.
     pub fn of(&self, pair: Reg<'k, u32>) -> Reg<'k, f32> {
         let k = pair.kernel();
         let lane = pair % WARP;
-        k.if_(lane.eq(0), || {
-            let group = (self.first + (pair + k.lane()) * self.step).min(self.last);
-            let scale = self.weight.load_scale(self.weight.scales.at(group, self.column));
-            self.held.set(scale.cast());
-        });
+        k.if_(lane.eq(0) & pair.ne(0), || self.load(pair));
         k.shfl_idx(self.held, lane).cast()
     }
 }

@@ -1,48 +1,12 @@
 //! From the sums of warps to the result.
 
+use super::Sums;
 use super::config::Config;
 use super::copies::Operands;
 use super::mail::Mailbox;
-use super::{Sums, by_tile};
 use crate::kernel::gemm::result::TileOfResult;
 use crate::kernel::gemm::terms::{Terms, add};
-use crate::kernel::w4::nibbles::Zero;
 use crate::ptx::{Kernel, Reg};
-
-/// The only group of a lane's columns.
-pub struct ColumnGroups<'k> {
-    scales: Vec<[Reg<'k, f32>; 2]>,
-    pub zeros: Option<Vec<[Zero<'k>; 2]>>,
-}
-
-/// Loads them: columns past the last one have anyone's.
-pub fn column_groups<'k>(
-    c: &Config,
-    operands: Operands<'k>,
-    lane: Reg<'k, u32>,
-    column: Reg<'k, u32>,
-) -> ColumnGroups<'k> {
-    let first = column * c.cols + lane / 4;
-    let weight = operands.weight;
-    let of = |col| (first + col).min(weight.n - 1);
-    let scales = by_tile(c.cols, |col| weight.column_scale(of(col)));
-    let zeros = weight.zeros.and_then(|_| {
-        let zeros = by_tile(c.cols, |col| weight.column_zero(of(col)));
-        zeros.into_iter().map(|[a, b]| Some([a?, b?])).collect()
-    });
-    ColumnGroups { scales, zeros }
-}
-
-impl<'k> ColumnGroups<'k> {
-    /// Multiplies sums with the scales.
-    pub fn scale(&self, sums: &Sums<'k>) {
-        for (sums, scales) in sums.iter().zip(&self.scales) {
-            for (i, sum) in sums.iter().flat_map(|sum| sum.iter().enumerate()) {
-                sum.scale(scales[i / 2]);
-            }
-        }
-    }
-}
 
 /// A block's tile of the result.
 pub struct Tile<'k, 'c> {
