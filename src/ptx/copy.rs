@@ -16,6 +16,18 @@ impl Kernel {
         self.emit(format_args!("cp.async.cg.shared.global {to}, {from}, 16, {bytes}"));
     }
 
+    /// `cp.async.cg` with `.L2::128B`: the same, of a line whose other bytes are asked for soon. L2 fetches all 128 at once.
+    pub fn cp_async_line<'k>(
+        &'k self,
+        to: impl Into<Address<'k, u32>>,
+        from: impl Into<Address<'k, u64>>,
+        bytes: impl Into<Value<'k, u32>>,
+    ) {
+        let (to, from, bytes) = (to.into(), from.into(), bytes.into());
+        self.needs(7, 4);
+        self.emit(format_args!("cp.async.cg.shared.global.L2::128B {to}, {from}, 16, {bytes}"));
+    }
+
     /// `cp.async.ca`: 4 bytes, of which all or none are read.
     pub fn cp_async_4<'k>(
         &'k self,

@@ -138,7 +138,7 @@ fn memory() -> Source {
     let four = k.ld_global_nc::<u32, 4>(input);
     let [half] = k.ld_global_nc::<u16, 1>(input.at(-2));
     k.when(one.gt(3), || k.ld_global_nc_to(one, input.at(8)));
-    let byte = k.ld_global_nc_u8(input.at(3));
+    let byte = k.ld_global_nc_u8(input.at(3)) + k.ld_global_u8(input.at(4));
     keep(k, out, &[k.ld_shared_u8(slot.at(5)), k.ld_shared_u16(slot.at(6))]);
     k.st_shared(slot, four);
     k.st_shared(slot.at(4), [one]);
@@ -159,6 +159,7 @@ fn ampere() -> Source {
     let line = base + k.lane() * 16;
     k.cp_async(line, input, 16);
     k.cp_async(line.at(512), input.at(512), bytes);
+    k.cp_async_line(line.at(528), input.at(528), bytes);
     k.cp_async_4(line.at(1024), input.at(4), bytes);
     k.cp_async_commit();
     k.cp_async_wait(1);

@@ -1,7 +1,8 @@
 //! From bytes to the registers of a left operand.
 //!
-//! int8: in f16 a byte, its topmost bit flipped, is the last bits of 1024 + 128 + code. In bf16, which has too few bits
-//! for that, the lower seven are those of 128 + them, and the topmost makes −256 of the −128 that is added to it.
+//! int8: in f16 a byte, its topmost bit flipped, is the last bits of 1024 + 128 + code. bf16 has too few bits for that; but
+//! without an exponent, a byte is that number times 2⁻¹³³, as the exponent's last bit continues the others below 2⁻¹²⁵. The
+//! largest power of two takes it to a 64th, which the sums are multiplied with.
 //!
 //! e4m3: its bits are those of a 16-bit float with another bias of the exponent, a power of two that one product takes
 //! away, subnormal numbers included. NaN, all bits but the sign set, carries into the exponent when one is added. Hopper
@@ -18,7 +19,7 @@ pub struct Bytes<'k> {
     codes: Codes,
     /// What a pair is multiplied with.
     factor: Reg<'k, u32>,
-    /// What is added to one, where it is the same for all.
+    /// What is added to one.
     offset: Reg<'k, u32>,
 }
 
@@ -28,10 +29,15 @@ impl<'k> Bytes<'k> {
             (Codes::E4m3, Half::F16) => (0x5c00, 0x8000),
             (Codes::E4m3, Half::Bf16) => (0x7b80, 0x8000),
             (_, Half::F16) => (0x3c00, 0xe480),
-            (_, Half::Bf16) => (0x3f80, 0),
+            (_, Half::Bf16) => (0x7f00, 0xc000),
         };
         let both = |bits: u32| k.var(bits << 16 | bits);
         Self { k, half, codes, factor: both(factor), offset: both(offset) }
+    }
+
+    /// What sums of products are to be multiplied with, unless it is 1.
+    pub fn of_sums(&self) -> Option<f32> {
+        matches!((self.codes, self.half), (Codes::Int8, Half::Bf16)).then_some(64.0)
     }
 
     /// The two lower codes of a word, or its two upper ones, as floats.
@@ -66,15 +72,13 @@ impl<'k> Bytes<'k> {
                 };
                 k.fma_x2(half, float | nan, self.factor, self.offset)
             }
-            (_, Half::F16) => {
-                let float = k.prmt(word ^ 0x8080_8080, 0x6464_6464, low);
-                k.fma_x2(Half::F16, float, self.factor, self.offset)
-            }
-            (_, Half::Bf16) => {
-                let bits = k.prmt(word, 0, low);
-                let float = k.lop3(Logic3::AND_OR, bits, 0x007f_007f, 0x4300_4300);
-                let offset = k.lop3(Logic3::AND_OR, bits, 0x0080_0080, 0xc300_c300);
-                k.fma_x2(Half::Bf16, float, self.factor, offset)
+            (_, half) => {
+                let above = match half {
+                    Half::F16 => 0x6464_6464,
+                    Half::Bf16 => 0,
+                };
+                let float = k.prmt(word ^ 0x8080_8080, above, low);
+                k.fma_x2(half, float, self.factor, self.offset)
             }
         }
     }

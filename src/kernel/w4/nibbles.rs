@@ -129,7 +129,11 @@ impl<'k> Decoder<'k> {
 
     /// What sums of products are to be multiplied with, unless it is 1.
     pub fn of_sums(&self) -> Option<f32> {
-        matches!(self.how, How::Quarters(_)).then_some(4.0)
+        match &self.how {
+            How::Quarters(_) => Some(4.0),
+            How::Bytes(bytes) => bytes.of_sums(),
+            How::Integers(_) | How::Table { .. } => None,
+        }
     }
 
     /// Of codes without zero points.

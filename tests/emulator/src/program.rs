@@ -202,7 +202,8 @@ impl Op {
             ["cp", "async", "bulk", "shared::cluster", "global", ..] => Self::LoadBytes,
             ["cp", "async", "commit_group"] => Self::CommitCopies,
             ["cp", "async", "wait_group"] => Self::WaitCopies,
-            ["cp", "async", "cg" | "ca", "shared", "global"] => Self::Copy,
+            ["cp", "async", "cg" | "ca", "shared", "global"]
+            | ["cp", "async", "cg", "shared", "global", "L2::128B"] => Self::Copy,
             ["ldmatrix", .., "trans", "shared", "b16"] => Self::LoadMatrix(true),
             ["ldmatrix", ..] => Self::LoadMatrix(false),
             ["stmatrix", .., "trans", "shared", "b16"] => Self::StoreMatrix(true),

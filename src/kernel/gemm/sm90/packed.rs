@@ -264,6 +264,8 @@ impl<'k> Gemm<'k, '_> {
             }
         }
         if let Some(scales) = scales {
+            let by = of.decoder.of_sums();
+            let scales = scales.map(|scale| by.map_or(scale, |by| scale * by));
             sums.iter().enumerate().for_each(|(i, sum)| sum.scale(scales[i / 2 % 2]));
         }
     }
