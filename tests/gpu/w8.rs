@@ -89,7 +89,11 @@ fn w8_shapes() -> Result<()> {
     let mut shapes = std::collections::HashSet::new();
     for (i, of @ (kind, group)) in SCHEMES.into_iter().enumerate() {
         for (j, m) in [1, 3, 8, 16, 40, 70, 200].into_iter().enumerate() {
-            let [k, n]: [usize; 2] = [[1100, 200], [136, 67], [4800, 136], [64, 64]][(i + j) % 4];
+            let [k, n]: [usize; 2] = match (group, j) {
+                // A warp of four has more pairs of blocks than lanes, which hold a scale each.
+                (Some(_), 0) => [17_100, 64],
+                _ => [[1100, 200], [136, 67], [4800, 136], [64, 64]][(i + j) % 4],
+            };
             let code = |bits: u32| match kind {
                 Codes::Int8 => bits as u8,
                 // ±0.5 to ±3.75.

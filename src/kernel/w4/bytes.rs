@@ -1,8 +1,8 @@
 //! From bytes to the registers of a left operand.
 //!
 //! int8: in f16 a byte, its topmost bit flipped, is the last bits of 1024 + 128 + code. bf16 has too few bits for that; but
-//! without an exponent, a byte is that number times 2⁻¹³³, as the exponent's last bit continues the others below 2⁻¹²⁵. The
-//! largest power of two takes it to a 64th, which the sums are multiplied with.
+//! without an exponent, such a byte is (128 + code) · 2⁻¹³³, as the exponent's last bit continues the others below 2⁻¹²⁵. One
+//! product with the largest power of two, less 2, makes code / 64 of it, and the sums are multiplied with 64.
 //!
 //! e4m3: its bits are those of a 16-bit float with another bias of the exponent, a power of two that one product takes
 //! away, subnormal numbers included. NaN, all bits but the sign set, carries into the exponent when one is added. Hopper
@@ -40,7 +40,7 @@ impl<'k> Bytes<'k> {
         matches!((self.codes, self.half), (Codes::Int8, Half::Bf16)).then_some(64.0)
     }
 
-    /// The two lower codes of a word, or its two upper ones, as floats.
+    /// The two lower codes of a word, or its two upper ones, as floats, over [`of_sums`](Self::of_sums).
     pub fn pair(&self, word: Reg<'k, u32>, upper: bool) -> Reg<'k, u32> {
         let k = self.k;
         // Each byte in the lower, or in the upper half of 16 bits.

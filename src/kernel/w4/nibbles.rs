@@ -115,7 +115,7 @@ impl<'k> Decoder<'k> {
         Self { k, half, how }
     }
 
-    /// The same, for products whose sums are multiplied with [`of_sums`](Self::of_sums).
+    /// The same, for products of which all sums are multiplied with [`of_sums`](Self::of_sums), not only whole columns'.
     pub fn for_sums(self) -> Self {
         let (k, half) = (self.k, self.half);
         let how = match (self.how, half) {

@@ -34,6 +34,15 @@ pub(in crate::kernel) struct Rows<'k> {
     pub size: u32,
 }
 
+/// When a load is to be done.
+#[derive(Clone, Copy)]
+pub(in crate::kernel) enum Load {
+    /// Where the assembler likes: nothing writes what is loaded.
+    Anywhere,
+    /// Before the next barrier. ptxas moves others behind it.
+    BeforeBarrier,
+}
+
 impl<'k> Rows<'k> {
     fn params(k: &'k Kernel, [address, line]: [Name; 2], size: u32) -> Self {
         Self { address: k.pointer(address), line: k.param(line), size }
@@ -47,6 +56,12 @@ impl<'k> Rows<'k> {
             line: k.select(holds, self.line, other.line),
             ..self
         }
+    }
+
+    /// The zero point of the only group of a column.
+    pub fn column_zero(&self, column: Reg<'k, u32>) -> Zero<'k> {
+        let at = self.address + zero_place(column).wide();
+        Zero { bytes: column.kernel().ld_global_u8(at), byte: 0 }
     }
 
     /// Where column `column` of a group is: of zero points, one at which 16 begin.
@@ -116,21 +131,20 @@ impl<'k> Weight<'k> {
     /// The scale of the only group of a column.
     pub fn column_scale(&self, column: Reg<'k, u32>) -> Reg<'k, f32> {
         let number = self.scale_step.map_or(column, |step| column * step);
-        self.scale(self.scales.address.element(number, self.scales.size))
+        let at = self.scales.address.element(number, self.scales.size);
+        self.scale(at, Load::BeforeBarrier)
     }
 
-    /// Its zero point, if columns have any: see [`scale`](Self::scale).
-    pub fn column_zero(&self, column: Reg<'k, u32>) -> Option<Zero<'k>> {
-        let at = self.zeros?.address + zero_place(column).wide();
-        Some(Zero { bytes: column.kernel().ld_global_u8(at), byte: 0 })
-    }
-
-    /// A scale from memory, before what follows a barrier: ptxas moves loads of what nothing writes.
-    pub fn scale(&self, at: Reg<'k, u64>) -> Reg<'k, f32> {
+    /// A scale from memory.
+    pub fn scale(&self, at: Reg<'k, u64>, load: Load) -> Reg<'k, f32> {
         let k = at.kernel();
-        match self.scheme.scale {
-            Element::F32 => k.ld_global::<f32, 1>(at)[0],
-            Element::Half(half) => k.widen(half, k.ld_global::<u16, 1>(at)[0]),
+        match (self.scheme.scale, load) {
+            (Element::F32, Load::Anywhere) => k.ld_global_nc::<f32, 1>(at)[0],
+            (Element::F32, Load::BeforeBarrier) => k.ld_global::<f32, 1>(at)[0],
+            (Element::Half(half), Load::Anywhere) => k.widen(half, k.ld_global_nc::<u16, 1>(at)[0]),
+            (Element::Half(half), Load::BeforeBarrier) => {
+                k.widen(half, k.ld_global::<u16, 1>(at)[0])
+            }
         }
     }
 }

@@ -134,6 +134,25 @@ pub fn extreme_scales(device: &Device) {
             close("result", &got, &want, |i| allowed + ulp(DType::F32, want.data[i]))
         });
     }
+    // Of which a few times as much is infinite, times sums of which some are 0.
+    tally.case("int8, scales near the largest", || {
+        let codes = Tensor::ones((64, 72), DType::U8, device)?;
+        let scales = Tensor::full(1e37f32, 72, device)?;
+        let w = QuantWeight::from_int8(&codes, &scales)?;
+        for m in [1, 17, 300] {
+            let rows = Tensor::from_iter((0..m).map(|row| (row % 3) as f32 * 1e-3), device)?;
+            let x = rows.reshape((m, 1))?.to_dtype(DType::BF16)?.broadcast_as((m, 64))?;
+            let x = x.contiguous()?;
+            let got =
+                x.kaio_matmul_quant_with(&w, &MatmulOptions::default().out_dtype(DType::F32))?;
+            let data: Vec<_> =
+                Nd::of(&x)?.data.chunks(64).flat_map(|x| [x[0] * 64.0; 72]).collect();
+            let want = Nd { dims: vec![m, 72], data }.map(|x| x * f64::from(1e37f32));
+            // Half a unit for each of 64 terms.
+            close("result", &got, &want, |i| 32.0 * ulp(DType::F32, want.data[i]))?;
+        }
+        Ok(())
+    });
     tally.finish();
 }
 

@@ -15,6 +15,7 @@ use super::packed::{Fragments, Packed};
 use crate::kernel::gemm::BLOCK as SCALED;
 use crate::kernel::hopper::SLAB;
 use crate::kernel::w4::BLOCK;
+use crate::kernel::w4::weight::Load;
 use crate::ptx::Reg;
 
 /// Bytes of a line.
@@ -98,6 +99,7 @@ impl<'k> Gemm<'k, '_> {
 impl<'k> TileBlocks<'k> {
     fn load(&self, of: &Packed<'k>) {
         let group = self.stage.min(self.last) / (SCALED / BLOCK);
-        self.scale.set(of.weight.scale(of.weight.scales.at(group, self.column)));
+        let at = of.weight.scales.at(group, self.column);
+        self.scale.set(of.weight.scale(at, Load::Anywhere));
     }
 }

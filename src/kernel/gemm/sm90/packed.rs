@@ -178,7 +178,7 @@ impl<'k> Gemm<'k, '_> {
         let [cols, _] = c.orient.order(self.size);
         let columns = [0, 8].map(|more| (tile.row * c.rows + row + more).min(cols - 1));
         let whole = of.scheme.group.is_none();
-        let zero = |column| whole.then(|| of.weight.column_zero(column))?;
+        let zero = |column| Some(of.weight.zeros.filter(|_| whole)?.column_zero(column));
         let always = columns.map(|column| match zero(column) {
             Some(zero) => of.decoder.zero(zero),
             None => of.decoder.symmetric(),
@@ -264,8 +264,10 @@ impl<'k> Gemm<'k, '_> {
             }
         }
         if let Some(scales) = scales {
-            let by = of.decoder.of_sums();
-            let scales = scales.map(|scale| by.map_or(scale, |by| scale * by));
+            // Before the scales, of which that many times may be infinite.
+            if let Some(by) = of.decoder.of_sums() {
+                sums.iter().for_each(|sum| sum.scale(by));
+            }
             sums.iter().enumerate().for_each(|(i, sum)| sum.scale(scales[i / 2 % 2]));
         }
     }

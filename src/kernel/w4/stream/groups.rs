@@ -36,8 +36,7 @@ impl<'k> Group<'k> {
         let weight = operands.weight;
         let of = |col| (first + col).min(weight.n - 1);
         let scales = Scales::Floats(by_tile(c.cols, |col| weight.column_scale(of(col))));
-        let zeros = by_tile(c.cols, |col| weight.column_zero(of(col)));
-        let zeros = zeros.into_iter().map(|[a, b]| Some([a?, b?])).collect();
+        let zeros = weight.zeros.map(|zeros| by_tile(c.cols, |col| zeros.column_zero(of(col))));
         Self { scales, zeros }
     }
 

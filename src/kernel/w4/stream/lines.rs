@@ -17,7 +17,7 @@ use super::copies::{Operands, PAIR, of_chunk};
 use crate::kernel::ampere::swizzle::CHUNK;
 use crate::kernel::multiprocessor::WARP;
 use crate::kernel::w4::BLOCK;
-use crate::kernel::w4::weight::Weight;
+use crate::kernel::w4::weight::{Load, Weight};
 use crate::ptx::{Address, Kernel, Reg};
 
 /// Lanes that share a column.
@@ -154,7 +154,8 @@ impl<'k> PairScales<'k> {
     /// Those from the warp's pair `pair` on, before what follows a barrier.
     fn load(&self, pair: Reg<'k, u32>) {
         let group = (self.first + (pair + pair.kernel().lane()) * self.step).min(self.last);
-        self.held.set(self.weight.scale(self.weight.scales.at(group, self.column)).cast());
+        let at = self.weight.scales.at(group, self.column);
+        self.held.set(self.weight.scale(at, Load::BeforeBarrier).cast());
     }
 
     /// That of the warp's pair `pair`: all of its lanes ask for each in turn.

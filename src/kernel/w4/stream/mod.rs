@@ -229,11 +229,11 @@ impl<'k> Stream<'k, '_> {
             k.when(wrapped, || stage.set(self.ring));
         });
         k.cp_async_wait(0);
-        if let Some(whole) = &self.whole {
-            whole.scale(&totals);
-        }
         if let Some(by) = decoder.of_sums() {
             totals.iter().flatten().flatten().for_each(|total| total.scale(by));
+        }
+        if let Some(whole) = &self.whole {
+            whole.scale(&totals);
         }
         totals
     }
