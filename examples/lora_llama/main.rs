@@ -55,13 +55,12 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
     let adapter_folder = args.out.join("adapter");
     fs::create_dir_all(&adapter_folder)
         .map_err(|e| format!("cannot make the folder {}: {e}", adapter_folder.display()))?;
-    let base = args.out.join("base");
-    let from = match &args.preset {
-        _ if args.model.is_some() => args.model.as_ref(),
-        Preset::Small => Some(&base),
-        Preset::Random(_) => None,
+    let folder = match (&args.model, &args.preset) {
+        (Some(folder), _) => Some(folder.clone()),
+        (None, Preset::Small) => Some(args.out.join("base")),
+        (None, Preset::Random(_)) => None,
     };
-    if let (Some(to), Some(from)) = (&args.merge, from) {
+    if let (Some(to), Some(from)) = (&args.merge, &folder) {
         fs::create_dir_all(from)?;
         peft::other_folder(from, to)?;
     }
@@ -69,14 +68,9 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
     let config = config(&args)?;
     let corpus = corpus(args.model.as_deref(), &config, &args)?;
     let given = args.adapter.as_deref().map(Lora::load).transpose()?;
-    let folder = match (&args.model, &args.preset) {
-        (Some(folder), _) => Some(folder.clone()),
-        (None, Preset::Random(_)) => None,
-        (None, Preset::Small) => {
-            random::pretrain(&base, &args)?;
-            Some(base)
-        }
-    };
+    if let (None, Some(base)) = (&args.model, &folder) {
+        random::pretrain(base, &args)?;
+    }
     let mut model = load(folder.as_deref(), config, &args)?;
     let lora = given.as_ref().map_or(&args.lora, |(lora, _)| lora);
     let vars = adapt(&mut model, lora, given.as_ref().map(|(_, tensors)| tensors), &args)?;
