@@ -61,7 +61,9 @@ fn run() -> std::result::Result<(), Box<dyn Error>> {
         (None, Preset::Random(_)) => None,
     };
     if let (Some(to), Some(from)) = (&args.merge, &folder) {
-        fs::create_dir_all(from)?;
+        if args.model.is_none() {
+            fs::create_dir_all(from)?;
+        }
         peft::other_folder(from, to)?;
     }
     // What can be wrong is read first, and the weights last.
