@@ -12,8 +12,7 @@ impl Kernel {
         from: impl Into<Address<'k, u64>>,
         bytes: impl Into<Value<'k, u32>>,
     ) {
-        let (to, from, bytes) = (to.into(), from.into(), bytes.into());
-        self.emit(format_args!("cp.async.cg.shared.global {to}, {from}, 16, {bytes}"));
+        self.copy("cg.shared.global", 16, to.into(), from.into(), bytes.into());
     }
 
     /// `cp.async.cg` with `.L2::128B`: the same, of a line whose other bytes are asked for soon. L2 fetches all 128 at once.
@@ -23,9 +22,8 @@ impl Kernel {
         from: impl Into<Address<'k, u64>>,
         bytes: impl Into<Value<'k, u32>>,
     ) {
-        let (to, from, bytes) = (to.into(), from.into(), bytes.into());
         self.needs(7, 4);
-        self.emit(format_args!("cp.async.cg.shared.global.L2::128B {to}, {from}, 16, {bytes}"));
+        self.copy("cg.shared.global.L2::128B", 16, to.into(), from.into(), bytes.into());
     }
 
     /// `cp.async.ca`: 4 bytes, of which all or none are read.
@@ -35,8 +33,18 @@ impl Kernel {
         from: impl Into<Address<'k, u64>>,
         bytes: impl Into<Value<'k, u32>>,
     ) {
-        let (to, from, bytes) = (to.into(), from.into(), bytes.into());
-        self.emit(format_args!("cp.async.ca.shared.global {to}, {from}, 4, {bytes}"));
+        self.copy("ca.shared.global", 4, to.into(), from.into(), bytes.into());
+    }
+
+    fn copy<'k>(
+        &'k self,
+        how: &str,
+        size: u32,
+        to: Address<'k, u32>,
+        from: Address<'k, u64>,
+        bytes: Value<'k, u32>,
+    ) {
+        self.emit(format_args!("cp.async.{how} {to}, {from}, {size}, {bytes}"));
     }
 
     /// `cp.async.commit_group`

@@ -356,14 +356,10 @@ fn w4_views() -> Result<()> {
     let options = MatmulOptions::default().out_dtype(DType::F32);
     for (m, (before, after)) in [(4, (8, 8)), (4, (1, 3)), (70, (8, 8)), (70, (1, 3))] {
         let x = case.x(&gpu, m, DType::F16)?;
+        let zeros = case.weight.zeros.as_ref();
         let weight = W4 {
             scales: wide(&case.weight.scales, before, after)?,
-            zeros: case
-                .weight
-                .zeros
-                .as_ref()
-                .map(|t| wide(t, 2 * before, 2 * after))
-                .transpose()?,
+            zeros: zeros.map(|zeros| wide(zeros, 2 * before, 2 * after)).transpose()?,
             ..case.weight.clone()
         };
         let view = wide(&x, before, after)?;

@@ -178,9 +178,9 @@ impl<'k> Gemm<'k, '_> {
         let [cols, _] = c.orient.order(self.size);
         let columns = [0, 8].map(|more| (tile.row * c.rows + row + more).min(cols - 1));
         let whole = of.scheme.group.is_none();
-        let zero = |column| Some(of.weight.zeros.filter(|_| whole)?.column_zero(column));
-        let always = columns.map(|column| match zero(column) {
-            Some(zero) => of.decoder.zero(zero),
+        let zeros = of.weight.zeros.filter(|_| whole);
+        let always = columns.map(|column| match zeros {
+            Some(zeros) => of.decoder.zero(zeros.column_zero(column)),
             None => of.decoder.symmetric(),
         });
         let scales = whole.then(|| columns.map(|column| of.weight.column_scale(column)));
